@@ -1,0 +1,9 @@
+// What the CUDA runtime sees. Nothing here needs a driver or a GPU.
+#pragma once
+
+namespace fastgen::cuda {
+
+int device_count();     // 0 without a driver
+int runtime_version();  // 1000 * major + 10 * minor of the runtime linked in
+
+}  // namespace fastgen::cuda

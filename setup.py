@@ -1,0 +1,278 @@
+"""Builds the native modules through ninja: fastgen._cpu always, fastgen._cuda where there is an nvcc.
+
+Neither torch nor a GPU is needed. The build reads these environment variables:
+    CXX                 the C++ compiler, GCC or Clang (default: g++, else c++)
+    NVCC                the CUDA compiler (default: nvcc from PATH, else from $CUDA_HOME, else /usr/local/cuda)
+    FASTGEN_CUDA        0: no CUDA module, 1: it must be built, auto (default): built when there is a working nvcc
+    FASTGEN_CUDA_ARCHS  e.g. "80;90a" (default: those of 80;90;100 that nvcc knows)
+    FASTGEN_SANITIZE    e.g. "address,undefined": instrument the C++ module (make asan)
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import platform
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+CSRC = ROOT / "csrc"
+PER_ISA = "// fastgen: per-isa"  # first line of the sources in csrc/cpu that are compiled once per instruction set
+
+AVX512 = "-mavx2 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512"
+X86_ISAS = {"baseline": "", "avx2": "-mavx2 -mfma", "avx512": AVX512, "avx512bf16": f"{AVX512} -mavx512bf16"}
+
+# -ffast-math is left out on purpose: at link time it turns on flush-to-zero for the whole process.
+FLAGS = (
+    "-std=c++17 -O3 -DNDEBUG -fPIC -fvisibility=hidden -fopenmp "
+    "-ffp-contract=fast -fno-math-errno -fno-trapping-math -Wall -Wextra"
+)
+CUDA_ARCHS = ("80", "90", "100")
+
+
+class BuildError(SystemExit):
+    """Ends the build with one readable line."""
+
+    def __init__(self, message: str):
+        super().__init__(f"fastgen: {message}")
+
+
+def compiles(command: list[str], suffix: str) -> bool:
+    """Whether `command` compiles a trivial source file."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "probe" + suffix)
+        source.write_text("#include <cmath>\nint probe() { return 0; }\n")
+        run = [*command, "-c", str(source), "-o", str(source.with_suffix(".o"))]
+        return subprocess.run(run, capture_output=True).returncode == 0
+
+
+def find_cxx() -> str:
+    cxx = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++")
+    if not cxx:
+        raise BuildError("no C++ compiler found: install g++ or set CXX")
+    if not compiles([*cxx.split(), *FLAGS.split()], ".cpp"):
+        raise BuildError(f"the compiler {cxx!r} does not take '{FLAGS}': install GCC 9 or newer (or Clang with OpenMP) or set CXX")
+    return cxx
+
+
+def find_isas(cxx: str) -> dict[str, str]:
+    """Instruction sets to compile for -> compiler flags; the portable one alone on processors other than x86-64."""
+    if platform.machine().lower() not in ("x86_64", "amd64"):
+        return {"baseline": ""}
+    return {isa: flags for isa, flags in X86_ISAS.items() if compiles([*cxx.split(), *flags.split()], ".cpp")}
+
+
+def find_nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    return os.environ.get("NVCC") or shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
+
+
+def find_archs(nvcc: str) -> list[str]:
+    """GPU architectures to compile for, oldest first."""
+    asked = os.environ.get("FASTGEN_CUDA_ARCHS")
+    if asked:
+        archs = re.split(r"[;,\s]+", asked.strip())
+        if not all(re.fullmatch(r"\d{2,3}[af]?", arch) for arch in archs):
+            raise BuildError(f"FASTGEN_CUDA_ARCHS must look like '80;90a', got {asked!r}")
+        return archs
+    listing = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout
+    return [arch for arch in CUDA_ARCHS if f"compute_{arch}\n" in listing]
+
+
+def find_cuda(cxx: str) -> tuple[str | None, list[str], str]:
+    """(nvcc or None, architectures, what happened in words)."""
+    choice = os.environ.get("FASTGEN_CUDA", "auto")
+    if choice not in ("0", "1", "auto"):
+        raise BuildError(f"FASTGEN_CUDA must be 0, 1 or auto, got {choice!r}")
+    if choice == "0":
+        return None, [], "not built: FASTGEN_CUDA=0"
+    nvcc = find_nvcc()
+    if nvcc is None:
+        reason = "not built: no nvcc on PATH, in $CUDA_HOME or in /usr/local/cuda"
+    elif not (archs := find_archs(nvcc)):
+        reason = f"not built: {nvcc} knows none of the architectures {';'.join(CUDA_ARCHS)}"
+    elif not compiles([nvcc, "-ccbin", cxx.split()[-1], "-std=c++17", f"-arch=sm_{archs[-1]}"], ".cu"):
+        reason = f"not built: {nvcc} with {cxx} does not compile an empty file for sm_{archs[-1]}"
+    else:
+        return nvcc, archs, "built"
+    if choice == "1":
+        raise BuildError(f"FASTGEN_CUDA=1, but the CUDA module is {reason}")
+    print(f"fastgen: CUDA module {reason}", file=sys.stderr)
+    return None, [], reason
+
+
+def find_ninja() -> str:
+    try:
+        from ninja import BIN_DIR
+    except ImportError:
+        BIN_DIR = None
+    ninja = (BIN_DIR and shutil.which("ninja", path=BIN_DIR)) or shutil.which("ninja")
+    if not ninja:
+        raise BuildError("ninja not found: pip install ninja")
+    return ninja
+
+
+def sources(pattern: str) -> list[Path]:
+    return sorted(CSRC.glob(pattern))
+
+
+def escape(path: Path) -> str:
+    """A path in a ninja build line."""
+    return re.sub(r"([$ :])", r"$\1", str(path))
+
+
+def include(path: Path | str) -> str:
+    """An -I flag in a ninja variable that ends up in a shell command."""
+    return shlex.quote(f"-I{path}").replace("$", "$$")
+
+
+def write_if_changed(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists() or path.read_text() != text:
+        path.write_text(text)
+
+
+class NinjaFile:
+    """The text of a build.ninja and the header with what the sources need to know about the build."""
+
+    def __init__(self, folder: Path, version: str):
+        self.folder = folder
+        self.cxx = find_cxx()
+        self.isas = find_isas(self.cxx)
+        self.nvcc, self.archs, self.cuda = find_cuda(self.cxx)
+        self.sanitize = os.environ.get("FASTGEN_SANITIZE", "")
+        self.version = version
+        self.edges: list[str] = []
+
+    def header(self) -> str:
+        each = {"ISA": self.isas, "BINDING": [source.stem for source in sources("bindings/bind_*.cpp")]}
+        strings = {
+            "VERSION": self.version,
+            "COMPILER": subprocess.run([*self.cxx.split(), "--version"], capture_output=True, text=True).stdout.split("\n")[0],
+            "SANITIZE": self.sanitize,
+            "CUDA_BUILD": self.cuda,
+            "CUDA_ARCHS": ";".join(self.archs),
+        }
+        lines = ["// Written by setup.py.", "#pragma once"]
+        lines += [f'#define FASTGEN_{name} "{value}"' for name, value in strings.items()]
+        lines += [f"#define FASTGEN_FOR_EACH_{name}(X) " + " ".join(f"X({item})" for item in items) for name, items in each.items()]
+        return "\n".join(lines) + "\n"
+
+    def rules(self) -> str:
+        import pybind11
+
+        flags, link = FLAGS, "-shared -fopenmp"
+        if self.sanitize:
+            checks = f"-fsanitize={self.sanitize} -fno-sanitize=vptr -fno-sanitize-recover=all"
+            flags += f" -g -fno-omit-frame-pointer {checks}"
+            link += f" {checks}"
+        gencode = " ".join(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in self.archs)
+        if self.archs:  # intermediate code for the GPUs to come
+            gencode += f" -gencode=arch=compute_{self.archs[-1]},code=compute_{self.archs[-1]}"
+        python = f"{include(sysconfig.get_path('include'))} {include(pybind11.get_include())}"
+        return f"""\
+ninja_required_version = 1.5
+cxx = {self.cxx}
+nvcc = {self.nvcc or ""} -ccbin {self.cxx.split()[-1]}
+flags = {flags} {include(CSRC)} {include(self.folder)}
+python = {python}
+cuflags = -std=c++17 -O3 -DNDEBUG -Xcompiler=-fPIC,-fvisibility=hidden,-Wall -Xptxas=-warn-spills {gencode} {include(CSRC)}
+
+rule cxx
+  command = $cxx $flags $extra -MMD -MF $out.d -c $in -o $out
+  description = $cxx $out
+  depfile = $out.d
+  deps = gcc
+rule nvcc
+  command = $nvcc $cuflags -MMD -MF $out.d -c $in -o $out
+  description = nvcc $out
+  depfile = $out.d
+  deps = gcc
+rule link
+  command = $cxx {link} $in -o $out
+  description = link $out
+rule cudalink
+  command = $nvcc -shared -cudart static $in -o $out
+  description = link $out
+
+"""
+
+    def compile(self, source: Path, rule: str = "cxx", name: str | None = None, extra: str = "") -> str:
+        output = escape(self.folder / f"{name or source.stem}.o")
+        self.edges.append(f"build {output}: {rule} {escape(source)}\n  extra = {extra}\n")
+        return output
+
+    def module(self, name: str, rule: str, objects: list[str]) -> Path:
+        output = self.folder / name
+        self.edges.append(f"build {escape(output)}: {rule} {' '.join(objects)}\n")
+        return output
+
+    def cpu(self) -> Path:
+        objects = [self.compile(source, extra="$python") for source in sources("bindings/*.cpp") if source.stem != "cuda"]
+        for source in sources("cpu/*.cpp"):
+            if source.read_text().startswith(PER_ISA):
+                for isa, flags in self.isas.items():
+                    objects.append(self.compile(source, name=f"{source.stem}.{isa}", extra=f"-DFASTGEN_ISA={isa} {flags}"))
+            else:
+                objects.append(self.compile(source))
+        return self.module("_cpu.so", "link", objects)
+
+    def cuda_module(self) -> Path:
+        objects = [self.compile(CSRC / "bindings/cuda.cpp", extra="$python")]
+        objects += [self.compile(source, rule="nvcc", name=f"{source.stem}.cu") for source in sources("cuda/*.cu")]
+        return self.module("_cuda.so", "cudalink", objects)
+
+
+class NinjaBuild(build_ext):
+    """`build_ext` that writes a build.ninja, runs it and copies the modules to where setuptools wants them."""
+
+    def run(self) -> None:
+        sanitize = os.environ.get("FASTGEN_SANITIZE", "").replace(",", "-")
+        folder = ROOT / "build" / "-".join(filter(None, ("native", sysconfig.get_platform(), sys.implementation.cache_tag, sanitize)))
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # two builds in one checkout take turns
+            self.built = self.run_ninja(folder)
+            if self.inplace:  # a module of an earlier build must not outlive the decision against it
+                for path in (ROOT / "fastgen").glob("_cuda.*so"):
+                    path.unlink()
+            self.extensions = [extension for extension in self.extensions if extension.name in self.built]
+            super().run()
+
+    def run_ninja(self, folder: Path) -> dict[str, Path]:
+        file = NinjaFile(folder, self.distribution.get_version())
+        built = {"fastgen._cpu": file.cpu()}
+        if file.nvcc:
+            built["fastgen._cuda"] = file.cuda_module()
+        write_if_changed(folder / "fastgen_build.h", file.header())
+        write_if_changed(folder / "build.ninja", file.rules() + "".join(file.edges))
+        if subprocess.run([find_ninja(), "-C", str(folder)]).returncode != 0:
+            raise BuildError("the native modules did not compile, see above" + (" (FASTGEN_CUDA=0 leaves out CUDA)" if file.nvcc else ""))
+        return built
+
+    def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        self.copy_file(str(self.built[ext.name]), str(target))
+
+    def get_source_files(self) -> list[str]:
+        return [str(path.relative_to(ROOT)) for path in sources("**/*") if path.is_file()]
+
+
+setup(
+    packages=[*find_packages(include=["fastgen", "fastgen.*"]), "fastgen.kernels"],
+    package_dir={"fastgen.kernels": "kernels"},
+    package_data={"fastgen": ["py.typed"]},
+    ext_modules=[Extension("fastgen._cpu", []), Extension("fastgen._cuda", [])],
+    cmdclass={"build_ext": NinjaBuild},
+)
