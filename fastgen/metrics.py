@@ -1,0 +1,42 @@
+"""Measures of how good a model is."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+@torch.no_grad()
+def bits_per_dim(
+    model: torch.nn.Module, images: Tensor, labels: Tensor | None = None, *, batch_size: int = 64
+) -> float:
+    """Negative log-likelihood in bits per image element, averaged over all elements of all images.
+
+    The model is evaluated in eval mode, on the device of its parameters, and left in the mode it was in.
+
+    Args:
+        model: has ``log_prob(images, labels) -> [n]`` nats per image.
+        images: uint8 levels [N, C, H, W], N >= 1.
+        labels: int64 [N] for a conditional model.
+        batch_size: images per forward pass.
+
+    Raises:
+        ValueError: there is no image, or batch_size is below 1.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+    if images.numel() == 0:
+        raise ValueError(f"images: bits per dimension need at least one image, got shape {list(images.shape)}")
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    try:
+        nats = 0.0
+        for i in range(0, len(images), batch_size):
+            batch_labels = None if labels is None else labels[i : i + batch_size].to(device)
+            nats += float(model.log_prob(images[i : i + batch_size].to(device), batch_labels).double().sum())
+    finally:
+        model.train(was_training)
+    return -nats / (images.numel() * math.log(2))

@@ -1,0 +1,28 @@
+"""Models: ordinary `torch.nn.Module`s, one file per model, and a registry of their names.
+
+The names are the ones of checkpoints and of the command line.
+"""
+
+from __future__ import annotations
+
+from fastgen.models.autoregressive import AutoregressiveModel, GatedPixelCNN, PixelCNN
+
+__all__ = ["AutoregressiveModel", "GatedPixelCNN", "PixelCNN", "get", "names"]
+
+_MODELS = {model.name: model for model in (PixelCNN, GatedPixelCNN)}
+
+
+def names() -> list[str]:
+    """The registered model names, sorted."""
+    return sorted(_MODELS)
+
+
+def get(name: str) -> type[AutoregressiveModel]:
+    """The class of a model by its registered name, e.g. ``get("gated_pixelcnn")(image_shape=(1, 28, 28))``.
+
+    Raises:
+        ValueError: the name is not registered.
+    """
+    if name not in _MODELS:
+        raise ValueError(f"unknown model {name!r}; known models: {', '.join(names())}")
+    return _MODELS[name]

@@ -1,0 +1,12 @@
+"""Autoregressive pixel models: each image element is predicted from the earlier ones.
+
+The order of the elements is raster order of the pixels, and R, G, B (channel order) inside a pixel.
+"""
+
+from __future__ import annotations
+
+from fastgen.models.autoregressive.base import AutoregressiveModel
+from fastgen.models.autoregressive.gated_pixelcnn import GatedPixelCNN
+from fastgen.models.autoregressive.pixelcnn import PixelCNN
+
+__all__ = ["AutoregressiveModel", "GatedPixelCNN", "PixelCNN"]

@@ -1,0 +1,134 @@
+"""What all autoregressive models share: their attributes, input checks and the log-likelihood."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from fastgen.sampling.heads import Bernoulli, Categorical, Head
+
+
+class AutoregressiveModel(torch.nn.Module):
+    """A network whose output at an image element depends on earlier elements only, and a head that reads it.
+
+    Subclasses implement ``forward(x, labels=None)``: encoded images [N, C, H, W] float, labels int64 [N] or None ->
+    head parameters [N, C * head.params_per_channel, H, W].  That function is all a sampler needs to know.
+
+    Args:
+        image_shape: (C, H, W).
+        levels: number of levels of an element, 2..256.
+        head: "categorical", or "bernoulli" for two levels.
+        num_classes: number of classes that the model is conditioned on, or None.
+        options: the other constructor arguments of the subclass, kept in `config`.
+
+    Attributes:
+        name: the registered name of the class.
+        config: the constructor arguments, JSON-able: ``type(model)(**model.config)`` builds the same architecture.
+    """
+
+    name: ClassVar[str]
+
+    def __init__(
+        self, *, image_shape: tuple[int, int, int], levels: int, head: str, num_classes: int | None, **options: Any
+    ) -> None:
+        super().__init__()
+        self.image_shape = _image_shape(image_shape)
+        self.head = _head(head, levels)
+        self.levels = levels
+        self.num_classes = None if num_classes is None else positive("num_classes", num_classes)
+        self.config: dict[str, Any] = {"image_shape": list(self.image_shape), "levels": levels, "head": head, **options}
+        if num_classes is not None:
+            self.config["num_classes"] = num_classes
+
+    def log_prob(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Log-likelihood of whole images.
+
+        Args:
+            images: uint8 levels [N, C, H, W] of the model's ``image_shape``, each below ``levels``.
+            labels: int64 [N] in 0..num_classes-1 for a conditional model, otherwise None.
+
+        Returns:
+            float [N], nats per image.
+
+        Raises:
+            TypeError: images or labels have another dtype.
+            ValueError: a shape or a value is out of range, or labels are missing or not wanted.
+            RuntimeError: the result is not finite, because weights are not or because activations overflowed.
+        """
+        self._check_images(images)
+        self._check_labels(labels, len(images))
+        nats = self.head.log_prob(self(self.head.encode(images), labels), images).sum(dim=(1, 2, 3))
+        if not torch.isfinite(nats).all():
+            raise RuntimeError(f"log_prob is not finite: {_why_not_finite(self)}")
+        return nats
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{key}={value}" for key, value in self.config.items())
+
+    def _check_images(self, images: Tensor) -> None:
+        if not isinstance(images, Tensor) or images.dtype != torch.uint8:
+            raise TypeError(f"images: expected a uint8 tensor of levels, got {_describe(images)}")
+        if images.dim() != 4 or tuple(images.shape[1:]) != self.image_shape:
+            expected = ", ".join(map(str, self.image_shape))
+            raise ValueError(f"images: expected shape [N, {expected}], got {list(images.shape)}")
+        if self.levels < 256 and images.numel() and (largest := int(images.max())) >= self.levels:
+            raise ValueError(f"images: expected levels below {self.levels}, got {largest}")
+
+    def _check_labels(self, labels: Tensor | None, count: int) -> None:
+        if self.num_classes is None:
+            if labels is not None:
+                raise ValueError("labels: this model is unconditional (num_classes=None), expected None")
+            return
+        if labels is None:
+            raise ValueError(f"labels: this model is conditional on {self.num_classes} classes, got None")
+        if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
+            raise TypeError(f"labels: expected an int64 tensor, got {_describe(labels)}")
+        if labels.shape != (count,):
+            raise ValueError(f"labels: expected shape [{count}], got {list(labels.shape)}")
+        if count and (int(labels.min()) < 0 or int(labels.max()) >= self.num_classes):
+            low, high = int(labels.min()), int(labels.max())
+            raise ValueError(f"labels: expected values in 0..{self.num_classes - 1}, got {low}..{high}")
+
+
+def positive(name: str, value: int) -> int:
+    """The argument itself, when it is an integer of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}: expected an integer of at least 1, got {value!r}")
+    return value
+
+
+def odd(name: str, value: int) -> int:
+    """The argument itself, when it is an odd integer of at least 1."""
+    if positive(name, value) % 2 == 0:
+        raise ValueError(f"{name}: expected an odd integer, got {value!r}")
+    return value
+
+
+def _image_shape(shape: tuple[int, int, int]) -> tuple[int, int, int]:
+    if not isinstance(shape, (tuple, list)) or len(shape) != 3:
+        raise ValueError(f"image_shape: expected (channels, height, width), got {shape!r}")
+    channels, height, width = (positive("image_shape", size) for size in shape)
+    return channels, height, width
+
+
+def _head(name: str, levels: int) -> Head:
+    if name == "categorical":
+        return Categorical(levels)
+    if name == "bernoulli":
+        if levels != 2:
+            raise ValueError(f'head: "bernoulli" is for 2 levels, got levels={levels!r}')
+        return Bernoulli()
+    raise ValueError(f'head: expected "categorical" or "bernoulli", got {name!r}')
+
+
+def _describe(value: object) -> str:
+    return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
+
+
+def _why_not_finite(model: torch.nn.Module) -> str:
+    for name, parameter in model.named_parameters():
+        if not torch.isfinite(parameter).all():
+            return f"parameter {name!r} holds NaN or infinity"
+    return "all parameters are finite, so the activations overflowed"
