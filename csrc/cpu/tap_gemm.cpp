@@ -1,0 +1,165 @@
+// fastgen: per-isa
+// Register-blocked micro-kernels of tap_gemm and the choice among them.  A micro-kernel keeps an R x (P panels) tile of C in registers
+// and walks all taps; the formula and the contract are in tap_gemm.h.
+
+#include "tap_gemm.h"
+
+namespace fastgen::FASTGEN_ISA {
+namespace {
+
+constexpr int kMaxRows = 14;
+constexpr int kMaxPanels = 8;
+constexpr int kVecsPerPanel = 64 / kVecBytes;
+
+// The tile, the smaller operand's vectors and one vector of the other operand (and of a product, where it is not fused) must
+// fit the register file.
+constexpr bool fits(int rows, int panels) {
+    const int vecs = panels * kVecsPerPanel;
+#if defined(__x86_64__) && !defined(__FMA__)
+    const int temporaries = 2;
+#else
+    const int temporaries = 1;
+#endif
+    return rows * vecs + (rows < vecs ? rows : vecs) + temporaries <= kVecRegisters;
+}
+
+template <class T>
+using Kernel = void (*)(const TapGemm<T>& gemm, int64_t row, int64_t panel);
+
+template <class T>
+FASTGEN_INLINE int lanes_below(int64_t cols) {
+    return cols <= 0 ? 0 : cols >= kLanes<T> ? kLanes<T> : static_cast<int>(cols);
+}
+
+template <class T, int R, int P>
+void kernel(const TapGemm<T>& gemm, int64_t row, int64_t panel) {
+    constexpr int V = P * kVecsPerPanel;
+    constexpr int L = kLanes<T>;
+    const int64_t col = panel * kPanel<T>;
+    const int64_t cols = gemm.cols - col;
+    const bool full = cols >= P * kPanel<T>;
+    Vec<T> acc[R][V];
+
+    if (gemm.init == nullptr) {
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 32
+            for (int v = 0; v < V; ++v) acc[r][v] = Vec<T>{};
+    } else {
+        const T* init = gemm.init + row * gemm.init_row_stride + col;
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 32
+            for (int v = 0; v < V; ++v) {
+                const T* p = init + r * gemm.init_row_stride + v * L;
+                acc[r][v] = full ? load(p) : load_n(p, lanes_below<T>(cols - v * L));
+            }
+    }
+
+    const int64_t b_panel_stride = gemm.b_panel_stride;
+    const int64_t b_k_stride = gemm.b_k_stride;
+    for (const Tap<T>*tap = gemm.taps, *end = tap + gemm.num_taps; tap != end; ++tap) {
+        const int64_t row_stride = tap->row_stride;
+        const int64_t k_stride = tap->k_stride;
+        const T* b = tap->b + panel * b_panel_stride;
+        // Three rows to a pointer: base, base + stride, base + 2 * stride are addressing modes, not registers.
+        const T* a[(R + 2) / 3];
+#pragma GCC unroll 16
+        for (int i = 0; i < (R + 2) / 3; ++i) a[i] = tap->a + (row + 3 * i) * row_stride;
+        for (int64_t k = tap->k; k > 0; --k) {
+            if constexpr (R < V) {
+                Vec<T> x[R];
+#pragma GCC unroll 16
+                for (int r = 0; r < R; ++r) x[r] = broadcast(a[r / 3][(r % 3) * row_stride]);
+#pragma GCC unroll 32
+                for (int v = 0; v < V; ++v) {
+                    Vec<T> w = load(b + (v / kVecsPerPanel) * b_panel_stride + (v % kVecsPerPanel) * L);
+                    if constexpr (R > 1) keep_in_register(w);
+#pragma GCC unroll 16
+                    for (int r = 0; r < R; ++r) acc[r][v] = fma(x[r], w, acc[r][v]);
+                }
+            } else {
+                Vec<T> w[V];
+#pragma GCC unroll 32
+                for (int v = 0; v < V; ++v) {
+                    w[v] = load(b + (v / kVecsPerPanel) * b_panel_stride + (v % kVecsPerPanel) * L);
+                    if constexpr (R > 1) keep_in_register(w[v]);
+                }
+#pragma GCC unroll 16
+                for (int r = 0; r < R; ++r) {
+                    const Vec<T> x = broadcast(a[r / 3][(r % 3) * row_stride]);
+#pragma GCC unroll 32
+                    for (int v = 0; v < V; ++v) acc[r][v] = fma(x, w[v], acc[r][v]);
+                }
+            }
+#pragma GCC unroll 16
+            for (int i = 0; i < (R + 2) / 3; ++i) a[i] += k_stride;
+            b += b_k_stride;
+        }
+    }
+
+    T* c = gemm.c + row * gemm.c_row_stride + col;
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 32
+        for (int v = 0; v < V; ++v) {
+            T* p = c + r * gemm.c_row_stride + v * L;
+            if (full)
+                store(p, acc[r][v]);
+            else
+                store_n(p, acc[r][v], lanes_below<T>(cols - v * L));
+        }
+}
+
+template <class T>
+struct Kernels {
+    Kernel<T> at[kMaxRows + 1][kMaxPanels + 1];  // null where the tile does not fit
+    int panels[kMaxRows + 1];                    // the widest that fits
+    int rows;                                    // the tallest one-panel or, where registers allow, two-panel tile
+
+    template <int R, int P>
+    constexpr void add() {
+        if constexpr (fits(R, P)) {
+            at[R][P] = kernel<T, R, P>;
+            panels[R] = P;
+            rows = R;
+            if constexpr (P < kMaxPanels) add<R, P + 1>();
+        }
+        if constexpr (P == 1 && R < kMaxRows) add<R + 1, 1>();
+    }
+
+    constexpr Kernels() : at{}, panels{}, rows{} { add<1, 1>(); }
+};
+
+template <class T>
+constexpr Kernels<T> kKernels{};
+
+}  // namespace
+
+template <class T>
+void tap_gemm(const TapGemm<T>& gemm) {
+    const Kernels<T>& kernels = kKernels<T>;
+    const int64_t panels = panels_of(gemm.cols, kPanel<T>);
+    // Even row steps: 16 rows are 8 + 8, not 14 + 2.
+    const int64_t steps = (gemm.rows + kernels.rows - 1) / kernels.rows;
+    for (int64_t panel = 0; panel < panels;) {
+        int64_t width = 0;
+        for (int64_t s = 0, row = 0; s < steps; ++s) {
+            const int64_t rows = (gemm.rows - row + steps - s - 1) / (steps - s);
+            if (s == 0) {
+                const int64_t widest = kernels.panels[rows];
+                const int64_t left = panels - panel;
+                width = (left + (left + widest - 1) / widest - 1) / ((left + widest - 1) / widest);
+            }
+            kernels.at[rows][width](gemm, row, panel);
+            row += rows;
+        }
+        if (width == 0) return;
+        panel += width;
+    }
+}
+
+template void tap_gemm(const TapGemm<float>&);
+template void tap_gemm(const TapGemm<double>&);
+
+}  // namespace fastgen::FASTGEN_ISA

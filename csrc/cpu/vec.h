@@ -1,0 +1,172 @@
+// The vector type of one instruction set, and the few operations kernels are written in.
+//
+// Included by sources that are compiled once per instruction set with FASTGEN_ISA set to its name; everything here lives in
+// namespace fastgen::FASTGEN_ISA.  Widths: AVX-512 64 bytes, AVX2 32 bytes, portable 16 bytes.
+//
+//   Vec<T>                       T is float, double or int32_t; + - * / and comparisons are the compiler's vector extensions
+//   kLanes<T>                    elements in a vector
+//   load, store                  unaligned
+//   load_n, store_n              the first n elements (0 <= n <= kLanes), the others read as zero and are never touched in memory
+//   fma(a, b, c)                 a*b + c, rounded once where the processor has the instruction
+//   max, min                     of a and b; b when either is NaN, so max(zero, x) keeps a NaN in x
+//   where(mask, a, b)            mask is the result of a comparison
+//
+// These sources are compiled without contraction, so a product is fused into a sum exactly where fma is written: the same
+// operations, and so the same bits, on AVX2 and AVX-512.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#ifndef FASTGEN_ISA
+#error "vec.h is for sources compiled per instruction set: FASTGEN_ISA must name it"
+#endif
+
+#define FASTGEN_INLINE inline __attribute__((always_inline))
+
+namespace fastgen::FASTGEN_ISA {
+
+#if defined(__AVX512F__)
+inline constexpr int kVecBytes = 64;
+#elif defined(__AVX2__)
+inline constexpr int kVecBytes = 32;
+#else
+inline constexpr int kVecBytes = 16;
+#endif
+
+#if defined(__AVX512F__) || defined(__aarch64__)
+inline constexpr int kVecRegisters = 32;
+#else
+inline constexpr int kVecRegisters = 16;
+#endif
+
+template <class T>
+struct VecOf;
+template <>
+struct VecOf<float> {
+    typedef float type __attribute__((vector_size(kVecBytes)));
+};
+template <>
+struct VecOf<double> {
+    typedef double type __attribute__((vector_size(kVecBytes)));
+};
+template <>
+struct VecOf<int32_t> {
+    typedef int32_t type __attribute__((vector_size(kVecBytes)));
+};
+
+template <class T>
+using Vec = typename VecOf<T>::type;
+
+template <class T>
+inline constexpr int kLanes = kVecBytes / static_cast<int>(sizeof(T));
+
+template <class T>
+FASTGEN_INLINE Vec<T> load(const T* p) {
+    Vec<T> v;
+    __builtin_memcpy(&v, p, sizeof v);
+    return v;
+}
+
+template <class T>
+FASTGEN_INLINE void store(T* p, Vec<T> v) {
+    __builtin_memcpy(p, &v, sizeof v);
+}
+
+// x - zero keeps the sign of a negative zero, which zero + x would lose.
+template <class T>
+FASTGEN_INLINE Vec<T> broadcast(T x) {
+    return x - Vec<T>{};
+}
+
+// Stops the compiler from folding one load into each of its uses: a second load costs more than a register.
+template <class V>
+FASTGEN_INLINE void keep_in_register(V& v) {
+#if defined(__x86_64__)
+    asm("" : "+v"(v));
+#elif defined(__aarch64__)
+    asm("" : "+w"(v));
+#endif
+}
+
+template <class M, class V>
+FASTGEN_INLINE V where(M mask, V a, V b) {
+    return mask ? a : b;
+}
+
+#if defined(__AVX512F__)
+
+FASTGEN_INLINE Vec<float> load_n(const float* p, int n) {
+    return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << n) - 1), p);
+}
+FASTGEN_INLINE Vec<double> load_n(const double* p, int n) {
+    return _mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << n) - 1), p);
+}
+FASTGEN_INLINE void store_n(float* p, Vec<float> v, int n) {
+    _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << n) - 1), v);
+}
+FASTGEN_INLINE void store_n(double* p, Vec<double> v, int n) {
+    _mm512_mask_storeu_pd(p, static_cast<__mmask8>((1u << n) - 1), v);
+}
+FASTGEN_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) { return _mm512_fmadd_ps(a, b, c); }
+FASTGEN_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) { return _mm512_fmadd_pd(a, b, c); }
+FASTGEN_INLINE Vec<float> max(Vec<float> a, Vec<float> b) { return _mm512_max_ps(a, b); }
+FASTGEN_INLINE Vec<double> max(Vec<double> a, Vec<double> b) { return _mm512_max_pd(a, b); }
+FASTGEN_INLINE Vec<float> min(Vec<float> a, Vec<float> b) { return _mm512_min_ps(a, b); }
+FASTGEN_INLINE Vec<double> min(Vec<double> a, Vec<double> b) { return _mm512_min_pd(a, b); }
+
+#elif defined(__AVX2__)
+
+FASTGEN_INLINE __m256i first_lanes_ps(int n) {
+    return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+FASTGEN_INLINE __m256i first_lanes_pd(int n) {
+    return _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3));
+}
+FASTGEN_INLINE Vec<float> load_n(const float* p, int n) { return _mm256_maskload_ps(p, first_lanes_ps(n)); }
+FASTGEN_INLINE Vec<double> load_n(const double* p, int n) { return _mm256_maskload_pd(p, first_lanes_pd(n)); }
+FASTGEN_INLINE void store_n(float* p, Vec<float> v, int n) { _mm256_maskstore_ps(p, first_lanes_ps(n), v); }
+FASTGEN_INLINE void store_n(double* p, Vec<double> v, int n) { _mm256_maskstore_pd(p, first_lanes_pd(n), v); }
+FASTGEN_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) { return _mm256_fmadd_ps(a, b, c); }
+FASTGEN_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) { return _mm256_fmadd_pd(a, b, c); }
+FASTGEN_INLINE Vec<float> max(Vec<float> a, Vec<float> b) { return _mm256_max_ps(a, b); }
+FASTGEN_INLINE Vec<double> max(Vec<double> a, Vec<double> b) { return _mm256_max_pd(a, b); }
+FASTGEN_INLINE Vec<float> min(Vec<float> a, Vec<float> b) { return _mm256_min_ps(a, b); }
+FASTGEN_INLINE Vec<double> min(Vec<double> a, Vec<double> b) { return _mm256_min_pd(a, b); }
+
+#else
+
+template <class T>
+FASTGEN_INLINE Vec<T> load_n(const T* p, int n) {
+    Vec<T> v{};
+    for (int i = 0; i < n; ++i) v[i] = p[i];
+    return v;
+}
+template <class T>
+FASTGEN_INLINE void store_n(T* p, Vec<T> v, int n) {
+    for (int i = 0; i < n; ++i) p[i] = v[i];
+}
+#if defined(__FP_FAST_FMAF) && defined(__FP_FAST_FMA)
+FASTGEN_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
+    for (int i = 0; i < kLanes<float>; ++i) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+    return c;
+}
+FASTGEN_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
+    for (int i = 0; i < kLanes<double>; ++i) c[i] = __builtin_fma(a[i], b[i], c[i]);
+    return c;
+}
+#else
+FASTGEN_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) { return a * b + c; }
+FASTGEN_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) { return a * b + c; }
+#endif
+FASTGEN_INLINE Vec<float> max(Vec<float> a, Vec<float> b) { return a > b ? a : b; }
+FASTGEN_INLINE Vec<double> max(Vec<double> a, Vec<double> b) { return a > b ? a : b; }
+FASTGEN_INLINE Vec<float> min(Vec<float> a, Vec<float> b) { return a < b ? a : b; }
+FASTGEN_INLINE Vec<double> min(Vec<double> a, Vec<double> b) { return a < b ? a : b; }
+
+#endif
+
+}  // namespace fastgen::FASTGEN_ISA
