@@ -1,8 +1,12 @@
 """Which implementation of an operation runs, and why not the others.
 
 Every operation has a `reference` implementation in plain PyTorch; `cpu` (C++), `triton` and `cuda` (CUDA C++) may stand beside it.
-`select` takes the first of cuda, triton, cpu, reference that can serve the call, and logs once why a better one could not.
-``FASTGEN_BACKEND=name`` or ``with fastgen.backend("name"):`` forces one; forced and impossible is a RuntimeError with the reason.
+`select` takes the first of cuda, triton, cpu, reference that is made for the device and can serve the call, and logs once why a
+better one could not. ``FASTGEN_BACKEND=name`` or ``with fastgen.backend("name"):`` forces one; forced and impossible is a
+RuntimeError with the reason.
+
+`select` is for eager code: torch.compile cannot trace it (it reads a context variable), so an operation either calls it inside
+its registered torch.library implementation, or takes that opaque way when ``torch.compiler.is_compiling()``.
 """
 
 from __future__ import annotations
@@ -15,15 +19,17 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 
-BACKENDS = ("cuda", "triton", "cpu", "reference")  # in order of preference
+# In order of preference, with the device that the backend is made for (None: any).
+BACKENDS: dict[str, str | None] = {"cuda": "cuda", "triton": "cuda", "cpu": "cpu", "reference": None}
 
 _log = logging.getLogger("fastgen")
-_logged: set[tuple[str, str]] = set()
+_logged: set[tuple[str, str, str]] = set()
 _forced: ContextVar[str | None] = ContextVar("fastgen.backend", default=None)
 
 WhyNot = Callable[..., "str | None"]
@@ -34,18 +40,18 @@ class _Entry(NamedTuple):
     why_not: WhyNot | None
 
 
-_registry: dict[str, dict[str, _Entry]] = {}
+_registry: dict[str, dict[str, _Entry]] = {}  # op -> backend -> entry, backends in order of preference
 
 
 def register(op: str, backend: str, function: Callable[..., Any], *, why_not: WhyNot | None = None) -> None:
     """Makes `function` the implementation of `op` by `backend`.
 
     `why_not` is called with the arguments of the operation and returns None when the implementation can serve the call,
-    else the reason in words. Whether the native module or Triton is there, and the device of the first tensor, are checked
-    beforehand. Reasons name kinds (a dtype, a layout), not sizes: each new one is logged.
+    else the reason in words. That the backend is installed and that the first tensor is on its device is known by then.
+    Reasons name kinds (a dtype, a layout), not sizes: each new one is logged.
     """
-    _check_name(backend)
-    _registry.setdefault(op, {})[backend] = _Entry(function, why_not)
+    entries = {**_registry.get(op, {}), _check_name(backend): _Entry(function, why_not)}
+    _registry[op] = {name: entries[name] for name in BACKENDS if name in entries}
 
 
 def select(op: str, *args: Any, **kwargs: Any) -> Callable[..., Any]:
@@ -55,29 +61,28 @@ def select(op: str, *args: Any, **kwargs: Any) -> Callable[..., Any]:
         RuntimeError: the forced backend cannot serve the call, or no backend can.
     """
     entries = _entries(op)
+    device = _device_type(args, kwargs)
     forced = _forced.get() or _environment()
     if forced != "auto":
-        reason = _reason(op, forced, args, kwargs)
+        reason = _reason(op, forced, device, args, kwargs)
         if reason is not None:
             raise RuntimeError(f"{op}: the backend {forced!r} was asked for, but cannot be used: {reason}")
         return entries[forced].function
-    skipped = []
-    for backend in BACKENDS:
-        if backend not in entries:
+    for name, entry in entries.items():
+        if BACKENDS[name] not in (None, device):
             continue
-        reason = _reason(op, backend, args, kwargs)
+        reason = _reason(op, name, device, args, kwargs)
         if reason is None:
-            for other, why in skipped:
-                _log_once(op, backend, other, why)
-            return entries[backend].function
-        skipped.append((backend, reason))
-    raise RuntimeError(f"{op}: no backend can be used: " + "; ".join(f"{name}: {why}" for name, why in skipped))
+            return entry.function
+        _log_once(op, name, reason)
+    raise RuntimeError(f"{op}: no backend can be used: {reasons(op, *args, **kwargs)}")
 
 
 def reasons(op: str, *args: Any, **kwargs: Any) -> dict[str, str | None]:
     """Why each backend could not serve `op` called with these arguments; None for those that could."""
     _entries(op)
-    return {backend: _reason(op, backend, args, kwargs) for backend in BACKENDS}
+    device = _device_type(args, kwargs)
+    return {name: _reason(op, name, device, args, kwargs) for name in BACKENDS}
 
 
 @contextmanager
@@ -112,17 +117,20 @@ def import_error(module: str) -> str | None:
     try:
         native = importlib.import_module(f"fastgen.{module}")
     except ModuleNotFoundError as error:
-        if error.name != f"fastgen.{module}":
-            return f"fastgen.{module} does not import: {error}"
-        if module == "_cuda" and import_error("_cpu") is None:
-            built = native_cpu().cuda_build
-            return f"fastgen._cuda was {built}; install the CUDA toolkit and fastgen again with FASTGEN_CUDA=1"
-        return f"fastgen.{module} is not in {os.path.dirname(fastgen.__file__)}; in the checkout: python -m pip install -e ."
+        if error.name == f"fastgen.{module}":
+            return _not_built(module, Path(fastgen.__file__).parent)
+        return f"fastgen.{module} does not import: {error}"
     except ImportError as error:
         return f"fastgen.{module} does not import: {error}"
     if native.version != fastgen.__version__:
-        return f"fastgen.{module} was built for version {native.version}, this is {fastgen.__version__}; install again"
+        return f"fastgen.{module} was built for version {native.version}, this is {fastgen.__version__}: install again"
     return None
+
+
+def _not_built(module: str, package: Path) -> str:
+    if module == "_cuda" and import_error("_cpu") is None:
+        return f"fastgen._cuda was {native_cpu().cuda_build}; to have it, install with FASTGEN_CUDA=1 where there is an nvcc"
+    return f"fastgen.{module} is not in {package}: run 'python -m pip install -e .' in the checkout, or import the installed package"
 
 
 def _native(module: str) -> ModuleType:
@@ -133,37 +141,33 @@ def _native(module: str) -> ModuleType:
 
 
 @functools.cache
-def _triton_error() -> str | None:
-    return None if importlib.util.find_spec("triton") else "triton is not installed; pip install 'fastgen[triton]'"
-
-
 def _unavailable(backend: str) -> str | None:
     """Why the backend cannot run in this process, whatever the call."""
-    if backend == "cpu":
-        return import_error("_cpu")
-    if backend == "cuda":
-        return import_error("_cuda")
     if backend == "triton":
-        return _triton_error()
-    return None
+        return None if importlib.util.find_spec("triton") else "triton is not installed: pip install 'fastgen[triton]'"
+    return None if backend == "reference" else import_error(f"_{backend}")
 
 
-def _wrong_device(backend: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
-    if backend == "reference" or (backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"):
-        return None
-    wanted = "cpu" if backend == "cpu" else "cuda"
-    device = next((value.device for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)), None)
-    return None if device is None or device.type == wanted else f"it takes {wanted} tensors, this one is on {device}"
+def _device_type(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
+    """Device type of the first tensor; cpu where there is none."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, torch.Tensor):
+            return value.device.type
+    return "cpu"
 
 
-def _reason(op: str, backend: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
+def _reason(op: str, backend: str, device: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
     entry = _registry[op].get(backend)
     if entry is None:
         return f"{op} has no {backend} implementation"
-    reason = _wrong_device(backend, args, kwargs) or _unavailable(backend)
-    if reason is None and entry.why_not is not None:
-        reason = entry.why_not(*args, **kwargs)
-    return reason
+    reason = _unavailable(backend)
+    if reason is not None:
+        return reason
+    wanted = BACKENDS[backend]
+    interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
+    if wanted not in (None, device) and not interpreted:
+        return f"it takes {wanted} tensors, got one on {device}"
+    return entry.why_not(*args, **kwargs) if entry.why_not else None
 
 
 def _entries(op: str) -> dict[str, _Entry]:
@@ -182,12 +186,12 @@ def _check_name(name: str, *more: str) -> str:
 def _environment() -> str:
     """FASTGEN_BACKEND, read once."""
     name = os.environ.get("FASTGEN_BACKEND") or "auto"
-    if name not in (*BACKENDS, "auto"):
+    if name not in ("auto", *BACKENDS):
         raise ValueError(f"FASTGEN_BACKEND must be one of auto, {', '.join(BACKENDS)}; got {name!r}")
     return name
 
 
-def _log_once(op: str, chosen: str, backend: str, reason: str) -> None:
-    if (op, reason) not in _logged:
-        _logged.add((op, reason))
-        _log.warning("%s: %s instead of %s: %s", op, chosen, backend, reason)
+def _log_once(op: str, backend: str, reason: str) -> None:
+    if (op, backend, reason) not in _logged:
+        _logged.add((op, backend, reason))
+        _log.warning("%s does without the %s backend: %s", op, backend, reason)
