@@ -20,6 +20,7 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
@@ -33,11 +34,13 @@ AVX512 = "-mavx2 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vecto
 X86_ISAS = {"baseline": "", "avx2": "-mavx2 -mfma", "avx512": AVX512, "avx512bf16": f"{AVX512} -mavx512bf16"}
 
 # -ffast-math is left out on purpose: at link time it turns on flush-to-zero for the whole process.
-# Contraction is off so that products are fused into sums exactly where the source says fma: the same bits on every instruction set.
+# Contraction is off so that products are fused into sums exactly where the source says fma: the same bits on every
+# instruction set.
 FLAGS = (
     "-std=c++17 -O3 -DNDEBUG -fPIC -fvisibility=hidden -fopenmp "
     "-ffp-contract=off -fno-math-errno -fno-trapping-math -Wall -Wextra"
 )
+CUDA_FLAGS = "-std=c++17 -O3 -DNDEBUG -Xcompiler=-fPIC,-fvisibility=hidden,-Wall -Xptxas=-warn-spills"
 CUDA_ARCHS = ("80", "90", "100")
 
 
@@ -62,7 +65,9 @@ def find_cxx() -> str:
     if not cxx:
         raise BuildError("no C++ compiler found: install g++ or set CXX")
     if not compiles([*cxx.split(), *FLAGS.split()], ".cpp"):
-        raise BuildError(f"the compiler {cxx!r} does not take '{FLAGS}': install GCC 9 or newer (or Clang with OpenMP) or set CXX")
+        raise BuildError(
+            f"{cxx!r} does not compile with '{FLAGS}': install GCC or Clang with C++17 and OpenMP, or set CXX"
+        )
     return cxx
 
 
@@ -123,6 +128,10 @@ def find_ninja() -> str:
     return ninja
 
 
+def first_line(command: list[str]) -> str:
+    return subprocess.run(command, capture_output=True, text=True).stdout.partition("\n")[0]
+
+
 def sources(pattern: str) -> list[Path]:
     return sorted(CSRC.glob(pattern))
 
@@ -156,18 +165,20 @@ class NinjaFile:
         self.edges: list[str] = []
 
     def header(self) -> str:
-        each = {"ISA": self.isas, "BINDING": [source.stem for source in sources("bindings/bind_*.cpp")]}
-        strings = {
-            "VERSION": self.version,
-            "COMPILER": subprocess.run([*self.cxx.split(), "--version"], capture_output=True, text=True).stdout.split("\n")[0],
-            "SANITIZE": self.sanitize,
-            "CUDA_BUILD": self.cuda,
-            "CUDA_ARCHS": ";".join(self.archs),
-        }
-        lines = ["// Written by setup.py.", "#pragma once"]
-        lines += [f'#define FASTGEN_{name} "{value}"' for name, value in strings.items()]
-        lines += [f"#define FASTGEN_FOR_EACH_{name}(X) " + " ".join(f"X({item})" for item in items) for name, items in each.items()]
-        return "\n".join(lines) + "\n"
+        def each(items: Iterable[str]) -> str:
+            return " ".join(f"X({item})" for item in items)
+
+        return f"""\
+// Written by setup.py.
+#pragma once
+#define FASTGEN_VERSION "{self.version}"
+#define FASTGEN_COMPILER "{first_line([*self.cxx.split(), "--version"])}"
+#define FASTGEN_SANITIZE "{self.sanitize}"
+#define FASTGEN_CUDA_BUILD "{self.cuda}"
+#define FASTGEN_CUDA_ARCHS "{";".join(self.archs)}"
+#define FASTGEN_FOR_EACH_ISA(X) {each(self.isas)}
+#define FASTGEN_FOR_EACH_BINDING(X) {each(source.stem for source in sources("bindings/bind_*.cpp"))}
+"""
 
     def rules(self) -> str:
         import pybind11
@@ -187,7 +198,7 @@ cxx = {self.cxx}
 nvcc = {self.nvcc or ""} -ccbin {self.cxx.split()[-1]}
 flags = {flags} {include(CSRC)} {include(self.folder)}
 python = {python}
-cuflags = -std=c++17 -O3 -DNDEBUG -Xcompiler=-fPIC,-fvisibility=hidden,-Wall -Xptxas=-warn-spills {gencode} {include(CSRC)}
+cuflags = {CUDA_FLAGS} {gencode} {include(CSRC)}
 
 rule cxx
   command = $cxx $flags $extra -MMD -MF $out.d -c $in -o $out
@@ -219,13 +230,14 @@ rule cudalink
         return output
 
     def cpu(self) -> Path:
-        objects = [self.compile(source, extra="$python") for source in sources("bindings/*.cpp") if source.stem != "cuda"]
+        bindings = [source for source in sources("bindings/*.cpp") if source.stem != "cuda"]
+        objects = [self.compile(source, extra="$python") for source in bindings]
         for source in sources("cpu/*.cpp"):
-            if source.read_text().startswith(PER_ISA):
-                for isa, flags in self.isas.items():
-                    objects.append(self.compile(source, name=f"{source.stem}.{isa}", extra=f"-DFASTGEN_ISA={isa} {flags}"))
-            else:
+            if not source.read_text().startswith(PER_ISA):
                 objects.append(self.compile(source))
+                continue
+            for isa, flags in self.isas.items():
+                objects.append(self.compile(source, name=f"{source.stem}.{isa}", extra=f"-DFASTGEN_ISA={isa} {flags}"))
         return self.module("_cpu.so", "link", objects)
 
     def cuda_module(self) -> Path:
@@ -238,8 +250,8 @@ class NinjaBuild(build_ext):
     """`build_ext` that writes a build.ninja, runs it and copies the modules to where setuptools wants them."""
 
     def run(self) -> None:
-        sanitize = os.environ.get("FASTGEN_SANITIZE", "").replace(",", "-")
-        folder = ROOT / "build" / "-".join(filter(None, ("native", sysconfig.get_platform(), sys.implementation.cache_tag, sanitize)))
+        parts = ["native", sysconfig.get_platform(), sys.implementation.cache_tag, os.environ.get("FASTGEN_SANITIZE")]
+        folder = ROOT / "build" / "-".join(filter(None, parts)).replace(",", "-")
         folder.mkdir(parents=True, exist_ok=True)
         with open(folder / "lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # two builds in one checkout take turns
@@ -258,7 +270,8 @@ class NinjaBuild(build_ext):
         write_if_changed(folder / "fastgen_build.h", file.header())
         write_if_changed(folder / "build.ninja", file.rules() + "".join(file.edges))
         if subprocess.run([find_ninja(), "-C", str(folder)]).returncode != 0:
-            raise BuildError("the native modules did not compile, see above" + (" (FASTGEN_CUDA=0 leaves out CUDA)" if file.nvcc else ""))
+            hint = "; FASTGEN_CUDA=0 leaves out the CUDA module" if file.nvcc else ""
+            raise BuildError(f"the native modules did not compile, see above{hint}")
         return built
 
     def build_extension(self, ext: Extension) -> None:

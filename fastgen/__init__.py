@@ -20,27 +20,41 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-_MODULES = ("data", "losses", "metrics", "models", "nn", "ops", "sampling", "training")
+__all__ = [
+    "Sampler",
+    "audit",
+    "backend",
+    "bits_per_dim",
+    "data",
+    "load",
+    "losses",
+    "metrics",
+    "models",
+    "nn",
+    "ops",
+    "sample",
+    "sampling",
+    "save",
+    "training",
+]
 _HOMES = {
-    "Sampler": "fastgen.sampling",
-    "audit": "fastgen.sampling",
-    "backend": "fastgen.backends",
-    "bits_per_dim": "fastgen.metrics",
-    "load": "fastgen.checkpoint",
-    "sample": "fastgen.checkpoint",
-    "save": "fastgen.checkpoint",
-}
-__all__ = [*_HOMES, *_MODULES]
+    "Sampler": "sampling",
+    "audit": "sampling",
+    "backend": "backends",
+    "bits_per_dim": "metrics",
+    "load": "checkpoint",
+    "sample": "checkpoint",
+    "save": "checkpoint",
+}  # what is not a module itself
 
 
 def __getattr__(name: str) -> Any:
-    if name in _MODULES:
-        return importlib.import_module(f"fastgen.{name}")
-    if name in _HOMES:
-        value = getattr(importlib.import_module(_HOMES[name]), name)
-        globals()[name] = value
-        return value
-    raise AttributeError(f"module 'fastgen' has no attribute {name!r}")
+    if name not in __all__:
+        raise AttributeError(f"module 'fastgen' has no attribute {name!r}")
+    module = importlib.import_module(f"fastgen.{_HOMES.get(name, name)}")
+    value = getattr(module, name) if name in _HOMES else module
+    globals()[name] = value
+    return value
 
 
 def __dir__() -> list[str]:

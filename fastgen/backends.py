@@ -1,12 +1,12 @@
 """Which implementation of an operation runs, and why not the others.
 
-Every operation has a `reference` implementation in plain PyTorch; `cpu` (C++), `triton` and `cuda` (CUDA C++) may stand beside it.
-`select` takes the first of cuda, triton, cpu, reference that is made for the device and can serve the call, and logs once why a
-better one could not. ``FASTGEN_BACKEND=name`` or ``with fastgen.backend("name"):`` forces one; forced and impossible is a
-RuntimeError with the reason.
+Every operation has a `reference` implementation in plain PyTorch; `cpu` (C++), `triton` and `cuda` (CUDA C++) may stand
+beside it. `select` takes the first of cuda, triton, cpu, reference that is made for the device and can serve the call,
+and logs once why a better one could not. ``FASTGEN_BACKEND=name`` or ``with fastgen.backend("name"):`` forces one; forced
+and impossible is a RuntimeError with the reason.
 
-`select` is for eager code: torch.compile cannot trace it (it reads a context variable), so an operation either calls it inside
-its registered torch.library implementation, or takes that opaque way when ``torch.compiler.is_compiling()``.
+`select` is for eager code: torch.compile cannot trace it (it reads a context variable), so an operation either calls it
+inside its registered torch.library implementation, or takes that opaque way when ``torch.compiler.is_compiling()``.
 """
 
 from __future__ import annotations
@@ -129,8 +129,10 @@ def import_error(module: str) -> str | None:
 
 def _not_built(module: str, package: Path) -> str:
     if module == "_cuda" and import_error("_cpu") is None:
-        return f"fastgen._cuda was {native_cpu().cuda_build}; to have it, install with FASTGEN_CUDA=1 where there is an nvcc"
-    return f"fastgen.{module} is not in {package}: run 'python -m pip install -e .' in the checkout, or import the installed package"
+        return (
+            f"fastgen._cuda was {native_cpu().cuda_build}; it needs nvcc, and FASTGEN_CUDA=1 when fastgen is installed"
+        )
+    return f"fastgen.{module} is not in {package}: run 'python -m pip install -e .' in the checkout"
 
 
 def _native(module: str) -> ModuleType:
