@@ -4,18 +4,26 @@
 
     from fastgen import training
 
-    config = training.TrainConfig(max_steps=2000)                       # or max_seconds=60.0, or both
-    result = training.train(model, train_data, val_data, config, out="runs/a", resume=False, progress=True,
-                            sample_grid=lambda model, path: ...)        # writes a picture; called every sample_every steps
-    result.bits_per_dim   # best validation bits/dim; the model now holds these weights, in eval mode
-    result.steps, result.seconds, result.checkpoint   # checkpoint: path or None
+    config = training.TrainConfig(max_steps=2000)      # or max_seconds=60.0, or both
+    result = training.train(
+        model, train_data, val_data, config, out="runs/a", resume=False, progress=True,
+        sample_grid=lambda model, path: ...,           # writes a picture; called every config.sample_every steps
+    )
+    result.bits_per_dim                                # best validation bits/dim; the model now holds these weights
+    result.steps, result.seconds, result.checkpoint    # checkpoint: path or None
 
     result = training.recipes.demo_digits(seconds=60.0, seed=0, out=None, progress=True)
     result.model          # GatedPixelCNN, 8x8, 17 levels, conditional on 10 classes
 
 Data are objects with ``.images`` uint8 [N, C, H, W] and ``.labels`` int64 [N] or None (`fastgen.data.Dataset`).
-``out`` gets ``checkpoint.safetensors`` (a `fastgen.load`-able model plus the state of training), ``log.jsonl``, and at the end
-``model.safetensors``; with ``out=None`` nothing is written.
+``out`` gets ``checkpoint.safetensors`` (a `fastgen.load`-able model plus the state of training), ``log.jsonl``, and at
+the end ``model.safetensors``; with ``out=None`` nothing is written.
 """
 
 from __future__ import annotations
+
+from fastgen.training import recipes
+from fastgen.training.config import TrainConfig
+from fastgen.training.trainer import TrainResult, train
+
+__all__ = ["TrainConfig", "TrainResult", "recipes", "train"]

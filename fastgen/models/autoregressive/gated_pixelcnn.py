@@ -1,4 +1,4 @@
-"""Gated PixelCNN (van den Oord et al. 2016, "Conditional Image Generation with PixelCNN Decoders", arXiv:1606.05328)."""
+"""Gated PixelCNN (van den Oord et al. 2016, "Conditional Image Generation with PixelCNN Decoders", 1606.05328)."""
 
 from __future__ import annotations
 
@@ -21,13 +21,21 @@ def gate(x: Tensor) -> Tensor:
 class GatedLayer(torch.nn.Module):
     """The layer of figure 2: a vertical stack that sees the rows above, a horizontal one that sees this row too.
 
-    ``v[y]`` already stands for rows above y (the model shifts its input once), so the vertical convolution may read
-    ``v`` in its own row and everything goes to the horizontal stack without further shifts.  All colours of the rows
-    above are known, so only the horizontal stack has masks; ``splits=2`` keeps the colour groups in both halves of a gate.
+    ``v[y]`` already stands for the rows above y (the model shifts its input once), so the vertical convolution may read
+    ``v`` in its own row, and everything goes to the horizontal stack without further shifts.  All colours of the rows
+    above are known, so only the horizontal stack has masks; ``splits=2`` keeps the colour groups in both halves of a
+    gate.
     """
 
     def __init__(
-        self, in_channels: int, num_filters: int, kernel_size: int, *, mask_type: str, colors: int, num_classes: int | None
+        self,
+        in_channels: int,
+        num_filters: int,
+        kernel_size: int,
+        *,
+        mask_type: str,
+        colors: int,
+        num_classes: int | None,
     ) -> None:
         super().__init__()
         k, p = kernel_size, num_filters
@@ -97,7 +105,8 @@ class GatedPixelCNN(AutoregressiveModel):
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         """Encoded images [N, C, H, W], labels int64 [N] if conditional -> head parameters [N, C*K, H, W]."""
         if (labels is None) != (self.num_classes is None):
-            raise ValueError(f"labels: expected {'None' if self.num_classes is None else 'class labels'} for this model")
+            expected = "None" if self.num_classes is None else "class labels"
+            raise ValueError(f"labels: expected {expected} with num_classes={self.num_classes}")
         v = F.pad(x, (0, 0, 1, 0))[:, :, :-1]  # down by one row: v[y] stands for the rows above y
         h = x
         for layer in self.layers:

@@ -1,0 +1,160 @@
+"""Checkpoints: safetensors files that say which model they hold.
+
+The metadata key ``fastgen`` holds JSON ``{"format": 1, "model": registered name, "config": constructor arguments}``;
+the tensors are the state dict.  Checkpoints of a training run are the same with more: tensors under ``training/`` and a
+metadata key ``training``, which `load` ignores.  Files are written whole or not at all.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from fastgen import models
+from fastgen._files import atomic_path
+
+FORMAT = 1
+TRAINING_PREFIX = "training/"  # of extra tensors; no module name holds a slash
+
+
+def save(model: torch.nn.Module, path: str | os.PathLike[str]) -> None:
+    """Writes a model's weights, name and configuration to a safetensors file.
+
+    Raises:
+        TypeError: the model is not one of `fastgen.models`.
+        OSError: the folder is missing or cannot be written to.
+    """
+    write(path, model.state_dict(), {"fastgen": describe(model)})
+
+
+def load(path: str | os.PathLike[str]) -> torch.nn.Module:
+    """Reads the model of a checkpoint, in eval mode, on the CPU, in the dtype it was saved in.
+
+    From a checkpoint of a training run this is the model with the best weights so far.
+
+    Raises:
+        ValueError: the file is missing, truncated or not a fastgen checkpoint, its weights do not fit its
+            configuration, or a weight is NaN or infinite.
+    """
+    tensors, metadata = read(path)
+    weights = {name: tensor for name, tensor in tensors.items() if not name.startswith(TRAINING_PREFIX)}
+    for name, tensor in weights.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ValueError(f"{path}: the tensor {name!r} holds NaN or infinity")
+    description = metadata["fastgen"]
+    try:
+        with torch.random.fork_rng(
+            devices=[]
+        ):  # initialising consumes no random numbers of the caller
+            model = models.get(description["model"])(**description["config"])
+        model.load_state_dict(weights, assign=True)
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path}: the checkpoint does not fit this version of fastgen: {error}") from error
+    return model.eval()
+
+
+def sample(model: torch.nn.Module | str | os.PathLike[str], n: int, *, seed: int = 0, **options: Any) -> Tensor:
+    """Draws ``n`` images from a model or from the model in a checkpoint.
+
+    Args:
+        model: a model, or the path of a checkpoint.
+        n: number of images.
+        seed: seed of the random numbers.
+        options: those of `fastgen.Sampler.sample` (start, labels, temperature, ...).  A conditional model that is
+            given no labels draws its classes in turn: sample i is of class ``i % num_classes``.
+
+    Returns:
+        uint8 levels [n, C, H, W].
+    """
+    from fastgen.sampling import Sampler
+
+    if not isinstance(model, torch.nn.Module):
+        model = load(model)
+    num_classes = getattr(model, "num_classes", None)
+    if num_classes is not None and options.get("labels") is None:
+        start = options.get("start", 0)
+        options["labels"] = torch.arange(start, start + n) % num_classes
+    return Sampler(model).sample(n, seed=seed, **options)
+
+
+def load_state_dict_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Reads the state dict in a foreign ``.safetensors``, ``.pt`` or ``.pth`` file, without running code from it.
+
+    A dictionary that holds the weights under the key ``state_dict`` is unwrapped.
+
+    Raises:
+        ValueError: the file is missing, unreadable, or holds anything but tensors by name.
+    """
+    if Path(path).suffix == ".safetensors":
+        return _read_safetensors(path)[0]
+    _check_is_file(path)
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load has no common base class: pickle, zip, end of file, runtime errors
+        raise ValueError(f"{path}: not a PyTorch file of weights: {str(error).splitlines()[0]}") from error
+    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        content = content["state_dict"]
+    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise ValueError(f"{path}: expected a state dict (tensors by name), found {type(content).__name__}")
+    return dict(content)
+
+
+def describe(model: torch.nn.Module) -> dict[str, Any]:
+    """The metadata from which `load` builds the model again.
+
+    Raises:
+        TypeError: the model is not one of `fastgen.models`.
+    """
+    name = getattr(model, "name", None)
+    if name not in models.names() or models.get(name) is not type(model):
+        known = ", ".join(models.get(name).__name__ for name in models.names())
+        raise TypeError(f"model: expected one of fastgen.models ({known}), got {type(model).__name__}")
+    return {"format": FORMAT, "model": name, "config": model.config}
+
+
+def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
+    """Writes tensors and JSON-able metadata, atomically."""
+    tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    with atomic_path(Path(path)) as temporary:
+        safetensors.torch.save_file(tensors, temporary, {key: json.dumps(value) for key, value in metadata.items()})
+
+
+def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Reads what `write` wrote, and checks that it is a fastgen checkpoint of a known format.
+
+    Raises:
+        ValueError: the file is missing, truncated or not a fastgen checkpoint.
+    """
+    tensors, texts = _read_safetensors(path)
+    if "fastgen" not in texts:
+        raise ValueError(f"{path}: a safetensors file, but not a fastgen checkpoint (no 'fastgen' in its metadata)")
+    try:
+        metadata = {key: json.loads(text) for key, text in texts.items()}
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: the checkpoint's metadata is not JSON: {error}") from error
+    description = metadata["fastgen"]
+    if not isinstance(description, dict) or description.get("format") != FORMAT:
+        raise ValueError(f"{path}: expected checkpoint format {FORMAT}, found {description!r:.100}")
+    return tensors, metadata
+
+
+def _read_safetensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    _check_is_file(path)
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118, not a dict
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: not a readable safetensors file: {error}") from error
+
+
+def _check_is_file(path: str | os.PathLike[str]) -> None:
+    if not Path(path).is_file():
+        raise ValueError(f"{path}: {'is a folder, not a file' if Path(path).is_dir() else 'no such file'}")
