@@ -46,7 +46,7 @@ FASTGEN_INLINE Vec<float> sigmoid(Vec<float> x) {
     return where(x < Vec<float>{}, e, one) / (one + e);
 }
 
-// x + x^3 p(x^2), p minimax, up to |x| = 0.625; 1 - 2 / (e^2|x| + 1) with the sign of x above.
+// With the sign of x: |x| + |x|^3 p(x^2), p minimax, up to |x| = 0.625; 1 - 2 / (e^2|x| + 1) above.
 FASTGEN_INLINE Vec<float> tanh(Vec<float> x) {
     const Vec<float> a = abs(x);
     const Vec<float> z = x * x;
@@ -55,10 +55,10 @@ FASTGEN_INLINE Vec<float> tanh(Vec<float> x) {
     p = fma(p, z, broadcast(-0.0537395254f));
     p = fma(p, z, broadcast(0.133314401f));
     p = fma(p, z, broadcast(-0.333332807f));
-    const Vec<float> near = fma(p * z, x, x);
+    const Vec<float> near = fma(p * z, a, a);
     const Vec<float> one = broadcast(1.0f);
     const Vec<float> far = one - broadcast(2.0f) / (exp(a + a) + one);
-    return where(a < broadcast(0.625f), near, copysign(far, x));
+    return copysign(where(a < broadcast(0.625f), near, far), x);
 }
 
 FASTGEN_INLINE Vec<double> exp(Vec<double> x) {
