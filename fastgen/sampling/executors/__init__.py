@@ -1,0 +1,30 @@
+"""Executors: run a plan for a batch of images. All take a `Batch` and give the same levels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one batch of samples is made of.
+
+    count: number of samples, > 0.
+    seed, start: sample i of the batch is sample start + i of the sequence of `seed`.
+    temperature: divides the logits.
+    conditions: one float32 tensor [count, channels, height, width] for each plane of `plan.conditions`.
+    known, mask: uint8 levels [count, C, H, W] and bool [count, H, W]; where the mask is True the pixel is given.
+    on_row: called after each finished image row.
+    """
+
+    count: int
+    seed: int
+    start: int
+    temperature: float = 1.0
+    conditions: list[Tensor] = field(default_factory=list)
+    known: Tensor | None = None
+    mask: Tensor | None = None
+    on_row: Callable[[], None] = lambda: None

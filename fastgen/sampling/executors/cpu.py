@@ -1,0 +1,7 @@
+"""The plan executed by the C++ module."""
+
+from __future__ import annotations
+
+
+class CpuExecutor:
+    pass

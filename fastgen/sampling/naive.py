@@ -1,0 +1,63 @@
+"""The yardstick: one full forward pass of the network for every image element."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from fastgen.sampling.heads import Head
+from fastgen.sampling.request import make_request
+from fastgen.sampling.subject import evaluating, make_subject
+from fastgen.sampling.uniforms import image_uniforms
+
+
+def naive_sample(
+    model: nn.Module,
+    n: int,
+    *,
+    image_shape: tuple[int, int, int] | None = None,
+    head: Head | None = None,
+    num_classes: int | None = None,
+    seed: int = 0,
+    start: int = 0,
+    labels: Tensor | int | None = None,
+    temperature: float = 1.0,
+    known: Tensor | None = None,
+    mask: Tensor | None = None,
+    progress: bool = False,
+) -> Tensor:
+    """Draw the images that `Sampler.sample` draws, with C*H*W forward passes of the whole batch.
+
+    Arguments and result are those of `Sampler` and `Sampler.sample`.
+    """
+    subject = make_subject(model, image_shape, head, num_classes)
+    request = make_request(
+        n,
+        image_shape=subject.image_shape,
+        head=subject.head,
+        num_classes=subject.num_classes,
+        seed=seed,
+        start=start,
+        labels=labels,
+        temperature=temperature,
+        known=known,
+        mask=mask,
+    )
+    channels, height, width = subject.image_shape
+    images = torch.zeros(n, *subject.image_shape, dtype=torch.uint8)
+    if n == 0:
+        return images
+    uniforms = image_uniforms(seed, start, n, subject.image_shape)
+    count = subject.head.params_per_channel
+    with evaluating(model), tqdm(total=height, desc="naive loop", unit="row", disable=not progress) as bar:
+        for y in range(height):
+            for x in range(width):
+                for c in range(channels):
+                    params = subject.params(images, request.labels)[:, c * count : (c + 1) * count, y, x].cpu()
+                    drawn = subject.head.draw(params, uniforms[:, c : c + 1, y, x], temperature)[:, 0]
+                    if request.known is not None and request.mask is not None:
+                        drawn = torch.where(request.mask[:, y, x], request.known[:, c, y, x], drawn)
+                    images[:, c, y, x] = drawn
+            bar.update()
+    return images

@@ -1,0 +1,248 @@
+"""Second half of pass 4, pack: stored planes become steps.
+
+The channels of a stored plane are cut into runs that are computed alike: same time, same program, contiguous sources.  A run becomes
+one step.  The taps of a pixel step that read finished rows alone are hoisted: a row step sums them for the whole row into a
+partial plane, from which the pixel step starts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastgen.sampling.fuse import crop, merge_sums, roots, settle_output
+from fastgen.sampling.graph import Condition, Constant, Graph, Image, Linear, Pointwise, Ref
+from fastgen.sampling.heads import Head
+from fastgen.sampling.plan import Draw, Instr, Plan, Plane, Read, Step, StepTap
+from fastgen.sampling.schedule import Schedule, Stage, schedule
+
+
+def compile_graph(graph: Graph, head: Head) -> tuple[Plan, list[Tensor]]:
+    """Schedule and pack a traced graph, which is changed.
+
+    Returns:
+        the plan, and the traced tensors whose values for the labels at hand are its conditions.
+
+    Raises:
+        NotCausal: see `schedule`.
+    """
+    schedule(graph, head.params_per_channel)  # on the graph as traced: errors name the user's modules
+    crop(graph)
+    settle_output(graph)
+    merge_sums(graph)
+    packer = _Packer(graph, schedule(graph, head.params_per_channel), head)
+    return packer.plan(), packer.conditions
+
+
+class _Packer:
+    def __init__(self, graph: Graph, times: Schedule, head: Head):
+        self.graph, self.times, self.head = graph, times, head
+        self.root = roots(graph)
+        self.planes: list[Plane] = []
+        self.index: dict[int, int] = {}  # node -> plane
+        self.steps: list[Step] = []
+        self.conditions: list[Tensor] = []
+
+    def plan(self) -> Plan:
+        condition_planes = []
+        for node in self.graph.nodes:
+            if self.root[node.id] != node.id and not isinstance(node, Image):
+                continue
+            kinds = {Image: "image", Constant: "constant", Condition: "condition"}
+            kind = kinds.get(type(node), "cache")
+            data = node.data if isinstance(node, Constant) else None
+            self.index[node.id] = self._add_plane(Plane(node.name, kind, node.channels, node.height, node.width, data))
+            if isinstance(node, Condition):
+                condition_planes.append(self.index[node.id])
+                self.conditions.append(node.tensor)
+            if kind == "cache":
+                for start, stop in self._runs(node.id):
+                    self._add_steps(node.id, start, stop)
+        image = next(n for n in self.graph.nodes if isinstance(n, Image))
+        output = self.graph.output
+        assert output is not None
+        count = self.head.params_per_channel
+        params = self.index[int(output.plane[0])]
+        draws = [Draw(params, c * count, count) for c in range(image.channels)]
+        shape = (image.channels, image.height, image.width)
+        plan = Plan(shape, self.head, self.planes, self.steps, draws, self.index[image.id], condition_planes)
+        _size_planes(plan)
+        return plan
+
+    def _add_plane(self, plane: Plane) -> int:
+        self.planes.append(plane)
+        return len(self.planes) - 1
+
+    # Runs.
+
+    def _runs(self, node: int) -> list[tuple[int, int]]:
+        """Ranges of channels of a stored plane that one step can compute."""
+        slots = self.times.slots(node)
+        cuts = (np.diff(slots, axis=0) != 0).any(1) | self._breaks(node, np.arange(len(slots)))
+        edges = [0, *(np.flatnonzero(cuts) + 1).tolist(), len(slots)]
+        return list(zip(edges[:-1], edges[1:], strict=True))
+
+    def _breaks(self, node: int, channels: np.ndarray) -> np.ndarray:
+        """Where the sources of consecutive channels of a node, followed into what is evaluated inside it, do not continue."""
+        cuts = np.zeros(len(channels) - 1, dtype=bool)
+        here = self.graph.nodes[node]
+        if not isinstance(here, Pointwise):
+            return cuts
+        for ref in here.sources():
+            part = ref.take(channels)
+            cuts |= part.breaks()
+            for plane in np.unique(part.plane[part.plane >= 0]):
+                if self.root[plane] != plane:
+                    at = np.flatnonzero(part.plane == plane)
+                    inner = self._breaks(int(plane), part.channel[at])
+                    adjacent = np.diff(at) == 1
+                    cuts[at[:-1][adjacent]] |= inner[adjacent]
+        return cuts
+
+    # Steps.
+
+    def _add_steps(self, node: int, start: int, stop: int) -> None:
+        stage, lag_y, lag_x, rank = (int(v) for v in self.times.slots(node)[start])
+        program = _Program(self, node, start, stop)
+        step = Step(
+            name=self.graph.nodes[node].name,
+            stage=Stage(stage),
+            lag_y=lag_y,
+            lag_x=lag_x,
+            rank=rank,
+            out=self.index[node],
+            out_channel=start,
+            width=stop - start,
+            program=tuple(program.instrs),
+        )
+        if program.product is not None:
+            self._add_product(step, program.product, program.columns())
+        self.steps.append(step)
+
+    def _add_product(self, step: Step, node: Linear, columns: np.ndarray) -> None:
+        """Give the step its taps, and split off the part that the row stage can do."""
+        step.groups = len(columns) // step.width
+        step.name = node.name
+        bias = torch.zeros(len(columns)) if node.bias is None else node.bias[columns]
+        finished, current = [], []
+        for tap in node.taps:
+            weight = tap.weight[:, columns]
+            rows = np.arange(weight.shape[0])
+            open_rows = weight.any(1).numpy()
+            ready = self._finished(tap.plane, tap.channel + rows, tap.dy, step)
+            for part, chosen in ((finished, ready & open_rows), (current, ~ready & open_rows)):
+                for a, b in _ranges(chosen):
+                    read = StepTap(self.index[tap.plane], tap.dy, tap.dx, tap.channel + a, b - a)
+                    part.append((read, weight[a:b]))
+        if step.stage == Stage.PIXEL and finished:
+            step.init = Read(self._add_partial(step, finished, bias), 0, 0, 0)
+        else:
+            step.bias = bias
+        if step.stage == Stage.ROW:
+            current = finished + current
+        _set_taps(step, current)
+
+    def _finished(self, plane: int, channels: np.ndarray, dy: int, step: Step) -> np.ndarray:
+        """Which channels, read at row offset dy, are finished when the row of a pixel step begins."""
+        if isinstance(self.graph.nodes[plane], Constant | Condition):
+            return np.ones(len(channels), dtype=bool)
+        return self.times.rows(plane)[channels] + dy < step.lag_y
+
+    def _add_partial(self, step: Step, taps: list[tuple[StepTap, torch.Tensor]], bias: torch.Tensor) -> int:
+        out = self.planes[step.out]
+        plane = self._add_plane(Plane(step.name, "cache", len(bias), out.height, out.width))
+        row_step = replace(
+            step,
+            stage=Stage.ROW,
+            lag_x=0,
+            rank=0,
+            out=plane,
+            out_channel=0,
+            width=len(bias),
+            groups=1,
+            program=(Instr("acc", 0),),
+            bias=bias,
+        )
+        _set_taps(row_step, taps)
+        self.steps.append(row_step)
+        return plane
+
+
+def _ranges(chosen: np.ndarray) -> list[tuple[int, int]]:
+    """Maximal ranges of True."""
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], chosen, [False]]).astype(np.int8)))
+    return list(zip(edges[::2].tolist(), edges[1::2].tolist(), strict=True))
+
+
+def _set_taps(step: Step, taps: list[tuple[StepTap, torch.Tensor]]) -> None:
+    step.taps = tuple(tap for tap, _ in taps)
+    columns = step.groups * step.width
+    step.weight = torch.cat([w for _, w in taps]).contiguous() if taps else torch.zeros(0, columns)
+
+
+class _Program:
+    """The elementwise program of channels [start, stop) of a stored plane, and the product that it starts from."""
+
+    def __init__(self, packer: _Packer, node: int, start: int, stop: int):
+        self.packer = packer
+        self.width = stop - start
+        self.product: Linear | None = None
+        self.instrs: list[Instr] = []
+        self._groups: list[int] = []  # first column of each group
+        self._done: dict[object, int] = {}
+        self._evaluate(node, start)
+
+    def columns(self) -> np.ndarray:
+        """Columns of the product's weight, group by group."""
+        return np.concatenate([np.arange(c, c + self.width) for c in self._groups])
+
+    def _emit(self, instr: Instr) -> int:
+        if instr not in self._done:
+            self._done[instr] = len(self.instrs)
+            self.instrs.append(instr)
+        return self._done[instr]
+
+    def _evaluate(self, plane: int, channel: int) -> int:
+        """Register with channels [channel, channel + width) of a plane that is evaluated here."""
+        node = self.packer.graph.nodes[plane]
+        if isinstance(node, Linear):
+            self.product = node
+            if channel not in self._groups:
+                self._groups.append(channel)
+            return self._emit(Instr("acc", self._groups.index(channel)))
+        assert isinstance(node, Pointwise)
+        registers = [self._operand(o, channel) for o in node.operands]
+        return self._emit(Instr(node.op, *registers))
+
+    def _operand(self, operand: Ref | float, channel: int) -> int:
+        if not isinstance(operand, Ref):
+            return self._emit(Instr("const", value=operand))
+        plane, first = int(operand.plane[channel]), int(operand.channel[channel])
+        if plane < 0:
+            return self._emit(Instr("const", value=0.0))
+        if self.packer.root[plane] != plane:
+            return self._evaluate(plane, first)
+        read = Read(self.packer.index[plane], int(operand.dy[channel]), int(operand.dx[channel]), first)
+        return self._emit(Instr("load", read=read))
+
+
+def _size_planes(plan: Plan) -> None:
+    """How many rows of each plane are needed at a time, and how far readers look over its sides."""
+    newest = {plan.image: 0}  # the last row written at time y = 0
+    for step in plan.steps:
+        newest[step.out] = max(newest.get(step.out, -step.lag_y), -step.lag_y)
+    for plane in plan.planes:
+        plane.rows = plane.height if plane.given else 1
+    for step in plan.steps:
+        reads = [(r.plane, r.dy, r.dx) for r in step.reads()] + [(t.plane, t.dy, t.dx) for t in step.taps]
+        for index, dy, dx in reads:
+            plane = plan.planes[index]
+            if plane.broadcast:
+                continue
+            plane.left = max(plane.left, -dx)
+            plane.right = max(plane.right, plan.planes[step.out].width + dx - plane.width)
+            if not plane.given:
+                plane.rows = max(plane.rows, newest[index] - (dy - step.lag_y) + 1)

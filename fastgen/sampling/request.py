@@ -1,0 +1,111 @@
+"""The arguments that samplers share, checked once."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastgen.sampling.heads import Head
+
+
+@dataclass(frozen=True)
+class Request:
+    """Checked arguments of a call to `sample`; tensors have a leading dimension of `n`, on the CPU."""
+
+    n: int
+    seed: int
+    start: int
+    labels: Tensor | None
+    temperature: float
+    known: Tensor | None
+    mask: Tensor | None
+
+
+def make_request(
+    n: int,
+    *,
+    image_shape: tuple[int, int, int],
+    head: Head,
+    num_classes: int | None,
+    seed: int = 0,
+    start: int = 0,
+    labels: Tensor | int | None = None,
+    temperature: float = 1.0,
+    known: Tensor | None = None,
+    mask: Tensor | None = None,
+) -> Request:
+    """Check and normalise.
+
+    Raises:
+        ValueError, TypeError: naming the argument, what was expected and what came.
+    """
+    _integer("n", n, 0, 2**31 - 1)
+    _integer("seed", seed, 0, 2**64 - 1)
+    _integer("start", start, 0, 2**62)
+    if isinstance(temperature, bool) or not isinstance(temperature, int | float):
+        raise TypeError(f"temperature must be a number, got {type(temperature).__name__}")
+    if not (temperature > 0 and math.isfinite(temperature)):
+        raise ValueError(f"temperature must be positive and finite, got {temperature}")
+    labels = check_labels(labels, n, num_classes)
+    if (known is None) != (mask is None):
+        raise ValueError("known and mask go together: images, and which of their pixels are given")
+    if known is not None and mask is not None:
+        known = check_images("known", known, image_shape, head.levels, n)
+        mask = _mask(mask, n, image_shape)
+    return Request(n, seed, start, labels, float(temperature), known, mask)
+
+
+def _integer(name: str, value: int, low: int, high: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+    if not low <= value <= high:
+        raise ValueError(f"{name} must be in {low}..{high}, got {value}")
+
+
+def check_labels(labels: Tensor | int | None, n: int, num_classes: int | None) -> Tensor | None:
+    """int64 [n] or None."""
+    if num_classes is None:
+        if labels is not None:
+            raise ValueError("labels were given, but the model has no classes")
+        return None
+    if labels is None:
+        raise ValueError(f"the model is conditional: labels [n] in 0..{num_classes - 1} are needed")
+    labels = torch.as_tensor(labels)
+    if labels.dtype.is_floating_point or labels.dtype in (torch.bool, torch.complex64, torch.complex128):
+        raise TypeError(f"labels must be integers, got {labels.dtype}")
+    labels = labels.to("cpu", torch.int64)
+    if labels.dim() == 0:
+        labels = labels.expand(n)
+    if tuple(labels.shape) != (n,):
+        raise ValueError(f"labels must have shape ({n},), got {tuple(labels.shape)}")
+    if n and not (0 <= int(labels.min()) and int(labels.max()) < num_classes):
+        raise ValueError(f"labels must be in 0..{num_classes - 1}, got {int(labels.min())}..{int(labels.max())}")
+    return labels
+
+
+def check_images(name: str, images: Tensor, image_shape: tuple[int, int, int], levels: int, n: int | None = None) -> Tensor:
+    """uint8 [N, C, H, W] on the CPU; [C, H, W] is expanded to n images."""
+    if not isinstance(images, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(images).__name__}")
+    if images.dtype != torch.uint8:
+        raise TypeError(f"{name} must be uint8 levels, got {images.dtype}")
+    images = images.cpu()
+    if images.dim() == 3 and n is not None:
+        images = images.expand(n, *images.shape)
+    if images.dim() != 4 or tuple(images.shape[1:]) != tuple(image_shape) or (n is not None and images.shape[0] != n):
+        raise ValueError(f"{name} must have shape ({'N' if n is None else n}, {', '.join(map(str, image_shape))}), got {tuple(images.shape)}")
+    if images.numel() and int(images.max()) >= levels:
+        raise ValueError(f"{name} must hold levels in 0..{levels - 1}, got {int(images.max())}")
+    return images
+
+
+def _mask(mask: Tensor, n: int, image_shape: tuple[int, int, int]) -> Tensor:
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        raise TypeError(f"mask must be a bool tensor, got {mask.dtype if isinstance(mask, Tensor) else type(mask).__name__}")
+    size = tuple(image_shape[1:])
+    if tuple(mask.shape) not in (size, (n, *size)):
+        raise ValueError(f"mask must have shape {size} or {(n, *size)}, got {tuple(mask.shape)}")
+    return mask.cpu().expand(n, *size)

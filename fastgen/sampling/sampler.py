@@ -1,0 +1,170 @@
+"""`Sampler`: a causal network, compiled once, sampled in the work of about one forward pass."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from fastgen import backends
+from fastgen.sampling.executors import Batch
+from fastgen.sampling.executors.cpu import CpuExecutor
+from fastgen.sampling.executors.reference import ReferenceExecutor
+from fastgen.sampling.heads import Head
+from fastgen.sampling.pack import compile_graph
+from fastgen.sampling.plan import Plan
+from fastgen.sampling.request import Request, make_request
+from fastgen.sampling.subject import evaluating, make_subject
+from fastgen.sampling.trace import TRACE_BATCH, trace
+
+LARGEST_BATCH = 256  # beyond it the caches only grow
+MEMORY_SHARE = 0.25  # of the machine's memory, for the caches of one batch
+
+backends.register("sample_plan", "reference", ReferenceExecutor)
+backends.register("sample_plan", "cpu", CpuExecutor)
+
+
+class Sampler:
+    """Draws images from a causal network, caching every feature map that later pixels need again.
+
+    The network is compiled at construction: its `forward` is traced once, proved to be causal, and turned into a plan of row and
+    pixel steps (`plan`, printable).  Weights are taken as they are then; make a new sampler when they change.
+
+    A sample is a function of (weights, seed, index, labels, temperature, known pixels): not of the batch size, the number of threads or
+    the other samples drawn with it, bit for bit.
+
+    Args:
+        model: maps encoded images [N, C, H, W] (and labels [N]) to head parameters [N, C * head.params_per_channel, H, W]. Any module; it is
+            traced in eval mode and left as it was.
+        image_shape: (C, H, W); default: ``model.image_shape``.
+        head: default: ``model.head``.
+        num_classes: labels are 0..num_classes-1; default: ``model.num_classes``, else unconditional.
+        backend: "auto", "reference" or "cpu".
+        max_batch: most samples drawn at a time; default: what fits a quarter of the memory, at most 256. Changes no sample.
+
+    Raises:
+        NotCausal: the model sees the pixel it predicts, or a later one; the text names the module.
+        UnsupportedModel: an operator without a lowering; the text names it, its module and what is supported.
+        ValueError, TypeError: bad arguments, or weights that are not finite.
+
+    Paper: the caching goes back to Ramachandran et al. 2017, "Fast Generation for Convolutional Autoregressive Models".
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        image_shape: tuple[int, int, int] | None = None,
+        head: Head | None = None,
+        *,
+        num_classes: int | None = None,
+        backend: str = "auto",
+        max_batch: int | None = None,
+    ):
+        self._subject = make_subject(model, image_shape, head, num_classes)
+        if max_batch is not None and (isinstance(max_batch, bool) or not isinstance(max_batch, int) or max_batch < 1):
+            raise ValueError(f"max_batch must be a positive integer, got {max_batch!r}")
+        self._compile()
+        _check_finite(self.plan)
+        self.max_batch = max_batch or _batch_that_fits(self.plan)
+        with backends.backend(backend):
+            self._executor = backends.select("sample_plan", self.plan)(self.plan)
+
+    plan: Plan
+
+    def _compile(self) -> None:
+        subject = self._subject
+        generator = torch.Generator().manual_seed(0)
+        levels = torch.randint(subject.head.levels, (TRACE_BATCH, *subject.image_shape), generator=generator)
+        image = subject.head.encode(levels).to(subject.like)
+        labels = None
+        if subject.num_classes is not None:
+            labels = (torch.arange(TRACE_BATCH) % subject.num_classes).to(subject.like.device)
+        with evaluating(subject.module):
+            graph, self._tape = trace(subject.module, image, labels)
+        self.plan, self._conditions = compile_graph(graph, subject.head)
+
+    def sample(
+        self,
+        n: int,
+        *,
+        seed: int = 0,
+        start: int = 0,
+        labels: Tensor | int | None = None,
+        temperature: float = 1.0,
+        known: Tensor | None = None,
+        mask: Tensor | None = None,
+        progress: bool = False,
+    ) -> Tensor:
+        """Draw samples start..start+n-1 of the sequence of `seed`.
+
+        Args:
+            n: number of samples; 0 gives an empty tensor.
+            seed: 0..2^64-1.
+            start: index of the first sample.
+            labels: integers [n], or one for all; for models with classes.
+            temperature: divides the logits; below 1 for more likely images.
+            known, mask: uint8 levels [n, C, H, W] or [C, H, W], and bool [n, H, W] or [H, W]: where the mask is True the pixel is given, the
+                others are drawn in raster order, each after all pixels before it.
+            progress: show a progress bar.
+
+        Returns:
+            uint8 levels [n, C, H, W].
+        """
+        subject = self._subject
+        request = make_request(
+            n,
+            image_shape=subject.image_shape,
+            head=subject.head,
+            num_classes=subject.num_classes,
+            seed=seed,
+            start=start,
+            labels=labels,
+            temperature=temperature,
+            known=known,
+            mask=mask,
+        )
+        batches = -(-n // self.max_batch)
+        images = torch.empty(n, *subject.image_shape, dtype=torch.uint8)
+        with tqdm(total=batches * subject.image_shape[1], desc="sampling", unit="row", disable=not progress) as bar:
+            for i in range(batches):
+                # Batches of nearly the same size: the last one is no straggler.
+                part = slice(i * n // batches, (i + 1) * n // batches)
+                images[part] = self._executor.sample(self._batch(request, part, bar))
+        return images
+
+    def _batch(self, request: Request, part: slice, bar: tqdm) -> Batch:
+        conditions = []
+        if self._conditions and request.labels is not None:
+            with evaluating(self._subject.module):
+                values = self._tape.replay(request.labels[part], self._conditions)
+            conditions = [_as_plane(v) for v in values]
+        return Batch(
+            count=part.stop - part.start,
+            seed=request.seed,
+            start=request.start + part.start,
+            temperature=request.temperature,
+            conditions=conditions,
+            known=None if request.known is None else request.known[part],
+            mask=None if request.mask is None else request.mask[part],
+            on_row=bar.update,
+        )
+
+
+def _as_plane(value: Tensor) -> Tensor:
+    """float32 [n, channels, height, width]."""
+    value = value.to("cpu", torch.float32)
+    return value if value.dim() == 4 else value.reshape(len(value), -1, 1, 1)
+
+
+def _check_finite(plan: Plan) -> None:
+    for step in plan.steps:
+        for tensor in (step.weight, step.bias):
+            if tensor is not None and not torch.isfinite(tensor).all():
+                raise ValueError(f"the weights of module {step.name!r} are not finite")
+
+
+def _batch_that_fits(plan: Plan) -> int:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return int(max(1, min(LARGEST_BATCH, MEMORY_SHARE * memory // max(1, plan.cache_bytes))))

@@ -1,0 +1,211 @@
+"""Pass 1, trace: run the module once on real tensors and follow every ATen call.
+
+Tensors that depend on the image have a *shadow*: for each element the code of the plane element that it holds (see
+`fastgen.sampling.graph`).  The shadow belongs to the storage, with the strides of the values, so views and in-place writes need no
+rule of their own.  Calls that depend on parameters alone just run: weight normalisation, masks and the like are folded by having
+happened.  Calls that depend on the labels, but not on the image, run and are recorded on a tape, which is replayed once for
+each distinct label before sampling.
+
+A dispatch mode sees the calls one by one with the values at hand; masks that are applied in place to the weights, also through
+``.data``, are therefore as good as any.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map
+
+from fastgen import backends
+from fastgen.sampling import lowering
+from fastgen.sampling.graph import Condition, Constant, Graph, Image, LayoutError, Node, Ref, UnsupportedModel
+
+TRACE_BATCH = 2  # two samples tell the batch dimension from a broadcast one, and show a mix-up of samples
+
+
+class Tape:
+    """The calls that depend on labels but not on the image, to be run again for other labels."""
+
+    def __init__(self, labels: Tensor | None):
+        self.labels = labels
+        self.calls: list[tuple[Callable, tuple, dict, list[Tensor]]] = []
+        self._tainted = {} if labels is None else {storage_key(labels): labels}
+
+    def depends(self, tensor: Tensor) -> bool:
+        return storage_key(tensor) in self._tainted
+
+    def record(self, func: Callable, args: tuple, kwargs: dict, outputs: list[Tensor]) -> None:
+        self.calls.append((func, args, kwargs, outputs))
+        self._tainted.update((storage_key(t), t) for t in outputs)
+
+    def replay(self, labels: Tensor, wanted: list[Tensor]) -> list[Tensor]:
+        """Values of the recorded tensors `wanted` for labels [n], any n: float tensors [n, ...]."""
+        assert self.labels is not None
+        distinct, index = torch.unique(labels, return_inverse=True)
+        chunks = [self._replay_chunk(distinct[i : i + TRACE_BATCH], wanted) for i in range(0, len(distinct), TRACE_BATCH)]
+        return [torch.cat(parts)[index] for parts in zip(*chunks, strict=True)]
+
+    def _replay_chunk(self, labels: Tensor, wanted: list[Tensor]) -> list[Tensor]:
+        assert self.labels is not None
+        padded = torch.cat([labels, labels[-1:].expand(TRACE_BATCH - len(labels))]).to(self.labels)
+        values: dict[int, Tensor] = {id(self.labels): padded}
+
+        def value(x: Any) -> Any:
+            return values.get(id(x), x) if isinstance(x, Tensor) else x
+
+        for func, args, kwargs, outputs in self.calls:
+            results = tree_flatten(func(*tree_map(value, args), **tree_map(value, kwargs)))[0]
+            values.update((id(old), new) for old, new in zip(outputs, results, strict=True))
+        return [values[id(t)][: len(labels)] for t in wanted]
+
+
+def storage_key(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+class Tracer(TorchDispatchMode):
+    """Builds a Graph from the calls made while the mode is active."""
+
+    def __init__(self, labels: Tensor | None):
+        super().__init__()
+        self.graph = Graph(TRACE_BATCH)
+        self.tape = Tape(labels)
+        self.module = ""  # path of the module whose forward is running
+        self._shadows: dict[int, tuple[Tensor, Tensor]] = {}  # storage -> (flat codes, a tensor that keeps the storage alive)
+
+    # Shadows.
+
+    def depends(self, tensor: Tensor) -> bool:
+        """Whether any element may depend on the image."""
+        return storage_key(tensor) in self._shadows
+
+    def codes(self, tensor: Tensor) -> Tensor:
+        """int64 codes with the shape of `tensor`; parameters and conditions become planes of their own."""
+        if self.depends(tensor):
+            flat, _ = self._shadows[storage_key(tensor)]
+            return torch.as_strided(flat, tensor.shape, tensor.stride(), tensor.storage_offset())
+        return self._outside_codes(tensor)
+
+    def set_codes(self, tensor: Tensor, codes: Tensor) -> None:
+        """`tensor` now holds the plane elements `codes`."""
+        key = storage_key(tensor)
+        if key not in self._shadows:
+            whole = torch.as_strided(tensor, (tensor.untyped_storage().nbytes() // tensor.element_size(),), (1,), 0)
+            old = torch.zeros(whole.shape, dtype=torch.int64) if codes.numel() == whole.numel() else self._outside_codes(whole)
+            self._shadows[key] = (old.clone(), tensor)
+        flat, _ = self._shadows[key]
+        torch.as_strided(flat, tensor.shape, tensor.stride(), tensor.storage_offset()).copy_(codes)
+
+    def _outside_codes(self, tensor: Tensor) -> Tensor:
+        """Codes of a tensor that does not depend on the image: its elements form a new plane; zeros are zeros."""
+        if self.tape.depends(tensor):
+            if tensor.dim() == 0 or tensor.shape[0] != TRACE_BATCH:
+                raise self.unsupported(
+                    f"a label-dependent tensor of shape {tuple(tensor.shape)} whose first dimension is not the batch"
+                )
+            size = tensor.shape[1:] if tensor.dim() == 4 else (tensor[0].numel(), 1, 1)
+            condition = Condition(self.module, *size, tensor=tensor)
+            return self.graph.codes(self.graph.add(condition)).view(tensor.shape)
+        value = tensor.detach().to("cpu", torch.float32)
+        if not value.any():
+            return torch.zeros(value.shape, dtype=torch.int64)
+        size = value.shape[1:] if value.dim() == 4 and value.shape[0] == 1 else (value.numel(), 1, 1)
+        constant = Constant(self.module, *size, data=value.reshape(size).clone())
+        return self.graph.codes(self.graph.add(constant)).view(value.shape)
+
+    # Calls.
+
+    def unsupported(self, what: str) -> UnsupportedModel:
+        return UnsupportedModel(
+            f"{what} in module {self.module or '(top level)'!r} has no lowering; supported operators: {', '.join(lowering.supported())}"
+        )
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        inputs = [a for a in tree_flatten((args, kwargs))[0] if isinstance(a, Tensor)]
+        on_image = any(self.depends(t) for t in inputs)
+        rule = lowering.find(func) if on_image else None
+        if on_image and rule is None:
+            raise self.unsupported(f"operator {func}")
+        result = func(*args, **kwargs)
+        outputs = [r for r in tree_flatten(result)[0] if isinstance(r, Tensor)]
+        if rule is not None:
+            try:
+                rule(self, func, args, kwargs, outputs)
+            except LayoutError:
+                raise self.unsupported(f"operator {func} on tensors that are not shifted windows of feature maps") from None
+        elif any(self.tape.depends(t) for t in inputs):
+            self.tape.record(func, args, kwargs, outputs)
+        return result
+
+    def recognise(self, codes: Tensor) -> Ref:
+        """`Graph.recognise`, and where elements were set to zero inside a plane (a crop that was padded again), a new plane of it."""
+        try:
+            return self.graph.recognise(codes)
+        except LayoutError:
+            return lowering.blanked(self, codes)
+
+    def add(self, node: Node) -> Tensor:
+        """Add a node; returns its codes [N, C, h, w]."""
+        return self.graph.codes(self.graph.add(node))
+
+
+@contextlib.contextmanager
+def _module_paths(root: nn.Module, tracer: Tracer) -> Iterator[None]:
+    """Keep tracer.module at the path of the submodule that is running."""
+    stack: list[str] = []
+    handles = []
+    for path, module in root.named_modules():
+
+        def enter(_module: nn.Module, _args: Any, path: str = path) -> None:
+            stack.append(tracer.module)
+            tracer.module = path
+
+        def leave(_module: nn.Module, _args: Any, _out: Any) -> None:
+            tracer.module = stack.pop()
+
+        handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def trace(module: nn.Module, image: Tensor, labels: Tensor | None = None) -> tuple[Graph, Tape]:
+    """Follow module(image) or module(image, labels).
+
+    Args:
+        module: in eval mode; maps image -> [N, parameters, H, W].
+        image: encoded images [TRACE_BATCH, C, H, W], floating point; the values matter only to operators that do not
+            depend on them in a supported model.
+        labels: [TRACE_BATCH] or None.
+
+    Returns:
+        the graph, its `output` set, and the tape of label-dependent calls.
+
+    Raises:
+        UnsupportedModel: an operator without a lowering, or an output of the wrong shape.
+    """
+    tracer = Tracer(labels)
+    image_node = Image("", *image.shape[1:])
+    tracer.set_codes(image, tracer.add(image_node))
+    with torch.no_grad(), backends.backend("reference"), _module_paths(module, tracer), tracer:
+        output = module(image) if labels is None else module(image, labels)
+    if not isinstance(output, Tensor) or output.dim() != 4 or output.shape[0] != TRACE_BATCH:
+        got = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+        raise UnsupportedModel(f"the network's output must be a tensor [N, parameters, H, W], got {got}")
+    if tuple(output.shape[2:]) != tuple(image.shape[2:]):
+        raise UnsupportedModel(
+            f"the network's output has height and width {tuple(output.shape[2:])}, the image {tuple(image.shape[2:])}"
+        )
+    codes = tracer.codes(output)
+    tracer.graph.output = tracer.recognise(codes)
+    return tracer.graph, tracer.tape
+
+

@@ -1,0 +1,18 @@
+"""The uniforms that images are drawn with; which draw uses which is in the table of `fastgen.ops.philox`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastgen.ops import philox
+
+
+def image_uniforms(seed: int, start: int, count: int, image_shape: tuple[int, int, int]) -> Tensor:
+    """float32 [count, C, H, W] in (0, 1): one uniform for each element of samples start..start+count-1."""
+    channels, height, width = image_shape
+    sample = torch.arange(start, start + count).view(-1, 1, 1)
+    position = torch.arange(height * width).view(1, -1, 1)
+    block = torch.arange((channels + 3) // 4)
+    lanes = philox.uniform(seed, block, position, sample)  # [count, H*W, blocks, 4]
+    return lanes.flatten(2)[:, :, :channels].transpose(1, 2).reshape(count, channels, height, width).contiguous()
