@@ -50,7 +50,7 @@ class AutoregressiveModel(torch.nn.Module):
             labels: int64 [N] in 0..num_classes-1 for a conditional model, otherwise None.
 
         Returns:
-            float [N], nats per image.
+            [N] in the dtype of the weights, nats per image.
 
         Raises:
             TypeError: images or labels have another dtype.
@@ -59,7 +59,8 @@ class AutoregressiveModel(torch.nn.Module):
         """
         self._check_images(images)
         self._check_labels(labels, len(images))
-        nats = self.head.log_prob(self(self.head.encode(images), labels), images).sum(dim=(1, 2, 3))
+        x = self.head.encode(images).to(next(self.parameters()).dtype)
+        nats = self.head.log_prob(self(x, labels), images).sum(dim=(1, 2, 3))
         if not torch.isfinite(nats).all():
             raise RuntimeError(f"log_prob is not finite: {_why_not_finite(self)}")
         return nats
