@@ -26,6 +26,8 @@ constexpr bool fits(int rows, int panels) {
 template <class T>
 using Kernel = void (*)(const TapGemm<T>& gemm, int64_t row, int64_t panel);
 
+FASTGEN_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
 template <class T>
 FASTGEN_INLINE int lanes_below(int64_t cols) {
     return cols <= 0 ? 0 : cols >= kLanes<T> ? kLanes<T> : static_cast<int>(cols);
@@ -134,32 +136,28 @@ struct Kernels {
 template <class T>
 constexpr Kernels<T> kKernels{};
 
-}  // namespace
-
 template <class T>
-void tap_gemm(const TapGemm<T>& gemm) {
+void run(const TapGemm<T>& gemm) {
+    if (gemm.rows <= 0) return;
     const Kernels<T>& kernels = kKernels<T>;
-    const int64_t panels = panels_of(gemm.cols, kPanel<T>);
-    // Even row steps: 16 rows are 8 + 8, not 14 + 2.
-    const int64_t steps = (gemm.rows + kernels.rows - 1) / kernels.rows;
+    const int64_t panels = panels_of<T>(gemm.cols);
+    // Even steps: 16 rows are 8 + 8, not 14 + 2.  The first step is the tallest; a width that fits it fits the others.
+    const int64_t steps = ceil_div(gemm.rows, kernels.rows);
+    const int64_t widest = kernels.panels[ceil_div(gemm.rows, steps)];
     for (int64_t panel = 0; panel < panels;) {
-        int64_t width = 0;
-        for (int64_t s = 0, row = 0; s < steps; ++s) {
-            const int64_t rows = (gemm.rows - row + steps - s - 1) / (steps - s);
-            if (s == 0) {
-                const int64_t widest = kernels.panels[rows];
-                const int64_t left = panels - panel;
-                width = (left + (left + widest - 1) / widest - 1) / ((left + widest - 1) / widest);
-            }
+        const int64_t width = ceil_div(panels - panel, ceil_div(panels - panel, widest));
+        for (int64_t step = 0, row = 0; step < steps; ++step) {
+            const int64_t rows = ceil_div(gemm.rows - row, steps - step);
             kernels.at[rows][width](gemm, row, panel);
             row += rows;
         }
-        if (width == 0) return;
         panel += width;
     }
 }
 
-template void tap_gemm(const TapGemm<float>&);
-template void tap_gemm(const TapGemm<double>&);
+}  // namespace
+
+void tap_gemm(const TapGemm<float>& gemm) { run(gemm); }
+void tap_gemm(const TapGemm<double>& gemm) { run(gemm); }
 
 }  // namespace fastgen::FASTGEN_ISA

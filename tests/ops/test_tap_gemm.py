@@ -1,0 +1,145 @@
+"""The matrix product under every operation, against numpy and against itself in other pieces."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from fastgen import backends
+
+DTYPES = ["float32", "float64"]
+PANEL = {"float32": 16, "float64": 8}
+
+
+@pytest.fixture(params=backends.native_cpu().isas())
+def isa(request):
+    backends.native_cpu().set_isa(request.param)
+    yield request.param
+    backends.native_cpu().set_isa("")
+
+
+class Problem:
+    """Random taps over one array, weights in panels, and the product in float64."""
+
+    def __init__(self, dtype, rows, cols, ks, *, row_stride=7, k_stride=1, packed=True, init=None, seed=0):
+        generator = np.random.default_rng(seed)
+        self.dtype, self.rows, self.cols, self.ks, self.packed, self.init = dtype, rows, cols, ks, packed, init
+        self.row_stride, self.k_stride = row_stride, k_stride
+        self.offsets = [5 * t for t in range(len(ks))]
+        size = (rows - 1) * row_stride + max((k - 1) * k_stride + o + 1 for k, o in zip(ks, self.offsets, strict=True))
+        self.a = generator.standard_normal(max(size, 64)).astype(dtype)
+        self.b = generator.standard_normal((sum(ks), cols)).astype(dtype)
+        self.c0 = generator.standard_normal((rows, cols)).astype(dtype)
+        panels = -(-cols // PANEL[dtype])
+        wide = np.zeros((sum(ks), panels * PANEL[dtype]), dtype)
+        wide[:, :cols] = self.b
+        self.wide = wide if not packed else np.ascontiguousarray(wide.reshape(sum(ks), panels, -1).swapaxes(0, 1))
+
+    def run(self, rows=None, cols=None, col0=0):
+        """The product of the given rows and columns (whole panels from col0), in place in a poisoned matrix."""
+        rows = range(self.rows) if rows is None else rows
+        cols = self.cols if cols is None else cols
+        panel, item, k_total = PANEL[self.dtype], self.a.itemsize, sum(self.ks)
+        stride = self.cols + 3
+        out = np.full((self.rows, stride), np.nan, self.dtype)
+        init_at, init_stride = 0, 0
+        if self.init == "bias":
+            init_at = self.c0[0].ctypes.data + col0 * item
+        elif self.init == "accumulate":
+            out[:, : self.cols] = self.c0
+            init_at, init_stride = out[rows[0], col0:].ctypes.data, stride
+        b_panel_stride, b_k_stride = (k_total * panel, panel) if self.packed else (panel, self.wide.shape[1])
+        taps, k0 = [], 0
+        for k, offset in zip(self.ks, self.offsets, strict=True):
+            a = self.a.ctypes.data + (offset + rows[0] * self.row_stride) * item
+            b = self.wide.ctypes.data + (col0 // panel * b_panel_stride + k0 * b_k_stride) * item
+            taps.append((a, self.row_stride, self.k_stride, k, b))
+            k0 += k
+        function = getattr(backends.native_cpu(), f"tap_gemm_{self.dtype}")
+        c = out[rows[0], col0:].ctypes.data
+        function(taps, b_panel_stride, b_k_stride, init_at, init_stride, c, stride, len(rows), cols)
+        return out
+
+    def expected(self):
+        columns = []
+        for k, offset in zip(self.ks, self.offsets, strict=True):
+            at = offset + np.arange(self.rows)[:, None] * self.row_stride + np.arange(k) * self.k_stride
+            columns.append(self.a[at.astype(int)])
+        product = np.concatenate(columns, axis=1).astype("float64") @ self.b.astype("float64")
+        start = {None: 0, "bias": self.c0[:1], "accumulate": self.c0}[self.init]
+        return product + start
+
+
+CASES = {
+    "one": {"rows": 1, "cols": 1, "ks": [1]},
+    "one row, wide": {"rows": 1, "cols": 200, "ks": [9, 4]},
+    "exact tiles": {"rows": 12, "cols": 32, "ks": [16]},
+    "primes": {"rows": 13, "cols": 37, "ks": [7, 11, 3]},
+    "just over tiles": {"rows": 15, "cols": 129, "ks": [5]},
+    "many rows": {"rows": 61, "cols": 17, "ks": [3, 0, 2]},
+    "no taps reach": {"rows": 3, "cols": 5, "ks": [0, 0]},
+    "bias": {"rows": 5, "cols": 21, "ks": [6, 6], "init": "bias"},
+    "accumulate": {"rows": 9, "cols": 50, "ks": [4], "init": "accumulate"},
+    "strided like a weight gradient": {
+        "rows": 10,
+        "cols": 40,
+        "ks": [8, 8],
+        "row_stride": 1,
+        "k_stride": 10,
+        "packed": False,
+    },
+    "rows that coincide": {"rows": 4, "cols": 8, "ks": [3], "row_stride": 0},
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("case", CASES)
+def test_against_numpy(case, dtype, isa):
+    problem = Problem(dtype, **CASES[case])
+    out, cols = problem.run(), problem.cols
+    np.testing.assert_allclose(out[:, :cols], problem.expected(), rtol=0, atol=2e-5 if dtype == "float32" else 1e-13)
+    assert np.isnan(out[:, cols:]).all(), "wrote beyond the last column"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", range(1, 17))
+def test_every_tile_shape(rows, dtype, isa):
+    for panels in range(1, 10):
+        problem = Problem(dtype, rows=rows, cols=panels * PANEL[dtype] - 3, ks=[3, 2], init="bias")
+        out = problem.run()[:, : problem.cols]
+        np.testing.assert_allclose(out, problem.expected(), rtol=0, atol=1e-5 if dtype == "float32" else 1e-13)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("init", [None, "bias", "accumulate"])
+def test_bits_do_not_depend_on_the_split(init, dtype, isa):
+    problem = Problem(dtype, rows=31, cols=75, ks=[33, 20], init=init)
+    whole, panel = problem.run(), PANEL[dtype]
+    for row, count in [(0, 1), (3, 2), (5, 7), (12, 19), (30, 1)]:
+        for col, width in [(0, 75), (0, 5), (panel, 2 * panel), (3 * panel, 75 - 3 * panel)]:
+            piece = problem.run(range(row, row + count), width, col)
+            region = np.s_[row : row + count, col : col + width]
+            np.testing.assert_array_equal(piece[region], whole[region])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bits_are_the_same_on_every_fused_instruction_set(dtype):
+    native = backends.native_cpu()
+    fused = [isa for isa in native.isas() if isa != "baseline"]
+    results = []
+    try:
+        for isa, case in itertools.product(fused, CASES.values()):
+            native.set_isa(isa)
+            problem = Problem(dtype, **case)
+            results.append((isa, problem.run()[:, : problem.cols]))
+    finally:
+        native.set_isa("")
+    for i, (isa, result) in enumerate(results):
+        np.testing.assert_array_equal(result, results[i % len(CASES)][1], err_msg=isa)
+
+
+def test_set_isa_refuses_unknown_names():
+    with pytest.raises(ValueError, match="isa must be one of baseline"):
+        backends.native_cpu().set_isa("sse9")
