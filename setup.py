@@ -27,7 +27,7 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-CSRC = ROOT / "csrc"
+CSRC = Path("csrc")  # paths are relative to ROOT, so that a moved checkout is not compiled again
 PER_ISA = "// fastgen: per-isa"  # first line of the sources in csrc/cpu that are compiled once per instruction set
 
 AVX512 = "-mavx2 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512"
@@ -51,13 +51,20 @@ class BuildError(SystemExit):
         super().__init__(f"fastgen: {message}")
 
 
+def output(command: list[str]) -> str | None:
+    """What a command prints; None if there is no such command or it fails."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
 def compiles(command: list[str], suffix: str) -> bool:
     """Whether `command` compiles a trivial source file."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder, "probe" + suffix)
         source.write_text("#include <cmath>\nint probe() { return 0; }\n")
-        run = [*command, "-c", str(source), "-o", str(source.with_suffix(".o"))]
-        return subprocess.run(run, capture_output=True).returncode == 0
+        return output([*command, "-c", str(source), "-o", str(source.with_suffix(".o"))]) is not None
 
 
 def find_cxx() -> str:
@@ -91,7 +98,7 @@ def find_archs(nvcc: str) -> list[str]:
         if not all(re.fullmatch(r"\d{2,3}[af]?", arch) for arch in archs):
             raise BuildError(f"FASTGEN_CUDA_ARCHS must look like '80;90a', got {asked!r}")
         return archs
-    listing = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True).stdout
+    listing = output([nvcc, "--list-gpu-arch"]) or ""
     return [arch for arch in CUDA_ARCHS if f"compute_{arch}\n" in listing]
 
 
@@ -128,12 +135,8 @@ def find_ninja() -> str:
     return ninja
 
 
-def first_line(command: list[str]) -> str:
-    return subprocess.run(command, capture_output=True, text=True).stdout.partition("\n")[0]
-
-
 def sources(pattern: str) -> list[Path]:
-    return sorted(CSRC.glob(pattern))
+    return sorted(path.relative_to(ROOT) for path in (ROOT / CSRC).glob(pattern))
 
 
 def escape(path: Path) -> str:
@@ -153,7 +156,10 @@ def write_if_changed(path: Path, text: str) -> None:
 
 
 class NinjaFile:
-    """The text of a build.ninja and the header with what the sources need to know about the build."""
+    """The text of a build.ninja, and of the header with what the sources need to know about the build.
+
+    The CUDA runtime is linked statically with its symbols hidden: it must not be mixed up with the one that torch brings.
+    """
 
     def __init__(self, folder: Path, version: str):
         self.folder = folder
@@ -172,7 +178,7 @@ class NinjaFile:
 // Written by setup.py.
 #pragma once
 #define FASTGEN_VERSION "{self.version}"
-#define FASTGEN_COMPILER "{first_line([*self.cxx.split(), "--version"])}"
+#define FASTGEN_COMPILER "{(output([*self.cxx.split(), "--version"]) or "unknown").splitlines()[0]}"
 #define FASTGEN_SANITIZE "{self.sanitize}"
 #define FASTGEN_CUDA_BUILD "{self.cuda}"
 #define FASTGEN_CUDA_ARCHS "{";".join(self.archs)}"
@@ -194,6 +200,7 @@ class NinjaFile:
         python = f"{include(sysconfig.get_path('include'))} {include(pybind11.get_include())}"
         return f"""\
 ninja_required_version = 1.5
+builddir = {self.folder}
 cxx = {self.cxx}
 nvcc = {self.nvcc or ""} -ccbin {self.cxx.split()[-1]}
 flags = {flags} {include(CSRC)} {include(self.folder)}
@@ -214,7 +221,7 @@ rule link
   command = $cxx {link} $in -o $out
   description = link $out
 rule cudalink
-  command = $nvcc -shared -cudart static $in -o $out
+  command = $nvcc -shared -cudart static -Xlinker --exclude-libs=ALL $in -o $out
   description = link $out
 
 """
@@ -233,7 +240,7 @@ rule cudalink
         bindings = [source for source in sources("bindings/*.cpp") if source.stem != "cuda"]
         objects = [self.compile(source, extra="$python") for source in bindings]
         for source in sources("cpu/*.cpp"):
-            if not source.read_text().startswith(PER_ISA):
+            if not (ROOT / source).read_text().startswith(PER_ISA):
                 objects.append(self.compile(source))
                 continue
             for isa, flags in self.isas.items():
@@ -251,25 +258,29 @@ class NinjaBuild(build_ext):
 
     def run(self) -> None:
         parts = ["native", sysconfig.get_platform(), sys.implementation.cache_tag, os.environ.get("FASTGEN_SANITIZE")]
-        folder = ROOT / "build" / "-".join(filter(None, parts)).replace(",", "-")
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / "lock", "w") as lock:
+        folder = Path("build", "-".join(filter(None, parts)).replace(",", "-"))
+        (ROOT / folder).mkdir(parents=True, exist_ok=True)
+        with open(ROOT / folder / "lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # two builds in one checkout take turns
             self.built = self.run_ninja(folder)
-            if self.inplace:  # a module of an earlier build must not outlive the decision against it
-                for path in (ROOT / "fastgen").glob("_cuda.*so"):
-                    path.unlink()
-            self.extensions = [extension for extension in self.extensions if extension.name in self.built]
+            self.drop_unbuilt()
             super().run()
+
+    def drop_unbuilt(self) -> None:
+        """Leaves out the modules that were not built; that of an earlier build must not outlive the decision against it."""
+        for extension in [*self.extensions]:
+            if extension.name not in self.built:
+                Path(self.get_ext_fullpath(extension.name)).unlink(missing_ok=True)
+                self.extensions.remove(extension)
 
     def run_ninja(self, folder: Path) -> dict[str, Path]:
         file = NinjaFile(folder, self.distribution.get_version())
         built = {"fastgen._cpu": file.cpu()}
         if file.nvcc:
             built["fastgen._cuda"] = file.cuda_module()
-        write_if_changed(folder / "fastgen_build.h", file.header())
-        write_if_changed(folder / "build.ninja", file.rules() + "".join(file.edges))
-        if subprocess.run([find_ninja(), "-C", str(folder)]).returncode != 0:
+        write_if_changed(ROOT / folder / "fastgen_build.h", file.header())
+        write_if_changed(ROOT / folder / "build.ninja", file.rules() + "".join(file.edges))
+        if subprocess.run([find_ninja(), "-f", str(folder / "build.ninja")], cwd=ROOT).returncode != 0:
             hint = "; FASTGEN_CUDA=0 leaves out the CUDA module" if file.nvcc else ""
             raise BuildError(f"the native modules did not compile, see above{hint}")
         return built
@@ -277,16 +288,17 @@ class NinjaBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         target = Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
-        self.copy_file(str(self.built[ext.name]), str(target))
+        self.copy_file(str(ROOT / self.built[ext.name]), str(target))
 
     def get_source_files(self) -> list[str]:
-        return [str(path.relative_to(ROOT)) for path in sources("**/*") if path.is_file()]
+        return [str(path) for path in sources("**/*.*")]
 
 
-setup(
-    packages=[*find_packages(include=["fastgen", "fastgen.*"]), "fastgen.kernels"],
-    package_dir={"fastgen.kernels": "kernels"},
-    package_data={"fastgen": ["py.typed"]},
-    ext_modules=[Extension("fastgen._cpu", []), Extension("fastgen._cuda", [])],
-    cmdclass={"build_ext": NinjaBuild},
-)
+if __name__ == "__main__":
+    setup(
+        packages=[*find_packages(include=["fastgen", "fastgen.*"]), "fastgen.kernels"],
+        package_dir={"fastgen.kernels": "kernels"},
+        package_data={"fastgen": ["py.typed"]},
+        ext_modules=[Extension("fastgen._cpu", []), Extension("fastgen._cuda", [])],
+        cmdclass={"build_ext": NinjaBuild},
+    )
