@@ -35,7 +35,9 @@ class Problem:
         panels = -(-cols // PANEL[dtype])
         wide = np.zeros((sum(ks), panels * PANEL[dtype]), dtype)
         wide[:, :cols] = self.b
-        self.wide = wide if not packed else np.ascontiguousarray(wide.reshape(sum(ks), panels, -1).swapaxes(0, 1))
+        self.wide = (
+            wide if not packed else np.ascontiguousarray(wide.reshape(sum(ks), panels, PANEL[dtype]).swapaxes(0, 1))
+        )
 
     def run(self, rows=None, cols=None, col0=0):
         """The product of the given rows and columns (whole panels from col0), in place in a poisoned matrix."""
@@ -82,7 +84,7 @@ CASES = {
     "no taps reach": {"rows": 3, "cols": 5, "ks": [0, 0]},
     "bias": {"rows": 5, "cols": 21, "ks": [6, 6], "init": "bias"},
     "accumulate": {"rows": 9, "cols": 50, "ks": [4], "init": "accumulate"},
-    "strided like a weight gradient": {
+    "strided": {
         "rows": 10,
         "cols": 40,
         "ks": [8, 8],
