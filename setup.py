@@ -158,7 +158,7 @@ def write_if_changed(path: Path, text: str) -> None:
 class NinjaFile:
     """The text of a build.ninja, and of the header with what the sources need to know about the build.
 
-    The CUDA runtime is linked statically with its symbols hidden: it must not be mixed up with the one that torch brings.
+    The CUDA runtime is linked statically with its symbols hidden, so as not to be mixed up with the one that torch brings.
     """
 
     def __init__(self, folder: Path, version: str):
@@ -267,7 +267,7 @@ class NinjaBuild(build_ext):
             super().run()
 
     def drop_unbuilt(self) -> None:
-        """Leaves out the modules that were not built; that of an earlier build must not outlive the decision against it."""
+        """Leaves out the modules that were not built, and removes those of earlier builds."""
         for extension in [*self.extensions]:
             if extension.name not in self.built:
                 Path(self.get_ext_fullpath(extension.name)).unlink(missing_ok=True)
