@@ -1,0 +1,73 @@
+"""Where a row was measured: processor, versions, commit, load. No host names and no absolute paths."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+
+
+@cache
+def machine() -> dict[str, Any]:
+    """Processor model, number of processors this process may use, instruction sets of the kernels it can run."""
+    from fastgen import backends
+
+    affinity = getattr(os, "sched_getaffinity", None)
+    return {
+        "cpu": _cpu_model(),
+        "cores": len(affinity(0)) if affinity else os.cpu_count(),
+        "isas": backends.native_cpu().ceilings.isas(),
+    }
+
+
+def _cpu_model() -> str:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine()
+    fields = dict(line.split(":", 1) for line in text.split("\n\n")[0].splitlines() if ":" in line)
+    facts = {key.strip(): value.strip() for key, value in fields.items()}
+    name = facts.get("model name", platform.machine())
+    if "cpu family" in facts:  # virtual machines shorten the name
+        name += f" (family {facts['cpu family']}, model {facts.get('model', '?')})"
+    return name
+
+
+@cache
+def versions() -> dict[str, str]:
+    import torch
+
+    import fastgen
+
+    return {"python": platform.python_version(), "torch": torch.__version__, "fastgen": fastgen.__version__}
+
+
+def git(*arguments: str, cwd: Path = CHECKOUT) -> str:
+    """Output of a git command.
+
+    Raises:
+        RuntimeError: git is missing or the command fails.
+    """
+    try:
+        done = subprocess.run(["git", *arguments], cwd=cwd, capture_output=True, text=True)
+    except FileNotFoundError:
+        raise RuntimeError("git is not installed; a benchmark records the commit it measured") from None
+    if done.returncode != 0:
+        raise RuntimeError(f"git {' '.join(arguments)} failed: {done.stderr.strip()}")
+    return done.stdout.strip()
+
+
+def revision(cwd: Path = CHECKOUT) -> dict[str, Any]:
+    """{"commit", "dirty"}; documents and results of earlier runs do not make a checkout dirty."""
+    changes = git("status", "--porcelain", "--", ".", ":!bench/results", ":!*.md", ":!tests", cwd=cwd)
+    return {"commit": git("rev-parse", "--short=12", "HEAD", cwd=cwd), "dirty": bool(changes)}
+
+
+def load_average() -> float:
+    """Processes that wanted to run, averaged over the last minute."""
+    return round(os.getloadavg()[0], 2)
