@@ -51,9 +51,7 @@ def load(path: str | os.PathLike[str]) -> torch.nn.Module:
             raise ValueError(f"{path}: the tensor {name!r} holds NaN or infinity")
     description = metadata["fastgen"]
     try:
-        with torch.random.fork_rng(
-            devices=[]
-        ):  # initialising consumes no random numbers of the caller
+        with torch.random.fork_rng(devices=[]):  # initialising consumes no random numbers of the caller
             model = models.get(description["model"])(**description["config"])
         model.load_state_dict(weights, assign=True)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
@@ -99,7 +97,8 @@ def load_state_dict_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load has no common base class: pickle, zip, end of file, runtime errors
-        raise ValueError(f"{path}: not a PyTorch file of weights: {str(error).splitlines()[0]}") from error
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise ValueError(f"{path}: not a PyTorch file of weights: {reason}") from error
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):

@@ -54,6 +54,8 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name}: expected an integer of at least 1, got {value!r}")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise ValueError(f"seed: expected an integer, got {self.seed!r}")
         for name in ("max_seconds", "learning_rate", "clip_norm", "checkpoint_seconds"):
             value = getattr(self, name)
             if value is not None and not value > 0:

@@ -72,11 +72,11 @@ class State:
         """Keeps the average if ``bits``, its validation bits/dim, are the best so far."""
         if self.best_bits is None or bits < self.best_bits:
             self.best_bits, self.best_step = bits, self.step
-            self._best = {name: tensor.clone() for name, tensor in self.average.state_dict().items()}
+            self._best = _copy(self.average)
 
     def best(self) -> dict[str, Tensor]:
         """The best weights; before any validation, the current average."""
-        return self.average.state_dict() if self._best is None else self._best
+        return _copy(self.average) if self._best is None else self._best
 
     def save(self, path: Path, num_images: int) -> None:
         """Writes a checkpoint from which `fastgen.load` gives the best weights and `restore` the whole state."""
@@ -125,6 +125,10 @@ class State:
         for name in (*FIXED, "number of training images"):
             if saved[name] != wanted[name]:
                 raise ValueError(f"{path}: cannot resume: {name} was {saved[name]}, this run has {wanted[name]}")
+
+
+def _copy(model: torch.nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
