@@ -2,8 +2,8 @@
 
 Every operation has a `reference` implementation in plain PyTorch; `cpu` (C++), `triton` and `cuda` (CUDA C++) may stand
 beside it. `select` takes the first of cuda, triton, cpu, reference that is made for the device and can serve the call,
-and logs once why a better one could not. ``FASTGEN_BACKEND=name`` or ``with fastgen.backend("name"):`` forces one; forced
-and impossible is a RuntimeError with the reason.
+and logs once why a better one could not. ``FASTGEN_BACKEND=name`` or ``with fastgen.backend("name"):`` forces one;
+forced and impossible is a RuntimeError with the reason.
 
 `select` is for eager code: torch.compile cannot trace it (it reads a context variable), so an operation either calls it
 inside its registered torch.library implementation, or takes that opaque way when ``torch.compiler.is_compiling()``.
