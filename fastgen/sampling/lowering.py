@@ -105,7 +105,7 @@ def _convolution(tracer: Tracer, func: Any, args: tuple, kwargs: dict, outputs: 
         if dense[ky, kx].any()
     ]
     try:
-        ref = tracer.graph.recognise(codes)
+        ref = _spatial(tracer, tracer.graph.recognise(codes), codes)
         windows = {(ky, kx): (ref, oy, ox) for ky, kx, oy, ox in offsets}
     except LayoutError:  # a crop that is padded again is still a plain window as seen by most taps
         windows = {
@@ -116,6 +116,13 @@ def _convolution(tracer: Tracer, func: Any, args: tuple, kwargs: dict, outputs: 
         taps += taps_of(ref, oy, ox, dense[ky, kx])
     node = Linear(tracer.module, weight.shape[0], height, width, taps=taps, bias=_vector(bias))
     tracer.set_codes(outputs[0], tracer.add(node))
+
+
+def _spatial(tracer: Tracer, ref: Ref, codes: Tensor) -> Ref:
+    """The source of a product: a plane that is read at every position alike (an expanded label embedding) is written out."""
+    if not any(tracer.graph.nodes[p].broadcast for p in ref.plane[ref.plane >= 0]):
+        return ref
+    return tracer.graph.recognise(_pointwise_4d(tracer, "copy", [codes]))
 
 
 def dense_weight(weight: Tensor, groups: int) -> Tensor:
@@ -163,7 +170,7 @@ def _product(tracer: Tracer, func: Any, args: tuple, kwargs: dict, outputs: list
     rows = tracer.codes(x).reshape(-1, x.shape[-1])  # [N*h*w, K]
     order, size = _raster_order(tracer, rows[:, :1])
     grid = rows[order].view(*size, -1).permute(0, 3, 1, 2).contiguous()
-    taps = taps_of(tracer.recognise(grid), 0, 0, weight.detach().to("cpu", torch.float32).contiguous())
+    taps = taps_of(_spatial(tracer, tracer.recognise(grid), grid), 0, 0, weight.detach().to("cpu", torch.float32).contiguous())
     node = Linear(tracer.module, weight.shape[1], *size[1:], taps=taps, bias=_vector(bias))
     out = torch.empty(len(rows), weight.shape[1], dtype=torch.int64)
     out[order] = tracer.add(node).permute(0, 2, 3, 1).reshape(out.shape)

@@ -236,6 +236,7 @@ def _size_planes(plan: Plan) -> None:
         newest[step.out] = max(newest.get(step.out, -step.lag_y), -step.lag_y)
     for plane in plan.planes:
         plane.rows = plane.height if plane.given else 1
+    over: dict[int, tuple[int, int]] = {}  # how far readers look over top and bottom of given planes
     for step in plan.steps:
         reads = [(r.plane, r.dy, r.dx) for r in step.reads()] + [(t.plane, t.dy, t.dx) for t in step.taps]
         for index, dy, dx in reads:
@@ -244,5 +245,9 @@ def _size_planes(plan: Plan) -> None:
                 continue
             plane.left = max(plane.left, -dx)
             plane.right = max(plane.right, plan.planes[step.out].width + dx - plane.width)
-            if not plane.given:
+            if plane.given:
+                top, bottom = over.get(index, (0, 0))
+                over[index] = (max(top, -dy), max(bottom, plan.planes[step.out].height + dy - plane.height))
+                plane.rows = plane.height + sum(over[index])
+            else:
                 plane.rows = max(plane.rows, newest[index] - (dy - step.lag_y) + 1)

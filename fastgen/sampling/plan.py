@@ -38,7 +38,8 @@ class Plane:
 
     kind: "image" (encoded levels, written by draws), "cache" (written by steps), "condition" (per sample, given before the batch),
     "constant" (given, `data` [channels, height, width], the same for all samples).
-    rows: how many of its latest rows are needed at a time; left, right: how far readers look over its sides.
+    rows: how many of its latest rows are needed at a time, or, where it is given, its height and how far readers look over its top and
+    bottom; row y is kept as row y mod rows. left, right: how far readers look over its sides.
     Conditions and constants of size 1x1 are read at every position alike (`broadcast`).
     """
 
@@ -179,7 +180,7 @@ class Plan:
     def cache_bytes(self) -> int:
         """Bytes of all planes in float32, per sample."""
         return sum(
-            4 * p.channels * (p.height * p.width if p.given else p.rows * (p.left + p.width + p.right))
+            4 * p.channels * p.rows * (p.left + p.width + p.right)
             for p in self.planes
             if p.kind != "constant"
         )

@@ -148,7 +148,7 @@ class Sampler:
             conditions=conditions,
             known=None if request.known is None else request.known[part],
             mask=None if request.mask is None else request.mask[part],
-            on_row=bar.update,
+            on_rows=bar.update,
         )
 
 

@@ -17,7 +17,7 @@ class Batch:
     temperature: divides the logits.
     conditions: one float32 tensor [count, channels, height, width] for each plane of `plan.conditions`.
     known, mask: uint8 levels [count, C, H, W] and bool [count, H, W]; where the mask is True the pixel is given.
-    on_row: called after each finished image row.
+    on_rows: called with the number of image rows finished since the last call.
     """
 
     count: int
@@ -27,4 +27,4 @@ class Batch:
     conditions: list[Tensor] = field(default_factory=list)
     known: Tensor | None = None
     mask: Tensor | None = None
-    on_row: Callable[[], None] = lambda: None
+    on_rows: Callable[[int], object] = lambda rows: None

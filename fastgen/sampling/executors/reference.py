@@ -48,7 +48,7 @@ class ReferenceExecutor:
                         levels[:, colour, y, x] = drawn
                         planes.set_image(colour, y, x, encoding[drawn.long()])
             if y >= 0:
-                batch.on_row()
+                batch.on_rows(1)
         return levels
 
 

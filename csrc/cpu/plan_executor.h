@@ -1,0 +1,122 @@
+// Runs a sampling plan (fastgen/sampling/plan.py) for a batch of images: the tables, and the worker that every thread of a team runs.
+//
+// A plane is rows x (left + width + right) x batch x pitch floats, its channels first in each pitch; row y lies at y mod rows and
+// everything outside [0, width) is zero.  For a row step the (x, sample) pairs of a row are the rows of one product with a uniform
+// stride, for a pixel step the samples are.
+//
+// The product of a step has `groups` values for each of its `width` output channels.  Its columns are packed in panels of 16:
+// panel j * groups + g holds group g of channels 16j..16j+15, so that whatever range of channels a thread takes, it has all groups of
+// them in consecutive panels.
+#pragma once
+
+#include <cstdint>
+
+#include "fastgen_build.h"
+
+namespace fastgen {
+
+constexpr int64_t kPlanPanel = 16;
+
+struct PlanPlane {
+    int64_t channels, pitch, width, height, rows, left, right;
+    int64_t offset;      // of its first float in the workspace, per sample of the batch
+    int64_t broadcast;   // one pixel, read at every position
+    int64_t per_sample;  // 0: the same for all samples
+};
+
+struct PlanRead {
+    int64_t plane, dy, dx, channel;
+};
+
+struct PlanTap {
+    PlanRead read;
+    int64_t count;
+};
+
+enum class PlanOp : int64_t {
+    acc, load, constant, copy, neg, abs, relu, exp, expm1, log, sqrt, tanh, sigmoid, add, sub, mul, div, max, min
+};
+
+struct PlanInstr {
+    PlanOp op;
+    int64_t a, b;    // indices of instructions of the same step; for acc, a is the group; for constant, a indexes PlanTables::constants
+    int64_t buffer;  // scratch tile that takes the result
+    PlanRead read;
+};
+
+struct PlanStep {
+    int64_t row_stage, lag_y, lag_x, rank;
+    int64_t out, out_channel, width, groups;
+    int64_t first_tap, num_taps, first_instr, num_instrs;
+    int64_t weight, inner;    // offset of the packed weight in floats, rows of it
+    int64_t bias;             // offset in floats, -1: none
+    int64_t init;             // plane whose rows, packed like the columns, the product starts from; -1: none
+    int64_t barrier;          // reads what a step since the last barrier wrote
+};
+
+struct PlanDraw {
+    int64_t plane, channel, count;
+};
+
+enum class PlanHead : int64_t { categorical, bernoulli };
+
+struct PlanTables {
+    const PlanPlane* planes;
+    const PlanStep* steps;  // row steps first, then pixel steps by rank
+    const PlanTap* taps;
+    const PlanInstr* instrs;
+    const PlanDraw* draws;  // one per colour
+    const float* weights;
+    const float* biases;
+    const float* constants;  // each one 16 times
+    const float* encoding;   // network input of each level
+    int64_t num_planes, num_steps, row_steps, colours, height, width, image, levels;
+    int64_t first_row, first_column, end_column;
+    int64_t workspace;  // floats per sample
+    int64_t buffers;    // scratch tiles needed
+    PlanHead head;
+};
+
+// One group of samples and the threads that share it.
+struct PlanBatch {
+    int64_t count;
+    uint64_t seed, start;
+    float inverse_temperature;
+    float* workspace;        // count * PlanTables::workspace floats
+    uint8_t* levels;         // [count, colours, height, width]
+    const uint8_t* known;    // the same, or null
+    const uint8_t* mask;     // [count, height, width]: 1 where the pixel is given; or null
+};
+
+// The threads of a group. wait() returns when all have called it.
+class PlanTeam {
+  public:
+    explicit PlanTeam(int size) : size_(size) {}
+    int size() const { return size_; }
+    void wait();
+
+  private:
+    const int size_;
+    alignas(64) int arrived_ = 0;
+    alignas(64) int round_ = 0;
+};
+
+// A tile of a product and of the results that are computed from it while it is in the cache.
+constexpr int64_t kTileRows = 16;
+constexpr int64_t kTileColumns = 128;
+constexpr int64_t kTileFloats = kTileRows * kTileColumns;
+
+// Floats of scratch memory that each thread needs: the product's tile and one for each buffer.
+inline int64_t plan_scratch(const PlanTables& plan) { return (1 + plan.buffers) * kTileFloats; }
+
+using PlanWorker = void (*)(const PlanTables& plan, const PlanBatch& batch, PlanTeam& team, int member, float* scratch,
+                            int64_t row_begin, int64_t row_end);
+
+#define FASTGEN_DECLARE_PLAN_WORKER(ISA)                                                                              \
+    namespace ISA {                                                                                                   \
+    void plan_worker(const PlanTables&, const PlanBatch&, PlanTeam&, int, float*, int64_t, int64_t);                   \
+    }
+FASTGEN_FOR_EACH_ISA(FASTGEN_DECLARE_PLAN_WORKER)
+#undef FASTGEN_DECLARE_PLAN_WORKER
+
+}  // namespace fastgen
