@@ -67,7 +67,7 @@ def print_ceilings(path: Path, threads: int | None) -> None:
     for row in found:
         what = f"{row['ceiling']} {row.get('isa', '')}".strip()
         rate = f"{row['gflops']} GFLOP/s" if "gflops" in row else f"{row['gbs']} GB/s"
-        print(f"{what:35} {row['threads']:3} threads  {rate:>16}")
+        print(f"{what:35} {row['threads']:3} thread{'s' if row['threads'] > 1 else ' '}  {rate:>16}")
     rows.write(path, [{**row, **facts} for row in found])
 
 

@@ -1,7 +1,8 @@
 """masked_conv2d against a convolution with masked weights, as PyTorch users write it.
 
 A masked weight still multiplies by its zeros; the floor counts the taps that the mask leaves open and that fall inside
-the image (3x3 type B: 5 of 9, less at the border).
+the image (3x3 type B: 5 of 9, less at the border). The memory format of inputs, weights and incoming gradients is in
+the name of the provider; plain "fastgen" and "compile" get channels_last.
 """
 
 from __future__ import annotations
@@ -54,15 +55,16 @@ SIZES = [
 QUICK_SIZES = [Size(2, 8, 8, 8, 8, 3, "B"), Size(2, 3, 6, 7, 5, 5, "A", colors=3)]
 
 
-def useful_flops(mask: Tensor, height: int, width: int) -> int:
-    """2 per open weight [Cout, Cin, kh, kw] and position at which its tap falls inside the image."""
+def useful_flops(mask: Tensor, batch: int, height: int, width: int) -> int:
+    """2 per image, open weight [Cout, Cin, kh, kw] and position at which its tap falls inside the image."""
     _, _, kh, kw = mask.shape
     open_weights = mask.sum(dim=(0, 1)).tolist()
-    return sum(
-        2 * open_weights[y][x] * max(0, height - abs(y - kh // 2)) * max(0, width - abs(x - kw // 2))
+    per_image = sum(
+        open_weights[y][x] * max(0, height - abs(y - kh // 2)) * max(0, width - abs(x - kw // 2))
         for y in range(kh)
         for x in range(kw)
     )
+    return 2 * batch * per_image
 
 
 def masked_weights(x: Tensor, weight: Tensor, bias: Tensor, mask: Tensor) -> Tensor:
@@ -88,16 +90,14 @@ def build(size: Size, train: bool, with_compile: bool) -> Work:
     mask = ops.conv_mask(weight.shape, size.mask_type, size.colors, 1)
     input_grad = size.inputs > 3  # the first layer reads the image, which needs no gradient
 
-    def provider(
-        forward: Callable[..., Tensor], memory_format: torch.memory_format, baseline: bool, note: str = ""
-    ) -> Provider:
+    def provider(forward: Callable[..., Tensor], memory_format: torch.memory_format, baseline: bool) -> Provider:
         layout = partial(torch.Tensor.contiguous, memory_format=memory_format)
         inputs = (layout(x).clone(), layout(weight).clone(), bias.clone())
         if not train:
-            return Provider(partial(without_grad, forward, inputs), baseline, note=note)
+            return Provider(partial(without_grad, forward, inputs), baseline)
         for tensor in inputs[0 if input_grad else 1 :]:
             tensor.requires_grad_()
-        return Provider(partial(backward, forward, inputs, layout(grad)), baseline, note=note)
+        return Provider(partial(backward, forward, inputs, layout(grad)), baseline)
 
     dense = partial(masked_weights, mask=mask)
     fast = partial(ops.masked_conv2d, mask_type=size.mask_type, colors=size.colors)
@@ -108,23 +108,19 @@ def build(size: Size, train: bool, with_compile: bool) -> Work:
     }
     if with_compile:
         try:
-            providers["compile"] = provider(
-                torch.compile(dense, dynamic=False), torch.channels_last, True, "torch.compile of channels_last"
-            )
+            providers["compile"] = provider(torch.compile(dense, dynamic=False), torch.channels_last, True)
             providers["compile"].call()
         except Exception as error:  # whatever the compiler's stack raises: it is not what is measured
             providers.pop("compile", None)
             skipped["compile"] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
     providers["fastgen"] = provider(fast, torch.channels_last, False)
-    providers["fastgen contiguous"] = provider(
-        fast, torch.contiguous_format, False, "input and weights arrive contiguous"
-    )
+    providers["fastgen contiguous"] = provider(fast, torch.contiguous_format, False)
 
     products = (2 + input_grad) if train else 1
     tensors = x.numel() + grad.numel() + int(mask.sum()) + bias.numel()
     if train:  # forward as above; then read x, weight and the output's gradient, write the gradients
         tensors += x.numel() * (1 + input_grad) + grad.numel() + 2 * int(mask.sum()) + bias.numel()
-    return Work(providers, products * useful_flops(mask, size.height, size.width), 4 * tensors, skipped)
+    return Work(providers, products * useful_flops(mask, size.batch, size.height, size.width), 4 * tensors, skipped)
 
 
 def without_grad(forward: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Tensor:

@@ -12,15 +12,20 @@ from typing import Any
 CHECKOUT = Path(__file__).resolve().parents[2]
 
 
+def cores() -> int:
+    """Processors that this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
+
+
 @cache
 def machine() -> dict[str, Any]:
     """Processor model, number of processors this process may use, instruction sets of the kernels it can run."""
     from fastgen import backends
 
-    affinity = getattr(os, "sched_getaffinity", None)
     return {
         "cpu": _cpu_model(),
-        "cores": len(affinity(0)) if affinity else os.cpu_count(),
+        "cores": cores(),
         "isas": backends.native_cpu().ceilings.isas(),
     }
 
@@ -56,16 +61,20 @@ def git(*arguments: str, cwd: Path = CHECKOUT) -> str:
     try:
         done = subprocess.run(["git", *arguments], cwd=cwd, capture_output=True, text=True)
     except FileNotFoundError:
-        raise RuntimeError("git is not installed; a benchmark records the commit it measured") from None
+        raise RuntimeError("git is not installed") from None
     if done.returncode != 0:
         raise RuntimeError(f"git {' '.join(arguments)} failed: {done.stderr.strip()}")
     return done.stdout.strip()
 
 
 def revision(cwd: Path = CHECKOUT) -> dict[str, Any]:
-    """{"commit", "dirty"}; documents and results of earlier runs do not make a checkout dirty."""
-    changes = git("status", "--porcelain", "--", ".", ":!bench/results", ":!*.md", ":!tests", cwd=cwd)
-    return {"commit": git("rev-parse", "--short=12", "HEAD", cwd=cwd), "dirty": bool(changes)}
+    """{"commit", "dirty"}; tests, documents and results of earlier runs do not make a checkout dirty."""
+    try:
+        commit = git("rev-parse", "--short=12", "HEAD", cwd=cwd)
+        changes = git("status", "--porcelain", "--", ".", ":!bench/results", ":!*.md", ":!tests", cwd=cwd)
+    except RuntimeError:
+        return {"commit": "unknown", "dirty": True}  # not a clone, or no git
+    return {"commit": commit, "dirty": bool(changes)}
 
 
 def load_average() -> float:

@@ -31,9 +31,15 @@ struct Loops {
 };
 
 const Loops kLoops[] = {
-#define FASTGEN_LOOPS(ISA)                                                                \
-    {#ISA,                ISA::fma_float32,   ISA::fma_float64,   ISA::dot_bfloat16,       \
-     ISA::read_bytes,     ISA::flops_float32, ISA::flops_float64, ISA::flops_bfloat16},
+#define FASTGEN_LOOPS(ISA) \
+    {#ISA,                 \
+     ISA::fma_float32,     \
+     ISA::fma_float64,     \
+     ISA::dot_bfloat16,    \
+     ISA::read_bytes,      \
+     ISA::flops_float32,   \
+     ISA::flops_float64,   \
+     ISA::flops_bfloat16},
     FASTGEN_FOR_EACH_ISA(FASTGEN_LOOPS)
 #undef FASTGEN_LOOPS
 };
@@ -61,7 +67,7 @@ const Loops& find(const std::string& isa) {
 // Holds the calling thread on one processor: the index-th of those the process may use. On a busy machine the scheduler
 // otherwise leaves a team that runs for milliseconds on one core together.
 class Pin {
-  public:
+public:
     explicit Pin(int index) {
 #ifdef __linux__
         saved_ = sched_getaffinity(0, sizeof old_, &old_) == 0;
@@ -84,7 +90,7 @@ class Pin {
     }
     Pin(const Pin&) = delete;
 
-  private:
+private:
 #ifdef __linux__
     cpu_set_t old_;
     bool saved_ = false;
@@ -135,7 +141,10 @@ double compute(const std::string& isa, const std::string& dtype, int64_t iterati
     if (flops(isa, dtype) == 0) throw std::invalid_argument(isa + " has no " + dtype + " multiply-add");
     const Loops& loops = find(isa);
     auto* loop = dtype == "float32" ? loops.fma_float32 : dtype == "float64" ? loops.fma_float64 : loops.dot_bfloat16;
-    return timed(threads, [&](int) { volatile double sink = loop(iterations); (void)sink; });
+    return timed(threads, [&](int) {
+        volatile double sink = loop(iterations);
+        (void)sink;
+    });
 }
 
 double read(const std::string& isa, uintptr_t data, int64_t bytes, int64_t repeats, int threads) {
@@ -162,10 +171,12 @@ double copy(uintptr_t target, uintptr_t source, int64_t bytes, int64_t repeats, 
 void bind_ceilings(pybind11::module_& module) {
     namespace py = pybind11;
     using release = py::call_guard<py::gil_scoped_release>;
-    py::module_ m = module.def_submodule("ceilings", "Loops that reach the limits of the processor; each returns its seconds.");
+    py::module_ m =
+        module.def_submodule("ceilings", "Loops that reach the limits of the processor; each returns its seconds.");
     m.def("isas", isas, "Instruction sets compiled in that this processor has, slowest first.");
-    m.def("flops", flops, py::arg("isa"), py::arg("dtype"),
-          "Floating-point operations of one iteration of compute() on one thread; 0 where there is no such instruction.");
+    m.def(
+        "flops", flops, py::arg("isa"), py::arg("dtype"),
+        "Floating-point operations of one iteration of compute() on one thread; 0 where there is no such instruction.");
     m.def("compute", compute, py::arg("isa"), py::arg("dtype"), py::arg("iterations"), py::arg("threads"), release(),
           "Multiply-adds (bfloat16: dot products) on registers alone; seconds.");
     m.def("read", read, py::arg("isa"), py::arg("data"), py::arg("bytes"), py::arg("repeats"), py::arg("threads"),

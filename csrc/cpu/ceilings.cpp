@@ -47,26 +47,26 @@ extern const int64_t flops_bfloat16 = 0;  // no such instruction
 template <typename V>
 static inline void opaque(V& v) {
 #if defined(__x86_64__)
-  asm volatile("" : "+x"(v));
+    asm volatile("" : "+x"(v));
 #elif defined(__aarch64__)
-  asm volatile("" : "+w"(v));
+    asm volatile("" : "+w"(v));
 #endif
 }
 
 template <typename T, typename V>
 static double fma_loop(int64_t iterations) {
-  V x = V{} + T(0.5), y = V{} + T(1);  // the accumulators converge to 2: no overflow, no subnormal numbers
-  V acc[kChains];
-  for (int i = 0; i < kChains; ++i) acc[i] = V{} + T(i);
-  opaque(x);
-  opaque(y);
-  for (int64_t n = 0; n < iterations; ++n) {
+    V x = V{} + T(0.5), y = V{} + T(1);  // the accumulators converge to 2: no overflow, no subnormal numbers
+    V acc[kChains];
+    for (int i = 0; i < kChains; ++i) acc[i] = V{} + T(i);
+    opaque(x);
+    opaque(y);
+    for (int64_t n = 0; n < iterations; ++n) {
 #pragma GCC unroll 16
-    for (int i = 0; i < kChains; ++i) acc[i] = fma(acc[i], x, y);
-  }
-  double sum = 0;
-  for (int i = 0; i < kChains; ++i) sum += acc[i][0];
-  return sum;
+        for (int i = 0; i < kChains; ++i) acc[i] = fma(acc[i], x, y);
+    }
+    double sum = 0;
+    for (int i = 0; i < kChains; ++i) sum += acc[i][0];
+    return sum;
 }
 
 double fma_float32(int64_t iterations) { return fma_loop<float, VecF>(iterations); }
@@ -74,39 +74,39 @@ double fma_float64(int64_t iterations) { return fma_loop<double, VecD>(iteration
 
 #ifdef __AVX512BF16__
 double dot_bfloat16(int64_t iterations) {
-  __m512 acc[kChains];
-  __m512i ones = _mm512_set1_epi32(0x3f803f80);
-  opaque(ones);
-  const __m512bh x = (__m512bh)ones, y = x;
-  for (int i = 0; i < kChains; ++i) acc[i] = _mm512_set1_ps(float(i));
-  for (int64_t n = 0; n < iterations; ++n) {
+    __m512 acc[kChains];
+    __m512i ones = _mm512_set1_epi32(0x3f803f80);
+    opaque(ones);
+    const __m512bh x = (__m512bh)ones, y = x;
+    for (int i = 0; i < kChains; ++i) acc[i] = _mm512_set1_ps(float(i));
+    for (int64_t n = 0; n < iterations; ++n) {
 #pragma GCC unroll 16
-    for (int i = 0; i < kChains; ++i) acc[i] = _mm512_dpbf16_ps(acc[i], x, y);
-  }
-  double sum = 0;
-  for (int i = 0; i < kChains; ++i) sum += acc[i][0];
-  return sum;
+        for (int i = 0; i < kChains; ++i) acc[i] = _mm512_dpbf16_ps(acc[i], x, y);
+    }
+    double sum = 0;
+    for (int i = 0; i < kChains; ++i) sum += acc[i][0];
+    return sum;
 }
 #else
 double dot_bfloat16(int64_t) { return 0; }
 #endif
 
 uint64_t read_bytes(const void* data, int64_t bytes, int64_t repeats) {
-  constexpr int kUnroll = 8;
-  const int64_t vectors = bytes / kVectorBytes;
-  VecU acc[kUnroll] = {};
-  for (int64_t r = 0; r < repeats; ++r) {
-    const VecU* p = static_cast<const VecU*>(data);
-    for (int64_t n = 0; n + kUnroll <= vectors; n += kUnroll, p += kUnroll) {
+    constexpr int kUnroll = 8;
+    const int64_t vectors = bytes / kVectorBytes;
+    VecU acc[kUnroll] = {};
+    for (int64_t r = 0; r < repeats; ++r) {
+        const VecU* p = static_cast<const VecU*>(data);
+        for (int64_t n = 0; n + kUnroll <= vectors; n += kUnroll, p += kUnroll) {
 #pragma GCC unroll 8
-      for (int i = 0; i < kUnroll; ++i) acc[i] ^= p[i];
+            for (int i = 0; i < kUnroll; ++i) acc[i] ^= p[i];
+        }
+#pragma GCC unroll 8
+        for (int i = 0; i < kUnroll; ++i) opaque(acc[i]);  // an even number of passes must not cancel
     }
-#pragma GCC unroll 8
-    for (int i = 0; i < kUnroll; ++i) opaque(acc[i]);  // an even number of passes must not cancel
-  }
-  uint64_t sum = 0;
-  for (int i = 0; i < kUnroll; ++i) sum ^= acc[i][0];
-  return sum;
+    uint64_t sum = 0;
+    for (int i = 0; i < kUnroll; ++i) sum ^= acc[i][0];
+    return sum;
 }
 
 }  // namespace fastgen::FASTGEN_ISA
