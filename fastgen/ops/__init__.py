@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from fastgen.ops import philox
+from fastgen.ops.masked_conv2d import conv_mask, masked_conv2d
 
-__all__ = ["philox"]
+__all__ = ["conv_mask", "masked_conv2d", "philox"]

@@ -1,0 +1,7 @@
+"""Layers over `fastgen.ops`, with the parameter names and shapes of the `torch.nn` layers they replace."""
+
+from __future__ import annotations
+
+from fastgen.nn.masked_conv2d import MaskedConv2d
+
+__all__ = ["MaskedConv2d"]
