@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ def bits_per_dim(
         raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
     if images.numel() == 0:
         raise ValueError(f"images: bits per dimension need at least one image, got shape {list(images.shape)}")
+    log_prob = cast(Any, model).log_prob
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
@@ -36,7 +38,7 @@ def bits_per_dim(
         nats = 0.0
         for i in range(0, len(images), batch_size):
             batch_labels = None if labels is None else labels[i : i + batch_size].to(device)
-            nats += float(model.log_prob(images[i : i + batch_size].to(device), batch_labels).double().sum())
+            nats += float(log_prob(images[i : i + batch_size].to(device), batch_labels).double().sum())
     finally:
         model.train(was_training)
     return -nats / (images.numel() * math.log(2))

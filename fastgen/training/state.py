@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -48,7 +48,8 @@ class State:
         Raises:
             RuntimeError: one of the two is not finite; the weights are left as they were.
         """
-        bits = -self.model.log_prob(images, labels).mean() / (images[0].numel() * math.log(2))
+        nats = cast(Any, self.model).log_prob(images, labels)
+        bits = -nats.mean() / (images[0].numel() * math.log(2))
         self.optimizer.zero_grad()
         bits.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
@@ -65,8 +66,8 @@ class State:
         weight = 1.0 - self.config.ema_decay_at(self.step)
         for mean, new in zip(self.average.parameters(), self.model.parameters(), strict=True):
             mean.lerp_(new, weight)
-        for mean, new in zip(self.average.buffers(), self.model.buffers(), strict=True):
-            mean.copy_(new)
+        for kept, buffer in zip(self.average.buffers(), self.model.buffers(), strict=True):
+            kept.copy_(buffer)
 
     def consider(self, bits: float) -> None:
         """Keeps the average if ``bits``, its validation bits/dim, are the best so far."""

@@ -97,7 +97,7 @@ def train(
     if val_data is not None:
         _check_data(model, val_data, "val_data")
     run = _Run(State(model, config), train_data, val_data, _prepare_folder(model, out, resume), sample_grid)
-    if resume:
+    if resume and run.checkpoint:
         run.state.restore(run.checkpoint, len(train_data.images))
     with torch.random.fork_rng(), deferred_signals() as signals:
         run.loop(signals, progress)

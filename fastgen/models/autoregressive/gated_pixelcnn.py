@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -30,9 +32,9 @@ class GatedLayer(torch.nn.Module):
     def __init__(
         self,
         in_channels: int,
+        *,
         num_filters: int,
         kernel_size: int,
-        *,
         mask_type: str,
         colors: int,
         num_classes: int | None,
@@ -96,9 +98,10 @@ class GatedPixelCNN(AutoregressiveModel):
             kernel_size=odd("kernel_size", kernel_size),
         )
         p, colors = num_filters, self.image_shape[0]
-        common = {"colors": colors, "num_classes": num_classes}
-        self.layers = torch.nn.ModuleList([GatedLayer(colors, p, FIRST_KERNEL_SIZE, mask_type="A", **common)])
-        self.layers.extend(GatedLayer(p, p, kernel_size, mask_type="B", **common) for _ in range(num_blocks - 1))
+        layer = functools.partial(GatedLayer, num_filters=p, colors=colors, num_classes=num_classes)
+        first = layer(colors, kernel_size=FIRST_KERNEL_SIZE, mask_type="A")
+        others = [layer(p, kernel_size=kernel_size, mask_type="B") for _ in range(num_blocks - 1)]
+        self.layers = torch.nn.ModuleList([first, *others])
         self.features = nn.MaskedConv2d(p, p, 1, mask_type="B", colors=colors)
         self.output = nn.MaskedConv2d(p, colors * self.head.params_per_channel, 1, mask_type="B", colors=colors)
 
