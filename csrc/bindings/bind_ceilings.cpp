@@ -6,6 +6,7 @@
 #include <sched.h>
 #endif
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstring>
@@ -14,6 +15,7 @@
 #include <vector>
 
 #include "cpu/ceilings.h"
+#include "cpu/isa.h"
 #include "fastgen_build.h"
 
 FASTGEN_FOR_EACH_ISA(FASTGEN_DECLARE_CEILINGS)
@@ -44,22 +46,10 @@ const Loops kLoops[] = {
 #undef FASTGEN_LOOPS
 };
 
-bool supported(const std::string& isa) {
-#if defined(__x86_64__)
-    __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-    const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-                        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    if (isa == "avx2") return avx2;
-    if (isa == "avx512") return avx512;
-    if (isa == "avx512bf16") return avx512 && __builtin_cpu_supports("avx512bf16");
-#endif
-    return isa == "baseline";
-}
-
 const Loops& find(const std::string& isa) {
+    const std::vector<std::string> names = isa_names();
     for (const Loops& loops : kLoops) {
-        if (isa == loops.isa && supported(isa)) return loops;
+        if (isa == loops.isa && std::find(names.begin(), names.end(), isa) != names.end()) return loops;
     }
     throw std::invalid_argument("isa must be one of ceilings.isas(), got '" + isa + "'");
 }
@@ -99,14 +89,6 @@ private:
 
 // Slices start at multiples of 64 bytes.
 int64_t slice(int64_t bytes, int part, int parts) { return part == parts ? bytes : bytes / 64 * part / parts * 64; }
-
-std::vector<std::string> isas() {
-    std::vector<std::string> names;
-    for (const Loops& loops : kLoops) {
-        if (supported(loops.isa)) names.push_back(loops.isa);
-    }
-    return names;
-}
 
 int64_t flops(const std::string& isa, const std::string& dtype) {
     const Loops& loops = find(isa);
@@ -173,7 +155,7 @@ void bind_ceilings(pybind11::module_& module) {
     using release = py::call_guard<py::gil_scoped_release>;
     py::module_ m =
         module.def_submodule("ceilings", "Loops that reach the limits of the processor; each returns its seconds.");
-    m.def("isas", isas, "Instruction sets compiled in that this processor has, slowest first.");
+    m.def("isas", isa_names, "Instruction sets compiled in that this processor has, slowest first.");
     m.def(
         "flops", flops, py::arg("isa"), py::arg("dtype"),
         "Floating-point operations of one iteration of compute() on one thread; 0 where there is no such instruction.");
