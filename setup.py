@@ -42,6 +42,7 @@ FLAGS = (
 )
 CUDA_FLAGS = "-std=c++17 -O3 -DNDEBUG -Xcompiler=-fPIC,-fvisibility=hidden,-Wall -Xptxas=-warn-spills"
 CUDA_ARCHS = ("80", "90", "100")
+HEADER = "// Written by setup.py.\n#pragma once\n"
 
 
 class BuildError(SystemExit):
@@ -155,10 +156,14 @@ def write_if_changed(path: Path, text: str) -> None:
         path.write_text(text)
 
 
-class NinjaFile:
-    """The text of a build.ninja, and of the header with what the sources need to know about the build.
+def for_each(items: Iterable[str]) -> str:
+    return " ".join(f"X({item})" for item in items)
 
-    The CUDA runtime is linked statically with its symbols hidden, so as not to be mixed up with the one that torch brings.
+
+class NinjaFile:
+    """The text of a build.ninja, and of the headers with what the sources need to know about the build.
+
+    The CUDA runtime is linked statically and its symbols are hidden: it must not mix with the one that torch brings.
     """
 
     def __init__(self, folder: Path, version: str):
@@ -170,20 +175,20 @@ class NinjaFile:
         self.version = version
         self.edges: list[str] = []
 
-    def header(self) -> str:
-        def each(items: Iterable[str]) -> str:
-            return " ".join(f"X({item})" for item in items)
+    def isa_header(self) -> str:
+        return HEADER + f"#define FASTGEN_FOR_EACH_ISA(X) {for_each(self.isas)}\n"
 
+    def module_header(self) -> str:
+        """Facts that change more often, apart, so that a change does not compile every kernel again."""
+        compiler = (output([*self.cxx.split(), "--version"]) or "unknown").splitlines()[0]
         return f"""\
-// Written by setup.py.
-#pragma once
+{HEADER}\
 #define FASTGEN_VERSION "{self.version}"
-#define FASTGEN_COMPILER "{(output([*self.cxx.split(), "--version"]) or "unknown").splitlines()[0]}"
+#define FASTGEN_COMPILER "{compiler}"
 #define FASTGEN_SANITIZE "{self.sanitize}"
 #define FASTGEN_CUDA_BUILD "{self.cuda}"
 #define FASTGEN_CUDA_ARCHS "{";".join(self.archs)}"
-#define FASTGEN_FOR_EACH_ISA(X) {each(self.isas)}
-#define FASTGEN_FOR_EACH_BINDING(X) {each(source.stem for source in sources("bindings/bind_*.cpp"))}
+#define FASTGEN_FOR_EACH_BINDING(X) {for_each(source.stem for source in sources("bindings/bind_*.cpp"))}
 """
 
     def rules(self) -> str:
@@ -278,7 +283,8 @@ class NinjaBuild(build_ext):
         built = {"fastgen._cpu": file.cpu()}
         if file.nvcc:
             built["fastgen._cuda"] = file.cuda_module()
-        write_if_changed(ROOT / folder / "fastgen_build.h", file.header())
+        write_if_changed(ROOT / folder / "fastgen_build.h", file.isa_header())
+        write_if_changed(ROOT / folder / "fastgen_module.h", file.module_header())
         write_if_changed(ROOT / folder / "build.ninja", file.rules() + "".join(file.edges))
         if subprocess.run([find_ninja(), "-f", str(folder / "build.ninja")], cwd=ROOT).returncode != 0:
             hint = "; FASTGEN_CUDA=0 leaves out the CUDA module" if file.nvcc else ""

@@ -3,7 +3,7 @@
 // setup.py lists the functions of all such files in the generated header, so this file needs no change.
 #include <pybind11/pybind11.h>
 
-#include "fastgen_build.h"
+#include "fastgen_module.h"
 
 namespace fastgen {
 #define FASTGEN_DECLARE(function) void function(pybind11::module_&);

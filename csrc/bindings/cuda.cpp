@@ -2,7 +2,7 @@
 #include <pybind11/pybind11.h>
 
 #include "../cuda/device.h"
-#include "fastgen_build.h"
+#include "fastgen_module.h"
 
 PYBIND11_MODULE(_cuda, module) {
     module.doc() = "fastgen's CUDA kernels. Pointers are integers, strides count elements; the stream handle comes last.";

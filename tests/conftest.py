@@ -1,0 +1,76 @@
+"""What every test gets: poisoned uninitialised memory, one thread, fixed seeds; and what the run says about itself."""
+
+from __future__ import annotations
+
+import functools
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fastgen import __version__, backends
+
+
+def poison(tensor: torch.Tensor) -> torch.Tensor:
+    """Fills uninitialised memory with what no result may hold: NaN, the largest integer, True."""
+    if tensor.is_floating_point() or tensor.is_complex():
+        value = float("nan")
+    else:
+        value = True if tensor.dtype is torch.bool else torch.iinfo(tensor.dtype).max
+    with torch.no_grad():
+        return tensor.fill_(value)
+
+
+def poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(allocate)
+    def wrapper(*args: Any, **kwargs: Any) -> torch.Tensor:
+        return poison(allocate(*args, **kwargs))
+
+    return wrapper
+
+
+# For the whole session, so that fixtures of any scope and code that keeps a reference are covered as well.
+for namespace, names in {
+    torch: ("empty", "empty_like", "empty_strided", "empty_permuted"),
+    torch.Tensor: ("new_empty", "new_empty_strided"),
+}.items():
+    for name in names:
+        setattr(namespace, name, poisoned(getattr(namespace, name)))
+
+
+@pytest.fixture(autouse=True)
+def _fixed_start() -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    np.random.seed(0)  # noqa: NPY002  (what third-party code draws from)
+    random.seed(0)
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--require-gpu", action="store_true", help="fail, rather than skip, where there is no GPU")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    reason = _why_no_gpu()
+    if reason and config.getoption("--require-gpu"):
+        raise pytest.UsageError(reason)
+    for item in items:
+        if reason and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_report_header() -> str:
+    reason = backends.import_error("_cpu")
+    if reason:
+        return f"fastgen {__version__}: {reason}"
+    native = backends.native_cpu()
+    return f"fastgen {__version__}: {native.__file__}, {native.isa()}, sanitizers: {native.sanitize or 'none'}"
+
+
+def _why_no_gpu() -> str | None:
+    if backends.import_error("_cuda"):
+        return backends.import_error("_cuda")
+    return None if backends.native_cuda().device_count() else "no GPU: the CUDA runtime sees no device"
