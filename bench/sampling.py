@@ -32,7 +32,7 @@ class Subject:
 
 
 SUBJECTS = [
-    Subject("PixelCNN 3x32x32", "pixelcnn"),  # the published size, colour masks
+    Subject("PixelCNN 3x32x32", "pixelcnn", {"image_shape": (3, 32, 32)}),  # the published size, colour masks
     Subject(
         "GatedPixelCNN 1x28x28", "gated_pixelcnn", {"image_shape": (1, 28, 28), "num_filters": 64, "num_blocks": 15}
     ),

@@ -53,14 +53,24 @@ def heading(row: Row) -> str:
 def case_table(group: Sequence[Row]) -> str:
     """The block of one case: heading, one line per provider, notes."""
     baselines = list(dict.fromkeys(itertools.chain.from_iterable(row["speedup"] or {} for row in group)))
-    header = ["provider", "median", "p20", "p80", "FLOP/s", "of limit", "memory", *(f"x {name}" for name in baselines)]
+    header = [
+        "provider",
+        "best",
+        "median",
+        "p20",
+        "p80",
+        "FLOP/s",
+        "of limit",
+        "memory",
+        *(f"x {name}" for name in baselines),
+    ]
     lines = [header]
     for row in group:
         ratios = [row["speedup"].get(name) if row["speedup"] else None for name in baselines]
         lines.append(
             [
                 row["provider"],
-                *(seconds(row[key]) for key in ("median_s", "p20_s", "p80_s")),
+                *(seconds(row[key]) for key in ("best_s", "median_s", "p20_s", "p80_s")),
                 count(row["flops"] / row["median_s"], "") if row["flops"] else "-",
                 f"{row['fraction_of_limit']:.1%}",
                 count(row["peak_memory_bytes"], "B"),
@@ -125,7 +135,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         raise RuntimeError("plots need matplotlib: pip install 'fastgen[bench]'") from None
     groups = by_case(rows)
     names = list(dict.fromkeys(row["provider"] for row in rows))
-    figure = Figure(figsize=(9, 1 + 0.25 * len(rows) + 0.3 * len(groups)), layout="constrained")
+    figure = Figure(figsize=(9, 1.2 + 0.16 * len(rows) + 0.15 * len(groups)), layout="constrained")
     axes = figure.add_subplot()
     place, labels = 0.0, []
     for group in groups:
@@ -138,9 +148,10 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         place += 0.8
     for index, name in enumerate(names):
         axes.barh(0, 0, color=f"C{index}", label=name)
-    axes.set_yticks([y for y, _ in labels], [text for _, text in labels], fontsize=8)
-    axes.invert_yaxis()
+    axes.set_yticks([y for y, _ in labels], [text for _, text in labels], fontsize=7)
+    axes.set_ylim(place, -1)  # the first case on top
+    axes.set_xlim(0, 1.1 * max(100 * row["fraction_of_limit"] for row in rows))
     axes.set_xlabel("% of the machine's limit (beside each bar: median time)")
     axes.set_title(f"{rows[0]['suite']}: {rows[0]['machine']['cpu']}, commit {rows[0]['commit']}", fontsize=9)
-    axes.legend(fontsize=7)
+    figure.legend(loc="outside upper center", ncols=len(names), fontsize=7)
     figure.savefig(path, dpi=120)

@@ -100,7 +100,6 @@ def run_case(
             session.release()
     facts = {
         **common,
-        **environment.revision(),
         "case": case.name,
         "shapes": case.shapes,
         "dtype": case.dtype,
@@ -155,6 +154,7 @@ def run_suite(
         sorted({case.threads or default for case in cases}), QUICK_CEILING_ROUNDS if quick else ceilings.ROUNDS
     )
     common = {"suite": suite, "tests": "passed" if tests else "not run", "command": command}
+    common |= environment.revision()  # now, while what is imported is what is checked out
     done: list[dict[str, Any]] = []
     failed: list[str] = []
     with open_sessions(suite, quick, base) as sessions:
