@@ -12,7 +12,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from fastgen import checkpoint, models
+from fastgen import backend, checkpoint, models
+from fastgen.sampling import naive_sample
 
 
 def build(name="gated_pixelcnn", **options):
@@ -73,6 +74,18 @@ def test_channels_last_weights_can_be_saved(tmp_path):
     checkpoint.save(model, tmp_path / "m.safetensors")
     loaded = checkpoint.load(tmp_path / "m.safetensors").state_dict()
     assert all(torch.equal(tensor, loaded[name]) for name, tensor in model.state_dict().items())
+
+
+def test_sample_from_a_model_or_a_file(tmp_path):
+    path = tmp_path / "m.safetensors"
+    model = build(num_classes=3).eval()
+    checkpoint.save(model, path)
+    with backend("reference"):
+        images = checkpoint.sample(model, 5, seed=4)
+        assert torch.equal(images, naive_sample(model, 5, seed=4, labels=torch.tensor([0, 1, 2, 0, 1])))
+        assert torch.equal(checkpoint.sample(path, 3, seed=4, start=2), images[2:])
+        ones = checkpoint.sample(path, 2, seed=4, labels=torch.tensor([1, 1]))
+        assert torch.equal(ones[1], images[1])
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):

@@ -99,7 +99,8 @@ def train(
     run = _Run(State(model, config), train_data, val_data, _prepare_folder(model, out, resume), sample_grid)
     if resume and run.checkpoint:
         run.state.restore(run.checkpoint, len(train_data.images))
-    with torch.random.fork_rng(), deferred_signals() as signals:
+    device = next(model.parameters()).device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), deferred_signals() as signals:
         run.loop(signals, progress)
         if signals:
             run.save()
