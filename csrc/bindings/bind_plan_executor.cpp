@@ -41,10 +41,11 @@ using Table = std::tuple<uintptr_t, int64_t, int64_t>;  // pointer, rows, column
 using Floats = std::pair<uintptr_t, int64_t>;           // pointer, count
 
 class PlanExecutor {
-  public:
-    PlanExecutor(const std::string& head, Table planes, Table steps, Table taps, Table instrs, Table draws, Floats biases,
-                 Floats constants, Floats encoding, uintptr_t weights, int64_t row_steps, int64_t height, int64_t width,
-                 int64_t image, int64_t first_row, int64_t first_column, int64_t end_column, int64_t workspace, int64_t buffers)
+public:
+    PlanExecutor(const std::string& head, Table planes, Table steps, Table taps, Table instrs, Table draws,
+                 Floats biases, Floats constants, Floats encoding, uintptr_t weights, int64_t row_steps, int64_t height,
+                 int64_t width, int64_t image, int64_t first_row, int64_t first_column, int64_t end_column,
+                 int64_t workspace, int64_t buffers)
         : planes_(make<PlanPlane>("planes", planes)),
           steps_(make<PlanStep>("steps", steps)),
           taps_(make<PlanTap>("taps", taps)),
@@ -85,9 +86,9 @@ class PlanExecutor {
 
     // Draws rows [row_begin, row_end) of a batch.  groups: (first sample, count, workspace) of each group; team: threads per group; scratch:
     // scratch() floats for each thread.
-    void run(const std::vector<std::tuple<int64_t, int64_t, uintptr_t>>& groups, int team, uintptr_t scratch, uint64_t seed,
-             uint64_t start, double temperature, uintptr_t levels, uintptr_t known, uintptr_t mask, int64_t row_begin,
-             int64_t row_end) const {
+    void run(const std::vector<std::tuple<int64_t, int64_t, uintptr_t>>& groups, int team, uintptr_t scratch,
+             uint64_t seed, uint64_t start, double temperature, uintptr_t levels, uintptr_t known, uintptr_t mask,
+             int64_t row_begin, int64_t row_end) const {
         if (team < 1) throw std::invalid_argument("team must be at least 1, got " + std::to_string(team));
         const int64_t pixels = tables_.height * tables_.width, elements = pixels * tables_.colours;
         const PlanWorker worker = kWorkers[active_isa()];
@@ -121,7 +122,7 @@ class PlanExecutor {
         for (std::thread& thread : threads) thread.join();
     }
 
-  private:
+private:
     template <class T>
     static std::vector<T> make(const char* name, const Table& table) {
         return rows_of<T>(name, std::get<0>(table), std::get<1>(table), std::get<2>(table));
@@ -139,17 +140,18 @@ class PlanExecutor {
 }  // namespace
 
 void bind_plan_executor(py::module_& module) {
-    py::class_<PlanExecutor>(module, "PlanExecutor", "Runs a sampling plan; see csrc/cpu/plan_executor.h for the tables.")
-        .def(py::init<const std::string&, Table, Table, Table, Table, Table, Floats, Floats, Floats, uintptr_t, int64_t, int64_t,
-                      int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>(),
+    py::class_<PlanExecutor>(module, "PlanExecutor",
+                             "Runs a sampling plan; see csrc/cpu/plan_executor.h for the tables.")
+        .def(py::init<const std::string&, Table, Table, Table, Table, Table, Floats, Floats, Floats, uintptr_t, int64_t,
+                      int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>(),
              py::kw_only(), py::arg("head"), py::arg("planes"), py::arg("steps"), py::arg("taps"), py::arg("instrs"),
              py::arg("draws"), py::arg("biases"), py::arg("constants"), py::arg("encoding"), py::arg("weights"),
              py::arg("row_steps"), py::arg("height"), py::arg("width"), py::arg("image"), py::arg("first_row"),
              py::arg("first_column"), py::arg("end_column"), py::arg("workspace"), py::arg("buffers"))
         .def("scratch", &PlanExecutor::scratch, "Floats of scratch memory for each thread.")
-        .def("run", &PlanExecutor::run, py::kw_only(), py::arg("groups"), py::arg("team"), py::arg("scratch"), py::arg("seed"),
-             py::arg("start"), py::arg("temperature"), py::arg("levels"), py::arg("known"), py::arg("mask"), py::arg("row_begin"),
-             py::arg("row_end"), py::call_guard<py::gil_scoped_release>());
+        .def("run", &PlanExecutor::run, py::kw_only(), py::arg("groups"), py::arg("team"), py::arg("scratch"),
+             py::arg("seed"), py::arg("start"), py::arg("temperature"), py::arg("levels"), py::arg("known"),
+             py::arg("mask"), py::arg("row_begin"), py::arg("row_end"), py::call_guard<py::gil_scoped_release>());
 }
 
 }  // namespace fastgen

@@ -69,30 +69,47 @@ using V = Vec<float>;
 
 void apply(PlanOp op, float* dst, int64_t stride, int64_t rows, int64_t panels, Value a, Value b) {
     switch (op) {
-        case PlanOp::copy: return map(dst, stride, rows, panels, a, [](V x) { return x; });
-        case PlanOp::neg: return map(dst, stride, rows, panels, a, [](V x) { return -x; });
-        case PlanOp::abs: return map(dst, stride, rows, panels, a, [](V x) { return abs(x); });
-        case PlanOp::relu: return map(dst, stride, rows, panels, a, [](V x) { return max(V{}, x); });
-        case PlanOp::exp: return map(dst, stride, rows, panels, a, [](V x) { return exp(x); });
-        case PlanOp::expm1: return map(dst, stride, rows, panels, a, [](V x) { return expm1(x); });
-        case PlanOp::log: return map(dst, stride, rows, panels, a, [](V x) { return each_lane(x, log_of); });
-        case PlanOp::sqrt: return map(dst, stride, rows, panels, a, [](V x) { return each_lane(x, sqrt_of); });
-        case PlanOp::tanh: return map(dst, stride, rows, panels, a, [](V x) { return tanh(x); });
-        case PlanOp::sigmoid: return map(dst, stride, rows, panels, a, [](V x) { return sigmoid(x); });
-        case PlanOp::add: return map(dst, stride, rows, panels, a, b, [](V x, V y) { return x + y; });
-        case PlanOp::sub: return map(dst, stride, rows, panels, a, b, [](V x, V y) { return x - y; });
-        case PlanOp::mul: return map(dst, stride, rows, panels, a, b, [](V x, V y) { return x * y; });
-        case PlanOp::div: return map(dst, stride, rows, panels, a, b, [](V x, V y) { return x / y; });
-        case PlanOp::max: return map(dst, stride, rows, panels, a, b, [](V x, V y) { return max(x, y); });
-        case PlanOp::min: return map(dst, stride, rows, panels, a, b, [](V x, V y) { return min(x, y); });
+        case PlanOp::copy:
+            return map(dst, stride, rows, panels, a, [](V x) { return x; });
+        case PlanOp::neg:
+            return map(dst, stride, rows, panels, a, [](V x) { return -x; });
+        case PlanOp::abs:
+            return map(dst, stride, rows, panels, a, [](V x) { return abs(x); });
+        case PlanOp::relu:
+            return map(dst, stride, rows, panels, a, [](V x) { return max(V{}, x); });
+        case PlanOp::exp:
+            return map(dst, stride, rows, panels, a, [](V x) { return exp(x); });
+        case PlanOp::expm1:
+            return map(dst, stride, rows, panels, a, [](V x) { return expm1(x); });
+        case PlanOp::log:
+            return map(dst, stride, rows, panels, a, [](V x) { return each_lane(x, log_of); });
+        case PlanOp::sqrt:
+            return map(dst, stride, rows, panels, a, [](V x) { return each_lane(x, sqrt_of); });
+        case PlanOp::tanh:
+            return map(dst, stride, rows, panels, a, [](V x) { return tanh(x); });
+        case PlanOp::sigmoid:
+            return map(dst, stride, rows, panels, a, [](V x) { return sigmoid(x); });
+        case PlanOp::add:
+            return map(dst, stride, rows, panels, a, b, [](V x, V y) { return x + y; });
+        case PlanOp::sub:
+            return map(dst, stride, rows, panels, a, b, [](V x, V y) { return x - y; });
+        case PlanOp::mul:
+            return map(dst, stride, rows, panels, a, b, [](V x, V y) { return x * y; });
+        case PlanOp::div:
+            return map(dst, stride, rows, panels, a, b, [](V x, V y) { return x / y; });
+        case PlanOp::max:
+            return map(dst, stride, rows, panels, a, b, [](V x, V y) { return max(x, y); });
+        case PlanOp::min:
+            return map(dst, stride, rows, panels, a, b, [](V x, V y) { return min(x, y); });
         case PlanOp::acc:
         case PlanOp::load:
-        case PlanOp::constant: break;
+        case PlanOp::constant:
+            break;
     }
 }
 
 class Worker {
-  public:
+public:
     Worker(const PlanTables& plan, const PlanBatch& batch, PlanTeam& team, int member, float* scratch)
         : plan_(plan), batch_(batch), team_(team), member_(member), scratch_(scratch) {}
 
@@ -105,7 +122,7 @@ class Worker {
         }
     }
 
-  private:
+private:
     // Rows under the bottom of a plane are zero; only planes that are computed ahead of the image get there.
     void clear_rows_below() {
         bool any = false;
@@ -176,21 +193,22 @@ class Worker {
         }
     }
 
-    void tile(const PlanStep& step, int64_t row, int64_t column, const Tap<float>* taps, int64_t first_row, int64_t rows,
-              int64_t first_panel, int64_t panels) {
+    void tile(const PlanStep& step, int64_t row, int64_t column, const Tap<float>* taps, int64_t first_row,
+              int64_t rows, int64_t first_panel, int64_t panels) {
         const PlanPlane& out = plan_.planes[step.out];
         const int64_t first_channel = first_panel * kPanelColumns;
-        const int64_t channels = step.width - first_channel < panels * kPanelColumns ? step.width - first_channel
-                                                                                     : panels * kPanelColumns;
+        const int64_t channels =
+            step.width - first_channel < panels * kPanelColumns ? step.width - first_channel : panels * kPanelColumns;
         float* result = at(step.out, row, column) + first_row * out.pitch + step.out_channel + first_channel;
         const PlanInstr* program = plan_.instrs + step.first_instr;
-        const bool direct = step.num_instrs == 1 && program[0].op == PlanOp::acc;  // one group: the product is the result
+        const bool direct =
+            step.num_instrs == 1 && program[0].op == PlanOp::acc;  // one group: the product is the result
 
         float* product = direct ? result : scratch_;
         const int64_t product_columns = panels * step.groups * kPanelColumns;
         if (step.groups > 0) {
-            multiply(step, row, column, taps, first_row, rows, first_panel, product, direct ? out.pitch : product_columns,
-                     direct ? channels : product_columns);
+            multiply(step, row, column, taps, first_row, rows, first_panel, product,
+                     direct ? out.pitch : product_columns, direct ? channels : product_columns);
         }
         if (direct) return;
 
@@ -219,8 +237,8 @@ class Worker {
         if (value.p != result) write(value, result, out.pitch, rows, channels);
     }
 
-    void multiply(const PlanStep& step, int64_t row, int64_t column, const Tap<float>* taps, int64_t first_row, int64_t rows,
-                  int64_t first_panel, float* product, int64_t product_stride, int64_t columns) {
+    void multiply(const PlanStep& step, int64_t row, int64_t column, const Tap<float>* taps, int64_t first_row,
+                  int64_t rows, int64_t first_panel, float* product, int64_t product_stride, int64_t columns) {
         const int64_t panel_stride = step.inner * kPanelColumns;
         const int64_t first_column = first_panel * step.groups * kPanelColumns;
         Tap<float> shifted[kMaxTaps];
@@ -249,8 +267,8 @@ class Worker {
 
     // Where an operand lies in its plane; the rows of a row step walk through all samples of a pixel, which a plane that is the same at every
     // pixel has only once, so its values are copied.
-    Value operand(const PlanStep& step, const PlanRead& read, int64_t row, int64_t column, int64_t first_row, int64_t rows,
-                  int64_t first_panel, int64_t panels, float* buffer) {
+    Value operand(const PlanStep& step, const PlanRead& read, int64_t row, int64_t column, int64_t first_row,
+                  int64_t rows, int64_t first_panel, int64_t panels, float* buffer) {
         const PlanPlane& plane = plan_.planes[read.plane];
         const float* p = at(read, row, column) + first_panel * kPanelColumns;
         if (!plane.broadcast) return {p + first_row * plane.pitch, plane.pitch, kPanelColumns};
@@ -267,7 +285,8 @@ class Worker {
     static void write(const Value& value, float* result, int64_t pitch, int64_t rows, int64_t channels) {
         for (int64_t r = 0; r < rows; ++r) {
             for (int64_t c = 0; c < channels; c += kLanes<float>) {
-                const float* x = value.p + r * value.row_stride + c / kPanelColumns * value.panel_stride + c % kPanelColumns;
+                const float* x =
+                    value.p + r * value.row_stride + c / kPanelColumns * value.panel_stride + c % kPanelColumns;
                 const int64_t n = channels - c < kLanes<float> ? channels - c : kLanes<float>;
                 store_n(result + r * pitch + c, load(x), static_cast<int>(n));
             }
@@ -346,8 +365,8 @@ class Worker {
 
 }  // namespace
 
-void plan_worker(const PlanTables& plan, const PlanBatch& batch, PlanTeam& team, int member, float* scratch, int64_t row_begin,
-                 int64_t row_end) {
+void plan_worker(const PlanTables& plan, const PlanBatch& batch, PlanTeam& team, int member, float* scratch,
+                 int64_t row_begin, int64_t row_end) {
     Worker(plan, batch, team, member, scratch).run(row_begin, row_end);
 }
 

@@ -34,12 +34,31 @@ struct PlanTap {
 };
 
 enum class PlanOp : int64_t {
-    acc, load, constant, copy, neg, abs, relu, exp, expm1, log, sqrt, tanh, sigmoid, add, sub, mul, div, max, min
+    acc,
+    load,
+    constant,
+    copy,
+    neg,
+    abs,
+    relu,
+    exp,
+    expm1,
+    log,
+    sqrt,
+    tanh,
+    sigmoid,
+    add,
+    sub,
+    mul,
+    div,
+    max,
+    min
 };
 
 struct PlanInstr {
     PlanOp op;
-    int64_t a, b;    // indices of instructions of the same step; for acc, a is the group; for constant, a indexes PlanTables::constants
+    int64_t a,
+        b;  // indices of instructions of the same step; for acc, a is the group; for constant, a indexes PlanTables::constants
     int64_t buffer;  // scratch tile that takes the result
     PlanRead read;
 };
@@ -48,10 +67,10 @@ struct PlanStep {
     int64_t row_stage, lag_y, lag_x, rank;
     int64_t out, out_channel, width, groups;
     int64_t first_tap, num_taps, first_instr, num_instrs;
-    int64_t weight, inner;    // offset of the packed weight in floats, rows of it
-    int64_t bias;             // offset in floats, -1: none
-    int64_t init;             // plane whose rows, packed like the columns, the product starts from; -1: none
-    int64_t barrier;          // reads what a step since the last barrier wrote
+    int64_t weight, inner;  // offset of the packed weight in floats, rows of it
+    int64_t bias;           // offset in floats, -1: none
+    int64_t init;           // plane whose rows, packed like the columns, the product starts from; -1: none
+    int64_t barrier;        // reads what a step since the last barrier wrote
 };
 
 struct PlanDraw {
@@ -82,20 +101,20 @@ struct PlanBatch {
     int64_t count;
     uint64_t seed, start;
     float inverse_temperature;
-    float* workspace;        // count * PlanTables::workspace floats
-    uint8_t* levels;         // [count, colours, height, width]
-    const uint8_t* known;    // the same, or null
-    const uint8_t* mask;     // [count, height, width]: 1 where the pixel is given; or null
+    float* workspace;      // count * PlanTables::workspace floats
+    uint8_t* levels;       // [count, colours, height, width]
+    const uint8_t* known;  // the same, or null
+    const uint8_t* mask;   // [count, height, width]: 1 where the pixel is given; or null
 };
 
 // The threads of a group. wait() returns when all have called it.
 class PlanTeam {
-  public:
+public:
     explicit PlanTeam(int size) : size_(size) {}
     int size() const { return size_; }
     void wait();
 
-  private:
+private:
     const int size_;
     alignas(64) int arrived_ = 0;
     alignas(64) int round_ = 0;
@@ -112,9 +131,9 @@ inline int64_t plan_scratch(const PlanTables& plan) { return (1 + plan.buffers) 
 using PlanWorker = void (*)(const PlanTables& plan, const PlanBatch& batch, PlanTeam& team, int member, float* scratch,
                             int64_t row_begin, int64_t row_end);
 
-#define FASTGEN_DECLARE_PLAN_WORKER(ISA)                                                                              \
-    namespace ISA {                                                                                                   \
-    void plan_worker(const PlanTables&, const PlanBatch&, PlanTeam&, int, float*, int64_t, int64_t);                   \
+#define FASTGEN_DECLARE_PLAN_WORKER(ISA)                                                             \
+    namespace ISA {                                                                                  \
+    void plan_worker(const PlanTables&, const PlanBatch&, PlanTeam&, int, float*, int64_t, int64_t); \
     }
 FASTGEN_FOR_EACH_ISA(FASTGEN_DECLARE_PLAN_WORKER)
 #undef FASTGEN_DECLARE_PLAN_WORKER

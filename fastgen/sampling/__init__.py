@@ -1,9 +1,23 @@
-"""The incremental sampling engine: a causal network is traced, proved causal, scheduled and packed into a plan, and the plan is run."""
+"""The incremental sampling engine: a causal network is traced, proved causal, scheduled and packed into a plan, and the
+plan is run.
+"""
 
 from __future__ import annotations
 
 import importlib
 from typing import TYPE_CHECKING, Any
+
+__all__ = [
+    "AuditReport",
+    "Bernoulli",
+    "Categorical",
+    "Head",
+    "NotCausal",
+    "Sampler",
+    "UnsupportedModel",
+    "audit",
+    "naive_sample",
+]
 
 if TYPE_CHECKING:
     from fastgen.sampling.auditing import AuditReport, audit
@@ -24,7 +38,6 @@ _HOMES = {
     "audit": "auditing",
     "naive_sample": "naive",
 }
-__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""Proof that images are the samples they claim to be: one parallel forward pass instead of the naive loop's thousands."""
+"""Proof that images are the samples they claim to be, by one parallel forward pass."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ class AuditReport:
 
     elements: image elements checked (given ones are not).
     mismatches: elements that the model would have drawn differently, beyond a tie.
-    ties: elements that differ because the uniform lies so close to a boundary between two levels that the rounding of float32 decides.
+    ties: elements that differ because the uniform lies so close to a boundary between two levels that the rounding of
+    float32 decides.
     max_margin: largest distance, in probability, of a differing element's uniform from the interval of its level.
     """
 
@@ -51,10 +52,10 @@ def audit(
 ) -> AuditReport:
     """Check that `images` are samples start, start+1, ... of the sequence of `seed`.
 
-    A network is causal, so one forward pass over finished images gives for every element the distribution that the naive loop would have
-    drawn it from.  An element agrees if its uniform draws its level.  One that does not is a tie if its margin is within the error of
-    float32, measured on the same images: four times the largest difference between the cumulative probabilities of a float32 and a
-    float64 forward pass.
+    A network is causal, so one forward pass over finished images gives for every element the distribution that the
+    naive loop would have drawn it from.  An element agrees if its uniform draws its level.  One that does not is a tie
+    if its margin is within the error of float32, measured on the same images: four times the largest difference between
+    the cumulative probabilities of a float32 and a float64 forward pass.
 
     Args:
         model, image_shape, head, num_classes: as for `Sampler`.
@@ -96,7 +97,13 @@ class _Found:
         self.max_margin = 0.0
 
     def add(
-        self, subject: Subject, images: Tensor, uniforms: Tensor, checked: Tensor, labels: Tensor | None, temperature: float
+        self,
+        subject: Subject,
+        images: Tensor,
+        uniforms: Tensor,
+        checked: Tensor,
+        labels: Tensor | None,
+        temperature: float,
     ) -> None:
         self.elements += int(checked.sum())
         margin = _margin(_cdf(subject, images, labels, temperature), images, uniforms)

@@ -1,7 +1,8 @@
 """First half of pass 4: which planes are stored, and what is computed together.
 
-`crop` lets a plane that is read in one window be computed in that window alone.  `merge_sums` turns convolution + convolution (+ constant) into one product with more taps.  `roots` decides which planes are stored:
-all others are evaluated inside the one step that needs them.
+`crop` lets a plane that is read in one window be computed in that window alone.  `merge_sums` turns convolution +
+convolution (+ constant) into one product with more taps.  `roots` decides which planes are stored: all others are
+evaluated inside the one step that needs them.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ def live(graph: Graph) -> list[bool]:
 def crop(graph: Graph) -> None:
     """Let planes that are read in one window only be computed there, in the frame of the reader.
 
-    Padding and slicing leave many such planes; without the offset they can be merged and evaluated inside their readers.
+    Padding and slicing leave many such planes; without the offset they can be merged and evaluated inside their
+    readers.
     """
     alive = live(graph)
     for node in reversed(graph.nodes):
@@ -65,7 +67,9 @@ def _windows(graph: Graph, alive: list[bool], plane: int) -> set[tuple[int, int,
     found = set()
     for ref, reader in readers:
         here = ref.plane == plane
-        found |= {(int(dy), int(dx), reader.height, reader.width) for dy, dx in zip(ref.dy[here], ref.dx[here], strict=True)}
+        found |= {
+            (int(dy), int(dx), reader.height, reader.width) for dy, dx in zip(ref.dy[here], ref.dx[here], strict=True)
+        }
     return found
 
 
@@ -74,7 +78,9 @@ def _move(graph: Graph, node: Linear | Pointwise, dy: int, dx: int) -> None:
     if isinstance(node, Linear):
         node.taps = [replace(t, dy=t.dy + dy, dx=t.dx + dx) for t in node.taps]
     else:
-        node.operands = [Ref(o.plane, o.channel, o.dy + dy, o.dx + dx) if isinstance(o, Ref) else o for o in node.operands]
+        node.operands = [
+            Ref(o.plane, o.channel, o.dy + dy, o.dx + dx) if isinstance(o, Ref) else o for o in node.operands
+        ]
     assert graph.output is not None
     for reader in graph.nodes[node.id + 1 :]:
         if isinstance(reader, Pointwise):
@@ -126,11 +132,17 @@ def _readers(graph: Graph) -> list[list[int]]:
 
 
 def merge_sums(graph: Graph) -> None:
-    """Replace add(product, product) and add(product, per-channel constant), in place, where nobody else reads the products."""
+    """Replace add(product, product) and add(product, per-channel constant), in place, where nobody else reads the
+    products.
+    """
     readers = _readers(graph)
 
     def only_reader(node: Node, of: Node) -> bool:
-        return readers[of.id] == [node.id] and (of.channels, of.height, of.width) == (node.channels, node.height, node.width)
+        return readers[of.id] == [node.id] and (of.channels, of.height, of.width) == (
+            node.channels,
+            node.height,
+            node.width,
+        )
 
     for node in list(graph.nodes):
         if not isinstance(node, Pointwise) or node.op != "add" or not all(isinstance(o, Ref) for o in node.operands):
@@ -159,7 +171,8 @@ def merge_sums(graph: Graph) -> None:
 def roots(graph: Graph) -> list[int | None]:
     """For each plane the stored plane whose step evaluates it (itself if it is stored); None where nobody needs it.
 
-    A plane is evaluated inside its reader when all its readers are evaluated in one step, element by element and in place.  A step
+    A plane is evaluated inside its reader when all its readers are evaluated in one step, element by element and in
+    place.  A step
     holds one product: of several, the last computed stays inside.
     """
     readers = _readers(graph)
@@ -172,14 +185,20 @@ def roots(graph: Graph) -> list[int | None]:
         root[i] = i
         if isinstance(node, Image | Constant | Condition):
             continue
-        homes = {root[r] if r != STORED else STORED for r in readers[i]}
-        home = homes.pop()
-        if not homes and home is not None and home != STORED and all(_in_place(graph.nodes[r], node) for r in readers[i]):
-            if not isinstance(node, Linear) or home not in product:
-                root[i] = home
+        home = _home(graph, node, readers[i], root)
+        if home is not None and not (isinstance(node, Linear) and home in product):
+            root[i] = home
         if isinstance(node, Linear):
-            product[root[i]] = i  # type: ignore[index]
+            product[i if home is None else home] = i
     return root
+
+
+def _home(graph: Graph, node: Node, readers: list[int], root: list[int | None]) -> int | None:
+    """The one step in which all readers of a plane are evaluated, in place; None if there is no such step."""
+    homes = {None if r == STORED else root[r] for r in readers}
+    if len(homes) > 1 or None in homes or not all(_in_place(graph.nodes[r], node) for r in readers):
+        return None
+    return homes.pop()
 
 
 def _in_place(reader: Node, node: Node) -> bool:

@@ -1,10 +1,10 @@
 """The traced network as planes.
 
 A *plane* is a feature map [channels, height, width] that some node computes; every tensor that the network handles is a
-re-arrangement of elements of planes (and zeros).  Instead of one lowering rule for each of slice, pad, cat, chunk, view, permute,
-roll, ..., every element of every tensor carries an integer *code* that names the plane element it is a copy of; 0 is a zero.
-Layout operators then run on the codes as they run on the values, and `recognise` reads the codes back into per-channel
-(plane, channel, dy, dx).
+re-arrangement of elements of planes (and zeros).  Instead of one lowering rule for each of slice, pad, cat, chunk,
+view, permute, roll, ..., every element of every tensor carries an integer *code* that names the plane element it is a
+copy of; 0 is a zero. Layout operators then run on the codes as they run on the values, and `recognise` reads the codes
+back into per-channel (plane, channel, dy, dx).
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ class LayoutError(Exception):
 
 @dataclass(eq=False)
 class Ref:
-    """Where each channel of a [C, h, w] tensor comes from: element (c, y, x) is plane[c][channel[c], y + dy[c], x + dx[c]].
+    """Where each channel of a [C, h, w] tensor comes from: element (c, y, x) is plane[c][channel[c], y + dy[c], x +
+    dx[c]].
 
     Plane -1 is all zeros.  Outside the plane there are zeros, too.
     """
@@ -110,7 +111,9 @@ class Condition(Node):
 
 @dataclass(eq=False)
 class Tap:
-    """Channels [channel, channel + weight.shape[0]) of a plane at offset (dy, dx), times weight [k, channels of the node]."""
+    """Channels [channel, channel + weight.shape[0]) of a plane at offset (dy, dx), times weight [k, channels of the
+    node].
+    """
 
     plane: int
     dy: int
@@ -188,6 +191,9 @@ class Graph:
         """
         array = codes.numpy()
         samples, channels, height, width = array.shape
+        if array.size == 0:
+            zero = np.zeros(channels, dtype=np.int64)
+            return Ref(zero - 1, zero, zero, zero)
         flat = array[0].reshape(channels, -1)
         first = np.argmax(flat > 0, axis=1)
         plane, _, channel, y, x = self.decode(flat[np.arange(channels), first])

@@ -1,8 +1,8 @@
 """Output heads: what a network's outputs mean, and how a level is drawn from them.
 
-A head maps network outputs (its *parameters*) to a distribution over the levels ``0..levels-1`` of one image element, and
-levels to the floats that the network reads.  Parameters are colour-major: channels ``[c*K, (c+1)*K)`` of the network's output
-belong to colour channel ``c``, with ``K = params_per_channel``.
+A head maps network outputs (its *parameters*) to a distribution over the levels ``0..levels-1`` of one image element,
+and levels to the floats that the network reads.  Parameters are colour-major: channels ``[c*K, (c+1)*K)`` of the
+network's output belong to colour channel ``c``, with ``K = params_per_channel``.
 
 Drawing is by inversion of the cumulative distribution with one uniform per element (the draw table of
 `fastgen.ops.philox`), so the drawn level is a function of (parameters, uniform) alone.  `draw` is the definition;
@@ -51,7 +51,8 @@ class Head:
         """[N, C*K, ...] -> [N, C, K, ...]."""
         if params.shape[1] % self.params_per_channel:
             raise ValueError(
-                f"the network gives {params.shape[1]} output channels; {self} needs a multiple of {self.params_per_channel}"
+                f"the network gives {params.shape[1]} output channels; {self} needs a multiple of "
+                f"{self.params_per_channel}"
             )
         return params.unflatten(1, (-1, self.params_per_channel))
 

@@ -1,8 +1,9 @@
 """Pass 2, planes and taps: what each ATen operator does to planes.
 
-A rule is called after the operator ran, with the values and their codes at hand.  Layout operators run again on the codes.
-Convolutions and matrix products become `Linear` nodes, element by element operators become `Pointwise` nodes over the primitives
-of `fastgen.sampling.plan.PRIMITIVES`.  View operators need no rule: a view shares its storage, hence its codes.
+A rule is called after the operator ran, with the values and their codes at hand.  Layout operators run again on the
+codes. Convolutions and matrix products become `Linear` nodes, element by element operators become `Pointwise` nodes
+over the primitives of `fastgen.sampling.plan.PRIMITIVES`.  View operators need no rule: a view shares its storage,
+hence its codes.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from fastgen.sampling.graph import LayoutError, Linear, Pointwise, Ref, Tap
+from fastgen.sampling.graph import Constant, LayoutError, Linear, Pointwise, Ref, Tap
 
 if TYPE_CHECKING:
     from fastgen.sampling.trace import Tracer
@@ -27,7 +28,8 @@ _RULES: dict[str, Rule] = {}
 
 _LAYOUT = (
     "cat stack clone contiguous _to_copy constant_pad_nd index_select select_scatter slice_scatter roll flip repeat "
-    "_unsafe_view _reshape_copy _reshape_alias_copy view_copy permute_copy copy lift_fresh pixel_shuffle pixel_unshuffle gather"
+    "_unsafe_view _reshape_copy _reshape_alias_copy view_copy permute_copy copy lift_fresh pixel_shuffle "
+    "pixel_unshuffle gather"
 ).split()
 
 
@@ -55,8 +57,9 @@ def find(func: Any) -> Rule | None:
     return _RULES.get(name.removesuffix("_")) if schema.is_mutable and "out" not in func._overloadname else None
 
 
+@rule(*"zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty new_empty_strided".split())
 def _nothing(tracer: Tracer, func: Any, args: tuple, kwargs: dict, outputs: list[Tensor]) -> None:
-    """Views share the storage of their base, and so its codes."""
+    """Views share the storage of their base, and so its codes; others take only the shape."""
 
 
 # Layout.
@@ -68,7 +71,9 @@ def _layout(tracer: Tracer, func: Any, args: tuple, kwargs: dict, outputs: list[
     if func._schema.name == "aten::constant_pad_nd" and len(args) > 2 and args[2] != 0:
         raise tracer.unsupported(f"padding with {args[2]}")
     kwargs = {k: v for k, v in kwargs.items() if k not in ("dtype", "layout", "device", "pin_memory", "non_blocking")}
-    codes = tree_map(lambda a: tracer.codes(a) if isinstance(a, Tensor) and a.is_floating_point() else a, (args, kwargs))
+    codes = tree_map(
+        lambda a: tracer.codes(a) if isinstance(a, Tensor) and a.is_floating_point() else a, (args, kwargs)
+    )
     if func._schema.name == "aten::_to_copy":
         if not outputs[0].is_floating_point():
             raise tracer.unsupported(f"conversion of the image to {outputs[0].dtype}")
@@ -109,7 +114,8 @@ def _convolution(tracer: Tracer, func: Any, args: tuple, kwargs: dict, outputs: 
         windows = {(ky, kx): (ref, oy, ox) for ky, kx, oy, ox in offsets}
     except LayoutError:  # a crop that is padded again is still a plain window as seen by most taps
         windows = {
-            (ky, kx): (tracer.recognise(codes[:, :, oy : oy + height, ox : ox + width]), 0, 0) for ky, kx, oy, ox in offsets
+            (ky, kx): (tracer.recognise(codes[:, :, oy : oy + height, ox : ox + width]), 0, 0)
+            for ky, kx, oy, ox in offsets
         }
     taps = []
     for (ky, kx), (ref, oy, ox) in windows.items():
@@ -119,7 +125,9 @@ def _convolution(tracer: Tracer, func: Any, args: tuple, kwargs: dict, outputs: 
 
 
 def _spatial(tracer: Tracer, ref: Ref, codes: Tensor) -> Ref:
-    """The source of a product: a plane that is read at every position alike (an expanded label embedding) is written out."""
+    """The source of a product: a plane that is read at every position alike (an expanded label embedding) is written
+    out.
+    """
     if not any(tracer.graph.nodes[p].broadcast for p in ref.plane[ref.plane >= 0]):
         return ref
     return tracer.graph.recognise(_pointwise_4d(tracer, "copy", [codes]))
@@ -136,7 +144,7 @@ def dense_weight(weight: Tensor, groups: int) -> Tensor:
 
 
 def taps_of(ref: Ref, dy: int, dx: int, weight: Tensor) -> list[Tap]:
-    """Taps that multiply the channels of `ref`, shifted by (dy, dx), with weight [K, M]; zero rows at the ends dropped."""
+    """Taps that multiply the channels of `ref`, shifted by (dy, dx), with weight [K, M]; zero rows at its ends go."""
     taps = []
     for start, stop in ref.segments():
         rows = np.flatnonzero(weight[start:stop].any(1).numpy())
@@ -144,7 +152,13 @@ def taps_of(ref: Ref, dy: int, dx: int, weight: Tensor) -> list[Tap]:
             continue
         a, b = start + int(rows[0]), start + int(rows[-1]) + 1
         taps.append(
-            Tap(int(ref.plane[a]), dy + int(ref.dy[a]), dx + int(ref.dx[a]), int(ref.channel[a]), weight[a:b].contiguous())
+            Tap(
+                int(ref.plane[a]),
+                dy + int(ref.dy[a]),
+                dx + int(ref.dx[a]),
+                int(ref.channel[a]),
+                weight[a:b].contiguous(),
+            )
         )
     return taps
 
@@ -170,7 +184,9 @@ def _product(tracer: Tracer, func: Any, args: tuple, kwargs: dict, outputs: list
     rows = tracer.codes(x).reshape(-1, x.shape[-1])  # [N*h*w, K]
     order, size = _raster_order(tracer, rows[:, :1])
     grid = rows[order].view(*size, -1).permute(0, 3, 1, 2).contiguous()
-    taps = taps_of(_spatial(tracer, tracer.recognise(grid), grid), 0, 0, weight.detach().to("cpu", torch.float32).contiguous())
+    taps = taps_of(
+        _spatial(tracer, tracer.recognise(grid), grid), 0, 0, weight.detach().to("cpu", torch.float32).contiguous()
+    )
     node = Linear(tracer.module, weight.shape[1], *size[1:], taps=taps, bias=_vector(bias))
     out = torch.empty(len(rows), weight.shape[1], dtype=torch.int64)
     out[order] = tracer.add(node).permute(0, 2, 3, 1).reshape(out.shape)
@@ -209,8 +225,8 @@ def pointwise(tracer: Tracer, op: str, operands: Sequence[Tensor | float], shape
 
 def _pointwise_4d(tracer: Tracer, op: str, operands: Sequence[Tensor | float]) -> Tensor:
     refs = [tracer.recognise(o) if isinstance(o, Tensor) else o for o in operands]
-    size = next(o.shape for o in operands if isinstance(o, Tensor))
-    return tracer.add(Pointwise(tracer.module, *size[1:], op=op, operands=refs))
+    _, channels, height, width = next(o.shape for o in operands if isinstance(o, Tensor))
+    return tracer.add(Pointwise(tracer.module, channels, height, width, op=op, operands=refs))
 
 
 def _plane_order(tracer: Tracer, flat: Tensor) -> tuple[Tensor, tuple[int, int, int, int]]:
@@ -226,17 +242,16 @@ def _plane_order(tracer: Tracer, flat: Tensor) -> tuple[Tensor, tuple[int, int, 
 
 
 def blanked(tracer: Tracer, codes: Tensor) -> Ref:
-    """A plane for codes in which elements inside a plane were replaced by zeros: the plane times a constant of zeros and ones."""
-    from fastgen.sampling.graph import Constant
-
+    """A plane for codes in which elements inside a plane were replaced by zeros: the plane times a constant of zeros
+    and ones.
+    """
     keep = codes > 0
     if codes.dim() != 4 or not torch.equal(keep[0], keep[-1]):
         raise LayoutError
     source = _complete(tracer, codes)
-    mask = tracer.add(Constant(tracer.module, *codes.shape[1:], data=keep[0].float()))
-    refs = [tracer.graph.recognise(source), tracer.graph.recognise(mask.expand(codes.shape))]
-    node = Pointwise(tracer.module, *codes.shape[1:], op="mul", operands=refs)
-    return tracer.graph.recognise(tracer.add(node))
+    _, channels, height, width = codes.shape
+    mask = tracer.add(Constant(tracer.module, channels, height, width, data=keep[0].float()))
+    return tracer.graph.recognise(_pointwise_4d(tracer, "mul", [source, mask.expand(codes.shape)]))
 
 
 def _complete(tracer: Tracer, codes: Tensor) -> Tensor:
@@ -285,7 +300,9 @@ def elementwise(*names: str) -> Callable[[Formula], Formula]:
             named = dict(zip(schema, args, strict=False)) | kwargs
             tensors = [_operand(tracer, v) for k, v in named.items() if k in ("self", "other")]
             rest = {k: v for k, v in named.items() if k not in ("self", "other")}
-            tracer.set_codes(outputs[0], formula(emit, *tensors, **rest))
+            result = formula(emit, *tensors, **rest)
+            assert isinstance(result, Tensor)
+            tracer.set_codes(outputs[0], result)
 
         rule(*names)(apply)
         return formula

@@ -1,8 +1,8 @@
 """Second half of pass 4, pack: stored planes become steps.
 
-The channels of a stored plane are cut into runs that are computed alike: same time, same program, contiguous sources.  A run becomes
-one step.  The taps of a pixel step that read finished rows alone are hoisted: a row step sums them for the whole row into a
-partial plane, from which the pixel step starts.
+The channels of a stored plane are cut into runs that are computed alike: same time, same program, contiguous sources.
+A run becomes one step.  The taps of a pixel step that read finished rows alone are hoisted: a row step sums them for
+the whole row into a partial plane, from which the pixel step starts.
 """
 
 from __future__ import annotations
@@ -28,7 +28,15 @@ def compile_graph(graph: Graph, head: Head) -> tuple[Plan, list[Tensor]]:
 
     Raises:
         NotCausal: see `schedule`.
+        ValueError: the number of output channels does not fit the head.
     """
+    colours = next(n.channels for n in graph.nodes if isinstance(n, Image))
+    assert graph.output is not None
+    if len(graph.output.plane) != colours * head.params_per_channel:
+        raise ValueError(
+            f"the network gives {len(graph.output.plane)} output channels; {head} needs {head.params_per_channel} for "
+            f"each of {colours} image channels"
+        )
     schedule(graph, head.params_per_channel)  # on the graph as traced: errors name the user's modules
     crop(graph)
     settle_output(graph)
@@ -86,7 +94,9 @@ class _Packer:
         return list(zip(edges[:-1], edges[1:], strict=True))
 
     def _breaks(self, node: int, channels: np.ndarray) -> np.ndarray:
-        """Where the sources of consecutive channels of a node, followed into what is evaluated inside it, do not continue."""
+        """Where the sources of consecutive channels of a node, followed into what is evaluated inside it, do not
+        continue.
+        """
         cuts = np.zeros(len(channels) - 1, dtype=bool)
         here = self.graph.nodes[node]
         if not isinstance(here, Pointwise):
@@ -127,7 +137,8 @@ class _Packer:
         step.groups = len(columns) // step.width
         step.name = node.name
         bias = torch.zeros(len(columns)) if node.bias is None else node.bias[columns]
-        finished, current = [], []
+        finished: list[tuple[StepTap, Tensor]] = []
+        current: list[tuple[StepTap, Tensor]] = []
         for tap in node.taps:
             weight = tap.weight[:, columns]
             rows = np.arange(weight.shape[0])
@@ -215,7 +226,7 @@ class _Program:
             return self._emit(Instr("acc", self._groups.index(channel)))
         assert isinstance(node, Pointwise)
         registers = [self._operand(o, channel) for o in node.operands]
-        return self._emit(Instr(node.op, *registers))
+        return self._emit(Instr(node.op, registers[0], registers[1] if len(registers) > 1 else -1))
 
     def _operand(self, operand: Ref | float, channel: int) -> int:
         if not isinstance(operand, Ref):

@@ -1,10 +1,11 @@
-"""The plan: what an executor runs to draw a batch of images.  No executor knows any model; a new model needs no executor code.
+"""The plan: what an executor runs to draw a batch of images.  No executor knows any model; a new model needs no
+executor code.
 
-Planes are cached feature maps with zeros outside.  A *step* computes channels of one plane, for a whole row (`Stage.ROW`) or for one
-pixel (`Stage.PIXEL`):
+Planes are cached feature maps with zeros outside.  A *step* computes channels of one plane, for a whole row
+(`Stage.ROW`) or for one pixel (`Stage.PIXEL`):
 
-    acc[g, j] = init[g, j] or bias[g, j]  +  sum over taps t, k of  plane_t[Y + dy, X + dx, channel + k] * weight[t, k, g, j]
-    out[Y, X, out_channel + j] = program(acc, other planes)
+    acc[g, j] = init[g, j] or bias[g, j]  +  sum over taps t, k of  plane_t[Y + dy, X + dx, channel + k] * weight[t, k,
+    g, j] out[Y, X, out_channel + j] = program(acc, other planes)
 
 with g < groups, j < width.  Time runs over image rows y and, inside, columns x; at time (y, x) a step works on
 Y = y - lag_y, X = x - lag_x, where that lies in its plane.  One batch:
@@ -14,7 +15,8 @@ Y = y - lag_y, X = x - lag_x, where that lies in its plane.  One batch:
         for x from min(lag_x) to W-1 + max(lag_x):
             for rank in 0..C-1:
                 every PIXEL step of that rank, in order
-                if (y, x) is in the image: draw colour `rank` from the parameters at (y, x), write its level and its encoding
+                if (y, x) is in the image: draw colour `rank` from the parameters at (y, x), write its level and its
+                encoding
 """
 
 from __future__ import annotations
@@ -36,10 +38,10 @@ PRIMITIVES = UNARY + BINARY
 class Plane:
     """A feature map [height, width, batch, channels], zero outside.
 
-    kind: "image" (encoded levels, written by draws), "cache" (written by steps), "condition" (per sample, given before the batch),
-    "constant" (given, `data` [channels, height, width], the same for all samples).
-    rows: how many of its latest rows are needed at a time, or, where it is given, its height and how far readers look over its top and
-    bottom; row y is kept as row y mod rows. left, right: how far readers look over its sides.
+    kind: "image" (encoded levels, written by draws), "cache" (written by steps), "condition" (per sample, given before
+    the batch), "constant" (given, `data` [channels, height, width], the same for all samples).
+    rows: how many of its latest rows are needed at a time, or, where it is given, its height and how far readers look
+    over its top and bottom; row y is kept as row y mod rows. left, right: how far readers look over its sides.
     Conditions and constants of size 1x1 are read at every position alike (`broadcast`).
     """
 
@@ -136,7 +138,9 @@ class Draw:
 
 @dataclass(eq=False)
 class Plan:
-    """Everything an executor needs, and nothing else. `conditions`: the planes to be given for each batch, in tape order."""
+    """Everything an executor needs, and nothing else. `conditions`: the planes to be given for each batch, in tape
+    order.
+    """
 
     image_shape: tuple[int, int, int]
     head: Head
@@ -179,18 +183,16 @@ class Plan:
     @property
     def cache_bytes(self) -> int:
         """Bytes of all planes in float32, per sample."""
-        return sum(
-            4 * p.channels * p.rows * (p.left + p.width + p.right)
-            for p in self.planes
-            if p.kind != "constant"
-        )
+        return sum(4 * p.channels * p.rows * (p.left + p.width + p.right) for p in self.planes if p.kind != "constant")
 
     def __str__(self) -> str:
         channels, height, width = self.image_shape
+        rows = len(self.row_steps())
         lines = [
             f"plan for {channels}x{height}x{width} images, {self.head}",
-            f"  {self.flops / 1e6:.1f} MFLOP, {self.cache_bytes / 1e6:.2f} MB of planes per sample; {self.weight_bytes / 1e6:.2f} MB of weights",
-            f"  {len(self.row_steps())} row steps, {len(self.steps) - len(self.row_steps())} pixel steps, {len(self.planes)} planes",
+            f"  {self.flops / 1e6:.1f} MFLOP and {self.cache_bytes / 1e6:.2f} MB of planes per sample",
+            f"  {self.weight_bytes / 1e6:.2f} MB of weights",
+            f"  {rows} row steps, {len(self.steps) - rows} pixel steps, {len(self.planes)} planes",
             "planes (index, kind, channels x height x width, rows kept, name)",
         ]
         for i, p in enumerate(self.planes):

@@ -86,7 +86,9 @@ def check_labels(labels: Tensor | int | None, n: int, num_classes: int | None) -
     return labels
 
 
-def check_images(name: str, images: Tensor, image_shape: tuple[int, int, int], levels: int, n: int | None = None) -> Tensor:
+def check_images(
+    name: str, images: Tensor, image_shape: tuple[int, int, int], levels: int, n: int | None = None
+) -> Tensor:
     """uint8 [N, C, H, W] on the CPU; [C, H, W] is expanded to n images."""
     if not isinstance(images, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(images).__name__}")
@@ -96,7 +98,10 @@ def check_images(name: str, images: Tensor, image_shape: tuple[int, int, int], l
     if images.dim() == 3 and n is not None:
         images = images.expand(n, *images.shape)
     if images.dim() != 4 or tuple(images.shape[1:]) != tuple(image_shape) or (n is not None and images.shape[0] != n):
-        raise ValueError(f"{name} must have shape ({'N' if n is None else n}, {', '.join(map(str, image_shape))}), got {tuple(images.shape)}")
+        raise ValueError(
+            f"{name} must have shape ({', '.join(map(str, ('N' if n is None else n, *image_shape)))}), "
+            f"got {tuple(images.shape)}"
+        )
     if images.numel() and int(images.max()) >= levels:
         raise ValueError(f"{name} must hold levels in 0..{levels - 1}, got {int(images.max())}")
     return images
@@ -104,7 +109,9 @@ def check_images(name: str, images: Tensor, image_shape: tuple[int, int, int], l
 
 def _mask(mask: Tensor, n: int, image_shape: tuple[int, int, int]) -> Tensor:
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        raise TypeError(f"mask must be a bool tensor, got {mask.dtype if isinstance(mask, Tensor) else type(mask).__name__}")
+        raise TypeError(
+            f"mask must be a bool tensor, got {mask.dtype if isinstance(mask, Tensor) else type(mask).__name__}"
+        )
     size = tuple(image_shape[1:])
     if tuple(mask.shape) not in (size, (n, *size)):
         raise ValueError(f"mask must have shape {size} or {(n, *size)}, got {tuple(mask.shape)}")

@@ -29,20 +29,22 @@ backends.register("sample_plan", "cpu", CpuExecutor)
 class Sampler:
     """Draws images from a causal network, caching every feature map that later pixels need again.
 
-    The network is compiled at construction: its `forward` is traced once, proved to be causal, and turned into a plan of row and
-    pixel steps (`plan`, printable).  Weights are taken as they are then; make a new sampler when they change.
+    The network is compiled at construction: its `forward` is traced once, proved to be causal, and turned into a plan
+    of row and pixel steps (`plan`, printable).  Weights are taken as they are then; make a new sampler when they
+    change.
 
-    A sample is a function of (weights, seed, index, labels, temperature, known pixels): not of the batch size, the number of threads or
-    the other samples drawn with it, bit for bit.
+    A sample is a function of (weights, seed, index, labels, temperature, known pixels): not of the batch size, the
+    number of threads or the other samples drawn with it, bit for bit.
 
     Args:
-        model: maps encoded images [N, C, H, W] (and labels [N]) to head parameters [N, C * head.params_per_channel, H, W]. Any module; it is
-            traced in eval mode and left as it was.
+        model: maps encoded images [N, C, H, W] (and labels [N]) to head parameters [N, C * head.params_per_channel, H,
+            W]. Any module; it is traced in eval mode and left as it was.
         image_shape: (C, H, W); default: ``model.image_shape``.
         head: default: ``model.head``.
         num_classes: labels are 0..num_classes-1; default: ``model.num_classes``, else unconditional.
         backend: "auto", "reference" or "cpu".
-        max_batch: most samples drawn at a time; default: what fits a quarter of the memory, at most 256. Changes no sample.
+        max_batch: most samples drawn at a time; default: what fits a quarter of the memory, at most 256. Changes no
+            sample.
 
     Raises:
         NotCausal: the model sees the pixel it predicts, or a later one; the text names the module.
@@ -105,8 +107,8 @@ class Sampler:
             start: index of the first sample.
             labels: integers [n], or one for all; for models with classes.
             temperature: divides the logits; below 1 for more likely images.
-            known, mask: uint8 levels [n, C, H, W] or [C, H, W], and bool [n, H, W] or [H, W]: where the mask is True the pixel is given, the
-                others are drawn in raster order, each after all pixels before it.
+            known, mask: uint8 levels [n, C, H, W] or [C, H, W], and bool [n, H, W] or [H, W]: where the mask is True
+                the pixel is given, the others are drawn in raster order, each after all pixels before it.
             progress: show a progress bar.
 
         Returns:

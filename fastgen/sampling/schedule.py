@@ -1,8 +1,9 @@
-"""Pass 3, schedule: for every plane and channel, the latest image element that it depends on, and so the moment to compute it.
+"""Pass 3, schedule: for every plane and channel, the latest image element that it depends on, and so the moment to
+compute it.
 
-Image elements are drawn in raster order, the colours of a pixel one after the other.  The *reach* of a plane's channel is the latest
-element, relative to the plane's position, that the channel depends on: (dy, dx, colour), compared lexicographically.  It is held as one
-integer, so that a shift is an addition and "later" is ">".  From the reach follow
+Image elements are drawn in raster order, the colours of a pixel one after the other.  The *reach* of a plane's channel
+is the latest element, relative to the plane's position, that the channel depends on: (dy, dx, colour), compared
+lexicographically.  It is held as one integer, so that a shift is an addition and "later" is ">".  From the reach follow
 
 * the causality proof: the parameters of colour c at (y, x) must have a reach before (0, 0, c);
 * the stage: what depends on finished rows alone is computed for a whole row (`Stage.ROW`), the rest pixel by pixel
@@ -55,7 +56,9 @@ class Schedule:
         return unkey(self.reach[node])[0]
 
     def slots(self, node: int) -> Keys:
-        """[C, 4]: (stage, lag_y, lag_x, rank) per channel; rank: the number of colours of the pixel that are drawn before."""
+        """[C, 4]: (stage, lag_y, lag_x, rank) per channel; rank: the number of colours of the pixel that are drawn
+        before.
+        """
         dy, dx, colour = unkey(self.reach[node])
         last = colour == self.colours - 1
         pixel = self.pixel[node]
@@ -102,7 +105,8 @@ def _linear_keys(node: Linear, reach: list[Keys]) -> Keys:
 
 
 def _reach(graph: Graph) -> list[Keys]:
-    # A computed plane that depends on no image element counts as depending on a row so far up that every reader finds it ready.
+    # A computed plane that depends on no image element counts as depending on a row so far up that every reader finds
+    # it ready.
     downward = sum(max((t.dy for t in n.taps), default=0) for n in graph.nodes if isinstance(n, Linear))
     always = key(-1 - max(downward, 0), 0, 0)
     reach: list[Keys] = []
@@ -131,15 +135,18 @@ def _prove_causal(graph: Graph, reach: list[Keys], params_per_channel: int) -> N
     channel = int(late[np.argmax(keys[late] - limit[late])])
     dy, dx, colour = (int(v) for v in unkey(keys[channel]))
     path = _path(graph, reach, graph.output, channel)
+    layers = dict.fromkeys(n.name or "top level" for n, _, _ in path if isinstance(n, Linear))
     raise NotCausal(
-        f"module {_culprit(path)!r} makes the model see what it predicts: the parameters of colour {int(limit[channel])} at pixel (y, x) "
-        f"depend on colour {colour} at (y{dy:+d}, x{dx:+d}); "
-        f"the path from the image: {' -> '.join(dict.fromkeys(n.name or 'top level' for n, _, _ in path))}"
+        f"module {_culprit(path)!r} makes the model see what it predicts: the parameters of colour "
+        f"{int(limit[channel])} at pixel (y, x) depend on colour {colour} at (y{dy:+d}, x{dx:+d}); "
+        f"the layers between: {' -> '.join(layers) or 'none'}"
     )
 
 
 def _path(graph: Graph, reach: list[Keys], ref: Ref, channel: int) -> list[tuple[Node, int, int]]:
-    """Computed nodes with the shift at which each is critical, from the image to the output, along the latest dependence."""
+    """Computed nodes with the shift at which each is critical, from the image to the output, along the latest
+    dependence.
+    """
     path: list[tuple[Node, int, int]] = []
     plane, channel = int(ref.plane[channel]), int(ref.channel[channel])
     while not isinstance(graph.nodes[plane], Image):
@@ -163,7 +170,9 @@ def _critical(node: Node, channel: int, reach: list[Keys]) -> list[tuple[int, in
     elif isinstance(node, Pointwise):
         for ref in node.sources():
             k = int(_source_keys(ref, reach)[channel])
-            found.append((k, int(ref.plane[channel]), int(ref.channel[channel]), int(ref.dy[channel]), int(ref.dx[channel])))
+            found.append(
+                (k, int(ref.plane[channel]), int(ref.channel[channel]), int(ref.dy[channel]), int(ref.dx[channel]))
+            )
     return found
 
 
@@ -177,7 +186,9 @@ def _culprit(path: list[tuple[Node, int, int]]) -> str:
 
 
 def _pixel_stage(graph: Graph, reach: list[Keys]) -> list[NDArray[np.bool_]]:
-    """A channel must be computed pixel by pixel when a reader at the pixel stage needs it before its last row is finished."""
+    """A channel must be computed pixel by pixel when a reader at the pixel stage needs it before its last row is
+    finished.
+    """
     assert graph.output is not None
     pixel = [np.zeros(n.channels, dtype=bool) for n in graph.nodes]
 

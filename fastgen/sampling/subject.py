@@ -51,7 +51,8 @@ def make_subject(
         raise ValueError(f"image_shape must be (C, H, W) with positive integers, got {image_shape!r}")
     if not isinstance(head, Head):
         raise TypeError(f"head must be a fastgen.sampling.heads.Head, e.g. Categorical(256), got {type(head).__name__}")
-    return Subject(module, tuple(image_shape), head, num_classes)  # type: ignore[arg-type]
+    channels, height, width = image_shape
+    return Subject(module, (channels, height, width), head, num_classes)
 
 
 @contextlib.contextmanager

@@ -1,13 +1,13 @@
 """Pass 1, trace: run the module once on real tensors and follow every ATen call.
 
 Tensors that depend on the image have a *shadow*: for each element the code of the plane element that it holds (see
-`fastgen.sampling.graph`).  The shadow belongs to the storage, with the strides of the values, so views and in-place writes need no
-rule of their own.  Calls that depend on parameters alone just run: weight normalisation, masks and the like are folded by having
-happened.  Calls that depend on the labels, but not on the image, run and are recorded on a tape, which is replayed once for
-each distinct label before sampling.
+`fastgen.sampling.graph`).  The shadow belongs to the storage, with the strides of the values, so views and in-place
+writes need no rule of their own.  Calls that depend on parameters alone just run: weight normalisation, masks and the
+like are folded by having happened.  Calls that depend on the labels, but not on the image, run and are recorded on a
+tape, which is replayed once for each distinct label before sampling.
 
-A dispatch mode sees the calls one by one with the values at hand; masks that are applied in place to the weights, also through
-``.data``, are therefore as good as any.
+A dispatch mode sees the calls one by one with the values at hand; masks that are applied in place to the weights, also
+through ``.data``, are therefore as good as any.
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ class Tape:
         """Values of the recorded tensors `wanted` for labels [n], any n: float tensors [n, ...]."""
         assert self.labels is not None
         distinct, index = torch.unique(labels, return_inverse=True)
-        chunks = [self._replay_chunk(distinct[i : i + TRACE_BATCH], wanted) for i in range(0, len(distinct), TRACE_BATCH)]
+        chunks = [
+            self._replay_chunk(distinct[i : i + TRACE_BATCH], wanted) for i in range(0, len(distinct), TRACE_BATCH)
+        ]
         return [torch.cat(parts)[index] for parts in zip(*chunks, strict=True)]
 
     def _replay_chunk(self, labels: Tensor, wanted: list[Tensor]) -> list[Tensor]:
@@ -76,7 +78,9 @@ class Tracer(TorchDispatchMode):
         self.graph = Graph(TRACE_BATCH)
         self.tape = Tape(labels)
         self.module = ""  # path of the module whose forward is running
-        self._shadows: dict[int, tuple[Tensor, Tensor]] = {}  # storage -> (flat codes, a tensor that keeps the storage alive)
+        self._shadows: dict[
+            int, tuple[Tensor, Tensor]
+        ] = {}  # storage -> (flat codes, a tensor that keeps the storage alive)
 
     # Shadows.
 
@@ -96,8 +100,11 @@ class Tracer(TorchDispatchMode):
         key = storage_key(tensor)
         if key not in self._shadows:
             whole = torch.as_strided(tensor, (tensor.untyped_storage().nbytes() // tensor.element_size(),), (1,), 0)
-            old = torch.zeros(whole.shape, dtype=torch.int64) if codes.numel() == whole.numel() else self._outside_codes(whole)
-            self._shadows[key] = (old.clone(), tensor)
+            covered = codes.numel() == whole.numel()  # else the rest of the storage keeps its values
+            flat = torch.empty(whole.shape, dtype=torch.int64)
+            if not covered:
+                flat = self._outside_codes(whole) * (whole.cpu() != 0)
+            self._shadows[key] = (flat, tensor)
         flat, _ = self._shadows[key]
         torch.as_strided(flat, tensor.shape, tensor.stride(), tensor.storage_offset()).copy_(codes)
 
@@ -108,22 +115,28 @@ class Tracer(TorchDispatchMode):
                 raise self.unsupported(
                     f"a label-dependent tensor of shape {tuple(tensor.shape)} whose first dimension is not the batch"
                 )
-            size = tensor.shape[1:] if tensor.dim() == 4 else (tensor[0].numel(), 1, 1)
-            condition = Condition(self.module, *size, tensor=tensor)
-            return self.graph.codes(self.graph.add(condition)).view(tensor.shape)
+            channels, height, width = tensor.shape[1:] if tensor.dim() == 4 else (tensor[0].numel(), 1, 1)
+            return self.add(Condition(self.module, channels, height, width, tensor=tensor)).view(tensor.shape)
         value = tensor.detach().to("cpu", torch.float32)
         if not value.any():
             return torch.zeros(value.shape, dtype=torch.int64)
-        size = value.shape[1:] if value.dim() == 4 and value.shape[0] == 1 else (value.numel(), 1, 1)
-        constant = Constant(self.module, *size, data=value.reshape(size).clone())
-        return self.graph.codes(self.graph.add(constant)).view(value.shape)
+        if value.dim() == 4 and value.shape[0] == TRACE_BATCH and torch.equal(value[0], value[1]):
+            value = value[:1]  # the same for every sample
+        whole = value.dim() == 4 and value.shape[0] == 1
+        channels, height, width = value.shape[1:] if whole else (value.numel(), 1, 1)
+        data = value.reshape(channels, height, width).clone()
+        return (
+            self.add(Constant(self.module, channels, height, width, data=data)).view(value.shape).expand(tensor.shape)
+        )
 
     # Calls.
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # torch would import all of torch.compile, two seconds, to keep it away from this mode
+
     def unsupported(self, what: str) -> UnsupportedModel:
-        return UnsupportedModel(
-            f"{what} in module {self.module or '(top level)'!r} has no lowering; supported operators: {', '.join(lowering.supported())}"
-        )
+        return UnsupportedModel(f"module {self.module or '(top level)'!r}: {what} cannot be sampled incrementally")
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -131,20 +144,24 @@ class Tracer(TorchDispatchMode):
         on_image = any(self.depends(t) for t in inputs)
         rule = lowering.find(func) if on_image else None
         if on_image and rule is None:
-            raise self.unsupported(f"operator {func}")
+            raise self.unsupported(f"operator {func} (supported: views, {', '.join(lowering.supported())})")
         result = func(*args, **kwargs)
         outputs = [r for r in tree_flatten(result)[0] if isinstance(r, Tensor)]
         if rule is not None:
             try:
                 rule(self, func, args, kwargs, outputs)
             except LayoutError:
-                raise self.unsupported(f"operator {func} on tensors that are not shifted windows of feature maps") from None
+                raise self.unsupported(
+                    f"operator {func} on tensors that are not shifted windows of feature maps"
+                ) from None
         elif any(self.tape.depends(t) for t in inputs):
             self.tape.record(func, args, kwargs, outputs)
         return result
 
     def recognise(self, codes: Tensor) -> Ref:
-        """`Graph.recognise`, and where elements were set to zero inside a plane (a crop that was padded again), a new plane of it."""
+        """`Graph.recognise`, and where elements were set to zero inside a plane (a crop that was padded again), a new
+        plane of it.
+        """
         try:
             return self.graph.recognise(codes)
         except LayoutError:
@@ -207,5 +224,3 @@ def trace(module: nn.Module, image: Tensor, labels: Tensor | None = None) -> tup
     codes = tracer.codes(output)
     tracer.graph.output = tracer.recognise(codes)
     return tracer.graph, tracer.tape
-
-

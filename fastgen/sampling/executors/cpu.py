@@ -17,7 +17,9 @@ PANEL = 16  # columns that are packed together
 OPS = {op: i for i, op in enumerate(("acc", "load", "const", *PRIMITIVES))}  # enum PlanOp
 NO_READ = (0, 0, 0, 0)
 CHUNKS = 8  # calls per batch: between them the progress bar moves and Ctrl-C is heard
-SHARED_WEIGHTS = 1 << 20  # bytes of pixel-stage weights, about a core's own cache; above, threads share the weights rather than the samples
+SHARED_WEIGHTS = (
+    1 << 20
+)  # bytes of pixel-stage weights, about a core's own cache; above, threads share the weights rather than the samples
 
 
 class CpuExecutor:
@@ -65,8 +67,9 @@ class CpuExecutor:
     def split(self, count: int, threads: int) -> tuple[list[tuple[int, int]], int]:
         """How the threads share the work: ((first sample, count) of each group of samples, threads per group).
 
-        Groups are independent: no barriers, but each reads all weights.  Where the weights of the pixel stage exceed a core's cache, or
-        there is but one sample, the threads of one group share the weights and meet at barriers.  Changes no sample.
+        Groups are independent: no barriers, but each reads all weights.  Where the weights of the pixel stage exceed a
+        core's cache, or there is but one sample, the threads of one group share the weights and meet at barriers.
+        Changes no sample.
         """
         parts = 1 if self._tables.pixel_weight_bytes() > SHARED_WEIGHTS else min(threads, count)
         team = max(1, threads // parts)
@@ -79,7 +82,11 @@ class CpuExecutor:
         given = dict(zip(self.plan.conditions, batch.conditions, strict=True))
         for i, plane in enumerate(self.plan.planes):
             if plane.given:
-                data = plane.data[None].expand(count, -1, -1, -1) if plane.data is not None else given[i][first : first + count]
+                data = (
+                    plane.data[None].expand(count, -1, -1, -1)
+                    if plane.data is not None
+                    else given[i][first : first + count]
+                )
                 row = (plane.left + plane.width + plane.right) * count * self._pitches[i]
                 strides = (row, count * self._pitches[i], self._pitches[i], 1)
                 origin = (self._offsets[i] + plane.left * self._pitches[i]) * count
@@ -93,7 +100,8 @@ class _Tables:
 
     def __init__(self, plan: Plan):
         self.plan = plan
-        # The row stage leaves partial sums in the order in which the columns of the step that goes on from them are packed.
+        # The row stage leaves partial sums in the order in which the columns of the step that goes on from them are
+        # packed.
         self.partial = {s.init.plane: s for s in plan.steps if s.init is not None}
         self.taps: list[tuple[int, ...]] = []
         self.instrs: list[tuple[int, ...]] = []
@@ -112,8 +120,13 @@ class _Tables:
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything the native constructor reads; it keeps the weights by pointer and copies the rest."""
-        draws = [(d.plane, d.channel, d.count) for d in self.plan.draws]
-        integers = {"planes": self.planes, "steps": self.steps, "taps": self.taps, "instrs": self.instrs, "draws": draws}
+        integers: dict[str, list[tuple[int, ...]]] = {
+            "planes": self.planes,
+            "steps": self.steps,
+            "taps": self.taps,
+            "instrs": self.instrs,
+            "draws": [(d.plane, d.channel, d.count) for d in self.plan.draws],
+        }
         columns = {"planes": 10, "steps": 17, "taps": 5, "instrs": 8, "draws": 3}
         return {
             **{k: torch.tensor(v, dtype=torch.int64).view(len(v), columns[k]) for k, v in integers.items()},
@@ -125,9 +138,7 @@ class _Tables:
 
     def arguments(self, tensors: dict[str, Tensor]) -> dict[str, object]:
         plan = self.plan
-        arguments: dict[str, object] = {
-            k: (t.data_ptr(), *t.shape) for k, t in tensors.items() if k != "weights"
-        }
+        arguments: dict[str, object] = {k: (t.data_ptr(), *t.shape) for k, t in tensors.items() if k != "weights"}
         columns = plan.columns()
         return {
             **arguments,
@@ -210,7 +221,9 @@ def _pack(weight: Tensor, step: Step) -> Tensor:
 
 
 def _assign_buffers(program: Sequence[Instr]) -> list[int]:
-    """A scratch tile for each instruction's result; a tile is taken again when its value has been used for the last time."""
+    """A scratch tile for each instruction's result; a tile is taken again when its value has been used for the last
+    time.
+    """
     last_use = list(range(len(program)))
     for i, instr in enumerate(program):
         if instr.op not in ("acc", "load", "const"):

@@ -1,0 +1,120 @@
+"""Bad input to the sampling functions: what is said, and that it is said."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+
+from fastgen import models
+from fastgen.sampling import Bernoulli, Categorical, Sampler, audit, naive_sample
+
+MODEL = models.PixelCNN(image_shape=(1, 3, 4), levels=4, num_filters=2, num_blocks=1, num_features=2)
+LABELLED = models.GatedPixelCNN(image_shape=(1, 3, 4), levels=4, num_filters=2, num_blocks=1, num_classes=5)
+IMAGES = torch.zeros(2, 1, 3, 4, dtype=torch.uint8)
+MASK = torch.ones(3, 4, dtype=torch.bool)
+
+SAMPLE = [
+    ({"n": -1}, ValueError, "n must be in 0.."),
+    ({"n": 2.0}, TypeError, "n must be an integer, got float"),
+    ({"seed": -1}, ValueError, "seed must be in 0..18446744073709551615, got -1"),
+    ({"seed": 2**64}, ValueError, "seed"),
+    ({"start": -3}, ValueError, "start"),
+    ({"temperature": 0.0}, ValueError, "temperature must be positive and finite, got 0.0"),
+    ({"temperature": float("nan")}, ValueError, "temperature"),
+    ({"temperature": "hot"}, TypeError, "temperature must be a number, got str"),
+    ({"labels": torch.tensor([0, 1])}, ValueError, "the model has no classes"),
+    ({"known": IMAGES}, ValueError, "known and mask go together"),
+    ({"mask": MASK}, ValueError, "known and mask go together"),
+    ({"known": IMAGES.float(), "mask": MASK}, TypeError, "known must be uint8 levels, got torch.float32"),
+    ({"known": IMAGES[:1], "mask": MASK}, ValueError, r"known must have shape \(2, 1, 3, 4\), got \(1, 1, 3, 4\)"),
+    ({"known": IMAGES + 4, "mask": MASK}, ValueError, "known must hold levels in 0..3, got 4"),
+    ({"known": IMAGES, "mask": MASK.float()}, TypeError, "mask must be a bool tensor, got torch.float32"),
+    ({"known": IMAGES, "mask": MASK.T}, ValueError, "mask must have shape"),
+]
+LABELS = [
+    (None, ValueError, "the model is conditional: labels"),
+    (torch.tensor([0.0, 1.0]), TypeError, "labels must be integers, got torch.float32"),
+    (torch.tensor([0, 1, 2]), ValueError, r"labels must have shape \(2,\), got \(3,\)"),
+    (torch.tensor([0, 5]), ValueError, "labels must be in 0..4, got 0..5"),
+    (-1, ValueError, "labels must be in 0..4"),
+]
+
+
+@pytest.mark.parametrize("function", ["sampler", "naive"])
+@pytest.mark.parametrize(
+    ("options", "error", "message"), SAMPLE, ids=lambda v: str(sorted(v)) if isinstance(v, dict) else ""
+)
+def test_sample(options: dict, error: type[Exception], message: str, function: str) -> None:
+    options = {"n": 2, **options}
+    with pytest.raises(error, match=message):
+        (Sampler(MODEL).sample if function == "sampler" else functools.partial(naive_sample, MODEL))(**options)
+
+
+@pytest.mark.parametrize(("labels", "error", "message"), LABELS, ids=["missing", "float", "shape", "range", "negative"])
+def test_labels(labels: object, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        Sampler(LABELLED).sample(2, labels=labels)
+    with pytest.raises(error, match=message):
+        audit(LABELLED, IMAGES, labels=labels)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        (("model",), TypeError, "model must be a torch.nn.Module, got str"),
+        ((torch.nn.Conv2d(1, 4, 1),), ValueError, r"image_shape must be \(C, H, W\)"),
+        ((torch.nn.Conv2d(1, 4, 1), (1, 0, 4)), ValueError, "image_shape"),
+        ((torch.nn.Conv2d(1, 4, 1), (1, 3, 4)), TypeError, "head must be a fastgen.sampling.heads.Head"),
+        ((MODEL, (1, 3, 4), Categorical(5)), ValueError, "4 output channels"),
+    ],
+    ids=["no module", "no shape", "bad shape", "no head", "head of another size"],
+)
+def test_sampler(arguments: tuple, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        Sampler(*arguments)
+
+
+@pytest.mark.parametrize("max_batch", [0, -1, 1.5, True])
+def test_max_batch(max_batch: object) -> None:
+    with pytest.raises(ValueError, match="max_batch must be a positive integer"):
+        Sampler(MODEL, max_batch=max_batch)
+
+
+def test_backend() -> None:
+    with pytest.raises(ValueError, match="backend"):
+        Sampler(MODEL, backend="tpu")
+    with pytest.raises(RuntimeError, match="triton"):
+        Sampler(MODEL, backend="triton")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(value: float) -> None:
+    model = models.PixelCNN(image_shape=(1, 3, 4), levels=4, num_filters=2, num_blocks=1, num_features=2)
+    with torch.no_grad():
+        model.features.weight[1, 2] = value
+    with pytest.raises(ValueError, match="weights of module 'features' are not finite"):
+        Sampler(model)
+
+
+def test_audit_images() -> None:
+    with pytest.raises(TypeError, match="images must be uint8 levels"):
+        audit(MODEL, IMAGES.float())
+    with pytest.raises(ValueError, match="images must have shape"):
+        audit(MODEL, IMAGES[:, :, :2])
+
+
+@pytest.mark.parametrize("levels", [1, 257, 2.0, True])
+def test_head_levels(levels: object) -> None:
+    with pytest.raises(ValueError, match=r"levels must be an integer in 2\.\.256"):
+        Categorical(levels)
+
+
+def test_labels_as_one_number() -> None:
+    sampler = Sampler(LABELLED)
+    assert torch.equal(sampler.sample(3, labels=2), sampler.sample(3, labels=torch.tensor([2, 2, 2])))
+
+
+def test_head_reprs_tell_them_apart() -> None:
+    assert "Categorical(levels=7" in repr(Categorical(7)) and "Bernoulli" in repr(Bernoulli())

@@ -1,0 +1,60 @@
+"""The audit passes what it must and catches what it must."""
+
+from __future__ import annotations
+
+import torch
+
+from fastgen import models
+from fastgen.sampling import Sampler, audit
+from fastgen.sampling.auditing import _margin
+from fastgen.sampling.uniforms import image_uniforms
+
+MODEL = models.GatedPixelCNN(image_shape=(1, 5, 4), levels=4, num_filters=4, num_blocks=2)
+
+
+def test_catches_one_changed_pixel() -> None:
+    images = Sampler(MODEL).sample(8, seed=3)
+    assert audit(MODEL, images, seed=3).ok
+    images[5, 0, 2, 1] = (images[5, 0, 2, 1] + 2) % 4
+    report = audit(MODEL, images, seed=3)
+    assert not report.ok and report.mismatches >= 1 and report.max_margin > 1e-3
+
+
+def test_catches_wrong_seed_start_and_temperature() -> None:
+    images = Sampler(MODEL).sample(8, seed=3, start=2)
+    assert audit(MODEL, images, seed=3, start=2).ok
+    for wrong in ({"seed": 4, "start": 2}, {"seed": 3, "start": 3}, {"seed": 3, "start": 2, "temperature": 0.5}):
+        assert not audit(MODEL, images, **wrong).ok
+
+
+def test_tie_is_told_from_mismatch() -> None:
+    """A uniform that lies a float32 rounding from a boundary is a tie; one that lies further off is not."""
+    images = Sampler(MODEL).sample(1, seed=0)
+    with torch.no_grad():
+        cdf = MODEL.head.cdf(MODEL(MODEL.head.encode(images)))
+    exact = {"seed": 0}
+
+    def count(shift: float) -> tuple[int, int]:
+        level = int(images[0, 0, 4, 3])
+        boundary = cdf[0, 0, min(level, 2), 4, 3]
+        wrong = images.clone()
+        wrong[0, 0, 4, 3] = min(level, 2)
+        uniforms = image_uniforms(0, 0, 1, (1, 5, 4))
+        uniforms[0, 0, 4, 3] = boundary + shift
+        margin = _margin(cdf, wrong, uniforms)
+        return int((margin[0, 0, 4, 3] > 1e-5).item()), int((margin[0, 0, 4, 3] > 0).item())
+
+    assert count(1e-2) == (1, 1)
+    assert count(-1e-6)[0] == 0
+    assert audit(MODEL, images, **exact).ties == 0
+
+
+def test_margin_by_hand() -> None:
+    cdf = torch.tensor([0.2, 0.7, 1.0], dtype=torch.float64).view(1, 1, 3, 1, 1)
+
+    def margin(level: int, u: float) -> float:
+        return _margin(cdf, torch.full((1, 1, 1, 1), level), torch.full((1, 1, 1, 1), u, dtype=torch.float64)).item()
+
+    assert margin(1, 0.5) == 0 and margin(0, 0.1) == 0 and margin(2, 0.99) == 0
+    assert abs(margin(1, 0.15) - 0.05) < 1e-12 and abs(margin(1, 0.9) - 0.2) < 1e-12
+    assert margin(0, 0.2) == 0 and 0 < margin(1, 0.2) < 1e-300
