@@ -139,7 +139,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     axes = figure.add_subplot()
     place, labels = 0.0, []
     for group in groups:
-        labels.append((place + (len(group) - 1) / 2, f"{group[0]['case']}\n{group[0]['threads']} threads"))
+        labels.append((place + (len(group) - 1) / 2, group[0]["case"]))
         for row in group:
             share = 100 * row["fraction_of_limit"]
             axes.barh(place, share, color=f"C{names.index(row['provider'])}")

@@ -9,18 +9,39 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
-from bench.harness.environment import CHECKOUT, git
+from bench.harness.environment import git
+
+
+class Revision(NamedTuple):
+    """A commit and the name it was asked for by; branches move on while a benchmark runs."""
+
+    name: str
+    commit: str
+
+    @property
+    def label(self) -> str:
+        """How tables call it: its providers are named "PROVIDER @ LABEL"."""
+        return f"{self.name} ({self.commit})"
+
+
+def resolve(name: str) -> Revision:
+    """The commit of a branch, tag or expression now.
+
+    Raises:
+        RuntimeError: there is no such revision.
+    """
+    return Revision(name, git("rev-parse", "--verify", "--short=12", f"{name}^{{commit}}"))
 
 
 @contextmanager
-def worktree(revision: str) -> Iterator[Path]:
-    """A temporary git worktree of `revision` with its native modules built; removed at the end.
+def worktree(commit: str) -> Iterator[Path]:
+    """A temporary git worktree of a commit with its C++ module built; removed at the end.
 
     Raises:
-        RuntimeError: there is no such revision, or it does not build.
+        RuntimeError: it does not build.
     """
-    commit = git("rev-parse", "--verify", f"{revision}^{{commit}}")
     with tempfile.TemporaryDirectory(prefix="fastgen-base-") as folder:
         root = Path(folder, "checkout")
         git("worktree", "add", "--detach", str(root), commit)
@@ -40,8 +61,3 @@ def build(root: Path) -> None:
     )
     if done.returncode != 0:
         raise RuntimeError(f"the base revision did not build:\n{done.stdout[-3000:]}")
-
-
-def label(revision: str) -> str:
-    """How rows call the revision: providers of it are named "PROVIDER @ LABEL"."""
-    return f"{revision} ({git('rev-parse', '--short=12', revision, cwd=CHECKOUT)})"

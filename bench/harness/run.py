@@ -36,7 +36,7 @@ def select_cases(suite: str, quick: bool, text: str) -> list[Case]:
 
 
 @contextmanager
-def open_sessions(suite: str, quick: bool, base: str | None) -> Iterator[dict[str, AnySession]]:
+def open_sessions(suite: str, quick: bool, base: revisions.Revision | None) -> Iterator[dict[str, AnySession]]:
     """Sessions by label: "" for the checkout, and one for the base revision when there is one.
 
     Two revisions cannot be imported into one process, so with a base each gets its own, and they take turns.
@@ -45,17 +45,16 @@ def open_sessions(suite: str, quick: bool, base: str | None) -> Iterator[dict[st
         yield {"": Session(suite, quick)}
         return
     with ExitStack() as stack:
-        label = revisions.label(base)
-        root = stack.enter_context(revisions.worktree(base))
+        root = stack.enter_context(revisions.worktree(base.commit))
         sessions: dict[str, AnySession] = {}
-        for name, path in (("", environment.CHECKOUT), (label, root)):
+        for name, path in (("", environment.CHECKOUT), (base.label, root)):
             remote = sessions[name] = RemoteSession(suite, quick, path)
             stack.callback(remote.close)
         yield sessions
 
 
 def merge(
-    descriptions: Mapping[str, dict[str, Any]], base: str | None
+    descriptions: Mapping[str, dict[str, Any]], base: revisions.Revision | None
 ) -> tuple[dict[str, Any], dict[str, tuple[str, str]]]:
     """One description for all sessions, and for each of its providers the session and the name there.
 
@@ -64,14 +63,13 @@ def merge(
     merged = dict(descriptions[""])
     merged["providers"] = dict(merged["providers"])
     where = {name: ("", name) for name in merged["providers"]}
-    for label, description in descriptions.items():
-        if not label:
-            continue
-        revision = {"commit": environment.git("rev-parse", "--short=12", str(base)), "dirty": False}
-        for name, facts in description["providers"].items():
+    if base is not None:
+        commit = {"commit": base.commit, "dirty": False}
+        for name, facts in descriptions[base.label]["providers"].items():
             if not facts["baseline"]:
-                merged["providers"][f"{name} @ {label}"] = {**facts, "baseline": True, "revision": revision}
-                where[f"{name} @ {label}"] = (label, name)
+                full = f"{name} @ {base.label}"
+                merged["providers"][full] = {**facts, "baseline": True, "revision": commit}
+                where[full] = (base.label, name)
     return merged, where
 
 
@@ -82,7 +80,7 @@ def run_case(
     *,
     threads: int,
     seconds: float,
-    base: str | None,
+    base: revisions.Revision | None,
     common: Mapping[str, Any],
 ) -> tuple[list[dict[str, Any]], dict[str, str]]:
     """Measure one case: (its rows, reasons of skipped providers)."""
@@ -147,6 +145,7 @@ def run_suite(
     import torch
 
     cases = select_cases(suite, quick, text)
+    revision = None if base is None else revisions.resolve(base)
     if tests:
         gate.run_tests(importlib.import_module(f"bench.{suite}").TESTS, environment.CHECKOUT)
     default = threads or torch.get_num_threads()
@@ -157,12 +156,18 @@ def run_suite(
     common |= environment.revision()  # now, while what is imported is what is checked out
     done: list[dict[str, Any]] = []
     failed: list[str] = []
-    with open_sessions(suite, quick, base) as sessions:
+    with open_sessions(suite, quick, revision) as sessions:
         for case in cases:
             budget = QUICK_SECONDS if quick else seconds
             try:
                 new, skipped = run_case(
-                    case, sessions, limits, threads=case.threads or default, seconds=budget, base=base, common=common
+                    case,
+                    sessions,
+                    limits,
+                    threads=case.threads or default,
+                    seconds=budget,
+                    base=revision,
+                    common=common,
                 )
             except Exception:  # one broken case must not cost the others their hour
                 failed.append(case.name)

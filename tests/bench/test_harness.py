@@ -412,8 +412,8 @@ def test_write_leaves_no_partial_file(tmp_path):
 # --- revisions
 
 
-def test_remote_session_measures_in_another_process(suite, monkeypatch):
-    """The protocol of a session in a child process, on a suite that the child can import."""
+def test_remote_session_answers_from_another_process():
+    """The protocol, and that errors of the child arrive here."""
     remote = session.RemoteSession("masked_conv2d", True, environment.CHECKOUT)
     try:
         with pytest.raises(RuntimeError, match="before a case was prepared"):
@@ -428,16 +428,16 @@ def test_a_checkout_without_git_is_marked(tmp_path):
     assert environment.revision(tmp_path) == {"commit": "unknown", "dirty": True}
 
 
-def test_merge_takes_only_fastgen_from_the_base(monkeypatch):
-    monkeypatch.setattr(environment, "git", lambda *arguments, **options: "0123456789ab")
+def test_merge_takes_only_fastgen_from_the_base():
+    base = revisions.Revision("main", "0123456789ab")
     facts = {"baseline": False, "scale": 1.0, "note": "", "extra": {}}
     description = {"providers": {"torch": {**facts, "baseline": True}, "fastgen": facts}, "flops": 1, "bytes": 1}
-    merged, where = run.merge({"": description, "main (0123456789ab)": description}, "main")
+    merged, where = run.merge({"": description, base.label: description}, base)
     assert list(merged["providers"]) == ["torch", "fastgen", "fastgen @ main (0123456789ab)"]
-    base = merged["providers"]["fastgen @ main (0123456789ab)"]
-    assert base["baseline"]
-    assert base["revision"] == {"commit": "0123456789ab", "dirty": False}
-    assert where["fastgen @ main (0123456789ab)"] == ("main (0123456789ab)", "fastgen")
+    row = merged["providers"]["fastgen @ main (0123456789ab)"]
+    assert row["baseline"]
+    assert row["revision"] == {"commit": "0123456789ab", "dirty": False}
+    assert where["fastgen @ main (0123456789ab)"] == (base.label, "fastgen")
 
 
 @needs_git
