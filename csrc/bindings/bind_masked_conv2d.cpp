@@ -24,8 +24,8 @@ struct Kernels {
 template <class T>
 const Kernels<T>& kernels() {
     static constexpr Kernels<T> table[] = {
-#define FASTGEN_KERNELS(ISA)                                                                                       \
-    {ISA::masked_conv2d_scratch, ISA::masked_conv2d_forward, ISA::masked_conv2d_input_gradient,                   \
+#define FASTGEN_KERNELS(ISA)                                                                    \
+    {ISA::masked_conv2d_scratch, ISA::masked_conv2d_forward, ISA::masked_conv2d_input_gradient, \
      ISA::masked_conv2d_weight_gradient},
         FASTGEN_FOR_EACH_ISA(FASTGEN_KERNELS)
 #undef FASTGEN_KERNELS
@@ -45,12 +45,14 @@ T* pointer(uintptr_t address) {
     return reinterpret_cast<T*>(address);
 }
 
-MaskedConv2d make(const std::array<int64_t, 4>& input, int64_t out_channels, const std::array<int64_t, 2>& kernel, bool own_color,
-                  int64_t colors, int64_t splits, int64_t threads) {
+MaskedConv2d make(const std::array<int64_t, 4>& input, int64_t out_channels, const std::array<int64_t, 2>& kernel,
+                  bool own_color, int64_t colors, int64_t splits, int64_t threads) {
     if (kernel[0] / 2 + splits > kMaskedConv2dMaxTaps) {
-        throw std::invalid_argument("kernel height / 2 + splits must be at most " + std::to_string(kMaskedConv2dMaxTaps));
+        throw std::invalid_argument("kernel height / 2 + splits must be at most " +
+                                    std::to_string(kMaskedConv2dMaxTaps));
     }
-    return {input[0], input[1], out_channels, input[2], input[3], kernel[0], kernel[1], own_color, colors, splits, threads};
+    return {input[0],  input[1],  out_channels, input[2], input[3], kernel[0],
+            kernel[1], own_color, colors,       splits,   threads};
 }
 
 template <class T>
@@ -60,22 +62,24 @@ std::array<int64_t, 3> scratch(const MaskedConv2d& conv) {
 }
 
 template <class T>
-void forward(const MaskedConv2d& conv, uintptr_t input, const Strides& strides, uintptr_t weight, uintptr_t bias, uintptr_t output,
-             uintptr_t scratch) {
-    kernels<T>().forward(conv, image<T>(input, strides), pointer<T>(weight), pointer<T>(bias), pointer<T>(output), pointer<T>(scratch));
+void forward(const MaskedConv2d& conv, uintptr_t input, const Strides& strides, uintptr_t weight, uintptr_t bias,
+             uintptr_t output, uintptr_t scratch) {
+    kernels<T>().forward(conv, image<T>(input, strides), pointer<T>(weight), pointer<T>(bias), pointer<T>(output),
+                         pointer<T>(scratch));
 }
 
 template <class T>
-void input_gradient(const MaskedConv2d& conv, uintptr_t grad, const Strides& strides, uintptr_t weight, uintptr_t grad_input,
-                    uintptr_t scratch) {
-    kernels<T>().input_gradient(conv, image<T>(grad, strides), pointer<T>(weight), pointer<T>(grad_input), pointer<T>(scratch));
+void input_gradient(const MaskedConv2d& conv, uintptr_t grad, const Strides& strides, uintptr_t weight,
+                    uintptr_t grad_input, uintptr_t scratch) {
+    kernels<T>().input_gradient(conv, image<T>(grad, strides), pointer<T>(weight), pointer<T>(grad_input),
+                                pointer<T>(scratch));
 }
 
 template <class T>
 void weight_gradient(const MaskedConv2d& conv, uintptr_t input, const Strides& input_strides, uintptr_t grad,
                      const Strides& grad_strides, uintptr_t grad_weight, uintptr_t grad_bias, uintptr_t scratch) {
-    kernels<T>().weight_gradient(conv, image<T>(input, input_strides), image<T>(grad, grad_strides), pointer<T>(grad_weight),
-                                 pointer<T>(grad_bias), pointer<T>(scratch));
+    kernels<T>().weight_gradient(conv, image<T>(input, input_strides), image<T>(grad, grad_strides),
+                                 pointer<T>(grad_weight), pointer<T>(grad_bias), pointer<T>(scratch));
 }
 
 template <class T>
@@ -84,13 +88,14 @@ void define(pybind11::module_& module, const std::string& dtype) {
     using release = py::call_guard<py::gil_scoped_release>;
     module.def(("masked_conv2d_scratch_" + dtype).c_str(), scratch<T>, py::arg("conv"),
                "Elements of scratch for forward, input gradient, weight gradient.");
-    module.def(("masked_conv2d_forward_" + dtype).c_str(), forward<T>, py::arg("conv"), py::arg("input"), py::arg("strides"),
-               py::arg("weight"), py::arg("bias"), py::arg("output"), py::arg("scratch"), release());
+    module.def(("masked_conv2d_forward_" + dtype).c_str(), forward<T>, py::arg("conv"), py::arg("input"),
+               py::arg("strides"), py::arg("weight"), py::arg("bias"), py::arg("output"), py::arg("scratch"),
+               release());
     module.def(("masked_conv2d_input_gradient_" + dtype).c_str(), input_gradient<T>, py::arg("conv"), py::arg("grad"),
                py::arg("strides"), py::arg("weight"), py::arg("grad_input"), py::arg("scratch"), release());
-    module.def(("masked_conv2d_weight_gradient_" + dtype).c_str(), weight_gradient<T>, py::arg("conv"), py::arg("input"),
-               py::arg("input_strides"), py::arg("grad"), py::arg("grad_strides"), py::arg("grad_weight"), py::arg("grad_bias"),
-               py::arg("scratch"), release());
+    module.def(("masked_conv2d_weight_gradient_" + dtype).c_str(), weight_gradient<T>, py::arg("conv"),
+               py::arg("input"), py::arg("input_strides"), py::arg("grad"), py::arg("grad_strides"),
+               py::arg("grad_weight"), py::arg("grad_bias"), py::arg("scratch"), release());
 }
 
 }  // namespace
@@ -98,8 +103,8 @@ void define(pybind11::module_& module, const std::string& dtype) {
 void bind_masked_conv2d(pybind11::module_& module) {
     namespace py = pybind11;
     py::class_<MaskedConv2d>(module, "MaskedConv2d", "Sizes and mask of one call.")
-        .def(py::init(&make), py::arg("input"), py::arg("out_channels"), py::arg("kernel"), py::arg("own_color"), py::arg("colors"),
-             py::arg("splits"), py::arg("threads"));
+        .def(py::init(&make), py::arg("input"), py::arg("out_channels"), py::arg("kernel"), py::arg("own_color"),
+             py::arg("colors"), py::arg("splits"), py::arg("threads"));
     define<float>(module, "float32");
     define<double>(module, "float64");
 }

@@ -6,7 +6,8 @@
 namespace fastgen {
 namespace {
 
-void philox_uint32(uint64_t seed, uintptr_t block, uintptr_t position, uintptr_t sample, int64_t count, uintptr_t out, int threads) {
+void philox_uint32(uint64_t seed, uintptr_t block, uintptr_t position, uintptr_t sample, int64_t count, uintptr_t out,
+                   int threads) {
     const auto* blocks = reinterpret_cast<const int64_t*>(block);
     const auto* positions = reinterpret_cast<const int64_t*>(position);
     const auto* samples = reinterpret_cast<const int64_t*>(sample);
@@ -23,8 +24,9 @@ void philox_uint32(uint64_t seed, uintptr_t block, uintptr_t position, uintptr_t
 
 void bind_philox(pybind11::module_& module) {
     namespace py = pybind11;
-    module.def("philox_uint32", philox_uint32, py::arg("seed"), py::arg("block"), py::arg("position"), py::arg("sample"),
-               py::arg("count"), py::arg("out"), py::arg("threads"), py::call_guard<py::gil_scoped_release>(),
+    module.def("philox_uint32", philox_uint32, py::arg("seed"), py::arg("block"), py::arg("position"),
+               py::arg("sample"), py::arg("count"), py::arg("out"), py::arg("threads"),
+               py::call_guard<py::gil_scoped_release>(),
                "Philox4x32-10 of int64 [count] counters into int64 [count, 4].");
     module.def("philox_uniform", philox_uniform, py::arg("bits"), "The uniform that 32 random bits stand for.");
 }

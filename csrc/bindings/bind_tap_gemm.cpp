@@ -25,14 +25,15 @@ struct Kernels {
 using PyTap = std::tuple<uintptr_t, int64_t, int64_t, int64_t, uintptr_t>;
 
 template <class T>
-void run(const std::vector<PyTap>& py_taps, int64_t b_panel_stride, int64_t b_k_stride, uintptr_t init, int64_t init_row_stride,
-         uintptr_t c, int64_t c_row_stride, int64_t rows, int64_t cols) {
+void run(const std::vector<PyTap>& py_taps, int64_t b_panel_stride, int64_t b_k_stride, uintptr_t init,
+         int64_t init_row_stride, uintptr_t c, int64_t c_row_stride, int64_t rows, int64_t cols) {
     std::vector<Tap<T>> taps;
     for (const auto& [a, row_stride, k_stride, k, b] : py_taps) {
         taps.push_back({reinterpret_cast<const T*>(a), row_stride, k_stride, k, reinterpret_cast<const T*>(b)});
     }
-    Kernels<T>::at[active_isa()]({taps.data(), int64_t(taps.size()), b_panel_stride, b_k_stride, reinterpret_cast<const T*>(init),
-                                  init_row_stride, reinterpret_cast<T*>(c), c_row_stride, rows, cols});
+    Kernels<T>::at[active_isa()]({taps.data(), int64_t(taps.size()), b_panel_stride, b_k_stride,
+                                  reinterpret_cast<const T*>(init), init_row_stride, reinterpret_cast<T*>(c),
+                                  c_row_stride, rows, cols});
 }
 
 template <class T>
@@ -40,7 +41,8 @@ void define(pybind11::module_& module, const char* name) {
     namespace py = pybind11;
     module.def(name, run<T>, py::arg("taps"), py::arg("b_panel_stride"), py::arg("b_k_stride"), py::arg("init"),
                py::arg("init_row_stride"), py::arg("c"), py::arg("c_row_stride"), py::arg("rows"), py::arg("cols"),
-               py::call_guard<py::gil_scoped_release>(), "The product of csrc/cpu/tap_gemm.h; a tap is (a, row_stride, k_stride, k, b).");
+               py::call_guard<py::gil_scoped_release>(),
+               "The product of csrc/cpu/tap_gemm.h; a tap is (a, row_stride, k_stride, k, b).");
 }
 
 }  // namespace

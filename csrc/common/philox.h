@@ -1,6 +1,6 @@
-// Philox4x32-10 (Salmon, Moraes, Dror, Shaw: Parallel Random Numbers: As Easy as 1, 2, 3; SC 2011): a counter-based generator.
-// Four 32-bit numbers are a pure function of a 128-bit counter and a 64-bit key.  How fastgen fills the counter, and which draw
-// is used for what: the table in fastgen/ops/philox.py.
+// Philox4x32-10 (Salmon, Moraes, Dror, Shaw: Parallel Random Numbers: As Easy as 1, 2, 3; SC 2011): a counter-based
+// generator. Four 32-bit numbers are a pure function of a 128-bit counter and a 64-bit key. How fastgen fills the
+// counter, and which draw is used for what: the table in fastgen/ops/philox.py.
 #pragma once
 
 #include <cstdint>
@@ -32,12 +32,13 @@ FASTGEN_HOST_DEVICE void philox4x32_10(const uint32_t counter[4], const uint32_t
     out[3] = c3;
 }
 
-// Uniform in the open interval (0, 1): an odd multiple of 2^-24.  Every step is exact in float32; (bits >> 8) + 0.5 would not be and
-// would round up to 1.
+// Uniform in the open interval (0, 1): an odd multiple of 2^-24. Every step is exact in float32; (bits >> 8) + 0.5
+// would not be and would round up to 1.
 FASTGEN_HOST_DEVICE float philox_uniform(uint32_t bits) { return float((bits >> 8) | 1u) * (1.0f / 16777216.0f); }
 
 // The draw of one (block, position, sample) of a seed.
-FASTGEN_HOST_DEVICE void philox_draw(uint64_t seed, uint32_t block, uint32_t position, uint64_t sample, uint32_t out[4]) {
+FASTGEN_HOST_DEVICE void philox_draw(uint64_t seed, uint32_t block, uint32_t position, uint64_t sample,
+                                     uint32_t out[4]) {
     const uint32_t counter[4] = {block, position, uint32_t(sample), uint32_t(sample >> 32)};
     const uint32_t key[2] = {uint32_t(seed), uint32_t(seed >> 32)};
     philox4x32_10(counter, key, out);

@@ -77,7 +77,8 @@ std::vector<std::string> isa_names() {
 
 void set_isa(const std::string& name) {
     const int i = name.empty() ? -1 : find(name);
-    if (i < 0 && !name.empty()) throw std::invalid_argument("isa must be one of " + available() + " here, got '" + name + "'");
+    if (i < 0 && !name.empty())
+        throw std::invalid_argument("isa must be one of " + available() + " here, got '" + name + "'");
     forced = i;
 }
 

@@ -1,19 +1,22 @@
 // fastgen: per-isa
 // Masked convolution on the tap-GEMM.
 //
-//     out[n, y, x, o]      = bias[o] + sum over open taps (dy, dx) and i of  w[o, i, dy, dx] * in[n, y + dy, x + dx, i]
-//     grad_in[n, y, x, i]  =           sum over open taps (dy, dx) and o of  w[o, i, dy, dx] * grad[n, y - dy, x - dx, o]
-//     grad_w[o, i, dy, dx] =           sum over n, y, x of                   in[n, y + dy, x + dx, i] * grad[n, y, x, o]
+//     out[n, y, x, o]      = bias[o] + sum over open taps (dy, dx), i of  w[o, i, dy, dx] * in[n, y + dy, x + dx, i]
+//     grad_in[n, y, x, i]  =           sum over open taps (dy, dx), o of  w[o, i, dy, dx] * grad[n, y - dy, x - dx, o]
+//     grad_w[o, i, dy, dx] =           sum over n, y, x of                in[n, y + dy, x + dx, i] * grad[n, y, x, o]
 //
-// In reading order the open taps are the first ones of the kernel: taps t = 0 .. kCentre - 1 whole, tap kCentre (the pixel itself)
-// between some colour groups.  The gradient of the input is the same convolution with the taps in reverse order, u = kCentre - t.
+// In reading order the open taps are the first ones of the kernel: taps t = 0 .. kCentre - 1 whole, tap kCentre (the
+// pixel itself) between some colour groups. The gradient of the input is the same convolution with the taps in
+// reverse order, u = centre - t.
 //
-// Idea: an image row is copied into a small ring of zero-padded channels-last rows, whatever the layout of the source.  There the
-// taps of one kernel row are contiguous, so that a whole kernel row is one tap of the GEMM with K = kernel_w * channels.  Only open
-// taps are multiplied, and of the centre tap only the colour groups that some column of the panel needs.
+// Idea: an image row is copied into a small ring of zero-padded channels-last rows, whatever the layout of the
+// source. There the taps of one kernel row are contiguous, so that a whole kernel row is one tap of the GEMM with K =
+// kernel_w * channels. Only open taps are multiplied, and of the centre tap only the colour groups that some column
+// of the panel needs.
 //
-// The weight gradient is the same product transposed: rows are (tap, input channel), the sum runs over positions.  Positions
-// are cut into a few chunks that depend on the shape alone; their sums are added in order, so threads do not change the bits.
+// The weight gradient is the same product transposed: rows are (tap, input channel), the sum runs over positions.
+// Positions are cut into a few chunks that depend on the shape alone; their sums are added in order, so threads do
+// not change the bits.
 
 #include "masked_conv2d.h"
 
@@ -28,8 +31,6 @@ namespace {
 FASTGEN_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 FASTGEN_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 FASTGEN_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
-
-// --- The mask -----------------------------------------------------------------------------------------------------------------
 
 FASTGEN_INLINE int64_t pad_h(const MaskedConv2d& conv) { return conv.kernel_h / 2; }
 FASTGEN_INLINE int64_t pad_w(const MaskedConv2d& conv) { return conv.kernel_w / 2; }
@@ -51,8 +52,8 @@ FASTGEN_INLINE int64_t first_reader(const MaskedConv2d& conv, int64_t i) {
     return min_of(part, ceil_div((color + !conv.own_color) * part, conv.colors));
 }
 
-// The most that a column of the panel reads.  Colours ascend within a split, so it is the last column's, or that of the end of a
-// split inside the panel.
+// The most that a column of the panel reads. Colours ascend within a split, so it is the last column's, or that of
+// the end of a split inside the panel.
 template <class T>
 FASTGEN_INLINE int64_t panel_inputs(const MaskedConv2d& conv, int64_t panel) {
     if (conv.colors == 1) return conv.own_color ? conv.in_channels : 0;
@@ -69,28 +70,71 @@ FASTGEN_INLINE int64_t panel_first_reader(const MaskedConv2d& conv, int64_t pane
     return first_reader(conv, panel * kPanel<T>);
 }
 
-// --- Rows ---------------------------------------------------------------------------------------------------------------------
-
-// Copies row y of image n to dst [width][channels].
 template <class T>
-void fetch_row(const Image<T>& image, int64_t n, int64_t y, int64_t width, int64_t channels, T* dst) {
-    const T* src = image.data + n * image.n + y * image.h;
-    if (image.c == 1 && (image.w == channels || width == 1)) {
-        __builtin_memcpy(dst, src, width * channels * sizeof(T));
+FASTGEN_INLINE void transpose_4x4(const T* from, int64_t from_stride, T* to, int64_t to_stride) {
+    for (int64_t i = 0; i < 4; ++i) {
+        for (int64_t j = 0; j < 4; ++j) to[i * to_stride + j] = from[j * from_stride + i];
+    }
+}
+
+#if defined(__x86_64__)
+FASTGEN_INLINE void transpose_4x4(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+    __m128 r0 = _mm_loadu_ps(from), r1 = _mm_loadu_ps(from + from_stride);
+    __m128 r2 = _mm_loadu_ps(from + 2 * from_stride), r3 = _mm_loadu_ps(from + 3 * from_stride);
+    _MM_TRANSPOSE4_PS(r0, r1, r2, r3);
+    _mm_storeu_ps(to, r0);
+    _mm_storeu_ps(to + to_stride, r1);
+    _mm_storeu_ps(to + 2 * to_stride, r2);
+    _mm_storeu_ps(to + 3 * to_stride, r3);
+}
+#endif
+
+// Copies channels c0..c1-1 of row y of image n to `to`, positions `step` apart.
+template <class T>
+FASTGEN_INLINE void fetch(const Image<T>& image, int64_t n, int64_t y, int64_t c0, int64_t c1, int64_t width, T* to,
+                          int64_t step) {
+    const T* from = image.data + n * image.n + y * image.h + c0 * image.c;
+    int64_t x = 0;
+    if (image.w == 1 && c1 - c0 == 8) {
+        for (; x + 4 <= width; x += 4) {
+            transpose_4x4(from + x, image.c, to + x * step, step);
+            transpose_4x4(from + 4 * image.c + x, image.c, to + x * step + 4, step);
+        }
+    }
+    for (; x < width; ++x) {
+        for (int64_t c = 0; c < c1 - c0; ++c) to[x * step + c] = from[x * image.w + c * image.c];
+    }
+}
+
+template <class T>
+FASTGEN_INLINE void copy(const T* from, int64_t count, T* to) {
+    int64_t i = 0;
+    for (; i + kLanes<T> <= count; i += kLanes<T>) store(to + i, load(from + i));
+    for (; i < count; ++i) to[i] = from[i];
+}
+
+// Copies rows y0..y1-1 of image n to where they belong in `target`, which keeps `run` channels together.
+template <class T, class Target>
+void fetch_rows(const Image<T>& image, int64_t n, int64_t y0, int64_t y1, int64_t width, int64_t channels,
+                const Target& target) {
+    if (image.c != 1) {
+        // Planes: eight channels at a time, all rows of them, so that a plane's cache lines are used up before they
+        // leave the cache.
+        for (int64_t c = 0; c < channels; c += 8) {
+            const int64_t end = min_of(c + 8, channels);
+            for (int64_t y = y0; y < y1; ++y) fetch(image, n, y, c, end, width, target.at(y, c), target.step());
+        }
         return;
     }
-    // Eight channels at a time: whole cache lines of a plane are used before they leave the cache.
-    constexpr int64_t block = 8;
-    for (int64_t c0 = 0; c0 < channels; c0 += block) {
-        const T* from = src + c0 * image.c;
-        T* to = dst + c0;
-        if (channels - c0 >= block) {
-            for (int64_t x = 0; x < width; ++x) {
-                for (int64_t c = 0; c < block; ++c) to[x * channels + c] = from[x * image.w + c * image.c];
-            }
-        } else {
-            for (int64_t x = 0; x < width; ++x) {
-                for (int64_t c = 0; c < channels - c0; ++c) to[x * channels + c] = from[x * image.w + c * image.c];
+    for (int64_t y = y0; y < y1; ++y) {
+        const T* from = image.data + n * image.n + y * image.h;
+        if (target.run() == channels && target.step() == channels && image.w == channels) {
+            __builtin_memcpy(target.at(y, 0), from, width * channels * sizeof(T));
+            continue;
+        }
+        for (int64_t x = 0; x < width; ++x, from += image.w) {
+            for (int64_t c = 0; c < channels; c += target.run()) {
+                copy(from + c, min_of(target.run(), channels - c), target.at(y, c) + x * target.step());
             }
         }
     }
@@ -99,31 +143,34 @@ void fetch_row(const Image<T>& image, int64_t n, int64_t y, int64_t width, int64
 // The zero-padded rows [pad + width + pad][channels] of one image that are in use: row y is in slot y % rows.
 template <class T>
 struct Ring {
-    T* data;
-    int64_t rows, width, pad, channels;
-    int64_t image, next;  // rows up to `next` of this image have been fetched
+    const Image<T>& source;
+    const MaskedConv2d& conv;
+    int64_t channels, rows;
+    T* slots;
+    int64_t image = -1, next = 0;  // the rows before `next` of this image have been fetched
 
-    FASTGEN_INLINE int64_t row_size() const { return (width + 2 * pad) * channels; }
-    FASTGEN_INLINE T* row(int64_t y) const { return data + y % rows * row_size(); }
+    FASTGEN_INLINE int64_t slot_size() const { return (conv.width + 2 * pad_w(conv)) * channels; }
+    FASTGEN_INLINE T* row(int64_t y) const { return slots + y % rows * slot_size(); }
+    FASTGEN_INLINE T* at(int64_t y, int64_t c) const { return row(y) + pad_w(conv) * channels + c; }
+    FASTGEN_INLINE int64_t step() const { return channels; }
+    FASTGEN_INLINE int64_t run() const { return channels; }
 
     void clear() {
-        for (int64_t i = 0; i < rows * row_size(); ++i) data[i] = T(0);
-        image = -1;
+        for (int64_t i = 0; i < rows * slot_size(); ++i) slots[i] = T(0);
     }
 
-    // Makes rows first..last of image n available; calls go forward within an image.
-    void advance(const Image<T>& source, int64_t n, int64_t first, int64_t last) {
+    // Makes rows first..last of image n available, and up to `ahead` more; calls go forward within an image.
+    void advance(int64_t n, int64_t first, int64_t last, int64_t ahead) {
         if (n != image) {
             image = n;
             next = first;
         }
-        for (next = max_of(next, first); next <= last; ++next) {
-            fetch_row(source, n, next, width, channels, row(next) + pad * channels);
-        }
+        if (next > last) return;
+        const int64_t end = min_of(last + 1 + ahead, conv.height);
+        fetch_rows(source, n, next, end, conv.width, channels, *this);
+        next = end;
     }
 };
-
-// --- Forward and input gradient -----------------------------------------------------------------------------------------------
 
 // Both directions of the convolution: K runs over (tap in reading order, channel), reversed for the gradient.
 template <class T>
@@ -131,22 +178,25 @@ struct RowConvolution {
     const MaskedConv2d& conv;
     const Image<T>& source;
     bool reverse;
-    int64_t in, out;      // channels of source and target
-    const T* weight;      // contiguous [Cout, Cin, kh, kw]
+    int64_t in, out;  // channels of source and target
+    const T* weight;  // contiguous [Cout, Cin, kh, kw]
     const T* bias;
-    T* target;            // [N, H, W, out]
+    T* target;  // [N, H, W, out]
     T* scratch;
+
+    static constexpr int64_t kAhead =
+        3;  // rows fetched together with the one that is needed: four use planes' cache lines better
 
     FASTGEN_INLINE int64_t depth() const { return (centre(conv) + 1) * in; }
     FASTGEN_INLINE int64_t panels() const { return panels_of<T>(out); }
-    FASTGEN_INLINE int64_t ring_size() const {
-        return (pad_h(conv) + 1) * (conv.width + 2 * pad_w(conv)) * in;
-    }
+    FASTGEN_INLINE int64_t ring_rows() const { return pad_h(conv) + 1 + kAhead; }
+    FASTGEN_INLINE int64_t ring_size() const { return ring_rows() * (conv.width + 2 * pad_w(conv)) * in; }
 
     void pack_panel(int64_t panel, T* packed) const {
         const int64_t taps = centre(conv) + 1, area = conv.kernel_h * conv.kernel_w;
         const int64_t column = panel * kPanel<T>, columns = min_of(kPanel<T>, out - column);
-        const int64_t channel_step = (reverse ? conv.in_channels : 1) * area, column_step = (reverse ? 1 : conv.in_channels) * area;
+        const int64_t channel_step = (reverse ? conv.in_channels : 1) * area,
+                      column_step = (reverse ? 1 : conv.in_channels) * area;
         int64_t inputs[kPanel<T>];  // of output channel column + j
         for (int64_t j = 0; j < columns && !reverse; ++j) inputs[j] = readable_inputs(conv, column + j);
         for (int64_t c = 0; c < in; ++c) {
@@ -173,9 +223,9 @@ struct RowConvolution {
     void row(Ring<T>& ring, const T* packed, int64_t n, int64_t y) const {
         const int64_t ph = pad_h(conv), pw = pad_w(conv), kw = conv.kernel_w;
         if (reverse)
-            ring.advance(source, n, y, min_of(y + ph, conv.height - 1));
+            ring.advance(n, y, min_of(y + ph, conv.height - 1), kAhead);
         else
-            ring.advance(source, n, max_of(y - ph, 0), y);
+            ring.advance(n, max_of(y - ph, 0), y, kAhead);
         T* c = target + (n * conv.height + y) * conv.width * out;
         for (int64_t panel = 0; panel < panels();) {
             const int64_t bound = centre_bound(panel);
@@ -185,40 +235,43 @@ struct RowConvolution {
             Tap<T> taps[kMaskedConv2dMaxTaps + 2];
             int64_t count = 0;
             const T* b = packed + panel * depth() * kPanel<T>;
-            const auto add = [&](int64_t source_y, int64_t x, int64_t k0, int64_t k) {
-                if (k > 0) taps[count++] = {ring.row(source_y) + (x + pw) * in + k0 % in, in, 1, k, b + k0 * kPanel<T>};
+            // k elements from channel c of tap `tap`, which for the first position is at x of row source_y.
+            const auto add = [&](int64_t tap, int64_t source_y, int64_t x, int64_t c, int64_t k) {
+                if (k > 0)
+                    taps[count++] = {ring.row(source_y) + (x + pw) * in + c, in, 1, k, b + (tap * in + c) * kPanel<T>};
             };
             if (reverse) {
                 const int64_t part = in / conv.splits;
-                for (int64_t split = 0; split < conv.splits; ++split) add(y, 0, split * part + bound, part - bound);
-                add(y, 1, in, pw * in);
-                for (int64_t d = 1; d <= min_of(ph, conv.height - 1 - y); ++d) add(y + d, -pw, (d * kw - pw) * in, kw * in);
+                for (int64_t split = 0; split < conv.splits; ++split) add(0, y, 0, split * part + bound, part - bound);
+                add(1, y, 1, 0, pw * in);
+                for (int64_t d = 1; d <= min_of(ph, conv.height - 1 - y); ++d) add(d * kw - pw, y + d, -pw, 0, kw * in);
             } else {
-                for (int64_t d = min_of(ph, y); d >= 1; --d) add(y - d, -pw, (ph - d) * kw * in, kw * in);
-                add(y, -pw, ph * kw * in, pw * in + bound);
+                for (int64_t d = min_of(ph, y); d >= 1; --d) add((ph - d) * kw, y - d, -pw, 0, kw * in);
+                add(ph * kw, y, -pw, 0, pw * in + bound);
             }
             const int64_t column = panel * kPanel<T>;
-            tap_gemm({taps, count, depth() * kPanel<T>, kPanel<T>, bias ? bias + column : nullptr, 0, c + column, out, conv.width,
-                      min_of(end * kPanel<T>, out) - column});
+            tap_gemm({taps, count, depth() * kPanel<T>, kPanel<T>, bias ? bias + column : nullptr, 0, c + column, out,
+                      conv.width, min_of(end * kPanel<T>, out) - column});
             panel = end;
         }
     }
 
     void run() const {
         const int64_t rows = conv.batch * conv.height;
-        // Small pieces keep threads busy to the end; each piece fetches pad_h rows anew.
-        const int64_t piece = max_of(ceil_div(rows, conv.threads * 8), 1);
+        // Small pieces keep threads busy to the end, but each fetches pad_h rows anew.
+        const int64_t piece = ceil_div(rows, conv.threads * 8 * (1 + kAhead)) * (1 + kAhead);
         T* packed = scratch + conv.threads * ring_size();
 #pragma omp parallel num_threads(conv.threads)
         {
 #pragma omp for schedule(static)
             for (int64_t panel = 0; panel < panels(); ++panel) pack_panel(panel, packed + panel * depth() * kPanel<T>);
-            Ring<T> ring{scratch + omp_get_thread_num() * ring_size(), pad_h(conv) + 1, conv.width, pad_w(conv), in, -1, 0};
+            Ring<T> ring{source, conv, in, ring_rows(), scratch + omp_get_thread_num() * ring_size()};
             ring.clear();
 #pragma omp for schedule(dynamic)
             for (int64_t first = 0; first < rows; first += piece) {
                 ring.image = -1;
-                for (int64_t r = first; r < min_of(first + piece, rows); ++r) row(ring, packed, r / conv.height, r % conv.height);
+                for (int64_t r = first; r < min_of(first + piece, rows); ++r)
+                    row(ring, packed, r / conv.height, r % conv.height);
             }
         }
     }
@@ -227,16 +280,29 @@ struct RowConvolution {
 };
 
 template <class T>
-RowConvolution<T> forward_of(const MaskedConv2d& conv, const Image<T>& input, const T* weight, const T* bias, T* output, T* scratch) {
+RowConvolution<T> forward_of(const MaskedConv2d& conv, const Image<T>& input, const T* weight, const T* bias, T* output,
+                             T* scratch) {
     return {conv, input, false, conv.in_channels, conv.out_channels, weight, bias, output, scratch};
 }
 
 template <class T>
-RowConvolution<T> backward_of(const MaskedConv2d& conv, const Image<T>& grad, const T* weight, T* grad_input, T* scratch) {
+RowConvolution<T> backward_of(const MaskedConv2d& conv, const Image<T>& grad, const T* weight, T* grad_input,
+                              T* scratch) {
     return {conv, grad, true, conv.out_channels, conv.in_channels, weight, nullptr, grad_input, scratch};
 }
 
-// --- Weight gradient ----------------------------------------------------------------------------------------------------------
+// Rows y0 and up of the output's gradient as panels [panel][position][kPanel].
+template <class T>
+struct GradBlock {
+    T* data;
+    int64_t width, panel_stride, y0;
+
+    FASTGEN_INLINE T* at(int64_t y, int64_t c) const {
+        return data + c / kPanel<T> * panel_stride + (y - y0) * width * kPanel<T> + c % kPanel<T>;
+    }
+    FASTGEN_INLINE int64_t step() const { return kPanel<T>; }
+    FASTGEN_INLINE int64_t run() const { return kPanel<T>; }
+};
 
 template <class T>
 struct WeightGradient {
@@ -264,39 +330,30 @@ struct WeightGradient {
     FASTGEN_INLINE int64_t ring_size() const {
         return (block_rows() + pad_h(conv)) * (conv.width + 2 * pad_w(conv)) * conv.in_channels;
     }
-    FASTGEN_INLINE int64_t row_size() const { return conv.width * conv.out_channels; }
-    FASTGEN_INLINE int64_t block_size() const { return block_rows() * conv.width * padded_out(); }
-    FASTGEN_INLINE int64_t thread_size() const { return ring_size() + row_size() + block_size(); }
+    FASTGEN_INLINE int64_t panel_stride() const { return block_rows() * conv.width * kPanel<T>; }
+    FASTGEN_INLINE int64_t block_size() const { return panels() * panel_stride(); }
+    FASTGEN_INLINE int64_t thread_size() const { return ring_size() + block_size(); }
     FASTGEN_INLINE int64_t partial_size() const { return (depth() + 1) * padded_out(); }  // the last row: the bias
     FASTGEN_INLINE int64_t scratch_size() const { return conv.threads * thread_size() + chunks() * partial_size(); }
-    FASTGEN_INLINE T* partial(int64_t chunk) const { return scratch + conv.threads * thread_size() + chunk * partial_size(); }
+    FASTGEN_INLINE T* partial(int64_t chunk) const {
+        return scratch + conv.threads * thread_size() + chunk * partial_size();
+    }
 
-    // Rows y0..y1-1 of the gradient's panels p0..p1-1 into [panel][position][kPanel].
-    void fetch_grad(int64_t n, int64_t y0, int64_t y1, int64_t p0, int64_t p1, T* row, T* block) const {
-        const int64_t panel_stride = block_rows() * conv.width * kPanel<T>;
-        for (int64_t y = y0; y < y1; ++y) {
-            fetch_row(grad, n, y, conv.width, conv.out_channels, row);
-            for (int64_t panel = p0; panel < p1; ++panel) {
-                const int64_t column = panel * kPanel<T>, columns = min_of(kPanel<T>, conv.out_channels - column);
-                T* to = block + panel * panel_stride + (y - y0) * conv.width * kPanel<T>;
-                for (int64_t x = 0; x < conv.width; ++x, to += kPanel<T>) {
-                    const T* from = row + x * conv.out_channels + column;
-                    if (columns == kPanel<T>) {
-                        __builtin_memcpy(to, from, sizeof(T) * kPanel<T>);
-                    } else {
-                        for (int64_t j = 0; j < kPanel<T>; ++j) to[j] = j < columns ? from[j] : T(0);
-                    }
-                }
-            }
-        }
+    // Rows y0..y1-1 of panels p0..p1-1.
+    void fetch_grad(T* grads, int64_t n, int64_t y0, int64_t y1, int64_t p0, int64_t p1) const {
+        Image<T> columns = grad;
+        columns.data += p0 * kPanel<T> * grad.c;
+        const int64_t count = min_of(p1 * kPanel<T>, conv.out_channels) - p0 * kPanel<T>;
+        fetch_rows(columns, n, y0, y1, conv.width, count,
+                   GradBlock<T>{grads + p0 * panel_stride(), conv.width, panel_stride(), y0});
     }
 
     // Adds the products of rows y0..y1-1 of image n to a partial sum, or starts it.
-    void block(Ring<T>& ring, T* row, T* grads, T* sum, bool start, int64_t n, int64_t y0, int64_t y1, int64_t p0, int64_t p1) const {
+    void block(Ring<T>& ring, T* grads, T* sum, bool start, int64_t n, int64_t y0, int64_t y1, int64_t p0,
+               int64_t p1) const {
         const int64_t ph = pad_h(conv), pw = pad_w(conv), kw = conv.kernel_w, in = conv.in_channels;
-        const int64_t panel_stride = block_rows() * conv.width * kPanel<T>;
-        ring.advance(input, n, max_of(y0 - ph, 0), y1 - 1);
-        fetch_grad(n, y0, y1, p0, p1, row, grads);
+        ring.advance(n, max_of(y0 - ph, 0), y1 - 1, 0);
+        fetch_grad(grads, n, y0, y1, p0, p1);
         for (int64_t d = ph; d >= 0; --d) {
             for (int64_t panel = p0; panel < p1;) {
                 const int64_t bound = panel_inputs<T>(conv, panel);
@@ -306,10 +363,10 @@ struct WeightGradient {
                 int64_t count = 0;
                 for (int64_t y = max_of(y0, d); y < y1; ++y) {
                     taps[count++] = {ring.row(y - d), 1, in, conv.width,
-                                     grads + panel * panel_stride + (y - y0) * conv.width * kPanel<T>};
+                                     grads + panel * panel_stride() + (y - y0) * conv.width * kPanel<T>};
                 }
                 T* c = sum + (ph - d) * kw * in * padded_out() + panel * kPanel<T>;
-                tap_gemm({taps, count, panel_stride, kPanel<T>, start ? nullptr : c, padded_out(), c, padded_out(),
+                tap_gemm({taps, count, panel_stride(), kPanel<T>, start ? nullptr : c, padded_out(), c, padded_out(),
                           d > 0 ? kw * in : pw * in + bound, (end - panel) * kPanel<T>});
                 panel = end;
             }
@@ -320,7 +377,7 @@ struct WeightGradient {
     void add_bias(const T* grads, T* sum, bool start, int64_t positions, int64_t p0, int64_t p1) const {
         for (int64_t panel = p0; panel < p1; ++panel) {
             for (int64_t j = 0; j < kPanel<T>; j += kLanes<T>) {
-                const T* from = grads + panel * block_rows() * conv.width * kPanel<T> + j;
+                const T* from = grads + panel * panel_stride() + j;
                 Vec<T> total{};
                 for (int64_t p = 0; p < positions; ++p) total += load(from + p * kPanel<T>);
                 T* to = sum + panel * kPanel<T> + j;
@@ -329,12 +386,12 @@ struct WeightGradient {
         }
     }
 
-    void chunk(int64_t chunk, Ring<T>& ring, T* row, T* grads, int64_t p0, int64_t p1) const {
+    void chunk(int64_t chunk, Ring<T>& ring, T* grads, int64_t p0, int64_t p1) const {
         ring.image = -1;
         const int64_t first = blocks() * chunk / chunks(), last = blocks() * (chunk + 1) / chunks();
         for (int64_t i = first; i < last; ++i) {
             const int64_t n = i / blocks_per_image(), y0 = i % blocks_per_image() * block_rows();
-            block(ring, row, grads, partial(chunk), i == first, n, y0, min_of(y0 + block_rows(), conv.height), p0, p1);
+            block(ring, grads, partial(chunk), i == first, n, y0, min_of(y0 + block_rows(), conv.height), p0, p1);
         }
     }
 
@@ -342,6 +399,8 @@ struct WeightGradient {
     void finish(int64_t panel) const {
         const int64_t in = conv.in_channels, area = conv.kernel_h * conv.kernel_w;
         const int64_t column = panel * kPanel<T>, columns = min_of(kPanel<T>, conv.out_channels - column);
+        int64_t inputs[kPanel<T>];  // of output channel column + j
+        for (int64_t j = 0; j < columns; ++j) inputs[j] = readable_inputs(conv, column + j);
         T total[kPanel<T>];
         const auto add = [&](int64_t row) {
             for (int64_t j = 0; j < kPanel<T>; j += kLanes<T>) {
@@ -359,7 +418,7 @@ struct WeightGradient {
                 }
                 add(t * in + i);
                 for (int64_t j = 0; j < columns; ++j) {
-                    const bool open = t < centre(conv) || i < readable_inputs(conv, column + j);
+                    const bool open = t < centre(conv) || i < inputs[j];
                     to[j * in * area + t] = open ? total[j] : T(0);
                 }
             }
@@ -379,13 +438,15 @@ struct WeightGradient {
 #pragma omp parallel num_threads(conv.threads)
         {
             T* own = scratch + omp_get_thread_num() * thread_size();
-            Ring<T> ring{own, block_rows() + pad_h(conv), conv.width, pad_w(conv), conv.in_channels, -1, 0};
+            Ring<T> ring{input, conv, conv.in_channels, block_rows() + pad_h(conv), own};
             ring.clear();
-            T* row = own + ring_size();
+            T* grads = own + ring_size();
+            for (int64_t i = 0; i < block_size(); ++i)
+                grads[i] = T(0);  // of the last panel, some columns are never written
 #pragma omp for schedule(dynamic)
             for (int64_t item = 0; item < chunks() * groups; ++item) {
                 const int64_t group = item % groups;
-                chunk(item / groups, ring, row, row + row_size(), panels() * group / groups, panels() * (group + 1) / groups);
+                chunk(item / groups, ring, grads, panels() * group / groups, panels() * (group + 1) / groups);
             }
 #pragma omp for schedule(static)
             for (int64_t panel = 0; panel < panels(); ++panel) finish(panel);
@@ -405,19 +466,19 @@ MaskedConv2dScratch scratch_of(const MaskedConv2d& conv) {
 
 }  // namespace
 
-#define FASTGEN_DEFINE_MASKED_CONV2D(T)                                                                                       \
-    MaskedConv2dScratch masked_conv2d_scratch(const MaskedConv2d& conv, const T*) { return scratch_of<T>(conv); }             \
-    void masked_conv2d_forward(const MaskedConv2d& conv, const Image<T>& input, const T* weight, const T* bias, T* output,    \
-                               T* scratch) {                                                                                  \
-        forward_of(conv, input, weight, bias, output, scratch).run();                                                         \
-    }                                                                                                                         \
-    void masked_conv2d_input_gradient(const MaskedConv2d& conv, const Image<T>& grad_output, const T* weight, T* grad_input,  \
-                                      T* scratch) {                                                                           \
-        backward_of(conv, grad_output, weight, grad_input, scratch).run();                                                    \
-    }                                                                                                                         \
-    void masked_conv2d_weight_gradient(const MaskedConv2d& conv, const Image<T>& input, const Image<T>& grad_output,          \
-                                       T* grad_weight, T* grad_bias, T* scratch) {                                            \
-        WeightGradient<T>{conv, input, grad_output, grad_weight, grad_bias, scratch}.run();                                   \
+#define FASTGEN_DEFINE_MASKED_CONV2D(T)                                                                              \
+    MaskedConv2dScratch masked_conv2d_scratch(const MaskedConv2d& conv, const T*) { return scratch_of<T>(conv); }    \
+    void masked_conv2d_forward(const MaskedConv2d& conv, const Image<T>& input, const T* weight, const T* bias,      \
+                               T* output, T* scratch) {                                                              \
+        forward_of(conv, input, weight, bias, output, scratch).run();                                                \
+    }                                                                                                                \
+    void masked_conv2d_input_gradient(const MaskedConv2d& conv, const Image<T>& grad_output, const T* weight,        \
+                                      T* grad_input, T* scratch) {                                                   \
+        backward_of(conv, grad_output, weight, grad_input, scratch).run();                                           \
+    }                                                                                                                \
+    void masked_conv2d_weight_gradient(const MaskedConv2d& conv, const Image<T>& input, const Image<T>& grad_output, \
+                                       T* grad_weight, T* grad_bias, T* scratch) {                                   \
+        WeightGradient<T>{conv, input, grad_output, grad_weight, grad_bias, scratch}.run();                          \
     }
 
 FASTGEN_DEFINE_MASKED_CONV2D(float)

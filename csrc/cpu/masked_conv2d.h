@@ -30,14 +30,15 @@ inline constexpr int kMaskedConv2dMaxTaps = 128;
 
 }  // namespace fastgen
 
-// weight and its gradient are contiguous [Cout, Cin, kh, kw]; output and grad_input are dense [N, H, W, C]; bias and grad_bias may be null.
-#define FASTGEN_DECLARE_MASKED_CONV2D_OF(T)                                                                                   \
-    MaskedConv2dScratch masked_conv2d_scratch(const MaskedConv2d& conv, const T*);                                            \
-    void masked_conv2d_forward(const MaskedConv2d& conv, const Image<T>& input, const T* weight, const T* bias, T* output,    \
-                               T* scratch);                                                                                   \
-    void masked_conv2d_input_gradient(const MaskedConv2d& conv, const Image<T>& grad_output, const T* weight, T* grad_input,  \
-                                      T* scratch);                                                                            \
-    void masked_conv2d_weight_gradient(const MaskedConv2d& conv, const Image<T>& input, const Image<T>& grad_output,          \
+// weight and its gradient are contiguous [Cout, Cin, kh, kw]; output and grad_input are dense [N, H, W, C]; bias and
+// grad_bias may be null.
+#define FASTGEN_DECLARE_MASKED_CONV2D_OF(T)                                                                          \
+    MaskedConv2dScratch masked_conv2d_scratch(const MaskedConv2d& conv, const T*);                                   \
+    void masked_conv2d_forward(const MaskedConv2d& conv, const Image<T>& input, const T* weight, const T* bias,      \
+                               T* output, T* scratch);                                                               \
+    void masked_conv2d_input_gradient(const MaskedConv2d& conv, const Image<T>& grad_output, const T* weight,        \
+                                      T* grad_input, T* scratch);                                                    \
+    void masked_conv2d_weight_gradient(const MaskedConv2d& conv, const Image<T>& input, const Image<T>& grad_output, \
                                        T* grad_weight, T* grad_bias, T* scratch);
 
 #define FASTGEN_DECLARE_MASKED_CONV2D(ISA)   \

@@ -1,6 +1,5 @@
-// fastgen: per-isa
-// Register-blocked micro-kernels of tap_gemm and the choice among them.  A micro-kernel keeps an R x (P panels) tile of C in registers
-// and walks all taps; the formula and the contract are in tap_gemm.h.
+// fastgen: per-isa Register-blocked micro-kernels of tap_gemm and the choice among them. A micro-kernel keeps an R x
+// (P panels) tile of C in registers and walks all taps; the formula and the contract are in tap_gemm.h.
 
 #include "tap_gemm.h"
 
@@ -11,8 +10,8 @@ constexpr int kMaxRows = 14;
 constexpr int kMaxPanels = 8;
 constexpr int kVecsPerPanel = 64 / kVecBytes;
 
-// The tile, the smaller operand's vectors and one vector of the other operand (and of a product, where it is not fused) must
-// fit the register file.
+// The tile, the smaller operand's vectors and one vector of the other operand (and of a product, where it is not
+// fused) must fit the register file.
 constexpr bool fits(int rows, int panels) {
     const int vecs = panels * kVecsPerPanel;
 #if defined(__x86_64__) && !defined(__FMA__)

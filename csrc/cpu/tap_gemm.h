@@ -2,16 +2,16 @@
 //
 //     C[r, j] = init[r, j] + sum over taps t, k < K_t of  A_t[r, k] * B_t[k, j]        r < rows, j < cols
 //
-// A tap is a strided view of the left operand (a shifted read of a feature map) and the slice of the right operand that goes with
-// it.  The right operand is kept in panels of 64 bytes of columns (16 floats, 8 doubles):
+// A tap is a strided view of the left operand (a shifted read of a feature map) and the slice of the right operand
+// that goes with it. The right operand is kept in panels of 64 bytes of columns (16 floats, 8 doubles):
 //
 //     B_t[k, j] = b[j / kPanel * b_panel_stride + k * b_k_stride + j % kPanel]
 //
-// Packed weights have b_k_stride = kPanel and b_panel_stride = K_total * kPanel; the rows of a plain matrix, padded to whole panels,
-// are read in place with b_k_stride = row length and b_panel_stride = kPanel.
+// Packed weights have b_k_stride = kPanel and b_panel_stride = K_total * kPanel; the rows of a plain matrix, padded
+// to whole panels, are read in place with b_k_stride = row length and b_panel_stride = kPanel.
 //
-// Contract: every element of C is one chain of fused multiply-adds in the order of (t, k), starting from init.  Its bits do not
-// depend on rows, cols, its place, tile shapes or threads, and are the same on AVX2 and AVX-512.
+// Contract: every element of C is one chain of fused multiply-adds in the order of (t, k), starting from init. Its
+// bits do not depend on rows, cols, its place, tile shapes or threads, and are the same on AVX2 and AVX-512.
 #pragma once
 
 #include <cstdint>

@@ -1,18 +1,18 @@
 // The vector type of one instruction set, and the few operations kernels are written in.
 //
-// Included by sources that are compiled once per instruction set with FASTGEN_ISA set to its name; everything here lives in
-// namespace fastgen::FASTGEN_ISA.  Widths: AVX-512 64 bytes, AVX2 32 bytes, portable 16 bytes.
+// Included by sources that are compiled once per instruction set with FASTGEN_ISA set to its name; everything here
+// lives in namespace fastgen::FASTGEN_ISA. Widths: AVX-512 64 bytes, AVX2 32 bytes, portable 16 bytes.
 //
-//   Vec<T>                       T is float, double or int32_t; + - * / and comparisons are the compiler's vector extensions
+//   Vec<T>                       T is float, double or int32_t; + - * / < are the compiler's vector extensions
 //   kLanes<T>                    elements in a vector
 //   load, store                  unaligned
-//   load_n, store_n              the first n elements (0 <= n <= kLanes), the others read as zero and are never touched in memory
+//   load_n, store_n              the first n elements (0 <= n <= kLanes); the others read as zero and stay untouched
 //   fma(a, b, c)                 a*b + c, rounded once where the processor has the instruction
 //   max, min                     of a and b; b when either is NaN, so max(zero, x) keeps a NaN in x
 //   where(mask, a, b)            mask is the result of a comparison
 //
-// These sources are compiled without contraction, so a product is fused into a sum exactly where fma is written: the same
-// operations, and so the same bits, on AVX2 and AVX-512.
+// These sources are compiled without contraction, so a product is fused into a sum exactly where fma is written: the
+// same operations, and so the same bits, on AVX2 and AVX-512.
 #pragma once
 
 #include <cstdint>

@@ -1,19 +1,21 @@
 // Vectorised exp, sigmoid and tanh.
 //
-// Every lane is computed alike, so the bits of a result do not depend on its position, and are the same on AVX2 and AVX-512.  NaN
-// gives NaN; infinities and large arguments give the limits.  Largest errors over all floats in units in the last place:
-// exp 1.1, sigmoid 2.4, tanh 1.4, denormal results included.  Doubles go through the C library, lane by lane.
+// Every lane is computed alike, so the bits of a result do not depend on its position, and are the same on AVX2 and
+// AVX-512. NaN gives NaN; infinities and large arguments give the limits. Largest errors over all floats in units in
+// the last place: exp 1.1, sigmoid 2.4, tanh 1.4, denormal results included. Doubles go through the C library, lane
+// by lane.
 #pragma once
 
 #include "vec.h"
 
 namespace fastgen::FASTGEN_ISA {
 
-// x = n ln 2 + r, |r| <= ln(2) / 2, with ln 2 in two parts (Cody and Waite 1980); e^r = 1 + r + r^2 p(r) with p minimax in the
-// relative error of the sum; 2^n in two factors, so that a denormal result is rounded once.
+// x = n ln 2 + r, |r| <= ln(2) / 2, with ln 2 in two parts (Cody and Waite 1980); e^r = 1 + r + r^2 p(r) with p
+// minimax in the relative error of the sum; 2^n in two factors, so that a denormal result is rounded once.
 FASTGEN_INLINE Vec<float> exp(Vec<float> x) {
     x = min(broadcast(89.0f), max(broadcast(-105.0f), x));  // beyond: inf and 0; a NaN in the second argument stays
-    const Vec<float> magic = broadcast(12582912.0f);        // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
+    const Vec<float> magic =
+        broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
     const Vec<float> shifted = fma(x, broadcast(1.44269504f), magic);
     const Vec<float> n = shifted - magic;
     Vec<float> r = fma(n, broadcast(-0.693145752f), x);  // 17 bits: exact for every n that occurs

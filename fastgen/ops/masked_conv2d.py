@@ -1,9 +1,9 @@
 """Masked convolution: the causal convolution of autoregressive pixel models.
 
-A. van den Oord, N. Kalchbrenner, K. Kavukcuoglu, "Pixel Recurrent Neural Networks", ICML 2016, section 3.4 and figure 4.
+A. van den Oord, N. Kalchbrenner, K. Kavukcuoglu, "Pixel Recurrent Neural Networks", ICML 2016, section 3.4, figure 4.
 
-A pixel sees the pixels above it and to its left.  Within the pixel the colours are in sequence: mask type A, for the first layer,
-lets a colour see the earlier colours alone, type B lets it see itself as well.
+A pixel sees the pixels above it and to its left.  Within the pixel the colours are in sequence: mask type A, for the
+first layer, lets a colour see the earlier colours alone; type B lets it see itself as well.
 """
 
 from __future__ import annotations
@@ -35,8 +35,9 @@ def masked_conv2d(
     Returns:
         [N, Cout, H, W], channels-last in memory where a native kernel computed it.
 
-    Only open taps are computed, forwards and backwards; the gradient of a closed weight is zero.  float32 and float64 run natively
-    on the CPU; other dtypes, autocast and second derivatives go through plain PyTorch (``fastgen.backend("reference")``).
+    Only open taps are computed, in both directions; the gradient of a closed weight is zero.  float32 and float64 run
+    natively on the CPU, other dtypes and autocast through plain PyTorch.  Second derivatives need
+    ``with fastgen.backend("reference")``.
 
     Raises:
         TypeError: an argument is not a tensor or the dtypes differ.
@@ -70,8 +71,8 @@ def conv_mask(
 ) -> Tensor:
     """Which weights of a masked convolution are open: bool [Cout, Cin, kh, kw].
 
-    Open are the taps above the centre row, those left of the centre, and of the centre tap the connections from input colour
-    a to output colour b with a < b (type A) or a <= b (type B).  Channels are cut into `colors` groups, red first: input
+    Open are the taps above the centre row, those left of the centre, and of the centre tap the connections from input
+    colour a to output colour b with a < b (type A) or a <= b (type B).  Channels are cut into `colors` groups: input
     channel i has colour ``i * colors // Cin``.  Output channels are `splits` equal parts that hold all the colours each
     (two for gated units, whose halves are then aligned): with ``part = Cout // splits``, output channel o has colour
     ``o % part * colors // part``.
@@ -84,11 +85,10 @@ def conv_mask(
     part = out_channels // splits
     reader = torch.arange(out_channels, device=device)[:, None] % part * colors // part
     source = torch.arange(in_channels, device=device)[None, :] * colors // in_channels
-    mask = torch.zeros(tuple(weight_shape), dtype=torch.bool, device=device)
-    mask[:, :, : height // 2] = True
-    mask[:, :, height // 2, : width // 2] = True
-    mask[:, :, height // 2, width // 2] = source < reader if mask_type == "A" else source <= reader
-    return mask
+    within = source < reader if mask_type == "A" else source <= reader
+    tap = torch.arange(height * width, device=device).view(height, width)
+    centre = height * width // 2
+    return (tap < centre) | (tap == centre) & within[:, :, None, None]
 
 
 class _MaskedConv2d(torch.autograd.Function):
