@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <deque>
 #include <stdexcept>
 #include <string>
 #include <thread>
@@ -84,18 +85,17 @@ public:
 
     int64_t scratch() const { return plan_scratch(tables_); }
 
-    // Draws rows [row_begin, row_end) of a batch.  groups: (first sample, count, workspace) of each group; team: threads per group; scratch:
+    // Draws rows [row_begin, row_end) of a batch; whether all teams stayed together to the end.  groups: (first sample, count, workspace) of each group; team: threads per group; scratch:
     // scratch() floats for each thread.
-    void run(const std::vector<std::tuple<int64_t, int64_t, uintptr_t>>& groups, int team, uintptr_t scratch,
+    bool run(const std::vector<std::tuple<int64_t, int64_t, uintptr_t>>& groups, int team, uintptr_t scratch,
              uint64_t seed, uint64_t start, double temperature, uintptr_t levels, uintptr_t known, uintptr_t mask,
              int64_t row_begin, int64_t row_end) const {
         if (team < 1) throw std::invalid_argument("team must be at least 1, got " + std::to_string(team));
         const int64_t pixels = tables_.height * tables_.width, elements = pixels * tables_.colours;
         const PlanWorker worker = kWorkers[active_isa()];
         std::vector<PlanBatch> batches;
-        std::vector<PlanTeam> teams;
+        std::deque<PlanTeam> teams;
         batches.reserve(groups.size());
-        teams.reserve(groups.size());
         for (const auto& [first, count, workspace] : groups) {
             PlanBatch batch{};
             batch.count = count;
@@ -120,6 +120,10 @@ public:
         for (size_t thread = 1; thread < count; ++thread) threads.emplace_back(work, thread);
         work(0);
         for (std::thread& thread : threads) thread.join();
+        for (const PlanTeam& each : teams) {
+            if (each.disbanded()) return false;
+        }
+        return true;
     }
 
 private:

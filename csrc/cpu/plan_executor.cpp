@@ -111,18 +111,26 @@ void apply(PlanOp op, float* dst, int64_t stride, int64_t rows, int64_t panels, 
 class Worker {
 public:
     Worker(const PlanTables& plan, const PlanBatch& batch, PlanTeam& team, int member, float* scratch)
-        : plan_(plan), batch_(batch), team_(team), member_(member), scratch_(scratch) {}
+        : plan_(plan), batch_(batch), team_(team), members_(team.size()), member_(member), scratch_(scratch) {}
 
     void run(int64_t row_begin, int64_t row_end) {
         for (y_ = row_begin; y_ < row_end; ++y_) {
+            if (members_ > 1 && team_.disband(member_)) {
+                if (member_ != 0) return;
+                members_ = 1;
+            }
             clear_rows_below();
             run_steps(0, plan_.row_steps, 0);
-            team_.wait();
+            wait();
             for (int64_t x = plan_.first_column; x < plan_.end_column; ++x) run_pixel(x);
         }
     }
 
 private:
+    void wait() {
+        if (members_ > 1) team_.wait();
+    }
+
     // Rows under the bottom of a plane are zero; only planes that are computed ahead of the image get there.
     void clear_rows_below() {
         bool any = false;
@@ -138,7 +146,7 @@ private:
                 for (int64_t c = 0; c < step.width; ++c) p[c] = 0;
             }
         }
-        if (any) team_.wait();
+        if (any) wait();
     }
 
     void run_pixel(int64_t x) {
@@ -147,17 +155,17 @@ private:
             const int64_t begin = s;
             while (s < plan_.num_steps && plan_.steps[s].rank == colour) ++s;
             run_steps(begin, s, x);
-            team_.wait();
+            wait();
             if (y_ < 0 || x < 0 || x >= plan_.width) continue;
             draw(colour, x);
-            team_.wait();
+            wait();
         }
     }
 
     void run_steps(int64_t begin, int64_t end, int64_t x) {
         for (int64_t s = begin; s < end; ++s) {
             const PlanStep& step = plan_.steps[s];
-            if (step.barrier) team_.wait();
+            if (step.barrier) wait();
             const PlanPlane& out = plan_.planes[step.out];
             const int64_t row = y_ - step.lag_y, column = step.row_stage ? 0 : x - step.lag_x;
             if (row < 0 || row >= out.height || column < 0 || column >= out.width) continue;
@@ -178,12 +186,11 @@ private:
         }
         const int64_t groups = step.groups > 0 ? step.groups : 1;
         const int64_t widest = kTileColumns / (groups * kPanelColumns);
-        const int64_t members = team_.size();
         int64_t column_tiles = div_up(panels, widest > 0 ? widest : 1);
-        if (!step.row_stage && column_tiles < members) column_tiles = panels < members ? panels : members;
+        if (!step.row_stage && column_tiles < members_) column_tiles = panels < members_ ? panels : members_;
         const int64_t row_tiles = div_up(rows, kTileRows);
         const int64_t tiles = column_tiles * row_tiles;
-        for (int64_t i = tiles * member_ / members, end = tiles * (member_ + 1) / members; i < end; ++i) {
+        for (int64_t i = tiles * member_ / members_, end = tiles * (member_ + 1) / members_; i < end; ++i) {
             // Row steps walk the rows last: a thread owns whole rows. Pixel steps walk them first: a thread owns columns.
             const int64_t ct = step.row_stage ? i % column_tiles : i / row_tiles;
             const int64_t rt = step.row_stage ? i / column_tiles : i % row_tiles;
@@ -301,8 +308,7 @@ private:
         const float* params = at(source.plane, y_, x) + source.channel;
         float* input = at(plan_.image, y_, x) + colour;
         const int64_t pixels = plan_.height * plan_.width, position = y_ * plan_.width + x;
-        const int64_t members = team_.size();
-        for (int64_t n = batch_.count * member_ / members; n < batch_.count * (member_ + 1) / members; ++n) {
+        for (int64_t n = batch_.count * member_ / members_; n < batch_.count * (member_ + 1) / members_; ++n) {
             const int64_t element = (n * plan_.colours + colour) * pixels + position;
             int64_t level;
             if (batch_.mask && batch_.mask[n * pixels + position]) {
@@ -358,6 +364,7 @@ private:
     const PlanTables& plan_;
     const PlanBatch& batch_;
     PlanTeam& team_;
+    int64_t members_;  // 1 once the team has disbanded
     const int member_;
     float* const scratch_;
     int64_t y_ = 0;

@@ -108,16 +108,25 @@ struct PlanBatch {
 };
 
 // The threads of a group. wait() returns when all have called it.
+//
+// A team works as long as all its threads run at the same time.  Where they do not, because something else wants the
+// processors, a barrier costs a time slice of the scheduler, a thousand times what a step costs, and one thread alone is
+// faster.  So waits of such a length are counted, and once a row disband() asks whether there were a few: then, by the answer
+// that all members get, member 0 goes on alone.
 class PlanTeam {
 public:
     explicit PlanTeam(int size) : size_(size) {}
     int size() const { return size_; }
     void wait();
+    bool disband(int member);  // a barrier, too
+    bool disbanded() const { return disbanded_; }
 
 private:
     const int size_;
     alignas(64) int arrived_ = 0;
     alignas(64) int round_ = 0;
+    alignas(64) int late_ = 0;
+    bool disbanded_ = false;
 };
 
 // A tile of a product and of the results that are computed from it while it is in the cache.

@@ -1,3 +1,4 @@
+#include <chrono>
 #include <thread>
 
 #include "plan_executor.h"
@@ -7,9 +8,16 @@
 #endif
 
 namespace fastgen {
+namespace {
 
-// The last to arrive opens the next round.  Steps are microseconds long, so waiting threads spin; but where there are more threads
-// than processors the awaited one may need this one's processor, so they spin briefly and then yield.
+constexpr int kSpins = 2000;  // some 50 microseconds, longer than any step of a small batch
+constexpr auto kLate = std::chrono::microseconds(500);
+constexpr int kLateWaits = 3;
+
+}  // namespace
+
+// The last to arrive opens the next round.  Steps are microseconds long, so waiting threads spin; but where there are more
+// threads than processors the awaited one may need this one's processor, so they spin briefly and then yield.
 void PlanTeam::wait() {
     if (size_ == 1) return;
     const int round = __atomic_load_n(&round_, __ATOMIC_ACQUIRE);
@@ -18,16 +26,24 @@ void PlanTeam::wait() {
         __atomic_store_n(&round_, round + 1, __ATOMIC_RELEASE);
         return;
     }
-    constexpr int kSpins = 2000;
-    for (int spins = 0; __atomic_load_n(&round_, __ATOMIC_ACQUIRE) == round; ++spins) {
-        if (spins < kSpins) {
+    const auto opened = [&] { return __atomic_load_n(&round_, __ATOMIC_ACQUIRE) != round; };
+    for (int spin = 0; spin < kSpins; ++spin) {
+        if (opened()) return;
 #if defined(__x86_64__)
-            _mm_pause();
+        _mm_pause();
 #endif
-        } else {
-            std::this_thread::yield();
-        }
     }
+    const auto start = std::chrono::steady_clock::now();
+    while (!opened()) std::this_thread::yield();
+    if (std::chrono::steady_clock::now() - start > kLate) __atomic_add_fetch(&late_, 1, __ATOMIC_RELAXED);
+}
+
+bool PlanTeam::disband(int member) {
+    if (size_ == 1) return false;
+    wait();  // nobody reads the answer to the last question any more
+    if (member == 0) disbanded_ = __atomic_load_n(&late_, __ATOMIC_RELAXED) >= kLateWaits;
+    wait();
+    return disbanded_;
 }
 
 }  // namespace fastgen

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 
 import torch
@@ -16,6 +17,7 @@ from fastgen.sampling.schedule import Stage
 PANEL = 16  # columns that are packed together
 OPS = {op: i for i, op in enumerate(("acc", "load", "const", *PRIMITIVES))}  # enum PlanOp
 NO_READ = (0, 0, 0, 0)
+ALONE_SECONDS = 0.25  # how long groups are left to one thread each after a team could not keep together
 CHUNKS = 8  # calls per batch: between them the progress bar moves and Ctrl-C is heard
 SHARED_WEIGHTS = (
     1 << 20
@@ -45,12 +47,13 @@ class CpuExecutor:
         mask = None if batch.mask is None else batch.mask.contiguous()
         height = plan.image_shape[1]
         edges = [plan.first_row, *(height * i // CHUNKS for i in range(1, CHUNKS + 1))]
+        alone_until = 0.0
         for begin, end in zip(edges[:-1], edges[1:], strict=True):
             if begin == end:
                 continue
-            self._native.run(
+            together = self._native.run(
                 groups=[(first, count, s.data_ptr()) for (first, count), s in zip(groups, spaces, strict=True)],
-                team=team,
+                team=team if time.monotonic() >= alone_until else 1,
                 scratch=scratch.data_ptr(),
                 seed=batch.seed,
                 start=batch.start,
@@ -61,6 +64,8 @@ class CpuExecutor:
                 row_begin=begin,
                 row_end=end,
             )
+            if not together:
+                alone_until = time.monotonic() + ALONE_SECONDS
             batch.on_rows(end - max(begin, 0))
         return levels
 
