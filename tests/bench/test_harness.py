@@ -251,6 +251,15 @@ def test_rows_of_a_run(suite):
     assert guess["scale"] == 10.0
 
 
+def test_an_estimate_is_scaled():
+    """A loop of which one pass was measured: its times and the speed-up over it are those of all passes."""
+    times = {"loop": measure.Timing(1, [0.5, 0.5, 0.5]), "fast": measure.Timing(1, [0.25, 0.25, 0.25])}
+    providers = {"loop": {"baseline": True, "scale": 64.0}, "fast": {"baseline": False, "scale": 1.0}}
+    assert rows.timing(times["loop"], 64.0)["median_s"] == 32.0
+    assert rows.speedups("fast", times, providers)["loop"]["median"] == 128.0
+    assert rows.speedups("loop", times, providers) == {}
+
+
 def test_rows_without_tests_carry_no_speedup(suite):
     found, _ = run.run_suite(suite, quick=True, tests=False)
     assert {row["tests"] for row in found} == {"not run"}
