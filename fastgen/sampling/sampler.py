@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +69,8 @@ class Sampler:
         self._subject = make_subject(model, image_shape, head, num_classes)
         if max_batch is not None and (isinstance(max_batch, bool) or not isinstance(max_batch, int) or max_batch < 1):
             raise ValueError(f"max_batch must be a positive integer, got {max_batch!r}")
-        self._compile()
+        with _one_thread():
+            self._compile()
         _check_finite(self.plan)
         self.max_batch = max_batch or _batch_that_fits(self.plan)
         with backends.backend(backend):
@@ -152,6 +155,17 @@ class Sampler:
             mask=None if request.mask is None else request.mask[part],
             on_rows=bar.update,
         )
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Compiling makes thousands of small tensors; handing parts of them to other threads costs more than it saves."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _as_plane(value: Tensor) -> Tensor:
