@@ -5,7 +5,7 @@
 //     grad_in[n, y, x, i]  =           sum over open taps (dy, dx), o of  w[o, i, dy, dx] * grad[n, y - dy, x - dx, o]
 //     grad_w[o, i, dy, dx] =           sum over n, y, x of                in[n, y + dy, x + dx, i] * grad[n, y, x, o]
 //
-// In reading order the open taps are the first ones of the kernel: taps t = 0 .. kCentre - 1 whole, tap kCentre (the
+// In reading order the open taps are the first ones of the kernel: taps t = 0 .. centre - 1 whole, tap centre (the
 // pixel itself) between some colour groups. The gradient of the input is the same convolution with the taps in
 // reverse order, u = centre - t.
 //
@@ -374,15 +374,16 @@ struct WeightGradient {
         if (grad_bias) add_bias(grads, sum + depth() * padded_out(), start, (y1 - y0) * conv.width, p0, p1);
     }
 
+    // Column sums, within a block in double: plain PyTorch's cascaded sums are accurate too.
     void add_bias(const T* grads, T* sum, bool start, int64_t positions, int64_t p0, int64_t p1) const {
         for (int64_t panel = p0; panel < p1; ++panel) {
-            for (int64_t j = 0; j < kPanel<T>; j += kLanes<T>) {
-                const T* from = grads + panel * panel_stride() + j;
-                Vec<T> total{};
-                for (int64_t p = 0; p < positions; ++p) total += load(from + p * kPanel<T>);
-                T* to = sum + panel * kPanel<T> + j;
-                store(to, start ? total : load(to) + total);
+            const T* from = grads + panel * panel_stride();
+            double total[kPanel<T>] = {};
+            for (int64_t p = 0; p < positions; ++p) {
+                for (int64_t j = 0; j < kPanel<T>; ++j) total[j] += from[p * kPanel<T> + j];
             }
+            T* to = sum + panel * kPanel<T>;
+            for (int64_t j = 0; j < kPanel<T>; ++j) to[j] = T(start ? total[j] : to[j] + total[j]);
         }
     }
 

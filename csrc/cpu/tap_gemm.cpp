@@ -32,6 +32,10 @@ FASTGEN_INLINE int lanes_below(int64_t cols) {
     return cols <= 0 ? 0 : cols >= kLanes<T> ? kLanes<T> : static_cast<int>(cols);
 }
 
+// Zeros to start from where there is no init.
+template <class T>
+alignas(64) constexpr T kZeros[kMaxPanels * kPanel<T>] = {};
+
 template <class T, int R, int P>
 void kernel(const TapGemm<T>& gemm, int64_t row, int64_t panel) {
     constexpr int V = P * kVecsPerPanel;
@@ -39,26 +43,35 @@ void kernel(const TapGemm<T>& gemm, int64_t row, int64_t panel) {
     const int64_t col = panel * kPanel<T>;
     const int64_t cols = gemm.cols - col;
     const bool full = cols >= P * kPanel<T>;
-    Vec<T> acc[R][V];
 
-    if (gemm.init == nullptr) {
-#pragma GCC unroll 16
-        for (int r = 0; r < R; ++r)
-#pragma GCC unroll 32
-            for (int v = 0; v < V; ++v) acc[r][v] = Vec<T>{};
-    } else {
-        const T* init = gemm.init + row * gemm.init_row_stride + col;
-#pragma GCC unroll 16
-        for (int r = 0; r < R; ++r)
-#pragma GCC unroll 32
-            for (int v = 0; v < V; ++v) {
-                const T* p = init + r * gemm.init_row_stride + v * L;
-                acc[r][v] = full ? load(p) : load_n(p, lanes_below<T>(cols - v * L));
+    // The value so far, without the chunk at work: init, later `total`.
+    alignas(64) T total[R * V * L];
+    const T* base = kZeros<T>;
+    int64_t base_stride = 0;
+    if (gemm.init != nullptr) {
+        base = gemm.init + row * gemm.init_row_stride + col;
+        base_stride = gemm.init_row_stride;
+        if (!full) {
+            for (int r = 0; r < R; ++r) {
+                for (int v = 0; v < V; ++v) {
+                    const Vec<T> x = load_n(base + r * base_stride + v * L, lanes_below<T>(cols - v * L));
+                    store(total + (r * V + v) * L, x);
+                }
             }
+            base = total;
+            base_stride = V * L;
+        }
     }
+
+    Vec<T> acc[R][V];
+#pragma GCC unroll 16
+    for (int r = 0; r < R; ++r)
+#pragma GCC unroll 32
+        for (int v = 0; v < V; ++v) acc[r][v] = Vec<T>{};
 
     const int64_t b_panel_stride = gemm.b_panel_stride;
     const int64_t b_k_stride = gemm.b_k_stride;
+    int64_t left = kTapGemmChunk;
     for (const Tap<T>*tap = gemm.taps, *end = tap + gemm.num_taps; tap != end; ++tap) {
         const int64_t row_stride = tap->row_stride;
         const int64_t k_stride = tap->k_stride;
@@ -67,35 +80,52 @@ void kernel(const TapGemm<T>& gemm, int64_t row, int64_t panel) {
         const T* a[(R + 2) / 3];
 #pragma GCC unroll 16
         for (int i = 0; i < (R + 2) / 3; ++i) a[i] = tap->a + (row + 3 * i) * row_stride;
-        for (int64_t k = tap->k; k > 0; --k) {
-            if constexpr (R < V) {
-                Vec<T> x[R];
+        for (int64_t k = tap->k; k > 0;) {
+            if (left == 0) {
 #pragma GCC unroll 16
-                for (int r = 0; r < R; ++r) x[r] = broadcast(a[r / 3][(r % 3) * row_stride]);
+                for (int r = 0; r < R; ++r)
 #pragma GCC unroll 32
-                for (int v = 0; v < V; ++v) {
-                    Vec<T> w = load(b + (v / kVecsPerPanel) * b_panel_stride + (v % kVecsPerPanel) * L);
-                    if constexpr (R > 1) keep_in_register(w);
-#pragma GCC unroll 16
-                    for (int r = 0; r < R; ++r) acc[r][v] = fma(x[r], w, acc[r][v]);
-                }
-            } else {
-                Vec<T> w[V];
-#pragma GCC unroll 32
-                for (int v = 0; v < V; ++v) {
-                    w[v] = load(b + (v / kVecsPerPanel) * b_panel_stride + (v % kVecsPerPanel) * L);
-                    if constexpr (R > 1) keep_in_register(w[v]);
-                }
-#pragma GCC unroll 16
-                for (int r = 0; r < R; ++r) {
-                    const Vec<T> x = broadcast(a[r / 3][(r % 3) * row_stride]);
-#pragma GCC unroll 32
-                    for (int v = 0; v < V; ++v) acc[r][v] = fma(x, w[v], acc[r][v]);
-                }
+                    for (int v = 0; v < V; ++v) {
+                        store(total + (r * V + v) * L, load(base + r * base_stride + v * L) + acc[r][v]);
+                        acc[r][v] = Vec<T>{};
+                    }
+                base = total;
+                base_stride = V * L;
+                left = kTapGemmChunk;
             }
+            int64_t steps = k < left ? k : left;
+            k -= steps;
+            left -= steps;
+            for (; steps > 0; --steps) {
+                if constexpr (R < V) {
+                    Vec<T> x[R];
 #pragma GCC unroll 16
-            for (int i = 0; i < (R + 2) / 3; ++i) a[i] += k_stride;
-            b += b_k_stride;
+                    for (int r = 0; r < R; ++r) x[r] = broadcast(a[r / 3][(r % 3) * row_stride]);
+#pragma GCC unroll 32
+                    for (int v = 0; v < V; ++v) {
+                        Vec<T> w = load(b + (v / kVecsPerPanel) * b_panel_stride + (v % kVecsPerPanel) * L);
+                        if constexpr (R > 1) keep_in_register(w);
+#pragma GCC unroll 16
+                        for (int r = 0; r < R; ++r) acc[r][v] = fma(x[r], w, acc[r][v]);
+                    }
+                } else {
+                    Vec<T> w[V];
+#pragma GCC unroll 32
+                    for (int v = 0; v < V; ++v) {
+                        w[v] = load(b + (v / kVecsPerPanel) * b_panel_stride + (v % kVecsPerPanel) * L);
+                        if constexpr (R > 1) keep_in_register(w[v]);
+                    }
+#pragma GCC unroll 16
+                    for (int r = 0; r < R; ++r) {
+                        const Vec<T> x = broadcast(a[r / 3][(r % 3) * row_stride]);
+#pragma GCC unroll 32
+                        for (int v = 0; v < V; ++v) acc[r][v] = fma(x, w[v], acc[r][v]);
+                    }
+                }
+#pragma GCC unroll 16
+                for (int i = 0; i < (R + 2) / 3; ++i) a[i] += k_stride;
+                b += b_k_stride;
+            }
         }
     }
 
@@ -105,10 +135,11 @@ void kernel(const TapGemm<T>& gemm, int64_t row, int64_t panel) {
 #pragma GCC unroll 32
         for (int v = 0; v < V; ++v) {
             T* p = c + r * gemm.c_row_stride + v * L;
+            const Vec<T> value = load(base + r * base_stride + v * L) + acc[r][v];
             if (full)
-                store(p, acc[r][v]);
+                store(p, value);
             else
-                store_n(p, acc[r][v], lanes_below<T>(cols - v * L));
+                store_n(p, value, lanes_below<T>(cols - v * L));
         }
 }
 

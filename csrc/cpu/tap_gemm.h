@@ -10,8 +10,10 @@
 // Packed weights have b_k_stride = kPanel and b_panel_stride = K_total * kPanel; the rows of a plain matrix, padded
 // to whole panels, are read in place with b_k_stride = row length and b_panel_stride = kPanel.
 //
-// Contract: every element of C is one chain of fused multiply-adds in the order of (t, k), starting from init. Its
-// bits do not depend on rows, cols, its place, tile shapes or threads, and are the same on AVX2 and AVX-512.
+// Contract: the (t, k) of an element are cut, in order, into chunks of kTapGemmChunk; a chunk is one chain of fused
+// multiply-adds from zero, and the chunks are added to init in order. So the bits do not depend on rows, cols, the
+// element's place, tile shapes or threads, are the same on AVX2 and AVX-512, and the error grows with the chunk rather
+// than with K.
 #pragma once
 
 #include <cstdint>
@@ -24,6 +26,8 @@ namespace fastgen {
 
 template <class T>
 inline constexpr int kPanel = 64 / static_cast<int>(sizeof(T));
+
+inline constexpr int64_t kTapGemmChunk = 128;
 
 template <class T>
 constexpr __attribute__((always_inline)) int64_t panels_of(int64_t cols) {

@@ -9,8 +9,9 @@ from fastgen import ops
 class MaskedConv2d(torch.nn.Conv2d):
     """`ops.masked_conv2d` as a layer: [N, in_channels, H, W] -> [N, out_channels, H, W].
 
-    Stride 1, zero-padded to the size of the input, odd kernel sizes.  Parameters, their shapes and their initialisation are
-    those of `torch.nn.Conv2d`, so state dicts load both ways.  Closed weights exist, but are neither read nor trained.
+    Stride 1, zero-padded to the size of the input, odd kernel sizes.  Parameters, their shapes and their initialisation
+    are those of `torch.nn.Conv2d`, so state dicts load both ways.  Closed weights exist, but are neither read nor
+    trained.
 
     Args:
         in_channels, out_channels, bias: as in `torch.nn.Conv2d`.

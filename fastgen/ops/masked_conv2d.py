@@ -230,6 +230,8 @@ def _weight_grad_cpu(
     grad: Tensor, input: Tensor, kernel: list[int], mask_type: str, colors: int, splits: int
 ) -> tuple[Tensor, Tensor]:
     shape = (grad.shape[1], input.shape[1], *kernel)
+    if grad.numel() == 0:
+        return grad.new_zeros(shape), grad.new_zeros(shape[0])
     native = _Native(grad, shape, mask_type, colors, splits)
     weight, bias = grad.new_empty(shape), grad.new_empty(shape[0])
     args = (input.data_ptr(), input.stride(), grad.data_ptr(), grad.stride(), weight.data_ptr(), bias.data_ptr())
