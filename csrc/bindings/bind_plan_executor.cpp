@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <deque>
 #include <stdexcept>
 #include <string>
@@ -80,13 +81,17 @@ public:
         tables_.end_column = end_column;
         tables_.workspace = workspace;
         tables_.buffers = buffers;
+        for (const PlanStep& step : steps_) {
+            tables_.max_taps = std::max(tables_.max_taps, step.num_taps);
+            tables_.max_instrs = std::max(tables_.max_instrs, step.num_instrs);
+        }
         tables_.head = head == "categorical" ? PlanHead::categorical : PlanHead::bernoulli;
     }
 
     int64_t scratch() const { return plan_scratch(tables_); }
 
-    // Draws rows [row_begin, row_end) of a batch; whether all teams stayed together to the end.  groups: (first sample, count, workspace) of each group; team: threads per group; scratch:
-    // scratch() floats for each thread.
+    // Draws rows [row_begin, row_end) of a batch; whether all teams stayed together to the end.  groups: (first sample,
+    // count, workspace) of each group; team: threads per group; scratch: scratch() floats for each thread.
     bool run(const std::vector<std::tuple<int64_t, int64_t, uintptr_t>>& groups, int team, uintptr_t scratch,
              uint64_t seed, uint64_t start, double temperature, uintptr_t levels, uintptr_t known, uintptr_t mask,
              int64_t row_begin, int64_t row_end) const {

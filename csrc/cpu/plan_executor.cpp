@@ -1,6 +1,7 @@
 // fastgen: per-isa
-// The worker of the plan executor: every thread of a team runs through the same time loop, does its share of each step's tiles, and
-// meets the others at barriers where one step reads what another wrote.  Which thread computes an element does not change its bits.
+// The worker of the plan executor: every thread of a team runs through the same time loop, does its share of each
+// step's tiles, and meets the others at barriers where one step reads what another wrote. Which thread computes an
+// element does not change its bits.
 #include "plan_executor.h"
 
 #include "../common/philox.h"
@@ -11,8 +12,6 @@ namespace fastgen::FASTGEN_ISA {
 namespace {
 
 constexpr int64_t kPanelColumns = kPlanPanel;
-constexpr int kMaxInstrs = 64;
-constexpr int kMaxTaps = 256;
 static_assert(kPanelColumns == kPanel<float>);
 
 FASTGEN_INLINE int64_t mod(int64_t a, int64_t n) {
@@ -27,6 +26,7 @@ struct Value {
     const float* p;
     int64_t row_stride, panel_stride;
 };
+static_assert(sizeof(Value) <= kAddressFloats * sizeof(float) && sizeof(Tap<float>) <= kAddressFloats * sizeof(float));
 
 FASTGEN_INLINE Vec<float> each_lane(Vec<float> x, float (*f)(float)) {
     for (int i = 0; i < kLanes<float>; ++i) x[i] = f(x[i]);
@@ -111,7 +111,12 @@ void apply(PlanOp op, float* dst, int64_t stride, int64_t rows, int64_t panels, 
 class Worker {
 public:
     Worker(const PlanTables& plan, const PlanBatch& batch, PlanTeam& team, int member, float* scratch)
-        : plan_(plan), batch_(batch), team_(team), members_(team.size()), member_(member), scratch_(scratch) {}
+        : plan_(plan), batch_(batch), team_(team), members_(team.size()), member_(member), scratch_(scratch) {
+        float* rest = scratch + (1 + plan.buffers) * kTileFloats;
+        taps_ = reinterpret_cast<Tap<float>*>(rest);
+        tile_taps_ = taps_ + plan.max_taps;
+        values_ = reinterpret_cast<Value*>(tile_taps_ + plan.max_taps);
+    }
 
     void run(int64_t row_begin, int64_t row_end) {
         for (y_ = row_begin; y_ < row_end; ++y_) {
@@ -173,15 +178,14 @@ private:
         }
     }
 
-    // Splits rows x channels into tiles and does the tiles of this member.  Channels are split between members before rows, so that a
-    // thread always multiplies by the same part of the weights, which then stays in its cache.
+    // Splits rows x channels into tiles and does the tiles of this member. Channels are split between members before
+    // rows, so that a thread always multiplies by the same part of the weights, which then stays in its cache.
     void run_step(const PlanStep& step, int64_t row, int64_t column, int64_t rows) {
-        Tap<float> taps[kMaxTaps];
         const int64_t panels = div_up(step.width, kPanelColumns);
         const float* weight = plan_.weights + step.weight;
         for (int64_t t = 0; t < step.num_taps; ++t) {
             const PlanTap& tap = plan_.taps[step.first_tap + t];
-            taps[t] = {at(tap.read, row, column), plan_.planes[tap.read.plane].pitch, 1, tap.count, weight};
+            taps_[t] = {at(tap.read, row, column), plan_.planes[tap.read.plane].pitch, 1, tap.count, weight};
             weight += tap.count * kPanelColumns;
         }
         const int64_t groups = step.groups > 0 ? step.groups : 1;
@@ -191,17 +195,18 @@ private:
         const int64_t row_tiles = div_up(rows, kTileRows);
         const int64_t tiles = column_tiles * row_tiles;
         for (int64_t i = tiles * member_ / members_, end = tiles * (member_ + 1) / members_; i < end; ++i) {
-            // Row steps walk the rows last: a thread owns whole rows. Pixel steps walk them first: a thread owns columns.
+            // Row steps walk the rows last: a thread owns whole rows. Pixel steps walk them first: a thread owns
+            // columns.
             const int64_t ct = step.row_stage ? i % column_tiles : i / row_tiles;
             const int64_t rt = step.row_stage ? i / column_tiles : i % row_tiles;
             const int64_t first_row = rows * rt / row_tiles, end_row = rows * (rt + 1) / row_tiles;
             const int64_t first_panel = panels * ct / column_tiles, end_panel = panels * (ct + 1) / column_tiles;
-            tile(step, row, column, taps, first_row, end_row - first_row, first_panel, end_panel - first_panel);
+            tile(step, row, column, first_row, end_row - first_row, first_panel, end_panel - first_panel);
         }
     }
 
-    void tile(const PlanStep& step, int64_t row, int64_t column, const Tap<float>* taps, int64_t first_row,
-              int64_t rows, int64_t first_panel, int64_t panels) {
+    void tile(const PlanStep& step, int64_t row, int64_t column, int64_t first_row, int64_t rows, int64_t first_panel,
+              int64_t panels) {
         const PlanPlane& out = plan_.planes[step.out];
         const int64_t first_channel = first_panel * kPanelColumns;
         const int64_t channels =
@@ -214,48 +219,47 @@ private:
         float* product = direct ? result : scratch_;
         const int64_t product_columns = panels * step.groups * kPanelColumns;
         if (step.groups > 0) {
-            multiply(step, row, column, taps, first_row, rows, first_panel, product,
-                     direct ? out.pitch : product_columns, direct ? channels : product_columns);
+            multiply(step, row, column, first_row, rows, first_panel, product, direct ? out.pitch : product_columns,
+                     direct ? channels : product_columns);
         }
         if (direct) return;
 
-        Value values[kMaxInstrs];
         for (int64_t i = 0; i < step.num_instrs; ++i) {
             const PlanInstr& instr = program[i];
             const bool last = i == step.num_instrs - 1;
             float* buffer = scratch_ + (1 + instr.buffer) * kTileFloats;
             int64_t stride = panels * kPanelColumns;
             if (instr.op == PlanOp::acc) {
-                values[i] = {product + instr.a * kPanelColumns, product_columns, step.groups * kPanelColumns};
+                values_[i] = {product + instr.a * kPanelColumns, product_columns, step.groups * kPanelColumns};
             } else if (instr.op == PlanOp::constant) {
-                values[i] = {plan_.constants + instr.a * kPanelColumns, 0, 0};
+                values_[i] = {plan_.constants + instr.a * kPanelColumns, 0, 0};
             } else if (instr.op == PlanOp::load) {
-                values[i] = operand(step, instr.read, row, column, first_row, rows, first_panel, panels, buffer);
+                values_[i] = operand(step, instr.read, row, column, first_row, rows, first_panel, panels, buffer);
             } else {
                 if (last && channels == panels * kPanelColumns) {
                     buffer = result;
                     stride = out.pitch;
                 }
-                apply(instr.op, buffer, stride, rows, panels, values[instr.a], instr.b < 0 ? Value{} : values[instr.b]);
-                values[i] = {buffer, stride, kPanelColumns};
+                apply(instr.op, buffer, stride, rows, panels, values_[instr.a],
+                      instr.b < 0 ? Value{} : values_[instr.b]);
+                values_[i] = {buffer, stride, kPanelColumns};
             }
         }
-        const Value& value = values[step.num_instrs - 1];
+        const Value& value = values_[step.num_instrs - 1];
         if (value.p != result) write(value, result, out.pitch, rows, channels);
     }
 
-    void multiply(const PlanStep& step, int64_t row, int64_t column, const Tap<float>* taps, int64_t first_row,
-                  int64_t rows, int64_t first_panel, float* product, int64_t product_stride, int64_t columns) {
+    void multiply(const PlanStep& step, int64_t row, int64_t column, int64_t first_row, int64_t rows,
+                  int64_t first_panel, float* product, int64_t product_stride, int64_t columns) {
         const int64_t panel_stride = step.inner * kPanelColumns;
         const int64_t first_column = first_panel * step.groups * kPanelColumns;
-        Tap<float> shifted[kMaxTaps];
         for (int64_t t = 0; t < step.num_taps; ++t) {
-            shifted[t] = taps[t];
-            shifted[t].a += first_row * taps[t].row_stride;
-            shifted[t].b += first_panel * step.groups * panel_stride;
+            tile_taps_[t] = taps_[t];
+            tile_taps_[t].a += first_row * taps_[t].row_stride;
+            tile_taps_[t].b += first_panel * step.groups * panel_stride;
         }
         TapGemm<float> gemm{};
-        gemm.taps = shifted;
+        gemm.taps = tile_taps_;
         gemm.num_taps = static_cast<int>(step.num_taps);
         gemm.b_panel_stride = panel_stride;
         gemm.b_k_stride = kPanelColumns;
@@ -272,8 +276,8 @@ private:
         tap_gemm(gemm);
     }
 
-    // Where an operand lies in its plane; the rows of a row step walk through all samples of a pixel, which a plane that is the same at every
-    // pixel has only once, so its values are copied.
+    // Where an operand lies in its plane; the rows of a row step walk through all samples of a pixel, which a plane
+    // that is the same at every pixel has only once, so its values are copied.
     Value operand(const PlanStep& step, const PlanRead& read, int64_t row, int64_t column, int64_t first_row,
                   int64_t rows, int64_t first_panel, int64_t panels, float* buffer) {
         const PlanPlane& plane = plan_.planes[read.plane];
@@ -367,6 +371,9 @@ private:
     int64_t members_;  // 1 once the team has disbanded
     const int member_;
     float* const scratch_;
+    Tap<float>* taps_;       // of the step at hand, at its first row and column
+    Tap<float>* tile_taps_;  // of the tile at hand
+    Value* values_;          // of the program at hand
     int64_t y_ = 0;
 };
 

@@ -1,12 +1,13 @@
-// Runs a sampling plan (fastgen/sampling/plan.py) for a batch of images: the tables, and the worker that every thread of a team runs.
+// Runs a sampling plan (fastgen/sampling/plan.py) for a batch of images: the tables, and the worker that every thread
+// of a team runs.
 //
-// A plane is rows x (left + width + right) x batch x pitch floats, its channels first in each pitch; row y lies at y mod rows and
-// everything outside [0, width) is zero.  For a row step the (x, sample) pairs of a row are the rows of one product with a uniform
-// stride, for a pixel step the samples are.
+// A plane is rows x (left + width + right) x batch x pitch floats, its channels first in each pitch; row y lies at y
+// mod rows and everything outside [0, width) is zero. For a row step the (x, sample) pairs of a row are the rows of one
+// product with a uniform stride, for a pixel step the samples are.
 //
-// The product of a step has `groups` values for each of its `width` output channels.  Its columns are packed in panels of 16:
-// panel j * groups + g holds group g of channels 16j..16j+15, so that whatever range of channels a thread takes, it has all groups of
-// them in consecutive panels.
+// The product of a step has `groups` values for each of its `width` output channels. Its columns are packed in panels
+// of 16: panel j * groups + g holds group g of channels 16j..16j+15, so that whatever range of channels a thread takes,
+// it has all groups of them in consecutive panels.
 #pragma once
 
 #include <cstdint>
@@ -57,8 +58,7 @@ enum class PlanOp : int64_t {
 
 struct PlanInstr {
     PlanOp op;
-    int64_t a,
-        b;  // indices of instructions of the same step; for acc, a is the group; for constant, a indexes PlanTables::constants
+    int64_t a, b;    // instructions of the same step; for acc, a is the group, for constant an index into the constants
     int64_t buffer;  // scratch tile that takes the result
     PlanRead read;
 };
@@ -91,8 +91,9 @@ struct PlanTables {
     const float* encoding;   // network input of each level
     int64_t num_planes, num_steps, row_steps, colours, height, width, image, levels;
     int64_t first_row, first_column, end_column;
-    int64_t workspace;  // floats per sample
-    int64_t buffers;    // scratch tiles needed
+    int64_t workspace;             // floats per sample
+    int64_t buffers;               // scratch tiles needed
+    int64_t max_taps, max_instrs;  // of a step
     PlanHead head;
 };
 
@@ -109,10 +110,10 @@ struct PlanBatch {
 
 // The threads of a group. wait() returns when all have called it.
 //
-// A team works as long as all its threads run at the same time.  Where they do not, because something else wants the
-// processors, a barrier costs a time slice of the scheduler, a thousand times what a step costs, and one thread alone is
-// faster.  So waits of such a length are counted, and once a row disband() asks whether there were a few: then, by the answer
-// that all members get, member 0 goes on alone.
+// A team works as long as all its threads run at the same time. Where they do not, because something else wants the
+// processors, a barrier costs a time slice of the scheduler, a thousand times what a step costs, and one thread alone
+// is faster. So waits of such a length are counted, and once a row disband() asks whether there were a few: then, by
+// the answer that all members get, member 0 goes on alone.
 class PlanTeam {
 public:
     explicit PlanTeam(int size) : size_(size) {}
@@ -134,8 +135,12 @@ constexpr int64_t kTileRows = 16;
 constexpr int64_t kTileColumns = 128;
 constexpr int64_t kTileFloats = kTileRows * kTileColumns;
 
-// Floats of scratch memory that each thread needs: the product's tile and one for each buffer.
-inline int64_t plan_scratch(const PlanTables& plan) { return (1 + plan.buffers) * kTileFloats; }
+// Floats of scratch memory that each thread needs: the product's tile, one for each buffer, and room for the addresses
+// of a step's taps and operands.
+constexpr int64_t kAddressFloats = 16;
+inline int64_t plan_scratch(const PlanTables& plan) {
+    return (1 + plan.buffers) * kTileFloats + (2 * plan.max_taps + plan.max_instrs) * kAddressFloats;
+}
 
 using PlanWorker = void (*)(const PlanTables& plan, const PlanBatch& batch, PlanTeam& team, int member, float* scratch,
                             int64_t row_begin, int64_t row_end);

@@ -16,8 +16,8 @@ constexpr int kLateWaits = 3;
 
 }  // namespace
 
-// The last to arrive opens the next round.  Steps are microseconds long, so waiting threads spin; but where there are more
-// threads than processors the awaited one may need this one's processor, so they spin briefly and then yield.
+// The last to arrive opens the next round. Steps are microseconds long, so waiting threads spin; but where there are
+// more threads than processors the awaited one may need this one's processor, so they spin briefly and then yield.
 void PlanTeam::wait() {
     if (size_ == 1) return;
     const int round = __atomic_load_n(&round_, __ATOMIC_ACQUIRE);
