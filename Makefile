@@ -1,11 +1,13 @@
 # Everything happens in this checkout: the environment in .venv, build products and caches in build/.
 PYTHON ?= python3
 SUITES ?= masked_conv2d sampling
+NATIVE_TESTS ?= tests/ops tests/nn tests/sampling
 
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt
 NATIVE := $(shell find csrc -type f)
+SANITIZE := FASTGEN_SANITIZE=address,undefined
 LIBRARIES = $$($${CXX:-g++} -print-file-name=libasan.so):$$($${CXX:-g++} -print-file-name=libstdc++.so.6)
 
 export MPLCONFIGDIR := $(CURDIR)/build/cache/matplotlib
@@ -17,7 +19,7 @@ export TRITON_CACHE_DIR := $(CURDIR)/build/cache/triton
 .PHONY: help demo test lint format asan gpu bench build clean
 
 help: ## show this list
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/make \1 - \2/p' $(MAKEFILE_LIST) | column -t -s -
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 demo: $(VENV)/demo.stamp ## install, train a small model on real digits, sample it fast and slowly, compare (3 minutes)
 	$(BIN)/fastgen demo
@@ -38,9 +40,9 @@ format: $(VENV)/dev.stamp ## let ruff and clang-format rewrite the sources
 
 asan: $(VENV)/test.stamp ## native tests under AddressSanitizer and UBSan
 	rm -rf build/asan
-	FASTGEN_CUDA=0 FASTGEN_SANITIZE=address,undefined $(BIN)/python setup.py -q build --build-lib build/asan
-	LD_PRELOAD=$(LIBRARIES) ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/asan \
-	    $(BIN)/pytest -p no:cacheprovider tests/ops tests/nn tests/sampling $(ARGS)
+	$(SANITIZE) FASTGEN_CUDA=0 $(BIN)/python setup.py -q build --build-lib build/asan
+	$(SANITIZE) LD_PRELOAD=$(LIBRARIES) ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/asan \
+	    $(BIN)/pytest -p no:cacheprovider $(NATIVE_TESTS) $(ARGS)
 
 gpu: $(VENV)/test.stamp ## build the CUDA module and run the tests that need a GPU; fails without nvcc or GPU
 	FASTGEN_CUDA=1 $(BIN)/python setup.py -q build_ext --inplace

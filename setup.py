@@ -197,7 +197,7 @@ class NinjaFile:
         flags, link = FLAGS, "-shared -fopenmp"
         if self.sanitize:
             checks = f"-fsanitize={self.sanitize} -fno-sanitize=vptr -fno-sanitize-recover=all"
-            flags += f" -g -fno-omit-frame-pointer {checks}"
+            flags = f"{FLAGS} -O1 -g1 -fno-omit-frame-pointer {checks}"  # -O3 takes minutes with sanitizers
             link += f" {checks}"
         gencode = " ".join(f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in self.archs)
         if self.archs:  # intermediate code for the GPUs to come

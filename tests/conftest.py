@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import random
 from collections.abc import Callable
 from typing import Any
@@ -51,6 +52,13 @@ def _fixed_start() -> None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--require-gpu", action="store_true", help="fail, rather than skip, where there is no GPU")
+
+
+def pytest_configure() -> None:
+    asked = os.environ.get("FASTGEN_SANITIZE")
+    if asked and backends.native_cpu().sanitize != asked:
+        found = backends.native_cpu().__file__
+        raise pytest.UsageError(f"FASTGEN_SANITIZE={asked}, but {found} was built without: see make asan")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
