@@ -52,7 +52,8 @@ def heading(row: Row) -> str:
 
 def case_table(group: Sequence[Row]) -> str:
     """The block of one case: heading, one line per provider, notes."""
-    baselines = list(dict.fromkeys(itertools.chain.from_iterable(row["speedup"] or {} for row in group)))
+    compared = {name for row in group for name in row["speedup"] or {}}
+    baselines = [row["provider"] for row in group if row["provider"] in compared]
     header = [
         "provider",
         "best",
