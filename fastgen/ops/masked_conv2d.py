@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.grad import conv2d_input, conv2d_weight
 
 from fastgen import backends
 
@@ -173,7 +174,7 @@ def _forward_reference(
 def _input_grad_reference(grad: Tensor, weight: Tensor, mask_type: str, colors: int, splits: int) -> Tensor:
     mask = conv_mask(weight.shape, mask_type, colors, splits, device=weight.device)
     shape = (grad.shape[0], weight.shape[1], *grad.shape[2:])
-    result = torch.nn.grad.conv2d_input(shape, weight * mask, grad, padding=_padding(weight.shape[2:]))
+    result = conv2d_input(shape, weight * mask, grad, padding=_padding(weight.shape[2:]))
     return result.contiguous(memory_format=torch.channels_last)
 
 
@@ -182,7 +183,7 @@ def _weight_grad_reference(
 ) -> tuple[Tensor, Tensor]:
     shape = (grad.shape[1], input.shape[1], *kernel)
     mask = conv_mask(shape, mask_type, colors, splits, device=grad.device)
-    result = torch.nn.grad.conv2d_weight(input, shape, grad, padding=_padding(kernel))
+    result = conv2d_weight(input, shape, grad, padding=_padding(kernel))
     return (result * mask).contiguous(), grad.sum((0, 2, 3))
 
 
