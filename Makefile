@@ -59,7 +59,8 @@ clean: ## remove build products and caches; the downloaded packages in .venv sta
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 $(BIN)/python:
-	$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "fastgen needs Python 3.10 or newer: make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 
 # The build's tools first, so that they are the pinned ones and nothing is downloaded again when C++ sources change.
 $(VENV)/%.stamp: $(BIN)/python pyproject.toml setup.py constraints.txt $(NATIVE)

@@ -135,6 +135,7 @@ def _not_built(module: str, package: Path) -> str:
     return f"fastgen.{module} is not in {package}: run 'python -m pip install -e .' in the checkout"
 
 
+@functools.cache
 def _native(module: str) -> ModuleType:
     reason = import_error(module)
     if reason is not None:
