@@ -8,6 +8,7 @@ first layer, lets a colour see the earlier colours alone; type B lets it see its
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -63,7 +64,7 @@ def masked_conv2d_reference(
 
 
 def conv_mask(
-    weight_shape: tuple[int, ...] | torch.Size,
+    weight_shape: Sequence[int],
     mask_type: str,
     colors: int = 1,
     splits: int = 1,
@@ -134,6 +135,22 @@ def _check(input: Tensor, weight: Tensor, bias: Tensor | None, mask_type: str, c
     _check_same(input, weight, bias)
 
 
+def _check_input_grad(grad: Tensor, weight: Tensor, mask_type: str, colors: int, splits: int) -> None:
+    _check_mask(weight.shape, mask_type, colors, splits)
+    if grad.dim() != 4 or grad.shape[1] != weight.shape[0] or 0 in grad.shape[1:]:
+        raise ValueError(f"grad must be [N, {weight.shape[0]}, H, W], got {list(grad.shape)}")
+    _check_same(grad, weight, None)
+
+
+def _check_weight_grad(
+    grad: Tensor, input: Tensor, kernel: Sequence[int], mask_type: str, colors: int, splits: int
+) -> None:
+    if grad.dim() != 4 or input.dim() != 4 or input.shape[0] != grad.shape[0] or input.shape[2:] != grad.shape[2:]:
+        raise ValueError(f"grad and input must be [N, C, H, W], got {list(grad.shape)} and {list(input.shape)}")
+    _check_mask((grad.shape[1], input.shape[1], *kernel), mask_type, colors, splits)
+    _check_same(grad, input, None)
+
+
 def _check_same(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """One floating dtype (autocast may still bring different ones together) and one device."""
     autocast = torch.is_autocast_enabled(input.device.type)
@@ -148,7 +165,7 @@ def _check_same(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
         raise TypeError(f"input must be of a floating dtype, got {input.dtype}")
 
 
-def _check_mask(weight_shape: tuple[int, ...] | torch.Size, mask_type: str, colors: int, splits: int) -> None:
+def _check_mask(weight_shape: Sequence[int], mask_type: str, colors: int, splits: int) -> None:
     if len(weight_shape) != 4 or 0 in weight_shape:
         raise ValueError(f"weight must be [Cout, Cin, kh, kw] without empty dimensions, got {list(weight_shape)}")
     if weight_shape[2] % 2 == 0 or weight_shape[3] % 2 == 0:
@@ -179,7 +196,7 @@ def _input_grad_reference(grad: Tensor, weight: Tensor, mask_type: str, colors: 
 
 
 def _weight_grad_reference(
-    grad: Tensor, input: Tensor, kernel: list[int], mask_type: str, colors: int, splits: int
+    grad: Tensor, input: Tensor, kernel: Sequence[int], mask_type: str, colors: int, splits: int
 ) -> tuple[Tensor, Tensor]:
     shape = (grad.shape[1], input.shape[1], *kernel)
     mask = conv_mask(shape, mask_type, colors, splits, device=grad.device)
@@ -187,56 +204,57 @@ def _weight_grad_reference(
     return (result * mask).contiguous(), grad.sum((0, 2, 3))
 
 
-class _Native:
-    """One call of the native kernels: sizes, scratch, and the functions of the dtype."""
+_FUNCTIONS = ("forward", "input_gradient", "weight_gradient")  # in the order of their scratch sizes
 
-    def __init__(self, image: Tensor, weight_shape: tuple[int, ...], mask_type: str, colors: int, splits: int):
-        out_channels, in_channels, *kernel = weight_shape
-        batch, _, height, width = image.shape
-        work = batch * height * width * out_channels * in_channels * kernel[0] * kernel[1] // 2
-        threads = max(1, min(torch.get_num_threads(), work // _MIN_THREAD_WORK))
-        self.module = backends.native_cpu()
-        self.dtype = str(image.dtype).removeprefix("torch.")
-        shape = (batch, in_channels, height, width)
-        self.conv = self.module.MaskedConv2d(shape, out_channels, kernel, mask_type == "B", colors, splits, threads)
-        self.sizes = getattr(self.module, f"masked_conv2d_scratch_{self.dtype}")(self.conv)
 
-    def __call__(self, function: str, index: int, like: Tensor, *args: Any) -> None:
-        scratch = like.new_empty(self.sizes[index])
-        getattr(self.module, f"masked_conv2d_{function}_{self.dtype}")(self.conv, *args, scratch.data_ptr())
+def _run(
+    function: str, image: Tensor, weight_shape: Sequence[int], mask_type: str, colors: int, splits: int, *args: Any
+) -> None:
+    """Calls a function of csrc/cpu/masked_conv2d.h; `image` is a tensor of the batch's size and dtype."""
+    native = backends.native_cpu()
+    out_channels, in_channels, *kernel = weight_shape
+    batch, _, height, width = image.shape
+    work = batch * height * width * out_channels * in_channels * kernel[0] * kernel[1] // 2
+    threads = max(1, min(torch.get_num_threads(), work // _MIN_THREAD_WORK))
+    shape = (batch, in_channels, height, width)
+    conv = native.MaskedConv2d(shape, out_channels, kernel, mask_type == "B", colors, splits, threads)
+    dtype = str(image.dtype).removeprefix("torch.")
+    sizes = getattr(native, f"masked_conv2d_scratch_{dtype}")(conv)
+    scratch = image.new_empty(sizes[_FUNCTIONS.index(function)])
+    getattr(native, f"masked_conv2d_{function}_{dtype}")(conv, *args, scratch.data_ptr())
 
 
 def _forward_cpu(
     input: Tensor, weight: Tensor, bias: Tensor | None, mask_type: str, colors: int, splits: int
 ) -> Tensor:
-    native = _Native(input, weight.shape, mask_type, colors, splits)
-    weight, bias = weight.contiguous(), bias if bias is None else bias.contiguous()
+    weight = weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
     output = _channels_last(input, weight.shape[0])
-    bias_ptr = 0 if bias is None else bias.data_ptr()
-    args = (input.data_ptr(), input.stride(), weight.data_ptr(), bias_ptr, output.data_ptr())
-    native("forward", 0, input, *args)
+    pointers = (weight.data_ptr(), 0 if bias is None else bias.data_ptr(), output.data_ptr())
+    mask = (mask_type, colors, splits)
+    _run("forward", input, weight.shape, *mask, input.data_ptr(), input.stride(), *pointers)
     return output
 
 
 def _input_grad_cpu(grad: Tensor, weight: Tensor, mask_type: str, colors: int, splits: int) -> Tensor:
-    native = _Native(grad, weight.shape, mask_type, colors, splits)
     weight = weight.contiguous()
     result = _channels_last(grad, weight.shape[1])
-    args = (grad.data_ptr(), grad.stride(), weight.data_ptr(), result.data_ptr())
-    native("input_gradient", 1, grad, *args)
+    pointers = (weight.data_ptr(), result.data_ptr())
+    mask = (mask_type, colors, splits)
+    _run("input_gradient", grad, weight.shape, *mask, grad.data_ptr(), grad.stride(), *pointers)
     return result
 
 
 def _weight_grad_cpu(
-    grad: Tensor, input: Tensor, kernel: list[int], mask_type: str, colors: int, splits: int
+    grad: Tensor, input: Tensor, kernel: Sequence[int], mask_type: str, colors: int, splits: int
 ) -> tuple[Tensor, Tensor]:
     shape = (grad.shape[1], input.shape[1], *kernel)
     if grad.numel() == 0:
         return grad.new_zeros(shape), grad.new_zeros(shape[0])
-    native = _Native(grad, shape, mask_type, colors, splits)
     weight, bias = grad.new_empty(shape), grad.new_empty(shape[0])
-    args = (input.data_ptr(), input.stride(), grad.data_ptr(), grad.stride(), weight.data_ptr(), bias.data_ptr())
-    native("weight_gradient", 2, grad, *args)
+    images = (input.data_ptr(), input.stride(), grad.data_ptr(), grad.stride())
+    mask = (mask_type, colors, splits)
+    _run("weight_gradient", grad, shape, *mask, *images, weight.data_ptr(), bias.data_ptr())
     return weight, bias
 
 
@@ -251,11 +269,13 @@ def _padding(kernel: Any) -> tuple[int, int]:
 
 def _why_not_cpu(*args: Any) -> str | None:
     first, splits = args[0], args[-1]
-    height = args[2][0] if isinstance(args[2], (list, tuple)) else args[1].shape[2]
+    height = args[2][0] if isinstance(args[2], (list, tuple)) else args[1].shape[2]  # weight_grad has no weight
     if first.dtype not in (torch.float32, torch.float64):
         return f"it takes float32 and float64, got {first.dtype}"
     if torch.is_autocast_enabled(first.device.type):
         return "autocast is on"
+    if first.layout is not torch.strided:
+        return f"it takes strided tensors, got {first.layout}"
     if height // 2 + splits > _MAX_TAPS:
         return f"kernel height / 2 + splits is above {_MAX_TAPS}"
     return None
@@ -272,27 +292,36 @@ _SCHEMAS = {
 _library = torch.library.Library("fastgen", "FRAGMENT")
 
 
-def _register(name: str, reference: Any, cpu: Any, fake: Any) -> None:
+def _register(name: str, check: Any, reference: Any, cpu: Any, empty: Any) -> None:
+    """One check for the real and the fake implementation; `empty` allocates what the fake one returns."""
+
+    def real(*args: Any) -> Any:
+        check(*args)
+        return backends.select(name, *args)(*args)
+
+    def fake(*args: Any) -> Any:
+        check(*args)
+        return empty(*args)
+
     backends.register(name, "reference", reference)
     backends.register(name, "cpu", cpu, why_not=_why_not_cpu)
     _library.define(name + _SCHEMAS[name], tags=torch.Tag.pt2_compliant_tag)
-    _library.impl(name, lambda *args: backends.select(name, *args)(*args), "CompositeExplicitAutograd")
+    _library.impl(name, real, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastgen::{name}", fake, lib=_library)
 
 
-def _forward_fake(input: Tensor, weight: Tensor, bias: Tensor | None, *mask: Any) -> Tensor:
-    _check(input, weight, bias, *mask)
+def _forward_empty(input: Tensor, weight: Tensor, *_: Any) -> Tensor:
     return _channels_last(input, weight.shape[0])
 
 
-def _input_grad_fake(grad: Tensor, weight: Tensor, *mask: Any) -> Tensor:
+def _input_grad_empty(grad: Tensor, weight: Tensor, *_: Any) -> Tensor:
     return _channels_last(grad, weight.shape[1])
 
 
-def _weight_grad_fake(grad: Tensor, input: Tensor, kernel: list[int], *mask: Any) -> tuple[Tensor, Tensor]:
+def _weight_grad_empty(grad: Tensor, input: Tensor, kernel: Sequence[int], *_: Any) -> tuple[Tensor, Tensor]:
     return grad.new_empty((grad.shape[1], input.shape[1], *kernel)), grad.new_empty(grad.shape[1])
 
 
-_register("masked_conv2d", _forward_reference, _forward_cpu, _forward_fake)
-_register("masked_conv2d_input_grad", _input_grad_reference, _input_grad_cpu, _input_grad_fake)
-_register("masked_conv2d_weight_grad", _weight_grad_reference, _weight_grad_cpu, _weight_grad_fake)
+_register("masked_conv2d", _check, _forward_reference, _forward_cpu, _forward_empty)
+_register("masked_conv2d_input_grad", _check_input_grad, _input_grad_reference, _input_grad_cpu, _input_grad_empty)
+_register("masked_conv2d_weight_grad", _check_weight_grad, _weight_grad_reference, _weight_grad_cpu, _weight_grad_empty)

@@ -371,3 +371,20 @@ ERRORS = {
 def test_errors(changes, error, message):
     with pytest.raises(error, match=message):
         ops.masked_conv2d(**arguments(**changes))
+
+
+OPERATOR_ERRORS = {
+    "forward": ("masked_conv2d", (torch.ones(2, 3, 5, 6), torch.ones(6, 4, 3, 3), None), "input must have 4 channels"),
+    "input grad": ("masked_conv2d_input_grad", (torch.ones(2, 5, 5, 6), torch.ones(6, 4, 3, 3)), r"\[N, 6, H, W\]"),
+    "weight grad": (
+        "masked_conv2d_weight_grad",
+        (torch.ones(2, 6, 5, 6), torch.ones(2, 4, 5, 5), [3, 3]),
+        r"got \[2, 6, 5, 6\] and \[2, 4, 5, 5\]",
+    ),
+}
+
+
+@pytest.mark.parametrize(("name", "tensors", "message"), OPERATOR_ERRORS.values(), ids=OPERATOR_ERRORS.keys())
+def test_operators_check_their_arguments(name, tensors, message):
+    with pytest.raises(ValueError, match=message):
+        getattr(torch.ops.fastgen, name)(*tensors, "A", 1, 1)
