@@ -1,0 +1,31 @@
+"""Held-out likelihood of a checkpoint, in bits per dimension (per image element)."""
+
+from __future__ import annotations
+
+import argparse
+
+HELP = "bits per dimension of a checkpoint on a data set"
+EXAMPLES = """examples:
+  fastgen eval runs/gated_pixelcnn-digits/model.safetensors --data digits
+  fastgen eval model.safetensors --data photos/ --split all
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    from fastgen.cli import shared
+
+    parser.add_argument("checkpoint", metavar="CKPT", help="a model or training checkpoint (.safetensors)")
+    shared.add_data(parser)
+    parser.add_argument("--split", choices=("val", "train", "all"), default="val", help="which part (default: val)")
+    parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="images at a time (default: 64)")
+
+
+def run(options: argparse.Namespace) -> int:
+    import fastgen
+    from fastgen.cli import shared
+
+    model = fastgen.load(options.checkpoint)
+    data = shared.load_for(model, options.data, options.split)
+    bits = fastgen.bits_per_dim(model, data.images, shared.labels_for(model, data), batch_size=options.batch_size)
+    print(f"{bits:.4f} bits/dim on {len(data)} images ({options.split}) of {data.name}")
+    return 0

@@ -1,0 +1,134 @@
+"""Draw images from a checkpoint with the compiled sampler.
+
+Sample i of a seed is always the same image, whatever the number of samples or threads: 'fastgen sample M -n 8 --start
+8' goes on where 'fastgen sample M -n 8' ended.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fastgen.cli import shared
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+HELP = "draw images from a checkpoint"
+EXAMPLES = """examples:
+  fastgen sample model.safetensors -n 64 -o grid.png
+  fastgen sample model.safetensors -n 100 --labels 7 --temperature 0.9 -o sevens.png
+  fastgen sample model.safetensors -n 10000 -o samples.npz --audit
+  fastgen sample model.safetensors -n 16 --known digits --keep top -o completions.png
+"""
+SUFFIXES = (".png", ".npy", ".npz")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", metavar="CKPT", help="a model or training checkpoint (.safetensors)")
+    parser.add_argument("-n", type=int, default=64, metavar="N", help="number of samples (default: 64)")
+    parser.add_argument(
+        "-o", "--output", type=Path, default=Path("samples.png"), metavar="FILE",
+        help="a .png grid, or the levels as .npy or .npz (images, and labels if any) (default: samples.png)",
+    )  # fmt: skip
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="0..2^64-1 (default: 0)")
+    parser.add_argument("--start", type=int, default=0, metavar="I", help="index of the first sample (default: 0)")
+    parser.add_argument(
+        "--labels",
+        metavar="L[,L...]",
+        help="classes, one for all or one for each sample (default: all classes in turn)",
+    )
+    parser.add_argument(
+        "--temperature", type=float, default=1.0, metavar="T", help="below 1: more likely images (default: 1)"
+    )
+    parser.add_argument("--known", metavar="SPEC", help="complete the validation images of this data set")
+    parser.add_argument(
+        "--keep", choices=("top", "bottom", "left", "right"), default="top", help="the given half (default: top)"
+    )
+    parser.add_argument("--columns", type=int, metavar="N", help="images per row of the grid (default: square)")
+    parser.add_argument("--backend", default="auto", metavar="NAME", help="auto, cpu or reference (default: auto)")
+    parser.add_argument("--max-batch", type=int, metavar="N", help="samples at a time (default: what fits the memory)")
+    parser.add_argument("--audit", action="store_true", help="prove by a parallel forward pass; status 1 if it fails")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+
+
+def run(options: argparse.Namespace) -> int:
+    import fastgen
+
+    _check_output(options.output)
+    model: Any = fastgen.load(options.checkpoint)
+    labels, known, mask = _given(options, model)
+    sampler = fastgen.Sampler(model, backend=options.backend, max_batch=options.max_batch)
+    draw = {"seed": options.seed, "start": options.start, "labels": labels, "temperature": options.temperature}
+    images = sampler.sample(options.n, **draw, known=known, mask=mask, progress=not options.quiet)
+    _write(options, images, model.levels, labels)
+    print(f"wrote {len(images)} samples to {options.output}")
+    if not options.audit:
+        return 0
+    report = fastgen.audit(model, images, **draw, mask=mask)
+    print(f"audit: {report.elements} elements, {report.mismatches} mismatches, {report.ties} ties")
+    return 0 if report.ok else 1
+
+
+def _check_output(path: Path) -> None:
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"-o: the file's name must end in {', '.join(SUFFIXES)}, got {str(path)!r}")
+    if not path.parent.is_dir():
+        raise ValueError(f"-o: there is no folder {str(path.parent)!r}")
+
+
+def _given(options: argparse.Namespace, model: Any) -> tuple[Tensor | int | None, Tensor | None, Tensor | None]:
+    """Labels, known images and mask of all samples."""
+    import torch
+
+    labels: Tensor | int | None = None
+    if options.labels is not None:
+        labels = _parse_labels(options.labels)
+    elif model.num_classes is not None:
+        labels = torch.arange(options.start, options.start + max(0, options.n)) % model.num_classes
+    if options.known is None:
+        return labels, None, None
+    data = shared.load_for(model, options.known, "val")
+    index = torch.arange(options.start, options.start + max(0, options.n)) % len(data)
+    own = shared.labels_for(model, data) if options.labels is None else None
+    _, height, width = model.image_shape
+    mask = torch.zeros(height, width, dtype=torch.bool)
+    halves = {
+        "top": (slice(0, height // 2), slice(None)),
+        "bottom": (slice(height // 2, None), slice(None)),
+        "left": (slice(None), slice(0, width // 2)),
+        "right": (slice(None), slice(width // 2, None)),
+    }
+    mask[halves[options.keep]] = True
+    return labels if own is None else own[index], data.images[index], mask
+
+
+def _parse_labels(text: str) -> Tensor | int:
+    import torch
+
+    try:
+        labels = [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ValueError(f"--labels: expected whole numbers separated by commas, got {text!r}") from None
+    return labels[0] if len(labels) == 1 else torch.tensor(labels)
+
+
+def _write(options: argparse.Namespace, pictures: Tensor, levels: int, labels: Tensor | int | None) -> None:
+    import numpy as np
+    import torch
+
+    from fastgen import images
+    from fastgen._files import atomic_path
+
+    if options.output.suffix == ".png":
+        images.save_png(images.grid(pictures, levels, options.columns), options.output)
+        return
+    with atomic_path(options.output) as temporary, open(temporary, "wb") as file:
+        if options.output.suffix == ".npy":
+            np.save(file, pictures.numpy())
+        elif labels is None:
+            np.savez_compressed(file, images=pictures.numpy())
+        else:
+            every = torch.as_tensor(labels).expand(len(pictures)).numpy()
+            np.savez_compressed(file, images=pictures.numpy(), labels=every)

@@ -1,0 +1,164 @@
+"""The commands, run as a user would, on tiny models and data."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import fastgen
+from fastgen import models
+from fastgen.cli import COMMANDS, main
+
+DIGITS = {"image_shape": (1, 8, 8), "levels": 17, "num_filters": 4, "num_blocks": 2, "kernel_size": 3}
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def checkpoint(folder: Path, **options: object) -> str:
+    torch.manual_seed(0)
+    path = folder / "m.safetensors"
+    fastgen.save(models.GatedPixelCNN(**{**DIGITS, **options}), path)
+    return str(path)
+
+
+def test_train_then_resume_then_eval_and_sample(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train = (
+        "train gated_pixelcnn --data digits --num-filters 4 --num-blocks 2 --kernel-size 3 --out run --quiet".split()
+    )
+    assert main([*train, "--steps", "4", "--batch-size", "8", "--sample-every", "3"]) == 0
+    assert {"checkpoint.safetensors", "model.safetensors", "log.jsonl"} <= {p.name for p in Path("run").iterdir()}
+    assert list(Path("run").glob("*.png"))
+    assert main([*train, "--steps", "6", "--batch-size", "8", "--resume"]) == 0
+    assert "bits/dim, validation, at step" in capsys.readouterr().out
+    assert main(["eval", "run/model.safetensors", "--data", "digits"]) == 0
+    assert "bits/dim on 180 images (val) of digits" in capsys.readouterr().out
+    assert main(["sample", "run/model.safetensors", "-n", "5", "-o", "s.png", "--audit", "--quiet"]) == 0
+    assert "320 elements, 0 mismatches" in capsys.readouterr().out
+    assert Image.open("s.png").format == "PNG"
+
+
+def test_sample_formats_hold_the_samplers_images(here: Path) -> None:
+    path = checkpoint(here, num_classes=10)
+    options = ["-n", "6", "--seed", "3", "--start", "4", "--temperature", "0.8", "--quiet"]
+    assert main(["sample", path, *options, "-o", "s.npz"]) == 0
+    assert main(["sample", path, *options, "--labels", "7", "-o", "s.npy"]) == 0
+    sampler = fastgen.Sampler(fastgen.load(path))
+    labels = torch.arange(4, 10)
+    expected = {"seed": 3, "start": 4, "temperature": 0.8}
+    with np.load("s.npz") as saved:
+        assert np.array_equal(saved["images"], sampler.sample(6, labels=labels, **expected).numpy())
+        assert np.array_equal(saved["labels"], labels.numpy())
+    assert np.array_equal(np.load("s.npy"), sampler.sample(6, labels=7, **expected).numpy())
+
+
+@pytest.mark.parametrize("keep", ["top", "bottom", "left", "right"])
+def test_completions_keep_the_given_half(here: Path, keep: str) -> None:
+    path = checkpoint(here)
+    assert (
+        main(["sample", path, "-n", "3", "--known", "digits", "--keep", keep, "-o", "s.npy", "--quiet", "--audit"]) == 0
+    )
+    images = np.load("s.npy")
+    known = fastgen.data.load("digits", split="val").images[:3].numpy()
+    half = {"top": np.s_[..., :4, :], "bottom": np.s_[..., 4:, :], "left": np.s_[..., :4], "right": np.s_[..., 4:]}[
+        keep
+    ]
+    assert np.array_equal(images[half], known[half])
+    assert not np.array_equal(images, known)
+
+
+def test_demo(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["demo", "--seconds", "0.5", "--quiet"]) == 0
+    out = capsys.readouterr().out
+    for name in ("held-out bits/dim", "compiled sampler, 64 digits", "naive loop", "speed-up", "audit", "files"):
+        assert name in out
+    assert min(Image.open("demo-output/demo.png").size) > 300
+    assert fastgen.load("demo-output/digits.safetensors").num_classes == 10
+
+
+def test_info(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info"]) == 0
+    assert "torch" in capsys.readouterr().out
+    assert main(["info", "--json"]) == 0
+    json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main([command, "--help"])
+    assert len(capsys.readouterr().out) > 200
+
+
+BAD = [
+    ("sample missing.safetensors", "missing.safetensors: no such file"),
+    ("sample {m} -o s.jpg", "-o: the file's name must end in .png, .npy, .npz, got 's.jpg'"),
+    ("sample {m} -o nowhere/s.png", "-o: there is no folder 'nowhere'"),
+    ("sample {m} -n -1", "n must be in 0.."),
+    ("sample {m} --seed -1", "seed must be in"),
+    ("sample {m} --temperature 0", "temperature must be positive"),
+    ("sample {m} --labels 3", "the model has no classes"),
+    ("sample {m} --labels a", "--labels: expected whole numbers"),
+    ("sample {m} --backend tpu", "backend must be one of"),
+    ("sample {m} --max-batch 0", "max_batch must be a positive integer"),
+    ("sample {m} --known nothing", "neither 'digits', 'patches' nor an existing file"),
+    ("sample {broken}", "not a readable safetensors file"),
+    ("eval {m} --data nothing", "neither 'digits', 'patches' nor an existing file"),
+    ("eval {m} --data patches", "model's are (1, 8, 8)"),
+    ("eval {m} --data digits --batch-size 0", "batch_size"),
+    ("train gated_pixelcnn --data digits --steps 0 --quiet", "max_steps: expected an integer of at least 1"),
+    ("train gated_pixelcnn --data digits --levels 1 --quiet", "levels must be in 2..256"),
+    ("train gated_pixelcnn --data digits --kernel-size 2 --quiet", "kernel_size: expected an odd integer"),
+    ("train pixelcnn --data digits --kernel-size 3 --quiet", "pixelcnn has no option --kernel-size"),
+    ("train pixelcnn --data digits --num-filters 2 --num-blocks 1 --num-features 2 --quiet --resume", "checkpoint"),
+]
+
+
+@pytest.mark.parametrize(("command", "message"), BAD, ids=[command for command, _ in BAD])
+def test_bad_input(command: str, message: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One line on stderr, exit code 2, no file written."""
+    paths = {"m": checkpoint(here), "broken": str(here / "broken.safetensors")}
+    Path(paths["broken"]).write_bytes(Path(paths["m"]).read_bytes()[:100])
+    before = {p for p in here.rglob("*") if p.is_file()}
+    assert main(command.format(**paths).split()) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("fastgen: ") and error.count("\n") == 1
+    assert {p for p in here.rglob("*") if p.is_file()} == before
+
+
+def test_usage_errors_exit_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["nothing"], [], ["train", "no_model", "--data", "digits"], ["sample"]):
+        with pytest.raises(SystemExit, match="2"):
+            main(arguments)
+
+
+def test_interrupt_exits_with_130(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*args: object, **kwargs: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("fastgen.checkpoint.read", interrupted)
+    assert main(["sample", checkpoint(here)]) == 130
+    assert not Path("samples.png").exists()
+
+
+def test_debug_shows_the_traceback(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTGEN_DEBUG", "1")
+    with pytest.raises(ValueError, match="no such file"):
+        main(["sample", "missing.safetensors"])
+
+
+def test_as_a_module(here: Path) -> None:
+    done = subprocess.run([sys.executable, "-m", "fastgen", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == f"fastgen {fastgen.__version__}"
+    done = subprocess.run([sys.executable, "-m", "fastgen", "sample", "x"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr == "fastgen: x: no such file\n"
