@@ -1,13 +1,14 @@
 """The main job on real data: train a small gated PixelCNN on handwritten digits, draw 64 digits with the compiled
 sampler and with the naive loop from the same seed, and check that they are the same.
 
-Writes demo.png (real digits, samples, class-conditional rows, completions of half-hidden digits) and
-digits.safetensors.
+Writes demo.png (real digits, samples, class-conditional rows, completions of half-hidden digits), demo.json (the
+table) and digits.safetensors (the model).
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,7 @@ SAMPLES = 64
 SEED = 0
 PER_CLASS = 8
 COMPLETED = 5
+FILES = ("demo.png", "demo.json", "digits.safetensors")
 PER_COMPLETION = 6
 
 
@@ -40,6 +42,7 @@ def run(options: argparse.Namespace) -> int:
 
     import fastgen
     from fastgen import data, images
+    from fastgen._files import atomic_path
     from fastgen.sampling import naive_sample
     from fastgen.training import recipes
 
@@ -72,8 +75,10 @@ def run(options: argparse.Namespace) -> int:
         ("speed-up", f"{slow / fast:.0f}x"),
         ("same images", "yes, all" if differing == 0 else f"{SAMPLES - differing} of {SAMPLES}"),
         ("audit", f"{report.elements} elements, {report.mismatches} mismatches, {report.ties} ties"),
-        ("files", f"{options.out / 'demo.png'}, {options.out / 'digits.safetensors'}"),
+        ("files", ", ".join(str(options.out / name) for name in FILES)),
     ]
+    with atomic_path(options.out / "demo.json") as temporary:
+        temporary.write_text(json.dumps({"command": "fastgen demo", **dict(rows)}, indent=1) + "\n")
     width = max(len(name) for name, _ in rows)
     print("\n".join(f"{name:{width}}  {value}" for name, value in rows))
     return 0 if report.ok and same else 1
