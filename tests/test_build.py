@@ -13,8 +13,11 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 import fastgen
+from fastgen import backends
+from fastgen.ops import philox
 
 ROOT = Path(__file__).resolve().parents[1]
 # Nothing that the build may not use can be imported: fastgen is built without torch, in isolated environments.
@@ -131,11 +134,37 @@ def test_top_level_names():
         fastgen.bakcend  # noqa: B018
 
 
-@pytest.mark.gpu
-def test_cuda_module_sees_the_gpu():
-    from fastgen import backends
+@pytest.fixture
+def cuda() -> ModuleType:
+    reason = backends.import_error("_cuda")
+    if reason:
+        pytest.skip(reason)
+    return backends.native_cuda()
 
-    assert backends.native_cuda().device_count() >= 1
+
+def test_cuda_module_imports_without_a_gpu(cuda):
+    assert cuda.device_count() >= 0
+    assert cuda.runtime_version() >= 11000
+    assert cuda.archs
+
+
+def test_a_failed_launch_raises(cuda):
+    if cuda.device_count():
+        pytest.skip("launches succeed where there is a GPU")
+    cuda.philox_uint32(0, 0, 0, 0, 0, 0, 0)  # nothing to launch
+    with pytest.raises(RuntimeError, match="philox_uint32: "):
+        cuda.philox_uint32(0, 0, 0, 0, 1, 0, 0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("count", [1, 255, 257])
+def test_cuda_draws_the_same_numbers(cuda, count):
+    counters = [torch.randint(2**32, (count,)) for _ in range(3)]
+    on_gpu = [counter.cuda() for counter in counters]
+    out = torch.empty(count, 4, dtype=torch.int64, device="cuda")
+    pointers = [counter.data_ptr() for counter in on_gpu]
+    cuda.philox_uint32(2**63 + 5, *pointers, count, out.data_ptr(), torch.cuda.current_stream().cuda_stream)
+    assert torch.equal(out.cpu(), philox.philox_reference(2**63 + 5, *counters))
 
 
 @pytest.fixture
