@@ -58,7 +58,7 @@ def render(info: dict[str, Any] | None = None) -> str:
 
 
 def openmp_runtimes() -> list[str]:
-    """Paths of the OpenMP runtimes loaded in this process (more than one compete for the cores); empty without /proc."""
+    """Paths of the OpenMP runtimes in this process (more than one compete for the cores); empty without /proc."""
     try:
         maps = Path("/proc/self/maps").read_text()
     except OSError:
