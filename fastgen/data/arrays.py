@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .dataset import Source
+from .source import Source
 
 
 def read(path: Path) -> Source:

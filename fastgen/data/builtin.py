@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .dataset import Source
+from .source import Source
 
 PATCH_SIZE = 32
 
@@ -48,8 +48,8 @@ def patches(size: tuple[int, int] | None = None) -> Source:
 def patch_corners(height: int, width: int, side: int) -> tuple[Tensor, Tensor]:
     """Where patches are taken from a photograph.
 
-    The photograph is divided into cells of two patches by two. The tenth of the cells with (3*row + column) % 10 == 7 is
-    held out. Patches that lie inside a held-out cell are for validation, patches that touch none are for training,
+    The photograph is divided into cells of two patches by two. The tenth of the cells with (3*row + column) % 10 == 7
+    is held out. Patches that lie inside a held-out cell are for validation, patches that touch none are for training,
     the others are left out.
 
     Returns:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .dataset import Source
+from .source import Source
 
 PIXELS = 3 * 32 * 32
 

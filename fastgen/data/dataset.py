@@ -26,6 +26,8 @@ import torch
 from torch import Tensor
 
 from ..ops import philox
+from . import arrays, builtin, cifar, folder, idx
+from .source import Source
 
 SPLITS = ("train", "val", "all")
 SPLIT_SEED = 0x5EED
@@ -61,23 +63,6 @@ class Dataset:
     def __repr__(self) -> str:
         shape = "x".join(map(str, self.image_shape))
         return f"Dataset({self.name!r}, {len(self)} images {shape}, {self.levels} levels, {self.num_classes} classes)"
-
-
-@dataclass
-class Source:
-    """What a reader returns: the whole data set, before splitting.
-
-    Attributes:
-        images, labels, num_classes: as in `Dataset`, of all the images.
-        levels: number of levels, or None where the file does not say (then 256, see `_requantise`).
-        validation: bool [N] where the source brings its own split, else None.
-    """
-
-    images: Tensor
-    labels: Tensor | None = None
-    num_classes: int | None = None
-    levels: int | None = 256
-    validation: Tensor | None = None
 
 
 def load(
@@ -141,8 +126,6 @@ def validation_mask(count: int, name: str = "the data set") -> Tensor:
 
 
 def _read(spec: str | Path, size: tuple[int, int] | None, progress: bool) -> Source:
-    from . import arrays, builtin, cifar, folder, idx
-
     if not isinstance(spec, (str, Path)):
         raise TypeError(f"spec must be a string or a path, got {type(spec).__name__}")
     if spec == "digits":

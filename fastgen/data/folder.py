@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, TypeVar
 import numpy as np
 import torch
 
-from .dataset import Source
+from .source import Source
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .dataset import Source
+from .source import Source
 
 IMAGES_MAGIC = 0x00000803
 LABELS_MAGIC = 0x00000801
