@@ -76,7 +76,9 @@ def case_table(group: Sequence[Row]) -> str:
                 f"{row['fraction_of_limit']:.1%}",
                 count(row["peak_memory_bytes"], "B"),
                 *(
-                    "" if ratio is None else f"{ratio['median']:.3g} ({ratio['p20']:.3g}-{ratio['p80']:.3g})"
+                    ""
+                    if ratio is None
+                    else f"{_three(ratio['median'])} ({_three(ratio['p20'])}-{_three(ratio['p80'])})"
                     for ratio in ratios
                 ),
             ]

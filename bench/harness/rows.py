@@ -92,12 +92,14 @@ def timing(times: Timing, scale: float) -> dict[str, Any]:
 
 
 def speedups(name: str, times: Mapping[str, Timing], providers: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Speed-up of provider `name` over every baseline but itself: {baseline: {"median", "p20", "p80"}}."""
+    """Speed-up of provider `name` over every baseline: {baseline: {"median", "p20", "p80"}}; {} for a baseline itself."""
+    if providers[name]["baseline"]:
+        return {}
     own = [s * providers[name]["scale"] for s in times[name].seconds]
     return {
         other: stats.paired_speedup([s * facts["scale"] for s in times[other].seconds], own)
         for other, facts in providers.items()
-        if facts["baseline"] and other != name
+        if facts["baseline"]
     }
 
 
