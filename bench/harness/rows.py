@@ -92,7 +92,7 @@ def timing(times: Timing, scale: float) -> dict[str, Any]:
 
 
 def speedups(name: str, times: Mapping[str, Timing], providers: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Speed-up of provider `name` over every baseline: {baseline: {"median", "p20", "p80"}}; {} for a baseline itself."""
+    """Speed-up of a provider over every baseline: {baseline: {"median", "p20", "p80"}}; {} for a baseline itself."""
     if providers[name]["baseline"]:
         return {}
     own = [s * providers[name]["scale"] for s in times[name].seconds]
