@@ -4,8 +4,11 @@
 
 #include <algorithm>
 #include <deque>
+#include <future>
+#include <limits>
 #include <stdexcept>
 #include <string>
+#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -84,6 +87,7 @@ public:
         for (const PlanStep& step : steps_) {
             tables_.max_taps = std::max(tables_.max_taps, step.num_taps);
             tables_.max_instrs = std::max(tables_.max_instrs, step.num_instrs);
+            tables_.max_groups = std::max(tables_.max_groups, step.groups);
         }
         tables_.head = head == "categorical" ? PlanHead::categorical : PlanHead::bernoulli;
     }
@@ -106,7 +110,9 @@ public:
             batch.count = count;
             batch.seed = seed;
             batch.start = start + static_cast<uint64_t>(first);
-            batch.inverse_temperature = static_cast<float>(1.0 / temperature);
+            // Finite, so that times the zero of the likeliest level it is zero.
+            batch.inverse_temperature =
+                static_cast<float>(std::min(1.0 / temperature, double{std::numeric_limits<float>::max()}));
             batch.workspace = reinterpret_cast<float*>(workspace);
             batch.levels = reinterpret_cast<uint8_t*>(levels) + first * elements;
             if (known) batch.known = reinterpret_cast<const uint8_t*>(known) + first * elements;
@@ -122,9 +128,27 @@ public:
         std::vector<std::thread> threads;
         const size_t count = groups.size() * team;
         threads.reserve(count);
-        for (size_t thread = 1; thread < count; ++thread) threads.emplace_back(work, thread);
+        // They begin when all have started: a team that lacks a member would wait for it forever.
+        std::promise<bool> begin;
+        const std::shared_future<bool> complete = begin.get_future().share();
+        const auto join = [&] {
+            for (std::thread& thread : threads) thread.join();
+        };
+        try {
+            for (size_t thread = 1; thread < count; ++thread) {
+                threads.emplace_back([&work, complete, thread] {
+                    if (complete.get()) work(thread);
+                });
+            }
+        } catch (const std::system_error& error) {
+            begin.set_value(false);
+            join();
+            throw std::runtime_error("cannot start " + std::to_string(count) + " threads (" + error.what() +
+                                     "): lower torch.set_num_threads");
+        }
+        begin.set_value(true);
         work(0);
-        for (std::thread& thread : threads) thread.join();
+        join();
         for (const PlanTeam& each : teams) {
             if (each.disbanded()) return false;
         }

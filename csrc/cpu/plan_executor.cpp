@@ -111,8 +111,14 @@ void apply(PlanOp op, float* dst, int64_t stride, int64_t rows, int64_t panels, 
 class Worker {
 public:
     Worker(const PlanTables& plan, const PlanBatch& batch, PlanTeam& team, int member, float* scratch)
-        : plan_(plan), batch_(batch), team_(team), members_(team.size()), member_(member), scratch_(scratch) {
-        float* rest = scratch + (1 + plan.buffers) * kTileFloats;
+        : plan_(plan),
+          batch_(batch),
+          team_(team),
+          members_(team.size()),
+          member_(member),
+          product_(scratch),
+          buffers_(scratch + plan_product_floats(plan)) {
+        float* rest = buffers_ + plan.buffers * kTileFloats;
         taps_ = reinterpret_cast<Tap<float>*>(rest);
         tile_taps_ = taps_ + plan.max_taps;
         values_ = reinterpret_cast<Value*>(tile_taps_ + plan.max_taps);
@@ -216,7 +222,7 @@ private:
         const bool direct =
             step.num_instrs == 1 && program[0].op == PlanOp::acc;  // one group: the product is the result
 
-        float* product = direct ? result : scratch_;
+        float* product = direct ? result : product_;
         const int64_t product_columns = panels * step.groups * kPanelColumns;
         if (step.groups > 0) {
             multiply(step, row, column, first_row, rows, first_panel, product, direct ? out.pitch : product_columns,
@@ -227,7 +233,7 @@ private:
         for (int64_t i = 0; i < step.num_instrs; ++i) {
             const PlanInstr& instr = program[i];
             const bool last = i == step.num_instrs - 1;
-            float* buffer = scratch_ + (1 + instr.buffer) * kTileFloats;
+            float* buffer = buffers_ + instr.buffer * kTileFloats;
             int64_t stride = panels * kPanelColumns;
             if (instr.op == PlanOp::acc) {
                 values_[i] = {product + instr.a * kPanelColumns, product_columns, step.groups * kPanelColumns};
@@ -370,7 +376,8 @@ private:
     PlanTeam& team_;
     int64_t members_;  // 1 once the team has disbanded
     const int member_;
-    float* const scratch_;
+    float* const product_;   // tile of the product
+    float* const buffers_;   // tiles of the program's results
     Tap<float>* taps_;       // of the step at hand, at its first row and column
     Tap<float>* tile_taps_;  // of the tile at hand
     Value* values_;          // of the program at hand

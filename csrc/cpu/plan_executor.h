@@ -91,9 +91,9 @@ struct PlanTables {
     const float* encoding;   // network input of each level
     int64_t num_planes, num_steps, row_steps, colours, height, width, image, levels;
     int64_t first_row, first_column, end_column;
-    int64_t workspace;             // floats per sample
-    int64_t buffers;               // scratch tiles needed
-    int64_t max_taps, max_instrs;  // of a step
+    int64_t workspace;                         // floats per sample
+    int64_t buffers;                           // scratch tiles needed
+    int64_t max_taps, max_instrs, max_groups;  // of a step
     PlanHead head;
 };
 
@@ -130,7 +130,8 @@ private:
     bool disbanded_ = false;
 };
 
-// A tile of a product and of the results that are computed from it while it is in the cache.
+// A tile of the results that are computed while they are in the cache; the tile of their product is as large, but for
+// a step with so many groups that a single panel of all of them is wider.
 constexpr int64_t kTileRows = 16;
 constexpr int64_t kTileColumns = 128;
 constexpr int64_t kTileFloats = kTileRows * kTileColumns;
@@ -138,8 +139,13 @@ constexpr int64_t kTileFloats = kTileRows * kTileColumns;
 // Floats of scratch memory that each thread needs: the product's tile, one for each buffer, and room for the addresses
 // of a step's taps and operands.
 constexpr int64_t kAddressFloats = 16;
+inline int64_t plan_product_floats(const PlanTables& plan) {
+    const int64_t panel = plan.max_groups * kPlanPanel;
+    return kTileRows * (panel > kTileColumns ? panel : kTileColumns);
+}
 inline int64_t plan_scratch(const PlanTables& plan) {
-    return (1 + plan.buffers) * kTileFloats + (2 * plan.max_taps + plan.max_instrs) * kAddressFloats;
+    return plan_product_floats(plan) + plan.buffers * kTileFloats +
+           (2 * plan.max_taps + plan.max_instrs) * kAddressFloats;
 }
 
 using PlanWorker = void (*)(const PlanTables& plan, const PlanBatch& batch, PlanTeam& team, int member, float* scratch,
