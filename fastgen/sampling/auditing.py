@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map
 
 from fastgen.sampling.heads import Head
 from fastgen.sampling.request import check_images, make_request
@@ -83,7 +86,7 @@ def audit(
     for first in range(0, len(images), chunk):
         part = slice(first, first + chunk)
         uniforms = image_uniforms(seed, start + first, len(images[part]), subject.image_shape)
-        checked = torch.ones(uniforms.shape, dtype=torch.bool)
+        checked = torch.ones(uniforms.shape, dtype=torch.bool, device="cpu")
         if request.mask is not None:
             checked &= ~request.mask[part].unsqueeze(1)
         part_labels = None if request.labels is None else request.labels[part]
@@ -113,13 +116,34 @@ class _Found:
             return
         labels = None if labels is None else labels[suspects]
         exact = Subject(copy.deepcopy(subject.module).double(), subject.image_shape, subject.head, subject.num_classes)
-        precise = _cdf(exact, images[suspects], labels, temperature)
+        with _Widening():
+            precise = _cdf(exact, images[suspects], labels, temperature)
         error = float((precise - _cdf(subject, images[suspects], labels, temperature)).abs().max())
         margins = margin[suspects][differ[suspects]]
         ties = int((margins <= 4 * error).sum())
         self.ties += ties
         self.mismatches += len(margins) - ties
         self.max_margin = max(self.max_margin, float(margins.max()))
+
+
+class _Widening(TorchDispatchMode):
+    """Makes float64 of the float32 tensors that a module's forward creates, and of those that it brings along."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # as in `fastgen.sampling.trace.Tracer`
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        dtypes = {a.dtype for a in tree_flatten((args, kwargs))[0] if isinstance(a, Tensor)}
+        if torch.float64 in dtypes and torch.float32 in dtypes and not func._schema.is_mutable:
+            args, kwargs = tree_map(_widened, (args, kwargs))
+        result = func(*args, **kwargs)
+        return result if func._schema.is_mutable else tree_map(_widened, result)
+
+
+def _widened(value: Any) -> Any:
+    return value.double() if isinstance(value, Tensor) and value.dtype == torch.float32 else value
 
 
 def _cdf(subject: Subject, images: Tensor, labels: Tensor | None, temperature: float) -> Tensor:

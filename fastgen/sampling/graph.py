@@ -25,7 +25,7 @@ class NotCausal(ValueError):
 
 
 class LayoutError(Exception):
-    """A tensor whose elements are not a shifted window of planes."""
+    """A tensor whose elements are not a shifted window of planes; or, in the text, what else has no rule."""
 
 
 @dataclass(eq=False)

@@ -39,9 +39,11 @@ class Head:
         return f"{type(self).__name__}(levels={self.levels}, input_range={self.input_range})"
 
     def encoding(self) -> Tensor:
-        """The network input of each level: float32 [levels], evenly spaced over ``input_range``."""
+        """The network input of each level: float32 [levels] on the CPU, evenly spaced over ``input_range``."""
         low, high = self.input_range
-        return (torch.arange(self.levels, dtype=torch.float64) * ((high - low) / (self.levels - 1)) + low).float()
+        return (
+            torch.arange(self.levels, dtype=torch.float64, device="cpu") * ((high - low) / (self.levels - 1)) + low
+        ).float()
 
     def encode(self, images: Tensor) -> Tensor:
         """Levels [N, C, H, W] (any integer dtype) -> float32 network input of the same shape."""

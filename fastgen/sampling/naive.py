@@ -45,17 +45,17 @@ def naive_sample(
         mask=mask,
     )
     channels, height, width = subject.image_shape
-    images = torch.zeros(n, *subject.image_shape, dtype=torch.uint8)
+    images = torch.zeros(n, *subject.image_shape, dtype=torch.uint8, device="cpu")
     if n == 0:
         return images
-    uniforms = image_uniforms(seed, start, n, subject.image_shape)
+    uniforms = image_uniforms(request.seed, request.start, n, subject.image_shape)
     count = subject.head.params_per_channel
     with evaluating(model), tqdm(total=height, desc="naive loop", unit="row", disable=not progress) as bar:
         for y in range(height):
             for x in range(width):
                 for c in range(channels):
                     params = subject.params(images, request.labels)[:, c * count : (c + 1) * count, y, x].cpu()
-                    drawn = subject.head.draw(params, uniforms[:, c : c + 1, y, x], temperature)[:, 0]
+                    drawn = subject.head.draw(params, uniforms[:, c : c + 1, y, x], request.temperature)[:, 0]
                     if request.known is not None and request.mask is not None:
                         drawn = torch.where(request.mask[:, y, x], request.known[:, c, y, x], drawn)
                     images[:, c, y, x] = drawn

@@ -262,3 +262,5 @@ def _size_planes(plan: Plan) -> None:
                 plane.rows = plane.height + sum(over[index])
             else:
                 plane.rows = max(plane.rows, newest[index] - (dy - step.lag_y) + 1)
+    for draw in plan.draws:  # of parameters that may have been computed some rows ahead
+        plan.planes[draw.plane].rows = max(plan.planes[draw.plane].rows, newest[draw.plane] + 1)

@@ -73,7 +73,10 @@ def check_labels(labels: Tensor | int | None, n: int, num_classes: int | None) -
         return None
     if labels is None:
         raise ValueError(f"the model is conditional: labels [n] in 0..{num_classes - 1} are needed")
-    labels = torch.as_tensor(labels)
+    try:
+        labels = torch.as_tensor(labels, device=labels.device if isinstance(labels, Tensor) else "cpu")
+    except (TypeError, ValueError, RuntimeError):
+        raise TypeError(f"labels must be an integer or a tensor of {n} integers, got {labels!r:.80}") from None
     if labels.dtype.is_floating_point or labels.dtype in (torch.bool, torch.complex64, torch.complex128):
         raise TypeError(f"labels must be integers, got {labels.dtype}")
     labels = labels.to("cpu", torch.int64)

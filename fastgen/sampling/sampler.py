@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 from collections.abc import Iterator
 
@@ -18,7 +19,7 @@ from fastgen.sampling.heads import Head
 from fastgen.sampling.pack import compile_graph
 from fastgen.sampling.plan import Plan
 from fastgen.sampling.request import Request, make_request
-from fastgen.sampling.subject import evaluating, make_subject
+from fastgen.sampling.subject import evaluating, host_defaults, make_subject
 from fastgen.sampling.trace import TRACE_BATCH, trace
 
 LARGEST_BATCH = 256  # beyond it the caches only grow
@@ -69,26 +70,31 @@ class Sampler:
         self._subject = make_subject(model, image_shape, head, num_classes)
         if max_batch is not None and (isinstance(max_batch, bool) or not isinstance(max_batch, int) or max_batch < 1):
             raise ValueError(f"max_batch must be a positive integer, got {max_batch!r}")
+        # "auto" leaves the choice to the environment and to an enclosing `with fastgen.backend(...)`.
+        with contextlib.nullcontext() if backend == "auto" else backends.backend(backend):
+            executor = backends.select("sample_plan")
         with _one_thread():
             self._compile()
         _check_finite(self.plan)
         self.max_batch = max_batch or _batch_that_fits(self.plan)
-        with backends.backend(backend):
-            self._executor = backends.select("sample_plan", self.plan)(self.plan)
+        with host_defaults():
+            self._executor = executor(self.plan)
 
     plan: Plan
 
     def _compile(self) -> None:
         subject = self._subject
-        generator = torch.Generator().manual_seed(0)
-        levels = torch.randint(subject.head.levels, (TRACE_BATCH, *subject.image_shape), generator=generator)
-        image = subject.head.encode(levels).to(subject.like)
-        labels = None
-        if subject.num_classes is not None:
-            labels = (torch.arange(TRACE_BATCH) % subject.num_classes).to(subject.like.device)
+        with host_defaults():
+            generator = torch.Generator().manual_seed(0)
+            levels = torch.randint(subject.head.levels, (TRACE_BATCH, *subject.image_shape), generator=generator)
+            image = subject.head.encode(levels).to(subject.like)
+            labels = None
+            if subject.num_classes is not None:
+                labels = (torch.arange(TRACE_BATCH) % subject.num_classes).to(subject.like.device)
         with evaluating(subject.module):
             graph, self._tape = trace(subject.module, image, labels)
-        self.plan, self._conditions = compile_graph(graph, subject.head)
+        with host_defaults():
+            self.plan, self._conditions = compile_graph(graph, subject.head)
 
     def sample(
         self,
@@ -131,8 +137,9 @@ class Sampler:
             mask=mask,
         )
         batches = -(-n // self.max_batch)
-        images = torch.empty(n, *subject.image_shape, dtype=torch.uint8)
-        with tqdm(total=batches * subject.image_shape[1], desc="sampling", unit="row", disable=not progress) as bar:
+        images = torch.empty(n, *subject.image_shape, dtype=torch.uint8, device="cpu")
+        rows = batches * subject.image_shape[1]
+        with host_defaults(), tqdm(total=rows, desc="sampling", unit="row", disable=not progress) as bar:
             for i in range(batches):
                 # Batches of nearly the same size: the last one is no straggler.
                 part = slice(i * n // batches, (i + 1) * n // batches)
@@ -142,9 +149,10 @@ class Sampler:
     def _batch(self, request: Request, part: slice, bar: tqdm) -> Batch:
         conditions = []
         if self._conditions and request.labels is not None:
-            with evaluating(self._subject.module):
-                values = self._tape.replay(request.labels[part], self._conditions)
-            conditions = [_as_plane(v) for v in values]
+            with torch.no_grad():
+                conditions = [_as_plane(v) for v in self._tape.replay(request.labels[part], self._conditions)]
+            if any(c.isnan().any() for c in conditions):
+                raise ValueError("the model makes NaN of the labels")
         return Batch(
             count=part.stop - part.start,
             seed=request.seed,
@@ -179,6 +187,11 @@ def _check_finite(plan: Plan) -> None:
         for tensor in (step.weight, step.bias):
             if tensor is not None and not torch.isfinite(tensor).all():
                 raise ValueError(f"the weights of module {step.name!r} are not finite")
+        if any(math.isnan(i.value) for i in step.program):
+            raise ValueError(f"module {step.name!r} computes with NaN")
+    for plane in plan.planes:
+        if plane.data is not None and plane.data.isnan().any():  # infinities have their uses: -inf forbids a level
+            raise ValueError(f"a constant of module {plane.name!r} holds NaN")
 
 
 def _batch_that_fits(plan: Plan) -> int:

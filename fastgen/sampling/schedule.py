@@ -107,8 +107,9 @@ def _linear_keys(node: Linear, reach: list[Keys]) -> Keys:
 def _reach(graph: Graph) -> list[Keys]:
     # A computed plane that depends on no image element counts as depending on a row so far up that every reader finds
     # it ready.
-    downward = sum(max((t.dy for t in n.taps), default=0) for n in graph.nodes if isinstance(n, Linear))
-    always = key(-1 - max(downward, 0), 0, 0)
+    assert graph.output is not None
+    downward = sum(max((int(r.dy.max(initial=0)) for r in n.sources()), default=0) for n in graph.nodes)
+    always = key(-1 - downward - int(graph.output.dy.max(initial=0)), 0, 0)
     reach: list[Keys] = []
     for node in graph.nodes:
         if isinstance(node, Image):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from fastgen.sampling.heads import Head
+
+MAX_CHANNELS = 256  # of an image: what the schedule's keys have room for
 
 
 @dataclass(frozen=True)
@@ -47,12 +49,34 @@ def make_subject(
     image_shape = image_shape if image_shape is not None else getattr(module, "image_shape", None)
     head = head if head is not None else getattr(module, "head", None)
     num_classes = num_classes if num_classes is not None else getattr(module, "num_classes", None)
-    if image_shape is None or len(image_shape) != 3 or any(not isinstance(s, int) or s < 1 for s in image_shape):
+    if not isinstance(image_shape, Sequence) or len(image_shape) != 3 or not all(map(_positive, image_shape)):
         raise ValueError(f"image_shape must be (C, H, W) with positive integers, got {image_shape!r}")
+    channels, height, width = image_shape
+    if channels > MAX_CHANNELS:
+        raise ValueError(f"image_shape must have at most {MAX_CHANNELS} channels, got {channels}")
     if not isinstance(head, Head):
         raise TypeError(f"head must be a fastgen.sampling.heads.Head, e.g. Categorical(256), got {type(head).__name__}")
-    channels, height, width = image_shape
+    if num_classes is not None and not _positive(num_classes):
+        raise ValueError(f"num_classes must be a positive integer or None, got {num_classes!r}")
+    if any(t.is_meta for t in (*module.parameters(), *module.buffers())):
+        raise ValueError("the model is on the meta device: its weights have no values")
     return Subject(module, (channels, height, width), head, num_classes)
+
+
+def _positive(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+@contextlib.contextmanager
+def host_defaults() -> Iterator[None]:
+    """New tensors are float32 on the CPU, whatever the user's defaults."""
+    dtype = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"):
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
 
 
 @contextlib.contextmanager

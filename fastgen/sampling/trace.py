@@ -22,26 +22,57 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from fastgen import backends
-from fastgen.sampling import lowering
+from fastgen.sampling import elementwise, lowering, rules  # noqa: F401  (lowering: for its rules)
 from fastgen.sampling.graph import Condition, Constant, Graph, Image, LayoutError, Node, Ref, UnsupportedModel
+from fastgen.sampling.subject import host_defaults
 
 TRACE_BATCH = 2  # two samples tell the batch dimension from a broadcast one, and show a mix-up of samples
 
 
 class Tape:
-    """The calls that depend on labels but not on the image, to be run again for other labels."""
+    """The calls that depend on labels but not on the image, to be run again for other labels.
+
+    Whatever else they read or write into is kept as it was at the call: weights may change later, and a replay must
+    find the zeros that a one-hot row is written into.
+    """
 
     def __init__(self, labels: Tensor | None):
         self.labels = labels
         self.calls: list[tuple[Callable, tuple, dict, list[Tensor]]] = []
         self._tainted = {} if labels is None else {storage_key(labels): labels}
+        self._before: dict[int, Tensor] = {}  # storages that a call wrote into: their elements before
 
     def depends(self, tensor: Tensor) -> bool:
         return storage_key(tensor) in self._tainted
 
+    def will_write(self, tensor: Tensor) -> None:
+        """A call that depends on labels is about to write into `tensor`."""
+        if not self.depends(tensor):
+            self._before[storage_key(tensor)] = whole_storage(tensor).clone()
+            self._tainted[storage_key(tensor)] = tensor
+
     def record(self, func: Callable, args: tuple, kwargs: dict, outputs: list[Tensor]) -> None:
-        self.calls.append((func, args, kwargs, outputs))
+        def keep(x: Any) -> Any:
+            return x.clone() if isinstance(x, Tensor) and not self.depends(x) else x
+
+        self.calls.append((func, tree_map(keep, args), tree_map(keep, kwargs), outputs))
         self._tainted.update((storage_key(t), t) for t in outputs)
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        """A copy of a label-dependent tensor, which later calls may overwrite."""
+        return self._call(torch.ops.aten.clone.default, tensor)
+
+    def gather(self, tensor: Tensor, index: Tensor) -> Tensor:
+        """The elements tensor[n].flatten()[index], [N, *index.shape]."""
+        ops = torch.ops.aten
+        flat = self._call(ops.view.default, self._call(ops.clone.default, tensor), [len(tensor), -1])
+        picked = self._call(ops.index_select.default, flat, 1, index.flatten().to(tensor.device))
+        return self._call(ops.view.default, picked, [-1, *index.shape])
+
+    def _call(self, func: Callable, *args: Any) -> Tensor:
+        result = func(*args)
+        self.record(func, args, {}, [result])
+        return result
 
     def replay(self, labels: Tensor, wanted: list[Tensor]) -> list[Tensor]:
         """Values of the recorded tensors `wanted` for labels [n], any n: float tensors [n, ...]."""
@@ -56,18 +87,40 @@ class Tape:
         assert self.labels is not None
         padded = torch.cat([labels, labels[-1:].expand(TRACE_BATCH - len(labels))]).to(self.labels)
         values: dict[int, Tensor] = {id(self.labels): padded}
+        written = {key: flat.clone() for key, flat in self._before.items()}
 
         def value(x: Any) -> Any:
-            return values.get(id(x), x) if isinstance(x, Tensor) else x
+            if not isinstance(x, Tensor) or id(x) in values:
+                return values.get(id(x), x)
+            flat = written.get(storage_key(x))
+            return x if flat is None else torch.as_strided(flat, x.shape, x.stride(), x.storage_offset())
 
         for func, args, kwargs, outputs in self.calls:
-            results = tree_flatten(func(*tree_map(value, args), **tree_map(value, kwargs)))[0]
+            results = tensors_in(func(*tree_map(value, args), **tree_map(value, kwargs)))
             values.update((id(old), new) for old, new in zip(outputs, results, strict=True))
         return [values[id(t)][: len(labels)] for t in wanted]
 
 
 def storage_key(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
+
+
+def whole_storage(tensor: Tensor) -> Tensor:
+    """All elements of a tensor's storage, flat."""
+    return torch.as_strided(tensor, (tensor.untyped_storage().nbytes() // tensor.element_size(),), (1,), 0)
+
+
+def tensors_in(tree: Any) -> list[Tensor]:
+    return [t for t in tree_flatten(tree)[0] if isinstance(t, Tensor)]
+
+
+def _written(func: Any, args: tuple, kwargs: dict) -> list[Tensor]:
+    """The tensors that a call writes into."""
+    if not func._schema.is_mutable:
+        return []
+    arguments = func._schema.arguments
+    named = dict(zip((a.name for a in arguments), args, strict=False)) | kwargs
+    return tensors_in([named.get(a.name) for a in arguments if a.alias_info is not None and a.alias_info.is_write])
 
 
 class Tracer(TorchDispatchMode):
@@ -99,10 +152,12 @@ class Tracer(TorchDispatchMode):
         """`tensor` now holds the plane elements `codes`."""
         key = storage_key(tensor)
         if key not in self._shadows:
-            whole = torch.as_strided(tensor, (tensor.untyped_storage().nbytes() // tensor.element_size(),), (1,), 0)
+            whole = whole_storage(tensor)
             covered = codes.numel() == whole.numel()  # else the rest of the storage keeps its values
             flat = torch.empty(whole.shape, dtype=torch.int64)
             if not covered:
+                if self.tape.depends(whole):
+                    raise self.unsupported("writing the image into a part of a label-dependent tensor")
                 flat = self._outside_codes(whole) * (whole.cpu() != 0)
             self._shadows[key] = (flat, tensor)
         flat, _ = self._shadows[key]
@@ -116,7 +171,8 @@ class Tracer(TorchDispatchMode):
                     f"a label-dependent tensor of shape {tuple(tensor.shape)} whose first dimension is not the batch"
                 )
             channels, height, width = tensor.shape[1:] if tensor.dim() == 4 else (tensor[0].numel(), 1, 1)
-            return self.add(Condition(self.module, channels, height, width, tensor=tensor)).view(tensor.shape)
+            kept = self.tape.keep(tensor)
+            return self.add(Condition(self.module, channels, height, width, tensor=kept)).view(tensor.shape)
         value = tensor.detach().to("cpu", torch.float32)
         if not value.any():
             return torch.zeros(value.shape, dtype=torch.int64)
@@ -140,32 +196,52 @@ class Tracer(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        inputs = [a for a in tree_flatten((args, kwargs))[0] if isinstance(a, Tensor)]
-        on_image = any(self.depends(t) for t in inputs)
-        rule = lowering.find(func) if on_image else None
-        if on_image and rule is None:
-            raise self.unsupported(f"operator {func} (supported: views, {', '.join(lowering.supported())})")
+        inputs = tensors_in((args, kwargs))
+        if any(self.depends(t) for t in inputs):
+            return self._lower(func, args, kwargs)
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            raise self.unsupported(f"a network that is random (operator {func})")
+        on_labels = any(self.tape.depends(t) for t in inputs)
+        if on_labels:
+            for tensor in _written(func, args, kwargs):
+                self.tape.will_write(tensor)
         result = func(*args, **kwargs)
-        outputs = [r for r in tree_flatten(result)[0] if isinstance(r, Tensor)]
-        if rule is not None:
-            try:
-                rule(self, func, args, kwargs, outputs)
-            except LayoutError:
-                raise self.unsupported(
-                    f"operator {func} on tensors that are not shifted windows of feature maps"
-                ) from None
-        elif any(self.tape.depends(t) for t in inputs):
-            self.tape.record(func, args, kwargs, outputs)
+        if on_labels:
+            self.tape.record(func, args, kwargs, tensors_in(result))
+        return result
+
+    def _lower(self, func: Any, args: tuple, kwargs: dict) -> Any:
+        """Run a call that depends on the image, and its rule."""
+        with self:  # in inference mode composite operators come undecomposed
+            result = func.decompose(*args, **kwargs)
+        if result is not NotImplemented:
+            return result
+        rule = rules.find(func)
+        if rule is None:
+            raise self.unsupported(f"operator {func} (supported: views, {', '.join(rules.supported())})")
+        try:
+            with host_defaults():
+                for tensor in _written(func, args, kwargs):
+                    if not self.depends(tensor):
+                        self.set_codes(tensor, self.codes(tensor))  # what it holds before the call
+            result = func(*args, **kwargs)
+            with host_defaults():
+                rule(self, func, args, kwargs, tensors_in(result))
+        except LayoutError as error:
+            what = str(error) or "on tensors that are not shifted windows of feature maps"
+            raise self.unsupported(f"operator {func} {what}") from None
         return result
 
     def recognise(self, codes: Tensor) -> Ref:
-        """`Graph.recognise`, and where elements were set to zero inside a plane (a crop that was padded again), a new
-        plane of it.
+        """`Graph.recognise`, with new planes for constants and conditions in another layout, and where elements were
+        set to zero inside a plane (a crop that was padded again).
         """
-        try:
+        with contextlib.suppress(LayoutError):
             return self.graph.recognise(codes)
-        except LayoutError:
-            return lowering.blanked(self, codes)
+        codes = elementwise.rebuilt(self, codes)
+        with contextlib.suppress(LayoutError):
+            return self.graph.recognise(codes)
+        return elementwise.blanked(self, codes)
 
     def add(self, node: Node) -> Tensor:
         """Add a node; returns its codes [N, C, h, w]."""
@@ -210,8 +286,8 @@ def trace(module: nn.Module, image: Tensor, labels: Tensor | None = None) -> tup
         UnsupportedModel: an operator without a lowering, or an output of the wrong shape.
     """
     tracer = Tracer(labels)
-    image_node = Image("", *image.shape[1:])
-    tracer.set_codes(image, tracer.add(image_node))
+    with host_defaults():
+        tracer.set_codes(image, tracer.add(Image("", *image.shape[1:])))
     with torch.no_grad(), backends.backend("reference"), _module_paths(module, tracer), tracer:
         output = module(image) if labels is None else module(image, labels)
     if not isinstance(output, Tensor) or output.dim() != 4 or output.shape[0] != TRACE_BATCH:
@@ -221,6 +297,9 @@ def trace(module: nn.Module, image: Tensor, labels: Tensor | None = None) -> tup
         raise UnsupportedModel(
             f"the network's output has height and width {tuple(output.shape[2:])}, the image {tuple(image.shape[2:])}"
         )
-    codes = tracer.codes(output)
-    tracer.graph.output = tracer.recognise(codes)
+    try:
+        with host_defaults():
+            tracer.graph.output = tracer.recognise(tracer.codes(output))
+    except LayoutError:
+        raise UnsupportedModel("the network's output is not made of shifted windows of feature maps") from None
     return tracer.graph, tracer.tape

@@ -11,8 +11,8 @@ from fastgen.ops import philox
 def image_uniforms(seed: int, start: int, count: int, image_shape: tuple[int, int, int]) -> Tensor:
     """float32 [count, C, H, W] in (0, 1): one uniform for each element of samples start..start+count-1."""
     channels, height, width = image_shape
-    sample = torch.arange(start, start + count).view(-1, 1, 1)
-    position = torch.arange(height * width).view(1, -1, 1)
-    block = torch.arange((channels + 3) // 4)
+    sample = torch.arange(start, start + count, device="cpu").view(-1, 1, 1)
+    position = torch.arange(height * width, device="cpu").view(1, -1, 1)
+    block = torch.arange((channels + 3) // 4, device="cpu")
     lanes = philox.uniform(seed, block, position, sample)  # [count, H*W, blocks, 4]
     return lanes.flatten(2)[:, :, :channels].transpose(1, 2).reshape(count, channels, height, width).contiguous()

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 
 import pytest
 import torch
 
-from fastgen import models
+from fastgen import backends, models
 from fastgen.sampling import Bernoulli, Categorical, Sampler, audit, naive_sample
+from fastgen.sampling.executors.reference import ReferenceExecutor
 
 MODEL = models.PixelCNN(image_shape=(1, 3, 4), levels=4, num_filters=2, num_blocks=1, num_features=2)
 LABELLED = models.GatedPixelCNN(image_shape=(1, 3, 4), levels=4, num_filters=2, num_blocks=1, num_classes=5)
@@ -39,6 +41,7 @@ LABELS = [
     (torch.tensor([0, 1, 2]), ValueError, r"labels must have shape \(2,\), got \(3,\)"),
     (torch.tensor([0, 5]), ValueError, "labels must be in 0..4, got 0..5"),
     (-1, ValueError, "labels must be in 0..4"),
+    ("cat", TypeError, "labels must be an integer or a tensor of 2 integers, got 'cat'"),
 ]
 
 
@@ -52,7 +55,9 @@ def test_sample(options: dict, error: type[Exception], message: str, function: s
         (Sampler(MODEL).sample if function == "sampler" else functools.partial(naive_sample, MODEL))(**options)
 
 
-@pytest.mark.parametrize(("labels", "error", "message"), LABELS, ids=["missing", "float", "shape", "range", "negative"])
+@pytest.mark.parametrize(
+    ("labels", "error", "message"), LABELS, ids=["missing", "float", "shape", "range", "negative", "text"]
+)
 def test_labels(labels: object, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         Sampler(LABELLED).sample(2, labels=labels)
@@ -66,14 +71,30 @@ def test_labels(labels: object, error: type[Exception], message: str) -> None:
         (("model",), TypeError, "model must be a torch.nn.Module, got str"),
         ((torch.nn.Conv2d(1, 4, 1),), ValueError, r"image_shape must be \(C, H, W\)"),
         ((torch.nn.Conv2d(1, 4, 1), (1, 0, 4)), ValueError, "image_shape"),
+        ((torch.nn.Conv2d(1, 4, 1), 28), ValueError, r"image_shape must be \(C, H, W\) .*, got 28"),
+        ((torch.nn.Conv2d(1, 4, 1), (257, 3, 4)), ValueError, "image_shape must have at most 256 channels, got 257"),
         ((torch.nn.Conv2d(1, 4, 1), (1, 3, 4)), TypeError, "head must be a fastgen.sampling.heads.Head"),
         ((MODEL, (1, 3, 4), Categorical(5)), ValueError, "4 output channels"),
     ],
-    ids=["no module", "no shape", "bad shape", "no head", "head of another size"],
+    ids=[
+        "no module",
+        "no shape",
+        "bad shape",
+        "number as shape",
+        "too many channels",
+        "no head",
+        "head of another size",
+    ],
 )
 def test_sampler(arguments: tuple, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         Sampler(*arguments)
+
+
+@pytest.mark.parametrize("num_classes", [0, -1, 2.0, True, "ten"])
+def test_num_classes(num_classes: object) -> None:
+    with pytest.raises(ValueError, match="num_classes must be a positive integer or None"):
+        Sampler(MODEL, num_classes=num_classes)
 
 
 @pytest.mark.parametrize("max_batch", [0, -1, 1.5, True])
@@ -89,6 +110,23 @@ def test_backend() -> None:
         Sampler(MODEL, backend="triton")
 
 
+def test_enclosing_backend_is_heard() -> None:
+    with backends.backend("reference"):
+        assert isinstance(Sampler(MODEL)._executor, ReferenceExecutor)
+        assert not isinstance(Sampler(MODEL, backend="cpu")._executor, ReferenceExecutor)
+
+
+def test_model_without_values() -> None:
+    with pytest.raises(ValueError, match="model is on the meta device"):
+        Sampler(copy.deepcopy(MODEL).to("meta"))
+
+
+@pytest.mark.parametrize("temperature", [1e-45, 1e-39, 1e-3, 1e300])
+def test_extreme_temperature(temperature: float) -> None:
+    expected = naive_sample(MODEL, 4, temperature=temperature)
+    assert torch.equal(Sampler(MODEL).sample(4, temperature=temperature), expected)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_weights_that_are_not_finite(value: float) -> None:
     model = models.PixelCNN(image_shape=(1, 3, 4), levels=4, num_filters=2, num_blocks=1, num_features=2)
@@ -96,6 +134,23 @@ def test_weights_that_are_not_finite(value: float) -> None:
         model.features.weight[1, 2] = value
     with pytest.raises(ValueError, match="weights of module 'features' are not finite"):
         Sampler(model)
+
+
+def test_embedding_that_is_not_a_number() -> None:
+    model = copy.deepcopy(LABELLED)
+    with torch.no_grad():
+        model.layers[0].label_bias.weight[3] = float("nan")
+    sampler = Sampler(model)
+    assert sampler.sample(2, labels=1).shape == (2, 1, 3, 4)
+    with pytest.raises(ValueError, match="NaN of the labels"):
+        sampler.sample(2, labels=3)
+
+
+def test_constant_that_is_not_a_number() -> None:
+    module = torch.nn.Sequential(MODEL, torch.nn.BatchNorm2d(4))
+    module[1].running_mean[2] = float("nan")
+    with pytest.raises(ValueError, match="a constant of module '1' holds NaN"):
+        Sampler(module, (1, 3, 4), Categorical(4))
 
 
 def test_audit_images() -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor, nn
 
 from fastgen import models
-from fastgen.sampling import Sampler, audit
+from fastgen.sampling import Categorical, Sampler, audit
 from fastgen.sampling.auditing import _margin
 from fastgen.sampling.uniforms import image_uniforms
 
@@ -58,3 +59,24 @@ def test_margin_by_hand() -> None:
     assert margin(1, 0.5) == 0 and margin(0, 0.1) == 0 and margin(2, 0.99) == 0
     assert abs(margin(1, 0.15) - 0.05) < 1e-12 and abs(margin(1, 0.9) - 0.2) < 1e-12
     assert margin(0, 0.2) == 0 and 0 < margin(1, 0.2) < 1e-300
+
+
+class MakesFloat32(nn.Module):
+    """Tensors of its own dtype in the forward pass, which the audit runs in float64, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Conv2d(1, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.zeros(x.shape, dtype=torch.float32)
+        h[:, :, 1:] = x[:, :, :-1]
+        return self.out(h)
+
+
+def test_module_that_makes_float32() -> None:
+    given = {"image_shape": (1, 3, 3), "head": Categorical(3)}
+    module = MakesFloat32()
+    images = Sampler(module, **given).sample(4)
+    images[1, 0, 1, 1] = (images[1, 0, 1, 1] + 1) % 3
+    assert not audit(module, images, **given).ok

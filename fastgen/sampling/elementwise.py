@@ -1,0 +1,262 @@
+"""Pass 2 for operators that work element by element: they become `Pointwise` nodes over the primitives of
+`fastgen.sampling.plan.PRIMITIVES`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastgen.sampling.graph import Condition, Constant, LayoutError, Pointwise, Ref
+from fastgen.sampling.rules import rule
+
+if TYPE_CHECKING:
+    from fastgen.sampling.trace import Tracer
+
+
+def pointwise(tracer: Tracer, op: str, operands: Sequence[Tensor | float], shape: Sequence[int]) -> Tensor:
+    """Codes of op(operands), which have codes broadcastable to `shape` or are numbers."""
+    codes = [o.expand(*shape) if isinstance(o, Tensor) else float(o) for o in operands]
+    tensors = [c for c in codes if isinstance(c, Tensor)]
+    if len(shape) == 4 and shape[0] == tracer.graph.batch:
+        with contextlib.suppress(LayoutError):
+            return pointwise_4d(tracer, op, codes)
+    for tensor in tensors:  # in the order of one operand's planes; the other may be a constant
+        with contextlib.suppress(LayoutError):
+            order, size = _plane_order(tracer, tensor.reshape(-1))
+            sorted_codes = [c.reshape(-1)[order].view(size) if isinstance(c, Tensor) else c for c in codes]
+            out = torch.empty(len(order), dtype=torch.int64)
+            out[order] = pointwise_4d(tracer, op, sorted_codes).reshape(-1)
+            return out.view(*shape)
+    raise LayoutError
+
+
+def pointwise_4d(tracer: Tracer, op: str, operands: Sequence[Tensor | float]) -> Tensor:
+    refs = [tracer.recognise(o) if isinstance(o, Tensor) else o for o in operands]
+    _, channels, height, width = next(o.shape for o in operands if isinstance(o, Tensor))
+    return tracer.add(Pointwise(tracer.module, channels, height, width, op=op, operands=refs))
+
+
+def _plane_order(tracer: Tracer, flat: Tensor) -> tuple[Tensor, tuple[int, int, int, int]]:
+    """The permutation that puts flat codes into the order (sample, channel, y, x) of their planes, and that size."""
+    plane, sample, channel, y, x = tracer.graph.decode(flat.numpy())
+    if (plane < 0).any():
+        raise LayoutError
+    size = (tracer.graph.batch, -1, len(set(y.tolist())), len(set(x.tolist())))
+    area = size[0] * size[2] * size[3]
+    if len(flat) % area:
+        raise LayoutError
+    return torch.from_numpy(np.lexsort((x, y, channel, plane, sample))), (size[0], len(flat) // area, size[2], size[3])
+
+
+def rebuilt(tracer: Tracer, codes: Tensor) -> Tensor:
+    """The same codes, but for channels that hold elements of constants or of one condition in whatever order: these
+    get a plane of their own.
+    """
+    plane, *_ = tracer.graph.decode(codes.numpy())
+    nodes = tracer.graph.nodes
+    constant: list[int] = []
+    conditional: dict[int, list[int]] = {}
+    for c in range(codes.shape[1]):
+        sources = [int(p) for p in np.unique(plane[:, c]) if p >= 0]
+        if sources and all(isinstance(nodes[p], Constant) for p in sources):
+            constant.append(c)
+        elif len(sources) == 1 and isinstance(nodes[sources[0]], Condition) and codes[:, c].all():
+            conditional.setdefault(sources[0], []).append(c)
+    result = codes.clone()
+    if constant:
+        result[:, constant] = _new_constant(tracer, codes[:, constant])
+    for source, channels in conditional.items():
+        result[:, channels] = _new_condition(tracer, codes[:, channels], source)
+    return result
+
+
+def _new_constant(tracer: Tracer, codes: Tensor) -> Tensor:
+    """Codes of a constant that holds the elements of constants that `codes` [N, C, h, w] names."""
+    if not torch.equal(codes[0], codes[-1]):
+        raise LayoutError
+    data = torch.zeros(codes.shape[1:])
+    for node in [n for n in tracer.graph.nodes if isinstance(n, Constant)]:
+        here = (codes[0] >= node.start) & (codes[0] < node.start + node.data.numel())
+        data[here] = node.data.flatten()[codes[0][here] - node.start]
+    channels, height, width = data.shape
+    return tracer.add(Constant(tracer.module, channels, height, width, data=data))
+
+
+def _new_condition(tracer: Tracer, codes: Tensor, source: int) -> Tensor:
+    """Codes of a condition that holds the elements of a condition that `codes` [N, C, h, w] names; the gathering goes
+    to the tape.
+    """
+    node = tracer.graph.nodes[source]
+    assert isinstance(node, Condition)
+    index = codes - node.start - torch.arange(len(codes)).view(-1, 1, 1, 1) * node.tensor[0].numel()
+    if not torch.equal(index[0], index[-1]):
+        raise LayoutError
+    channels, height, width = index.shape[1:]
+    gathered = tracer.tape.gather(node.tensor, index[0])
+    return tracer.add(Condition(tracer.module, channels, height, width, tensor=gathered))
+
+
+def blanked(tracer: Tracer, codes: Tensor) -> Ref:
+    """A plane for codes in which elements inside a plane were replaced by zeros: the plane times a constant of zeros
+    and ones.
+    """
+    keep = codes > 0
+    if codes.dim() != 4 or not torch.equal(keep[0], keep[-1]):
+        raise LayoutError
+    source = _complete(tracer, codes)
+    _, channels, height, width = codes.shape
+    mask = tracer.add(Constant(tracer.module, channels, height, width, data=keep[0].float()))
+    return tracer.graph.recognise(pointwise_4d(tracer, "mul", [source, mask.expand(codes.shape)]))
+
+
+def _complete(tracer: Tracer, codes: Tensor) -> Tensor:
+    """The shifted window of planes that `codes` shows in part; LayoutError if there is none."""
+    _, channels, height, width = codes.shape
+    whole = torch.zeros_like(codes)
+    for c in range(channels):
+        filled = codes[0, c].nonzero()
+        if not len(filled):
+            continue
+        iy, ix = filled[0].tolist()
+        plane, _, channel, y, x = (int(v[0]) for v in tracer.graph.decode(codes[0, c, iy, ix].view(1).numpy()))
+        node = tracer.graph.nodes[plane]
+        own = tracer.graph.codes(node)[:, channel]
+        top, left = iy - y, ix - x  # where the plane's origin lies in this tensor
+        bottom, right = height - top - node.height, width - left - node.width
+        whole[:, c] = F.pad(own, (left, right, top, bottom)).expand(codes.shape[0], -1, -1)
+    if not torch.equal(torch.where(codes > 0, whole, 0), codes):
+        raise LayoutError
+    return whole
+
+
+def _emit(tracer: Tracer, shape: Sequence[int]) -> Callable[..., Tensor]:
+    return lambda op, *operands: pointwise(tracer, op, operands, shape)
+
+
+def _operand(tracer: Tracer, value: Any) -> Tensor | float:
+    """Codes of a tensor operand; a parameter with one element, or a number, as a number."""
+    if not isinstance(value, Tensor):
+        return float(value)
+    if value.numel() == 1 and not tracer.depends(value) and not tracer.tape.depends(value):
+        return float(value)
+    return tracer.codes(value)
+
+
+Formula = Callable[..., "Tensor | float"]
+
+
+def elementwise(*names: str) -> Callable[[Formula], Formula]:
+    """Register formula(emit, *operands, **rest) for ATen operators; operands are the arguments `self` and `other`."""
+
+    def add(formula: Formula) -> Formula:
+        def apply(tracer: Tracer, func: Any, args: tuple, kwargs: dict, outputs: list[Tensor]) -> None:
+            emit = _emit(tracer, outputs[0].shape)
+            schema = [a.name for a in func._schema.arguments]
+            named = dict(zip(schema, args, strict=False)) | kwargs
+            tensors = [_operand(tracer, v) for k, v in named.items() if k in ("self", "other")]
+            rest = {
+                k: _operand(tracer, v) if isinstance(v, Tensor) else v
+                for k, v in named.items()
+                if k not in ("self", "other")
+            }
+            result = formula(emit, *tensors, **rest)
+            assert isinstance(result, Tensor)
+            tracer.set_codes(outputs[0], result)
+
+        rule(*names)(apply)
+        return formula
+
+    return add
+
+
+for _name in ("tanh", "sigmoid", "relu", "exp", "abs", "neg", "sqrt", "log"):
+    elementwise(_name)(lambda emit, x, op=_name: emit(op, x))
+for _name, _op in (("maximum", "max"), ("minimum", "min")):
+    elementwise(_name)(lambda emit, x, y, op=_op: emit(op, x, y))
+
+
+@elementwise("add")
+def _add(emit: Formula, x: Any, y: Any, alpha: float = 1) -> Any:
+    return emit("add", x, y if alpha == 1 else emit("mul", y, alpha) if isinstance(y, Tensor) else y * alpha)
+
+
+@elementwise("sub")
+def _sub(emit: Formula, x: Any, y: Any, alpha: float = 1) -> Any:
+    return emit("sub", x, y if alpha == 1 else emit("mul", y, alpha) if isinstance(y, Tensor) else y * alpha)
+
+
+@elementwise("rsub")
+def _rsub(emit: Formula, x: Any, y: Any, alpha: float = 1) -> Any:
+    return emit("sub", y, x if alpha == 1 else emit("mul", x, alpha))
+
+
+@elementwise("mul")
+def _mul(emit: Formula, x: Any, y: Any) -> Any:
+    return emit("mul", x, y)
+
+
+@elementwise("div")
+def _div(emit: Formula, x: Any, y: Any, rounding_mode: str | None = None) -> Any:
+    if rounding_mode is not None:
+        raise LayoutError(f"with rounding mode {rounding_mode!r}")
+    return emit("div", x, y)
+
+
+@elementwise("reciprocal")
+def _reciprocal(emit: Formula, x: Any) -> Any:
+    return emit("div", 1.0, x)
+
+
+@elementwise("elu")
+def _elu(emit: Formula, x: Any, alpha: float = 1, scale: float = 1, input_scale: float = 1) -> Any:
+    """scale * (max(0, x) + alpha * (exp(min(0, input_scale * x)) - 1))."""
+    scaled = x if input_scale == 1 else emit("mul", x, input_scale)
+    low = emit("expm1", emit("min", scaled, 0.0))
+    out = emit("add", emit("relu", x), low if alpha == 1 else emit("mul", low, alpha))
+    return out if scale == 1 else emit("mul", out, scale)
+
+
+@elementwise("leaky_relu")
+def _leaky_relu(emit: Formula, x: Any, negative_slope: float = 0.01) -> Any:
+    return emit("add", emit("relu", x), emit("mul", emit("min", x, 0.0), negative_slope))
+
+
+@elementwise("silu")
+def _silu(emit: Formula, x: Any) -> Any:
+    return emit("mul", x, emit("sigmoid", x))
+
+
+@elementwise("clamp", "hardtanh")
+def _clamp(emit: Formula, x: Any, min: float | None = None, max: float | None = None, **bounds: float) -> Any:
+    low, high = bounds.get("min_val", min), bounds.get("max_val", max)
+    out = x if low is None else emit("max", x, low)
+    return out if high is None else emit("min", out, high)
+
+
+@elementwise("pow")
+def _pow(emit: Formula, x: Any, exponent: Tensor | float) -> Any:
+    if isinstance(exponent, Tensor) or exponent != 2:
+        raise LayoutError("with an exponent other than 2")
+    return emit("mul", x, x)
+
+
+@rule("native_batch_norm", "_native_batch_norm_legit_no_training", "cudnn_batch_norm", "batch_norm")
+def _batch_norm(tracer: Tracer, func: Any, args: tuple, kwargs: dict, outputs: list[Tensor]) -> None:
+    """(x - mean) / sqrt(var + eps) * weight + bias with running statistics: one scale and one shift per channel."""
+    named = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
+    if named.get("training"):
+        raise tracer.unsupported("BatchNorm on batch statistics")
+    scale = torch.rsqrt(named["running_var"].double() + named["eps"])
+    scale = scale * named["weight"].double() if named["weight"] is not None else scale
+    shift = -named["running_mean"].double() * scale
+    shift = shift + named["bias"].double() if named["bias"] is not None else shift
+    emit = _emit(tracer, outputs[0].shape)
+    scale, shift = (tracer.codes(v.float().view(1, -1, 1, 1)) for v in (scale, shift))
+    tracer.set_codes(outputs[0], emit("add", emit("mul", tracer.codes(args[0]), scale), shift))

@@ -1,0 +1,46 @@
+"""The rules by which ATen operators act on planes, by name.
+
+A rule is called after the operator ran, with the values and their codes at hand. View operators need none: a view
+shares its storage, hence its codes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from fastgen.sampling.trace import Tracer
+
+Rule = Callable[["Tracer", Any, tuple, dict, list[Tensor]], None]
+_RULES: dict[str, Rule] = {}
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    def add(function: Rule) -> Rule:
+        _RULES.update(dict.fromkeys(names, function))
+        return function
+
+    return add
+
+
+def supported() -> list[str]:
+    """Names of the ATen operators that have a rule; views are supported besides."""
+    return sorted(_RULES)
+
+
+def find(func: Any) -> Rule | None:
+    """The rule of an ATen overload, or None."""
+    schema = func._schema
+    name = schema.name.removeprefix("aten::")
+    if name in _RULES:
+        return _RULES[name]
+    if func.is_view:
+        return nothing
+    return _RULES.get(name.removesuffix("_")) if schema.is_mutable and "out" not in func._overloadname else None
+
+
+def nothing(tracer: Tracer, func: Any, args: tuple, kwargs: dict, outputs: list[Tensor]) -> None:
+    """The rule of views."""

@@ -1,0 +1,253 @@
+"""What the tracer must not get wrong: writes in place, labels that are written into tensors, constants in any layout,
+and the user's defaults; and what it must refuse.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastgen.sampling import Categorical, Sampler, UnsupportedModel, naive_sample
+
+from .networks import LEVELS
+
+HEIGHT, WIDTH, CLASSES = 5, 4, 5
+SIZES = [(HEIGHT, WIDTH), (1, 5), (5, 1), (1, 1)]
+
+
+class Causal(nn.Module):
+    """Features of the rows above and of the pixels to the left; `mix` changes them, `out` reads them."""
+
+    def __init__(self, mix: Callable, height: int, width: int):
+        super().__init__()
+        self.above = nn.Conv2d(1, 6, (2, 3))
+        self.left = nn.Conv2d(1, 6, (1, 2))
+        self.out = nn.Conv2d(6, LEVELS, 1)
+        self.embedding = nn.Embedding(CLASSES, 6)
+        self.channels = nn.Parameter(torch.randn(6))
+        self.places = nn.Parameter(torch.randn(6, height, width))
+        self.mix = mix
+
+    def forward(self, x: Tensor, *labels: Tensor) -> Tensor:
+        above = self.above(F.pad(x, (1, 1, 2, 0))[:, :, :-1])
+        left = self.left(F.pad(x, (2, 0))[..., :-1])
+        return self.out(torch.tanh(self.mix(self, above + left, *labels)))
+
+
+def filled(net: Causal, h: Tensor) -> Tensor:
+    """A sum that begins with a parameter."""
+    out = net.channels.view(1, 6, 1, 1).expand_as(h).clone()
+    out += h
+    return out
+
+
+def accumulated(net: Causal, h: Tensor) -> Tensor:
+    out = torch.zeros(h.shape)
+    for part in (h, torch.relu(h)):
+        out += part
+    return out
+
+
+def scaled_ones(net: Causal, h: Tensor) -> Tensor:
+    return torch.full(h.shape, 0.7).mul_(h)
+
+
+def added_whole_numbers(net: Causal, h: Tensor) -> Tensor:
+    place = torch.arange(h[0, 0].numel()).view(1, 1, *h.shape[2:]).expand(len(h), -1, -1, -1)
+    return torch.cat([h[:, 1:], place], dim=1) * 0.2
+
+
+def picked(net: Causal, h: Tensor) -> Tensor:
+    return h[:, torch.tensor([5, 3, 1, 0, 2, 4])]
+
+
+def clamped_by_tensor(net: Causal, h: Tensor) -> Tensor:
+    return torch.clamp(h, min=torch.tensor(-0.5), max=net.channels.view(6, 1, 1))
+
+
+def places(net: Causal, h: Tensor) -> Tensor:
+    return net.places + h * net.places[0]
+
+
+def places_last(net: Causal, h: Tensor) -> Tensor:
+    return (net.places.permute(1, 2, 0) * (h.permute(0, 2, 3, 1) + net.channels)).permute(0, 3, 1, 2)
+
+
+def sequence(net: Causal, h: Tensor) -> Tensor:
+    tokens = h.flatten(2).transpose(1, 2) + net.places.flatten(1).t()
+    return tokens.transpose(1, 2).view(h.shape)
+
+
+def dead_then_shifted_up(net: Causal, h: Tensor) -> Tensor:
+    """Nothing here depends on the image, so nothing is too late."""
+    dead = F.conv2d(h, torch.zeros(6, 6, 3, 3), net.channels, padding=1)
+    return h + F.pad(torch.tanh(dead), (0, 0, 0, 2))[:, :, 2:]
+
+
+def two_rows_above(net: Causal, h: Tensor) -> Tensor:
+    """Parameters that are known long before they are drawn from."""
+    return F.pad(torch.tanh(h), (0, 0, 2, 0))[:, :, :-2]
+
+
+def seen_below(net: Causal, h: Tensor) -> Tensor:
+    """A plane that reaches below the image, read again from above."""
+    tall = torch.tanh(F.conv2d(F.pad(h, (0, 0, 4, 4)), net.places.new_full((6, 6, 3, 1), 0.1), net.channels))
+    return tall[:, :, : h.shape[2]] + F.pad(tall[:, :, 6:], (0, 0, 4, 0))[:, :, : h.shape[2]]
+
+
+PLAIN = [
+    filled,
+    accumulated,
+    scaled_ones,
+    added_whole_numbers,
+    picked,
+    clamped_by_tensor,
+    places,
+    places_last,
+    sequence,
+    dead_then_shifted_up,
+    two_rows_above,
+    seen_below,
+]
+
+
+def one_hot(net: Causal, h: Tensor, labels: Tensor) -> Tensor:
+    return h + (F.one_hot(labels, CLASSES).float() @ net.embedding.weight)[:, :, None, None]
+
+
+def scattered(net: Causal, h: Tensor, labels: Tensor) -> Tensor:
+    row = torch.zeros(len(labels), CLASSES)
+    row[torch.arange(len(labels)), labels] = 1
+    return h + (row @ net.embedding.weight)[:, :, None, None]
+
+
+def summed_in_place(net: Causal, h: Tensor, labels: Tensor) -> Tensor:
+    bias = net.channels.expand(len(labels), -1).clone()
+    bias[:, 2:] += net.embedding(labels)[:, 2:]
+    return h * bias[:, :, None, None]
+
+
+def changed_after_use(net: Causal, h: Tensor, labels: Tensor) -> Tensor:
+    bias = net.embedding(labels)[:, :, None, None]
+    h = h + bias
+    bias *= 3
+    return h * bias
+
+
+def added_to(net: Causal, h: Tensor, labels: Tensor) -> Tensor:
+    out = net.embedding(labels)[:, :, None, None].repeat(1, 1, *h.shape[2:])
+    out += h
+    return out
+
+
+def channels_last(net: Causal, h: Tensor, labels: Tensor) -> Tensor:
+    return (h.permute(0, 2, 3, 1) + net.embedding(labels)[:, None, None]).permute(0, 3, 1, 2)
+
+
+LABELLED = [one_hot, scattered, summed_in_place, changed_after_use, added_to, channels_last]
+
+
+def make(mix: Callable, height: int = HEIGHT, width: int = WIDTH) -> tuple[nn.Module, dict]:
+    """(network with weights large enough to matter, what it needs to be sampled)."""
+    torch.manual_seed(1)
+    network = Causal(mix, height, width).eval()
+    with torch.no_grad():
+        for p in network.parameters():
+            p.mul_(1.7)
+    num_classes = CLASSES if mix in LABELLED else None
+    return network, {"image_shape": (1, height, width), "head": Categorical(LEVELS), "num_classes": num_classes}
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("size", SIZES, ids=lambda s: "x".join(map(str, s)))
+@pytest.mark.parametrize("mix", [*PLAIN, *LABELLED], ids=lambda f: f.__name__)
+def test_equals_naive_loop(mix: Callable, size: tuple[int, int], backend: str) -> None:
+    network, given = make(mix, *size)
+    labels = torch.tensor([3, 0, 4, 4, 1, 2, 3]) if mix in LABELLED else None
+    expected = naive_sample(network, 7, **given, labels=labels)
+    sampler = Sampler(network, **given, backend=backend)
+    for _ in range(2):  # nothing is left behind by the first time
+        assert torch.equal(sampler.sample(7, labels=labels), expected)
+
+
+@pytest.mark.parametrize("mix", LABELLED, ids=lambda f: f.__name__)
+def test_weights_are_taken_at_construction(mix: Callable) -> None:
+    network, given = make(mix)
+    sampler = Sampler(network, **given)
+    expected = sampler.sample(7, labels=2)
+    with torch.no_grad():
+        for p in network.parameters():
+            p.neg_()
+    assert torch.equal(sampler.sample(7, labels=2), expected)
+    assert not torch.equal(Sampler(network, **given).sample(7, labels=2), expected)
+
+
+@contextlib.contextmanager
+def default_float64():
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("mix", [seen_below, changed_after_use], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "surroundings",
+    [default_float64, lambda: torch.device("meta"), torch.inference_mode, torch.enable_grad],
+    ids=["float64 by default", "other default device", "inference mode", "gradients"],
+)
+def test_surroundings_do_not_matter(surroundings: Callable, mix: Callable) -> None:
+    network, given = make(mix)
+    labels = 1 if mix in LABELLED else None
+    expected = naive_sample(network, 3, **given, labels=labels)
+    with surroundings():
+        sampler = Sampler(network, **given)
+        images = sampler.sample(3, labels=labels)
+        assert torch.equal(images, expected) and images.device.type == "cpu"
+        assert torch.equal(naive_sample(network, 3, **given, labels=labels), expected)
+
+
+def written_partly(net: Causal, h: Tensor, labels: Tensor) -> Tensor:
+    out = net.embedding(labels)[:, :, None, None].repeat(1, 1, *h.shape[2:])
+    out[:, :, 1:] += h[:, :, 1:]
+    return out
+
+
+@pytest.mark.parametrize(
+    ("mix", "named"),
+    [
+        (lambda net, h: h + torch.randn(6, 1, 1), "a network that is random .*randn"),
+        (lambda net, h: F.dropout(h, 0.5, training=True), "a network that is random .*bernoulli"),
+        (lambda net, h: h**3, "aten.pow.Tensor_Scalar with an exponent other than 2"),
+        (lambda net, h: 2**h, "aten.pow.Scalar with an exponent other than 2"),
+        (lambda net, h: torch.div(h, 2, rounding_mode="floor"), "with rounding mode 'floor'"),
+        (lambda net, h: h * h.sum().item(), "aten.sum"),
+        (lambda net, h: torch.from_numpy(h.numpy() + 1), "the network's output is not made of shifted windows"),
+        (written_partly, "writing the image into a part of a label-dependent tensor"),
+    ],
+    ids=["noise", "dropout", "cube", "power", "rounding", "item", "numpy", "partly"],
+)
+def test_refused_by_name(mix: Callable, named: str) -> None:
+    network, given = make(mix)
+    given["num_classes"] = CLASSES if mix is written_partly else None
+    with pytest.raises(UnsupportedModel, match=named):
+        Sampler(network, **given)
+
+
+def test_error_in_forward_leaves_nothing_behind() -> None:
+    def fail(net: Causal, h: Tensor) -> Tensor:
+        raise KeyError("inside")
+
+    network, given = make(fail)
+    network.train()
+    for function in (Sampler, lambda *a, **k: naive_sample(*a, 1, **k)):
+        with pytest.raises(KeyError, match="inside"):
+            function(network, **given)
+        assert all(m.training for m in network.modules())
+        assert not any(m._forward_hooks or m._forward_pre_hooks for m in network.modules())
