@@ -42,6 +42,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--no-tests", dest="tests", action="store_false", help="skip the tests; rows then carry no speed-up"
     )
+    result.add_argument("--quiet", action="store_true", help="wait for others on this machine; repeat disturbed cases")
     result.add_argument("--name", help="write NAME.jsonl (default: the suite; with --quick, SUITE-quick)")
     result.add_argument(
         "--results", type=Path, default=RESULTS, metavar="DIR", help="where to (default: bench/results)"
@@ -91,6 +92,7 @@ def measure(options: argparse.Namespace, path: Path, command: str) -> int:
         seconds=options.seconds,
         base=options.base,
         tests=options.tests,
+        quiet=options.quiet,
         command=command,
         on_case=on_case,
     )

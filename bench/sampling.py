@@ -121,7 +121,7 @@ def build(subject: Subject, batch: int) -> Work:
         )
     last = models.get(subject.model)(**subject.config).eval()
     last.load_state_dict(model.state_dict())
-    last = last.to(memory_format=torch.channels_last)
+    last = last.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     last_inputs = (inputs[0].contiguous(memory_format=torch.channels_last), labels)
     providers = {
         "naive": naive,

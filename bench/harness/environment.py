@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+import time
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 CHECKOUT = Path(__file__).resolve().parents[2]
+QUIET = 0.03  # share of the processors' time that others may take of a measurement called quiet
 
 
 def cores() -> int:
@@ -75,6 +78,45 @@ def revision(cwd: Path = CHECKOUT) -> dict[str, Any]:
     except RuntimeError:
         return {"commit": "unknown", "dirty": True}  # not a clone, or no git
     return {"commit": commit, "dirty": bool(changes)}
+
+
+class Watch:
+    """What other processes take of the processors from now on.
+
+    Args:
+        own: CPU seconds that the benchmark itself has used so far.
+    """
+
+    def __init__(self, own: Callable[[], float] = time.process_time) -> None:
+        self._own = own
+        self._start = (*_processor_seconds(), own())
+
+    def others(self) -> float:
+        """Share of the processors' time, 0 to 1, that others, the hypervisor too, have used; 0 where it is not told."""
+        used, total, own = (
+            now - then for now, then in zip((*_processor_seconds(), self._own()), self._start, strict=True)
+        )
+        return round(max(0.0, used - own) / total, 3) if total > 0 else 0.0
+
+
+def _processor_seconds() -> tuple[float, float]:
+    """Seconds since the machine started, of all processors: (not idle, all); see proc(5)."""
+    try:
+        with open("/proc/stat") as stat:
+            ticks = [int(field) / os.sysconf("SC_CLK_TCK") for field in stat.readline().split()[1:9]]
+    except OSError:
+        return 0.0, 0.0
+    return sum(ticks) - ticks[3] - ticks[4], sum(ticks)
+
+
+def wait_until_quiet(patience: float) -> None:
+    """Return when others have left the processors alone for a few seconds, or after `patience` seconds."""
+    deadline = time.monotonic() + patience
+    while time.monotonic() < deadline:
+        watch = Watch()
+        time.sleep(3.0)
+        if watch.others() <= QUIET:
+            return
 
 
 def load_average() -> float:

@@ -47,7 +47,7 @@ def heading(row: Row) -> str:
     threads = "1 thread" if row["threads"] == 1 else f"{row['threads']} threads"
     work = f"{count(row['flops'], 'FLOP')}, {count(row['bytes'], 'B')}"
     bound = f"limit {seconds(row['limit_s'])} ({row['limited_by']})"
-    return f"{row['case']}: {sizes}; {threads}, {row['dtype']}; {work}; {bound}; load {row['load_average']}"
+    return f"{row['case']}: {sizes}; {threads}, {row['dtype']}; {work}; {bound}; others {row['others']:.0%}"
 
 
 def case_table(group: Sequence[Row]) -> str:

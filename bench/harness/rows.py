@@ -50,6 +50,7 @@ FIELDS: dict[str, type | tuple[type, ...]] = {
     "commit": str,
     "dirty": bool,
     "load_average": float,
+    "others": float,
     "command": str,
     "date": str,
 }

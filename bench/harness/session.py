@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,10 @@ class Session:
         """Peak bytes of one call, see `memory.METHOD`."""
         return memory.peak_bytes(self._call(provider))
 
+    def cpu_seconds(self) -> float:
+        """CPU time that this process has used."""
+        return time.process_time()
+
     def release(self) -> None:
         """Drop the inputs and weights of the prepared case."""
         self.work = None
@@ -97,6 +102,9 @@ class RemoteSession:
 
     def peak(self, provider: str) -> int | None:
         return self._ask("peak", provider)
+
+    def cpu_seconds(self) -> float:
+        return self._ask("cpu_seconds")
 
     def release(self) -> None:
         self._ask("release")

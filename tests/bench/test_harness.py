@@ -206,6 +206,39 @@ def test_native_ceilings_refuse(call, message):
         call(backends.native_cpu().ceilings)
 
 
+# --- others on the machine
+
+
+@pytest.fixture
+def processors(monkeypatch):
+    """[seconds not idle, seconds in all] of invented processors."""
+    state = [100.0, 1000.0]
+    monkeypatch.setattr(environment, "_processor_seconds", lambda: tuple(state))
+    return state
+
+
+def test_watch_counts_what_is_not_ours(processors):
+    own = [7.0]
+    watch = environment.Watch(lambda: own[0])
+    processors[:], own[0] = (160.0, 1100.0), 27.0  # of 100 seconds 60 were used, 20 of them by us
+    assert watch.others() == 0.4
+
+
+def test_watch_on_a_system_that_does_not_tell(monkeypatch):
+    monkeypatch.setattr(environment, "_processor_seconds", lambda: (0.0, 0.0))
+    assert environment.Watch().others() == 0.0
+
+
+def test_quietest_attempt_wins(monkeypatch):
+    monkeypatch.setattr(environment, "wait_until_quiet", lambda patience: None)
+    shares = iter([0.5, 0.2, 0.01, 0.0])
+    rows_of_it, _ = run.quietest(lambda: ([{"others": next(shares)}], {}))
+    assert rows_of_it == [{"others": 0.01}]
+    assert next(shares) == 0.0  # quiet enough: no further attempt
+    shares = iter([0.5, 0.2, 0.3, 0.4, 0.1])
+    assert run.quietest(lambda: ([{"others": next(shares)}], {}))[0] == [{"others": 0.2}]
+
+
 # --- a suite of one case, run for real
 
 
@@ -244,6 +277,7 @@ def test_rows_of_a_run(suite):
         assert row["p20_s"] <= row["median_s"] <= row["p80_s"]
         assert row["fraction_of_limit"] == pytest.approx(row["limit_s"] / row["median_s"])
         assert row["load_average"] >= 0
+        assert 0 <= row["others"] <= 1
     slow, fast, guess = found
     assert set(fast["speedup"]) == {"slow", "guess"}
     assert slow["speedup"] == guess["speedup"] == {}
@@ -381,10 +415,10 @@ def test_table_layout():
     times = {"dense": measure.Timing(1, [0.04, 0.05, 0.06]), "fastgen": measure.Timing(3, [0.02, 0.02, 0.02])}
     common = dict.fromkeys(("suite", "commit", "command", "date"), "")
     common |= {"case": "3x3", "shapes": {"x": [2, 8], "n": 3}, "dtype": "float32", "threads": 1, "tests": "passed"}
-    common |= {"machine": {}, "versions": {}, "dirty": False, "load_average": 0.5}
+    common |= {"machine": {}, "versions": {}, "dirty": False, "load_average": 0.5, "others": 0.02}
     found = rows.make(common, description, times, {"dense": 2 << 20, "fastgen": None}, CEILINGS)
     assert report.case_table(found).splitlines() == [
-        "3x3: x 2x8, n 3; 1 thread, float32; 1 GFLOP, 1 MB; limit 10 ms (flops); load 0.5",
+        "3x3: x 2x8, n 3; 1 thread, float32; 1 GFLOP, 1 MB; limit 10 ms (flops); others 2%",
         "  provider   best  median    p20    p80  FLOP/s  of limit  memory        x dense",
         "  dense     40 ms   50 ms  44 ms  56 ms    20 G     20.0%  2.1 MB",
         "  fastgen   20 ms   20 ms  20 ms  20 ms    50 G     50.0%       -  2.5 (2.2-2.8)",
