@@ -15,6 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+TOP_LEVEL = "(top level)"  # what the model itself is called in errors; its submodules have paths
+
 
 class UnsupportedModel(RuntimeError):
     """The model uses something that the sampling compiler has no rule for; the text names the node and its module."""

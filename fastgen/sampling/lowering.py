@@ -151,6 +151,8 @@ def _product(tracer: Tracer, func: Any, args: tuple, kwargs: dict, outputs: list
         bias, x, weight = args[:3]
     else:
         x, weight, bias = args[0], args[1], None
+    if name == "aten::bmm" and weight.shape[0] == 1:  # what einsum makes of it
+        weight = weight[0]
     if tracer.depends(weight) or tracer.tape.depends(weight) or weight.dim() != 2 or kwargs:
         raise tracer.unsupported("a product with a matrix that is no parameter")
     if bias is not None and (tracer.depends(bias) or bias.dim() != 1):

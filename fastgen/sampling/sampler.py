@@ -41,11 +41,12 @@ class Sampler:
 
     Args:
         model: maps encoded images [N, C, H, W] (and labels [N]) to head parameters [N, C * head.params_per_channel, H,
-            W]. Any module; it is traced in eval mode and left as it was.
+            W]. Any module; it is traced in eval mode and left as it was. Whatever its dtype, sampling computes in
+            float32.
         image_shape: (C, H, W); default: ``model.image_shape``.
         head: default: ``model.head``.
         num_classes: labels are 0..num_classes-1; default: ``model.num_classes``, else unconditional.
-        backend: "auto", "reference" or "cpu".
+        backend: "reference", "cpu", or "auto": what `fastgen.backend` or FASTGEN_BACKEND asks for, else the fastest.
         max_batch: most samples drawn at a time; default: what fits a quarter of the memory, at most 256. Changes no
             sample.
 
@@ -53,6 +54,7 @@ class Sampler:
         NotCausal: the model sees the pixel it predicts, or a later one; the text names the module.
         UnsupportedModel: an operator without a lowering; the text names it, its module and what is supported.
         ValueError, TypeError: bad arguments, or weights that are not finite.
+        RuntimeError: the backend asked for cannot be used; the text says why.
 
     Paper: the caching goes back to Ramachandran et al. 2017, "Fast Generation for Convolutional Autoregressive Models".
     """

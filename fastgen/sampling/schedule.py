@@ -19,7 +19,7 @@ from enum import IntEnum
 import numpy as np
 from numpy.typing import NDArray
 
-from fastgen.sampling.graph import Condition, Constant, Graph, Image, Linear, Node, NotCausal, Pointwise, Ref
+from fastgen.sampling.graph import TOP_LEVEL, Condition, Constant, Graph, Image, Linear, Node, NotCausal, Pointwise, Ref
 
 Keys = NDArray[np.int64]
 
@@ -136,7 +136,7 @@ def _prove_causal(graph: Graph, reach: list[Keys], params_per_channel: int) -> N
     channel = int(late[np.argmax(keys[late] - limit[late])])
     dy, dx, colour = (int(v) for v in unkey(keys[channel]))
     path = _path(graph, reach, graph.output, channel)
-    layers = dict.fromkeys(n.name or "top level" for n, _, _ in path if isinstance(n, Linear))
+    layers = dict.fromkeys(n.name or TOP_LEVEL for n, _, _ in path if isinstance(n, Linear))
     raise NotCausal(
         f"module {_culprit(path)!r} makes the model see what it predicts: the parameters of colour "
         f"{int(limit[channel])} at pixel (y, x) depend on colour {colour} at (y{dy:+d}, x{dx:+d}); "
@@ -181,9 +181,9 @@ def _culprit(path: list[tuple[Node, int, int]]) -> str:
     """The node that looks furthest ahead; if none does, the first layer, which connects the pixel to itself."""
     ahead = max(path, key=lambda step: (step[1], step[2]), default=None)
     if ahead is not None and (ahead[1], ahead[2]) > (0, 0):
-        return ahead[0].name
+        return ahead[0].name or TOP_LEVEL
     first = next((node for node, _, _ in path if isinstance(node, Linear)), path[0][0] if path else None)
-    return first.name if first is not None else ""
+    return (first.name if first is not None else "") or TOP_LEVEL
 
 
 def _pixel_stage(graph: Graph, reach: list[Keys]) -> list[NDArray[np.bool_]]:

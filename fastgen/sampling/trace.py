@@ -23,7 +23,17 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from fastgen import backends
 from fastgen.sampling import elementwise, lowering, rules  # noqa: F401  (lowering: for its rules)
-from fastgen.sampling.graph import Condition, Constant, Graph, Image, LayoutError, Node, Ref, UnsupportedModel
+from fastgen.sampling.graph import (
+    TOP_LEVEL,
+    Condition,
+    Constant,
+    Graph,
+    Image,
+    LayoutError,
+    Node,
+    Ref,
+    UnsupportedModel,
+)
 from fastgen.sampling.subject import host_defaults
 
 TRACE_BATCH = 2  # two samples tell the batch dimension from a broadcast one, and show a mix-up of samples
@@ -192,7 +202,7 @@ class Tracer(TorchDispatchMode):
         return False  # torch would import all of torch.compile, two seconds, to keep it away from this mode
 
     def unsupported(self, what: str) -> UnsupportedModel:
-        return UnsupportedModel(f"module {self.module or '(top level)'!r}: {what} cannot be sampled incrementally")
+        return UnsupportedModel(f"module {self.module or TOP_LEVEL!r}: {what} cannot be sampled incrementally")
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}

@@ -98,6 +98,11 @@ def test_leak_is_refused_by_name(module: nn.Module, culprit: str, where: str) ->
     assert "first -> second -> out" in str(error.value)
 
 
+def test_leak_in_a_model_without_submodules() -> None:
+    with pytest.raises(NotCausal, match=r"module '\(top level\)' makes the model see what it predicts"):
+        Sampler(nn.Conv2d(1, LEVELS, 1), (1, 3, 3), Categorical(LEVELS))
+
+
 def test_leak_between_colours() -> None:
     model = models.PixelCNN(image_shape=(3, 4, 4), levels=4, num_filters=6, num_blocks=1, num_features=6)
     model.output = nn.Conv2d(6, 12, 1)  # no mask: red sees blue

@@ -83,6 +83,10 @@ def sequence(net: Causal, h: Tensor) -> Tensor:
     return tokens.transpose(1, 2).view(h.shape)
 
 
+def product(net: Causal, h: Tensor) -> Tensor:
+    return h + torch.einsum("nchw,cd->ndhw", h[:, :5], net.embedding.weight)
+
+
 def dead_then_shifted_up(net: Causal, h: Tensor) -> Tensor:
     """Nothing here depends on the image, so nothing is too late."""
     dead = F.conv2d(h, torch.zeros(6, 6, 3, 3), net.channels, padding=1)
@@ -110,6 +114,7 @@ PLAIN = [
     places,
     places_last,
     sequence,
+    product,
     dead_then_shifted_up,
     two_rows_above,
     seen_below,

@@ -19,9 +19,10 @@ OPS = {op: i for i, op in enumerate(("acc", "load", "const", *PRIMITIVES))}  # e
 NO_READ = (0, 0, 0, 0)
 ALONE_SECONDS = 0.25  # how long groups are left to one thread each after a team could not keep together
 CHUNKS = 8  # calls per batch: between them the progress bar moves and Ctrl-C is heard
-SHARED_WEIGHTS = (
-    1 << 20
-)  # bytes of pixel-stage weights, about a core's own cache; above, threads share the weights rather than the samples
+# Samples that a thread needs so that multiplying by the weights of the pixel stage takes longer than fetching them, by
+# the bytes of these weights: a core's own cache keeps up with one, the shared cache and memory need more
+# (2 * FLOP/s of a core / bytes/s to it).
+SAMPLES_PER_THREAD = ((1 << 20, 1), (16 << 20, 4), (math.inf, 16))
 
 
 class CpuExecutor:
@@ -42,7 +43,7 @@ class CpuExecutor:
         levels = torch.zeros(batch.count, *plan.image_shape, dtype=torch.uint8)
         groups, team = self.split(batch.count, torch.get_num_threads())
         spaces = [self._workspace(batch, first, count) for first, count in groups]
-        scratch = torch.zeros(len(groups) * team * self._native.scratch())
+        scratch = torch.empty(len(groups) * team * self._native.scratch())
         known = None if batch.known is None else batch.known.contiguous()
         mask = None if batch.mask is None else batch.mask.contiguous()
         height = plan.image_shape[1]
@@ -72,12 +73,13 @@ class CpuExecutor:
     def split(self, count: int, threads: int) -> tuple[list[tuple[int, int]], int]:
         """How the threads share the work: ((first sample, count) of each group of samples, threads per group).
 
-        Groups are independent: no barriers, but each reads all weights.  Where the weights of the pixel stage exceed a
-        core's cache, or there is but one sample, the threads of one group share the weights and meet at barriers.
-        Changes no sample.
+        Groups are independent, without barriers, but each reads all weights.  Where there are too few samples for that,
+        the threads of a group share the weights and meet at barriers.  Changes no sample.
         """
-        parts = 1 if self._tables.pixel_weight_bytes() > SHARED_WEIGHTS else min(threads, count)
-        team = max(1, threads // parts)
+        size = self._tables.pixel_weight_bytes()
+        needed = next(samples for limit, samples in SAMPLES_PER_THREAD if size <= limit)
+        parts = max(1, min(threads, count // needed))
+        team = threads // parts
         edges = [count * i // parts for i in range(parts + 1)]
         return [(a, b - a) for a, b in zip(edges[:-1], edges[1:], strict=True)], team
 
@@ -235,12 +237,10 @@ def _assign_buffers(program: Sequence[Instr]) -> list[int]:
             for operand in (instr.a, instr.b):
                 if operand >= 0:
                     last_use[operand] = i
-    free: list[int] = []
     assigned: list[int] = []
     for i in range(len(program)):
         taken = {assigned[j] for j in range(i) if last_use[j] > i}
-        free = [b for b in range(i + 1) if b not in taken]
-        assigned.append(free[0])
+        assigned.append(next(b for b in range(i + 1) if b not in taken))
     return assigned
 
 
