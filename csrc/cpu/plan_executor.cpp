@@ -126,14 +126,16 @@ public:
 
     void run(int64_t row_begin, int64_t row_end) {
         for (y_ = row_begin; y_ < row_end; ++y_) {
-            if (members_ > 1 && team_.disband(member_)) {
-                if (member_ != 0) return;
-                members_ = 1;
-            }
             clear_rows_below();
             run_steps(0, plan_.row_steps, 0);
             wait();
-            for (int64_t x = plan_.first_column; x < plan_.end_column; ++x) run_pixel(x);
+            for (int64_t x = plan_.first_column; x < plan_.end_column; ++x) {
+                run_pixel(x);
+                if (members_ > 1 && team_.disbanded()) {
+                    if (member_ != 0) return;
+                    members_ = 1;
+                }
+            }
         }
     }
 
@@ -169,6 +171,7 @@ private:
             wait();
             if (y_ < 0 || x < 0 || x >= plan_.width) continue;
             draw(colour, x);
+            if (members_ > 1 && member_ == 0) team_.decide();
             wait();
         }
     }

@@ -112,14 +112,14 @@ struct PlanBatch {
 //
 // A team works as long as all its threads run at the same time. Where they do not, because something else wants the
 // processors, a barrier costs a time slice of the scheduler, a thousand times what a step costs, and one thread alone
-// is faster. So waits of such a length are counted, and once a row disband() asks whether there were a few: then, by
-// the answer that all members get, member 0 goes on alone.
+// is faster. So waits of such a length are counted; once a pixel, before a barrier, member 0 decides whether there were
+// a few, and after the barrier all members find the answer in disbanded(): then member 0 goes on alone.
 class PlanTeam {
 public:
     explicit PlanTeam(int size) : size_(size) {}
     int size() const { return size_; }
     void wait();
-    bool disband(int member);  // a barrier, too
+    void decide();  // by member 0 alone, between barriers
     bool disbanded() const { return disbanded_; }
 
 private:

@@ -38,12 +38,6 @@ void PlanTeam::wait() {
     if (std::chrono::steady_clock::now() - start > kLate) __atomic_add_fetch(&late_, 1, __ATOMIC_RELAXED);
 }
 
-bool PlanTeam::disband(int member) {
-    if (size_ == 1) return false;
-    wait();  // nobody reads the answer to the last question any more
-    if (member == 0) disbanded_ = __atomic_load_n(&late_, __ATOMIC_RELAXED) >= kLateWaits;
-    wait();
-    return disbanded_;
-}
+void PlanTeam::decide() { disbanded_ = __atomic_load_n(&late_, __ATOMIC_RELAXED) >= kLateWaits; }
 
 }  // namespace fastgen

@@ -95,9 +95,9 @@ def test_one_known_image_for_all_samples() -> None:
 
 
 @pytest.mark.parametrize("name", ["gated labels", "pixelcnn rgb"])
-@pytest.mark.parametrize("shared", [True, False], ids=["shared weights", "groups of samples"])
-def test_sample_depends_on_seed_and_index_alone(name: str, shared: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fastgen.sampling.executors.cpu.SHARED_WEIGHTS", 0 if shared else 1 << 40)
+@pytest.mark.parametrize("needed", [1, 4, 1000], ids=["groups", "groups of four", "one team"])
+def test_sample_depends_on_seed_and_index_alone(name: str, needed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fastgen.sampling.executors.cpu.SAMPLES_PER_THREAD", ((1 << 60, needed),))
     model, _ = make_model(name)
     n = 23
     labels = None if model.num_classes is None else torch.arange(n) % model.num_classes
