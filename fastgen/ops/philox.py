@@ -92,8 +92,8 @@ def _counter(seed: int, block: int | Tensor, position: int | Tensor, sample: int
     if not 0 <= seed < 2**64:
         raise ValueError(f"seed must be in 0..2^64-1, got {seed}")
     limits = {"block": (block, 2**32), "position": (position, 2**32), "sample": (sample, 2**63)}
-    device = next((value.device for value, _ in limits.values() if isinstance(value, Tensor)), None)
-    counter = [_words(name, value, limit, device) for name, (value, limit) in limits.items()]
+    devices = [value.device for value in (block, position, sample) if isinstance(value, Tensor)]
+    counter = [_words(name, value, limit, devices[0] if devices else None) for name, (value, limit) in limits.items()]
     try:
         return list(torch.broadcast_tensors(*counter))
     except RuntimeError:
