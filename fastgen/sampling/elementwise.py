@@ -233,6 +233,14 @@ def _silu(emit: Formula, x: Any) -> Any:
     return emit("mul", x, emit("sigmoid", x))
 
 
+@rule("glu")
+def _glu(tracer: Tracer, func: Any, args: tuple, kwargs: dict, outputs: list[Tensor]) -> None:
+    """The first half of a dimension times the sigmoid of the second."""
+    value, gate = tracer.codes(args[0]).chunk(2, dim=args[1] if len(args) > 1 else -1)
+    emit = _emit(tracer, outputs[0].shape)
+    tracer.set_codes(outputs[0], emit("mul", value, emit("sigmoid", gate)))
+
+
 @elementwise("clamp", "hardtanh")
 def _clamp(emit: Formula, x: Any, min: float | None = None, max: float | None = None, **bounds: float) -> Any:
     low, high = bounds.get("min_val", min), bounds.get("max_val", max)

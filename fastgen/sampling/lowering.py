@@ -57,6 +57,13 @@ def _layout(tracer: Tracer, func: Any, args: tuple, kwargs: dict, outputs: list[
     tracer.set_codes(outputs[0], result)
 
 
+@rule("zero_", "fill_")
+def _fill_in_place(tracer: Tracer, func: Any, args: tuple, kwargs: dict, outputs: list[Tensor]) -> None:
+    value = float(args[1]) if len(args) > 1 else 0.0
+    size = args[0].shape[-2:]  # height and width, where a whole channel is filled
+    tracer.set_codes(args[0], tracer.codes(torch.full((1, 1, *size), value)).view(size).expand(args[0].shape))
+
+
 @rule("copy_")
 def _copy_in_place(tracer: Tracer, func: Any, args: tuple, kwargs: dict, outputs: list[Tensor]) -> None:
     tracer.set_codes(args[0], tracer.codes(args[1]).expand(args[0].shape))

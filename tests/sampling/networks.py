@@ -112,6 +112,24 @@ class Permuted(nn.Module):
         return self.out(flat).transpose(1, 2).view(len(x), LEVELS, *x.shape[2:])
 
 
+class Filled(nn.Module):
+    """Gated linear units, and parts of feature maps overwritten by zeros and by another number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = MaskedInPlace("A", 1, 8, 3, padding=1)
+        self.second = MaskedInPlace("B", 4, 4, 3, padding=1)
+        self.out = nn.Conv2d(4, LEVELS, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = F.glu(self.conv(x), dim=1)
+        h[:, 1] = 0
+        h[:, 2] = 0.7
+        h = self.second(h)
+        h[:, :, :1] = 0
+        return self.out(h)
+
+
 class Labelled(nn.Module):
     """Class labels by an added bias, by a scale, and as extra input channels."""
 
@@ -160,6 +178,7 @@ NETWORKS = {
     "shifts": (lambda h, w: Shifts(), 1, None),
     "centred then shifted": (lambda h, w: CentredThenShifted(), 1, None),
     "permuted": (Permuted, 1, None),
+    "filled": (lambda h, w: Filled(), 1, None),
     "labelled": (lambda h, w: Labelled(4), 1, 4),
     "colours": (lambda h, w: Colours(), 3, None),
 }
