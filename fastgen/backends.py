@@ -85,6 +85,19 @@ def reasons(op: str, *args: Any, **kwargs: Any) -> dict[str, str | None]:
     return {name: _reason(op, name, device, args, kwargs) for name in BACKENDS}
 
 
+def operations() -> dict[str, list[str]]:
+    """The backends that implement each operation imported so far, in order of preference."""
+    return {op: list(entries) for op, entries in sorted(_registry.items())}
+
+
+@functools.cache
+def unavailable(backend: str) -> str | None:
+    """Why a backend cannot run in this process, whatever the call; None if it can."""
+    if backend == "triton":
+        return None if importlib.util.find_spec("triton") else "triton is not installed: pip install 'fastgen[triton]'"
+    return None if backend == "reference" else import_error(f"_{backend}")
+
+
 @contextmanager
 def backend(name: str) -> Iterator[None]:
     """Forces a backend within a ``with`` block, for this thread and context only; "auto" returns to the free choice.
@@ -143,14 +156,6 @@ def _native(module: str) -> ModuleType:
     return importlib.import_module(f"fastgen.{module}")
 
 
-@functools.cache
-def _unavailable(backend: str) -> str | None:
-    """Why the backend cannot run in this process, whatever the call."""
-    if backend == "triton":
-        return None if importlib.util.find_spec("triton") else "triton is not installed: pip install 'fastgen[triton]'"
-    return None if backend == "reference" else import_error(f"_{backend}")
-
-
 def _device_type(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
     """Device type of the first tensor; cpu where there is none."""
     for value in (*args, *kwargs.values()):
@@ -163,7 +168,7 @@ def _reason(op: str, backend: str, device: str, args: tuple[Any, ...], kwargs: d
     entry = _registry[op].get(backend)
     if entry is None:
         return f"{op} has no {backend} implementation"
-    reason = _unavailable(backend)
+    reason = unavailable(backend)
     if reason is not None:
         return reason
     wanted = BACKENDS[backend]

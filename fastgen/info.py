@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import os
 import platform
@@ -40,6 +41,7 @@ def collect() -> dict[str, Any]:
         "processor": _processor(),
         "cpu": _cpu_module(),
         "cuda": _cuda_module(),
+        "backends": _backends(),
         "openmp": openmp_runtimes(),
         "threads": {"intra-op": torch.get_num_threads(), "inter-op": torch.get_num_interop_threads()},
         "environment": _environment(),
@@ -126,6 +128,18 @@ def _cuda_module() -> dict[str, Any]:
         "devices": native.device_count(),
         "torch": torch.version.cuda or "built without CUDA",
         "GPUs": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+    }
+
+
+def _backends() -> dict[str, str]:
+    """Each backend with the operations that it implements, or the reason why it cannot be used."""
+    importlib.import_module("fastgen.ops")  # registers them
+    offers = backends.operations()
+    return {
+        name: backends.unavailable(name)
+        or " ".join(op for op, names in offers.items() if name in names)
+        or "no operation yet"
+        for name in backends.BACKENDS
     }
 
 

@@ -29,7 +29,7 @@ def toy(monkeypatch: pytest.MonkeyPatch) -> dict:
     monkeypatch.setattr(backends, "_logged", set())
     monkeypatch.setattr(backends, "_environment", lambda: "auto")
     unavailable: dict[str, str] = {}
-    monkeypatch.setattr(backends, "_unavailable", unavailable.get)
+    monkeypatch.setattr(backends, "unavailable", unavailable.get)
     backends.register("toy", "reference", "reference")
     backends.register("toy", "cuda", "cuda")
     backends.register("toy", "cpu", "cpu", why_not=only_float32)
@@ -135,6 +135,10 @@ def test_triton_on_the_cpu_only_forced_and_interpreted(toy, monkeypatch):
         monkeypatch.delenv("TRITON_INTERPRET")
         with pytest.raises(RuntimeError, match="it takes cuda tensors"):
             backends.select("toy", CPU)
+
+
+def test_operations_lists_backends_by_preference(toy):
+    assert backends.operations() == {"toy": ["cuda", "cpu", "reference"]}
 
 
 def test_no_backend_left_lists_all_reasons(toy):

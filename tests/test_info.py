@@ -21,6 +21,8 @@ def test_collect_is_plain_data_with_the_facts():
     assert facts["cpu"]["loaded"] == "yes"
     assert facts["cpu"]["chosen"] in facts["cpu"]["instruction sets"]
     assert facts["cuda"]["loaded"].startswith(("yes", "no: "))
+    assert "masked_conv2d" in facts["backends"]["reference"].split()
+    assert set(facts["backends"]) == set(backends.BACKENDS)
 
 
 def test_fastgen_brings_no_second_openmp_runtime():
