@@ -104,6 +104,7 @@ public:
         const PlanWorker worker = kWorkers[active_isa()];
         std::vector<PlanBatch> batches;
         std::deque<PlanTeam> teams;
+        std::vector<PlanArrival> arrivals(groups.size() * team);
         batches.reserve(groups.size());
         for (const auto& [first, count, workspace] : groups) {
             PlanBatch batch{};
@@ -118,7 +119,7 @@ public:
             if (known) batch.known = reinterpret_cast<const uint8_t*>(known) + first * elements;
             if (mask) batch.mask = reinterpret_cast<const uint8_t*>(mask) + first * pixels;
             batches.push_back(batch);
-            teams.emplace_back(team);
+            teams.emplace_back(team, arrivals.data() + teams.size() * team);
         }
         const auto work = [&](size_t thread) {
             float* own = reinterpret_cast<float*>(scratch) + static_cast<int64_t>(thread) * plan_scratch(tables_);

@@ -141,7 +141,7 @@ public:
 
 private:
     void wait() {
-        if (members_ > 1) team_.wait();
+        if (members_ > 1) team_.wait(member_);
     }
 
     // Rows under the bottom of a plane are zero; only planes that are computed ahead of the image get there.

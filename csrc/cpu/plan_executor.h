@@ -108,7 +108,13 @@ struct PlanBatch {
     const uint8_t* mask;   // [count, height, width]: 1 where the pixel is given; or null
 };
 
-// The threads of a group. wait() returns when all have called it.
+// The rounds in which a member has come to the barrier; a cache line for each, so that one transfer between two cores
+// tells one of them that the other has come.
+struct alignas(64) PlanArrival {
+    int64_t rounds = 0;
+};
+
+// The threads of a group, with an arrival for each. wait() returns when all members have called it.
 //
 // A team works as long as all its threads run at the same time. Where they do not, because something else wants the
 // processors, a barrier costs a time slice of the scheduler, a thousand times what a step costs, and one thread alone
@@ -116,16 +122,15 @@ struct PlanBatch {
 // a few, and after the barrier all members find the answer in disbanded(): then member 0 goes on alone.
 class PlanTeam {
 public:
-    explicit PlanTeam(int size) : size_(size) {}
+    PlanTeam(int size, PlanArrival* arrivals) : size_(size), arrivals_(arrivals) {}
     int size() const { return size_; }
-    void wait();
+    void wait(int member);
     void decide();  // by member 0 alone, between barriers
     bool disbanded() const { return disbanded_; }
 
 private:
     const int size_;
-    alignas(64) int arrived_ = 0;
-    alignas(64) int round_ = 0;
+    PlanArrival* const arrivals_;
     alignas(64) int late_ = 0;
     bool disbanded_ = false;
 };

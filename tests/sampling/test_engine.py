@@ -98,6 +98,7 @@ def test_one_known_image_for_all_samples() -> None:
 @pytest.mark.parametrize("needed", [1, 4, 1000], ids=["groups", "groups of four", "one team"])
 def test_sample_depends_on_seed_and_index_alone(name: str, needed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastgen.sampling.executors.cpu.SAMPLES_PER_THREAD", ((1 << 60, needed),))
+    monkeypatch.setattr("fastgen.sampling.executors.cpu.TEAM_STEP_SECONDS", 0)  # however small the steps
     model, _ = make_model(name)
     n = 23
     labels = None if model.num_classes is None else torch.arange(n) % model.num_classes

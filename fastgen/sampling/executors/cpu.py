@@ -23,6 +23,10 @@ CHUNKS = 8  # calls per batch: between them the progress bar moves and Ctrl-C is
 # the bytes of these weights: a core's own cache keeps up with one, the shared cache and memory need more
 # (2 * FLOP/s of a core / bytes/s to it).
 SAMPLES_PER_THREAD = ((1 << 20, 1), (16 << 20, 4), (math.inf, 16))
+# A team is worth its barriers where a step takes one thread this long; estimated from the weights and these rates.
+TEAM_STEP_SECONDS = 1e-6
+CORE_BYTES_PER_SECOND = 5e10
+CORE_FLOPS = 1e11
 
 
 class CpuExecutor:
@@ -74,12 +78,16 @@ class CpuExecutor:
         """How the threads share the work: ((first sample, count) of each group of samples, threads per group).
 
         Groups are independent, without barriers, but each reads all weights.  Where there are too few samples for that,
-        the threads of a group share the weights and meet at barriers.  Changes no sample.
+        the threads of a group share the weights and meet at barriers, if the steps between are long enough.  Changes no
+        sample.
         """
         size = self._tables.pixel_weight_bytes()
         needed = next(samples for limit, samples in SAMPLES_PER_THREAD if size <= limit)
         parts = max(1, min(threads, count // needed))
         team = threads // parts
+        pixel_seconds = max(size / CORE_BYTES_PER_SECOND, count / parts * size / 2 / CORE_FLOPS)
+        if team > 1 and pixel_seconds < TEAM_STEP_SECONDS * self._tables.barriers:
+            parts, team = min(threads, count), 1
         edges = [count * i // parts for i in range(parts + 1)]
         return [(a, b - a) for a, b in zip(edges[:-1], edges[1:], strict=True)], team
 
@@ -120,6 +128,8 @@ class _Tables:
         self.planes = [self._plane(i) for i in range(len(plan.planes))]
         self.ordered = sorted(plan.steps, key=lambda s: (s.stage, s.rank))  # stable
         barriers = _barriers(self.ordered)
+        pixel = [b for s, b in zip(self.ordered, barriers, strict=True) if s.stage == Stage.PIXEL]
+        self.barriers = sum(pixel) + 2 * len(plan.draws)  # in a pixel: one before and one after each draw
         self.steps = [self._step(s, b) for s, b in zip(self.ordered, barriers, strict=True)]
 
     def pixel_weight_bytes(self) -> int:
