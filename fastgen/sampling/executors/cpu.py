@@ -24,7 +24,7 @@ CHUNKS = 8  # calls per batch: between them the progress bar moves and Ctrl-C is
 # (2 * FLOP/s of a core / bytes/s to it).
 SAMPLES_PER_THREAD = ((1 << 20, 1), (16 << 20, 4), (math.inf, 16))
 # A team is worth its barriers where a step takes one thread this long; estimated from the weights and these rates.
-TEAM_STEP_SECONDS = 1e-6
+TEAM_STEP_SECONDS = 2e-6
 CORE_BYTES_PER_SECOND = 5e10
 CORE_FLOPS = 1e11
 
