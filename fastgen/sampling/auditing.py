@@ -69,10 +69,8 @@ def audit(
     subject = make_subject(model, image_shape, head, num_classes)
     images = check_images("images", images, subject.image_shape, subject.head.levels)
     request = make_request(
+        subject,
         len(images),
-        image_shape=subject.image_shape,
-        head=subject.head,
-        num_classes=subject.num_classes,
         seed=seed,
         start=start,
         labels=labels,

@@ -33,10 +33,8 @@ def naive_sample(
     """
     subject = make_subject(model, image_shape, head, num_classes)
     request = make_request(
+        subject,
         n,
-        image_shape=subject.image_shape,
-        head=subject.head,
-        num_classes=subject.num_classes,
         seed=seed,
         start=start,
         labels=labels,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastgen.sampling.heads import Head
+from fastgen.sampling.subject import Subject
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,9 @@ class Request:
 
 
 def make_request(
+    subject: Subject,
     n: int,
     *,
-    image_shape: tuple[int, int, int],
-    head: Head,
-    num_classes: int | None,
     seed: int = 0,
     start: int = 0,
     labels: Tensor | int | None = None,
@@ -49,12 +47,12 @@ def make_request(
         raise TypeError(f"temperature must be a number, got {type(temperature).__name__}")
     if not (temperature > 0 and math.isfinite(temperature)):
         raise ValueError(f"temperature must be positive and finite, got {temperature}")
-    labels = check_labels(labels, n, num_classes)
+    labels = check_labels(labels, n, subject.num_classes)
     if (known is None) != (mask is None):
         raise ValueError("known and mask go together: images, and which of their pixels are given")
     if known is not None and mask is not None:
-        known = check_images("known", known, image_shape, head.levels, n)
-        mask = _mask(mask, n, image_shape)
+        known = check_images("known", known, subject.image_shape, subject.head.levels, n)
+        mask = _mask(mask, n, subject.image_shape)
     return Request(n, seed, start, labels, float(temperature), known, mask)
 
 

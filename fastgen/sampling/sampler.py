@@ -127,10 +127,8 @@ class Sampler:
         """
         subject = self._subject
         request = make_request(
+            subject,
             n,
-            image_shape=subject.image_shape,
-            head=subject.head,
-            num_classes=subject.num_classes,
             seed=seed,
             start=start,
             labels=labels,
