@@ -27,7 +27,8 @@ def naive_sample(
     mask: Tensor | None = None,
     progress: bool = False,
 ) -> Tensor:
-    """Draw the images that `Sampler.sample` draws, with C*H*W forward passes of the whole batch.
+    """Draw the images that `Sampler.sample` draws, with one forward pass of the whole batch for each group of colours of
+    each pixel.
 
     Arguments and result are those of `Sampler` and `Sampler.sample`.
     """
@@ -46,16 +47,17 @@ def naive_sample(
     images = torch.zeros(n, *subject.image_shape, dtype=torch.uint8, device="cpu")
     if n == 0:
         return images
-    uniforms = image_uniforms(request.seed, request.start, n, subject.image_shape)
-    count = subject.head.params_per_channel
+    groups = subject.head.groups(channels)
+    uniforms = image_uniforms(request.seed, request.start, n, (subject.head.num_uniforms(channels), height, width))
     with evaluating(model), tqdm(total=height, desc="naive loop", unit="row", disable=not progress) as bar:
         for y in range(height):
             for x in range(width):
-                for c in range(channels):
-                    params = subject.params(images, request.labels)[:, c * count : (c + 1) * count, y, x].cpu()
-                    drawn = subject.head.draw(params, uniforms[:, c : c + 1, y, x], request.temperature)[:, 0]
+                for group in groups:
+                    params = subject.params(images, request.labels)[:, group.params, y, x].cpu()
+                    drawn = subject.head.draw(params, uniforms[:, group.uniforms, y, x], request.temperature)
                     if request.known is not None and request.mask is not None:
-                        drawn = torch.where(request.mask[:, y, x], request.known[:, c, y, x], drawn)
-                    images[:, c, y, x] = drawn
+                        given = request.mask[:, y, x].unsqueeze(1)
+                        drawn = torch.where(given, request.known[:, group.colours, y, x], drawn)
+                    images[:, group.colours, y, x] = drawn
             bar.update()
     return images

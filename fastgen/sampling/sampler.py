@@ -40,8 +40,8 @@ class Sampler:
     number of threads or the other samples drawn with it, bit for bit.
 
     Args:
-        model: maps encoded images [N, C, H, W] (and labels [N]) to head parameters [N, C * head.params_per_channel, H,
-            W]. Any module; it is traced in eval mode and left as it was. Whatever its dtype, sampling computes in
+        model: maps encoded images [N, C, H, W] (and labels [N]) to head parameters [N, head.num_params(C), H, W].
+            Any module; it is traced in eval mode and left as it was. Whatever its dtype, sampling computes in
             float32.
         image_shape: (C, H, W); default: ``model.image_shape``.
         head: default: ``model.head``.

@@ -1,8 +1,8 @@
 """Pass 3, schedule: for every plane and channel, the latest image element that it depends on, and so the moment to
 compute it.
 
-Image elements are drawn in raster order, the colours of a pixel one after the other.  The *reach* of a plane's channel
-is the latest element, relative to the plane's position, that the channel depends on: (dy, dx, colour), compared
+Pixels are drawn in raster order, the colours of a pixel in groups one after the other.  The *reach* of a plane's
+channel is the latest draw, relative to the plane's position, that the channel depends on: (dy, dx, group), compared
 lexicographically.  It is held as one integer, so that a shift is an addition and "later" is ">".  From the reach follow
 
 * the causality proof: the parameters of colour c at (y, x) must have a reach before (0, 0, c);

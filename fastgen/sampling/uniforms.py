@@ -8,9 +8,9 @@ from torch import Tensor
 from fastgen.ops import philox
 
 
-def image_uniforms(seed: int, start: int, count: int, image_shape: tuple[int, int, int]) -> Tensor:
-    """float32 [count, C, H, W] in (0, 1): one uniform for each element of samples start..start+count-1."""
-    channels, height, width = image_shape
+def image_uniforms(seed: int, start: int, count: int, size: tuple[int, int, int]) -> Tensor:
+    """float32 [count, *size] in (0, 1), size = (uniforms of a pixel, height, width), of samples start..start+count-1."""
+    channels, height, width = size
     sample = torch.arange(start, start + count, device="cpu").view(-1, 1, 1)
     position = torch.arange(height * width, device="cpu").view(1, -1, 1)
     block = torch.arange((channels + 3) // 4, device="cpu")

@@ -14,7 +14,7 @@ class AutoregressiveModel(torch.nn.Module):
     """A network whose output at an image element depends on earlier elements only, and a head that reads it.
 
     Subclasses implement ``forward(x, labels=None)``: encoded images [N, C, H, W] float, labels int64 [N] or None ->
-    head parameters [N, C * head.params_per_channel, H, W].  That function is all a sampler needs to know.
+    head parameters [N, head.num_params(C), H, W].  That function is all a sampler needs to know.
 
     Args:
         image_shape: (C, H, W).

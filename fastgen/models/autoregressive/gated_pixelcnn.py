@@ -103,7 +103,7 @@ class GatedPixelCNN(AutoregressiveModel):
         others = [layer(p, kernel_size=kernel_size, mask_type="B") for _ in range(num_blocks - 1)]
         self.layers = torch.nn.ModuleList([first, *others])
         self.features = nn.MaskedConv2d(p, p, 1, mask_type="B", colors=colors)
-        self.output = nn.MaskedConv2d(p, colors * self.head.params_per_channel, 1, mask_type="B", colors=colors)
+        self.output = nn.MaskedConv2d(p, self.head.num_params(colors), 1, mask_type="B", colors=colors)
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         """Encoded images [N, C, H, W], labels int64 [N] if conditional -> head parameters [N, C*K, H, W]."""

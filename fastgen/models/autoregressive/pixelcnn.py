@@ -64,7 +64,7 @@ class PixelCNN(AutoregressiveModel):
             num_features=positive("num_features", num_features),
         )
         colors = self.image_shape[0]
-        outputs = colors * self.head.params_per_channel
+        outputs = self.head.num_params(colors)
         self.input = nn.MaskedConv2d(colors, 2 * num_filters, 7, mask_type="A", colors=colors)
         self.blocks = torch.nn.Sequential(*(ResidualBlock(num_filters, colors) for _ in range(num_blocks)))
         self.features = nn.MaskedConv2d(2 * num_filters, num_features, 1, mask_type="B", colors=colors)

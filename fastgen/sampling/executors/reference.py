@@ -21,7 +21,8 @@ class ReferenceExecutor:
         """uint8 levels [count, C, H, W]."""
         plan = self.plan
         channels, height, width = plan.image_shape
-        uniforms = image_uniforms(batch.seed, batch.start, batch.count, plan.image_shape)
+        groups = plan.head.groups(channels)
+        uniforms = image_uniforms(batch.seed, batch.start, batch.count, (groups[-1].uniforms.stop, height, width))
         levels = torch.zeros(batch.count, *plan.image_shape, dtype=torch.uint8)
         planes = _Planes(plan, batch, self.dtype)
         encoding = plan.head.encoding().to(self.dtype)
@@ -32,21 +33,21 @@ class ReferenceExecutor:
                     columns = range(plan.planes[step.out].width)
                     planes.write(step, row, slice(0, len(columns)), _evaluate(step, planes, row, columns))
             for x in plan.columns():
-                for colour in range(channels):
-                    for step in plan.pixel_steps(colour):
+                for rank, (draw, group) in enumerate(zip(plan.draws, groups, strict=True)):
+                    for step in plan.pixel_steps(rank):
                         row, column = y - step.lag_y, x - step.lag_x
                         out = plan.planes[step.out]
                         if 0 <= row < out.height and 0 <= column < out.width:
                             value = _evaluate(step, planes, row, range(column, column + 1))
                             planes.write(step, row, slice(column, column + 1), value)
                     if y >= 0 and 0 <= x < width:
-                        draw = plan.draws[colour]
                         params = planes.read(Read(draw.plane, 0, 0, draw.channel), y, range(x, x + 1), draw.count)[0]
-                        drawn = plan.head.draw(params, uniforms[:, colour : colour + 1, y, x], batch.temperature)[:, 0]
+                        drawn = plan.head.draw(params, uniforms[:, group.uniforms, y, x], batch.temperature)
                         if batch.known is not None and batch.mask is not None:
-                            drawn = torch.where(batch.mask[:, y, x], batch.known[:, colour, y, x], drawn)
-                        levels[:, colour, y, x] = drawn
-                        planes.set_image(colour, y, x, encoding[drawn.long()])
+                            given = batch.mask[:, y, x].unsqueeze(1)
+                            drawn = torch.where(given, batch.known[:, group.colours, y, x], drawn)
+                        levels[:, group.colours, y, x] = drawn
+                        planes.set_image(group.colours, y, x, encoding[drawn.long()])
             if y >= 0:
                 batch.on_rows(1)
         return levels
@@ -88,8 +89,8 @@ class _Planes:
         out = self._inside(self.values[step.out], self.plan.planes[step.out].height, self.plan.planes[step.out].width)
         out[row, columns, :, step.out_channel : step.out_channel + step.width] = value
 
-    def set_image(self, colour: int, y: int, x: int, value: Tensor) -> None:
-        self.values[self.plan.image][self.margin + y, self.margin + x, :, colour] = value
+    def set_image(self, colours: range, y: int, x: int, value: Tensor) -> None:
+        self.values[self.plan.image][self.margin + y, self.margin + x, :, colours] = value
 
 
 def _evaluate(step: Step, planes: _Planes, row: int, columns: range) -> Tensor:
