@@ -22,8 +22,30 @@ constexpr bool fits(int rows, int panels) {
     return rows * vecs + (rows < vecs ? rows : vecs) + temporaries <= kVecRegisters;
 }
 
-template <class T>
-using Kernel = void (*)(const TapGemm<T>& gemm, int64_t row, int64_t panel);
+template <class T, class W>
+using Kernel = void (*)(const TapGemm<T, W>& gemm, int64_t row, int64_t panel);
+
+template <class W>
+constexpr int kPerWord = 1;
+template <>
+constexpr int kPerWord<BFloat16Pair> = 2;
+
+template <int I>
+struct Half {
+    static constexpr int value = I;
+};
+
+// The weights of one k: of a word of two, the lower (0) or upper (1) half.
+template <int H, class T>
+FASTGEN_INLINE Vec<T> load_weights(const T* p) {
+    return load(p);
+}
+template <int H>
+FASTGEN_INLINE Vec<float> load_weights(const BFloat16Pair* p) {
+    Vec<int32_t> words;
+    __builtin_memcpy(&words, p, sizeof words);
+    return reinterpret_cast<Vec<float>>(H == 0 ? words << 16 : words & -0x10000);
+}
 
 FASTGEN_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -36,8 +58,8 @@ FASTGEN_INLINE int lanes_below(int64_t cols) {
 template <class T>
 alignas(64) constexpr T kZeros[kMaxPanels * kPanel<T>] = {};
 
-template <class T, int R, int P>
-void kernel(const TapGemm<T>& gemm, int64_t row, int64_t panel) {
+template <class T, class W, int R, int P>
+void kernel(const TapGemm<T, W>& gemm, int64_t row, int64_t panel) {
     constexpr int V = P * kVecsPerPanel;
     constexpr int L = kLanes<T>;
     const int64_t col = panel * kPanel<T>;
@@ -79,14 +101,47 @@ void kernel(const TapGemm<T>& gemm, int64_t row, int64_t panel) {
     const int64_t b_panel_stride = gemm.b_panel_stride;
     const int64_t b_k_stride = gemm.b_k_stride;
     int64_t left = kTapGemmChunk;
-    for (const Tap<T>*tap = gemm.taps, *end = tap + gemm.num_taps; tap != end; ++tap) {
+    for (const Tap<T, W>*tap = gemm.taps, *end = tap + gemm.num_taps; tap != end; ++tap) {
         const int64_t row_stride = tap->row_stride;
         const int64_t k_stride = tap->k_stride;
-        const T* b = tap->b + panel * b_panel_stride;
+        const W* b = tap->b + panel * b_panel_stride;
         // Three rows to a pointer: base, base + stride, base + 2 * stride are addressing modes, not registers.
         const T* a[(R + 2) / 3];
 #pragma GCC unroll 16
         for (int i = 0; i < (R + 2) / 3; ++i) a[i] = tap->a + (row + 3 * i) * row_stride;
+
+        const auto step = [&](auto half) __attribute__((always_inline)) {
+            if constexpr (R < V) {
+                Vec<T> x[R];
+#pragma GCC unroll 16
+                for (int r = 0; r < R; ++r) x[r] = broadcast(a[r / 3][(r % 3) * row_stride]);
+#pragma GCC unroll 32
+                for (int v = 0; v < V; ++v) {
+                    Vec<T> w =
+                        load_weights<half.value>(b + (v / kVecsPerPanel) * b_panel_stride + (v % kVecsPerPanel) * L);
+                    if constexpr (R > 1) keep_in_register(w);
+#pragma GCC unroll 16
+                    for (int r = 0; r < R; ++r) acc[r][v] = fma(x[r], w, acc[r][v]);
+                }
+            } else {
+                Vec<T> w[V];
+#pragma GCC unroll 32
+                for (int v = 0; v < V; ++v) {
+                    w[v] = load_weights<half.value>(b + (v / kVecsPerPanel) * b_panel_stride + (v % kVecsPerPanel) * L);
+                    if constexpr (R > 1) keep_in_register(w[v]);
+                }
+#pragma GCC unroll 16
+                for (int r = 0; r < R; ++r) {
+                    const Vec<T> x = broadcast(a[r / 3][(r % 3) * row_stride]);
+#pragma GCC unroll 32
+                    for (int v = 0; v < V; ++v) acc[r][v] = fma(x, w[v], acc[r][v]);
+                }
+            }
+#pragma GCC unroll 16
+            for (int i = 0; i < (R + 2) / 3; ++i) a[i] += k_stride;
+        };
+
+        bool upper = false;  // half of the word at b that is next
         for (int64_t k = tap->k; k > 0;) {
             if (left == 0) {
 #pragma GCC unroll 16
@@ -103,35 +158,20 @@ void kernel(const TapGemm<T>& gemm, int64_t row, int64_t panel) {
             int64_t steps = k < left ? k : left;
             k -= steps;
             left -= steps;
-            for (; steps > 0; --steps) {
-                if constexpr (R < V) {
-                    Vec<T> x[R];
-#pragma GCC unroll 16
-                    for (int r = 0; r < R; ++r) x[r] = broadcast(a[r / 3][(r % 3) * row_stride]);
-#pragma GCC unroll 32
-                    for (int v = 0; v < V; ++v) {
-                        Vec<T> w = load(b + (v / kVecsPerPanel) * b_panel_stride + (v % kVecsPerPanel) * L);
-                        if constexpr (R > 1) keep_in_register(w);
-#pragma GCC unroll 16
-                        for (int r = 0; r < R; ++r) acc[r][v] = fma(x[r], w, acc[r][v]);
-                    }
-                } else {
-                    Vec<T> w[V];
-#pragma GCC unroll 32
-                    for (int v = 0; v < V; ++v) {
-                        w[v] = load(b + (v / kVecsPerPanel) * b_panel_stride + (v % kVecsPerPanel) * L);
-                        if constexpr (R > 1) keep_in_register(w[v]);
-                    }
-#pragma GCC unroll 16
-                    for (int r = 0; r < R; ++r) {
-                        const Vec<T> x = broadcast(a[r / 3][(r % 3) * row_stride]);
-#pragma GCC unroll 32
-                        for (int v = 0; v < V; ++v) acc[r][v] = fma(x, w[v], acc[r][v]);
-                    }
+            if constexpr (kPerWord<W> == 1) {
+                for (; steps > 0; --steps, b += b_k_stride) step(Half<0>{});
+            } else {
+                if (upper) {
+                    step(Half<1>{});
+                    b += b_k_stride;
+                    --steps;
                 }
-#pragma GCC unroll 16
-                for (int i = 0; i < (R + 2) / 3; ++i) a[i] += k_stride;
-                b += b_k_stride;
+                for (; steps > 1; steps -= 2, b += b_k_stride) {
+                    step(Half<0>{});
+                    step(Half<1>{});
+                }
+                upper = steps > 0;
+                if (upper) step(Half<0>{});
             }
         }
     }
@@ -150,16 +190,16 @@ void kernel(const TapGemm<T>& gemm, int64_t row, int64_t panel) {
         }
 }
 
-template <class T>
+template <class T, class W>
 struct Kernels {
-    Kernel<T> at[kMaxRows + 1][kMaxPanels + 1];  // null where the tile does not fit
-    int panels[kMaxRows + 1];                    // the widest that fits
-    int rows;                                    // the tallest one-panel or, where registers allow, two-panel tile
+    Kernel<T, W> at[kMaxRows + 1][kMaxPanels + 1];  // null where the tile does not fit
+    int panels[kMaxRows + 1];                       // the widest that fits
+    int rows;                                       // the tallest one-panel or, where registers allow, two-panel tile
 
     template <int R, int P>
     constexpr void add() {
         if constexpr (fits(R, P)) {
-            at[R][P] = kernel<T, R, P>;
+            at[R][P] = kernel<T, W, R, P>;
             panels[R] = P;
             rows = R;
             if constexpr (P < kMaxPanels) add<R, P + 1>();
@@ -170,13 +210,13 @@ struct Kernels {
     constexpr Kernels() : at{}, panels{}, rows{} { add<1, 1>(); }
 };
 
-template <class T>
-constexpr Kernels<T> kKernels{};
+template <class T, class W>
+constexpr Kernels<T, W> kKernels{};
 
-template <class T>
-void run(const TapGemm<T>& gemm) {
+template <class T, class W>
+void run(const TapGemm<T, W>& gemm) {
     if (gemm.rows <= 0) return;
-    const Kernels<T>& kernels = kKernels<T>;
+    const Kernels<T, W>& kernels = kKernels<T, W>;
     const int64_t panels = panels_of<T>(gemm.cols);
     // Even steps: 16 rows are 8 + 8, not 14 + 2.  The first step is the tallest; a width that fits it fits the others.
     const int64_t steps = ceil_div(gemm.rows, kernels.rows);
@@ -195,6 +235,7 @@ void run(const TapGemm<T>& gemm) {
 }  // namespace
 
 void tap_gemm(const TapGemm<float>& gemm) { run(gemm); }
+void tap_gemm(const TapGemm<float, BFloat16Pair>& gemm) { run(gemm); }
 void tap_gemm(const TapGemm<double>& gemm) { run(gemm); }
 
 }  // namespace fastgen::FASTGEN_ISA

@@ -11,6 +11,14 @@
 // to whole panels, are read in place with b_k_stride = row length and b_panel_stride = kPanel. Rows of B that start on
 // 64-byte boundaries load twice as fast.
 //
+// float products also take right operands in bfloat16, in words of two consecutive k of one column (BFloat16Pair):
+//
+//     word of B_t[k, j] = b[j / 16 * b_panel_stride + k / 2 * b_k_stride + j % 16],    even k in its low half
+//
+// Each tap starts a word, so one of an odd K_t ends with a half that is not read. Strides count words: packed weights
+// have b_k_stride = 16 and b_panel_stride = 16 * (sum of ceil(K_t / 2)). A bfloat16 is a float without its lower 16
+// bits, and the product is that of these floats: bit for bit the float product with the rounded weights.
+//
 // Contract: the (t, k) of an element are cut, in order, into chunks of kTapGemmChunk; a chunk is one chain of fused
 // multiply-adds from zero, and the chunks are added to init in order. So the bits do not depend on rows, cols, the
 // element's place, tile shapes or threads, are the same on AVX2 and AVX-512, and the error grows with the chunk rather
@@ -25,6 +33,11 @@
 
 namespace fastgen {
 
+// The bfloat16s of two consecutive k of one column of B.
+struct BFloat16Pair {
+    uint32_t bits;
+};
+
 template <class T>
 inline constexpr int kPanel = 64 / static_cast<int>(sizeof(T));
 
@@ -35,18 +48,18 @@ constexpr __attribute__((always_inline)) int64_t panels_of(int64_t cols) {
     return (cols + kPanel<T> - 1) / kPanel<T>;
 }
 
-template <class T>
+template <class T, class W = T>
 struct Tap {
     const T* a;  // A_t[r, k] = a[r * row_stride + k * k_stride]
     int64_t row_stride;
     int64_t k_stride;
     int64_t k;   // K_t, may be 0
-    const T* b;  // B_t[0, 0]
+    const W* b;  // B_t[0, 0]
 };
 
-template <class T>
+template <class T, class W = T>
 struct TapGemm {
-    const Tap<T>* taps;
+    const Tap<T, W>* taps;
     int64_t num_taps;
     int64_t b_panel_stride;
     int64_t b_k_stride;
@@ -60,10 +73,11 @@ struct TapGemm {
 
 }  // namespace fastgen
 
-#define FASTGEN_DECLARE_TAP_GEMM(ISA)           \
-    namespace fastgen::ISA {                    \
-    void tap_gemm(const TapGemm<float>& gemm);  \
-    void tap_gemm(const TapGemm<double>& gemm); \
+#define FASTGEN_DECLARE_TAP_GEMM(ISA)                        \
+    namespace fastgen::ISA {                                 \
+    void tap_gemm(const TapGemm<float>& gemm);               \
+    void tap_gemm(const TapGemm<float, BFloat16Pair>& gemm); \
+    void tap_gemm(const TapGemm<double>& gemm);              \
     }
 
 #ifdef FASTGEN_ISA

@@ -6,11 +6,13 @@ import itertools
 
 import numpy as np
 import pytest
+import torch
 
 from fastgen import backends
 
-DTYPES = ["float32", "float64"]
-PANEL = {"float32": 16, "float64": 8}
+WEIGHTS = ["float32", "float64", "bfloat16"]  # everything else is float32 where the weights are bfloat16
+PANEL = {"float32": 16, "float64": 8, "bfloat16": 16}
+ATOL = {"float32": 2e-5, "float64": 1e-13, "bfloat16": 2e-5}
 
 
 @pytest.fixture(params=backends.native_cpu().isas())
@@ -20,31 +22,48 @@ def isa(request):
     backends.native_cpu().set_isa("")
 
 
+def pairs(panels, counts):
+    """float32 [panels, K, 16] -> int32 [panels, words, 16]: two k of a tap, rounded to bfloat16, in each word."""
+    taps = torch.as_tensor(panels).split(list(counts), 1)
+    padded = torch.cat([torch.nn.functional.pad(t, (0, 0, 0, t.shape[1] % 2), value=torch.nan) for t in taps], 1)
+    bits = padded.bfloat16().view(torch.int16)
+    return torch.stack((bits[:, ::2], bits[:, 1::2]), -1).view(torch.int32).squeeze(-1)
+
+
 class Problem:
     """Random taps over one array, weights in panels, and the product in float64."""
 
-    def __init__(self, dtype, rows, cols, ks, *, row_stride=7, k_stride=1, packed=True, init=None, seed=0):
+    def __init__(self, weights, rows, cols, ks, *, row_stride=7, k_stride=1, packed=True, init=None, seed=0):
         generator = np.random.default_rng(seed)
-        self.dtype, self.rows, self.cols, self.ks, self.packed, self.init = dtype, rows, cols, ks, packed, init
+        self.weights, self.dtype = weights, "float32" if weights == "bfloat16" else weights
+        self.rows, self.cols, self.ks, self.packed, self.init = rows, cols, ks, packed, init
         self.row_stride, self.k_stride = row_stride, k_stride
         self.offsets = [5 * t for t in range(len(ks))]
         size = (rows - 1) * row_stride + max((k - 1) * k_stride + o + 1 for k, o in zip(ks, self.offsets, strict=True))
-        self.a = generator.standard_normal(max(size, 64)).astype(dtype)
-        self.b = generator.standard_normal((sum(ks), cols)).astype(dtype)
-        self.c0 = generator.standard_normal((rows, cols)).astype(dtype)
-        panels = -(-cols // PANEL[dtype])
-        wide = np.zeros((sum(ks), panels * PANEL[dtype]), dtype)
-        wide[:, :cols] = self.b
-        self.wide = (
-            wide if not packed else np.ascontiguousarray(wide.reshape(sum(ks), panels, PANEL[dtype]).swapaxes(0, 1))
-        )
+        self.a = generator.standard_normal(max(size, 64)).astype(self.dtype)
+        self.b = generator.standard_normal((sum(ks), cols)).astype(self.dtype)
+        self.c0 = generator.standard_normal((rows, cols)).astype(self.dtype)
+        if weights == "bfloat16":
+            self.b = torch.from_numpy(self.b).bfloat16().float().numpy()
+        self.pack()
+
+    def pack(self):
+        panel = PANEL[self.weights]
+        wide = np.pad(self.b, ((0, 0), (0, -self.cols % panel)))
+        self.words = self.ks  # rows of packed weights that a tap has
+        if self.packed:
+            wide = np.ascontiguousarray(wide.reshape(len(wide), wide.shape[1] // panel, panel).swapaxes(0, 1))
+        if self.weights == "bfloat16":
+            wide = pairs(wide if self.packed else wide[None], self.ks).numpy()
+            self.words = [(k + 1) // 2 for k in self.ks]
+        self.packed_b = wide
+        self.b_strides = (sum(self.words) * panel, panel) if self.packed else (panel, wide.shape[-1])
 
     def run(self, rows=None, cols=None, col0=0):
         """The product of the given rows and columns (whole panels from col0), in place in a poisoned matrix."""
         rows = range(self.rows) if rows is None else rows
         cols = self.cols if cols is None else cols
-        panel, item, k_total = PANEL[self.dtype], self.a.itemsize, sum(self.ks)
-        stride = self.cols + 3
+        item, stride = self.a.itemsize, self.cols + 3
         out = np.full((self.rows, stride), np.nan, self.dtype)
         init_at, init_stride = 0, 0
         if self.init == "bias":
@@ -52,14 +71,14 @@ class Problem:
         elif self.init == "accumulate":
             out[:, : self.cols] = self.c0
             init_at, init_stride = out[rows[0], col0:].ctypes.data, stride
-        b_panel_stride, b_k_stride = (k_total * panel, panel) if self.packed else (panel, self.wide.shape[1])
-        taps, k0 = [], 0
-        for k, offset in zip(self.ks, self.offsets, strict=True):
+        b_panel_stride, b_k_stride = self.b_strides
+        taps, word = [], 0
+        for k, words, offset in zip(self.ks, self.words, self.offsets, strict=True):
             a = self.a.ctypes.data + (offset + rows[0] * self.row_stride) * item
-            b = self.wide.ctypes.data + (col0 // panel * b_panel_stride + k0 * b_k_stride) * item
-            taps.append((a, self.row_stride, self.k_stride, k, b))
-            k0 += k
-        function = getattr(backends.native_cpu(), f"tap_gemm_{self.dtype}")
+            first = col0 // PANEL[self.weights] * b_panel_stride + word * b_k_stride
+            taps.append((a, self.row_stride, self.k_stride, k, self.packed_b.ctypes.data + first * item))
+            word += words
+        function = getattr(backends.native_cpu(), f"tap_gemm_{self.weights}")
         c = out[rows[0], col0:].ctypes.data
         function(taps, b_panel_stride, b_k_stride, init_at, init_stride, c, stride, len(rows), cols)
         return out
@@ -92,33 +111,34 @@ CASES = {
         "k_stride": 10,
         "packed": False,
     },
+    "several chunks": {"rows": 6, "cols": 70, "ks": [101, 200, 33], "init": "bias"},
     "rows that coincide": {"rows": 4, "cols": 8, "ks": [3], "row_stride": 0},
 }
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("case", CASES)
-def test_against_numpy(case, dtype, isa):
-    problem = Problem(dtype, **CASES[case])
+def test_against_numpy(case, weights, isa):
+    problem = Problem(weights, **CASES[case])
     out, cols = problem.run(), problem.cols
-    np.testing.assert_allclose(out[:, :cols], problem.expected(), rtol=0, atol=2e-5 if dtype == "float32" else 1e-13)
+    np.testing.assert_allclose(out[:, :cols], problem.expected(), rtol=0, atol=ATOL[weights])
     assert np.isnan(out[:, cols:]).all(), "wrote beyond the last column"
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("rows", range(1, 17))
-def test_every_tile_shape(rows, dtype, isa):
+def test_every_tile_shape(rows, weights, isa):
     for panels in range(1, 10):
-        problem = Problem(dtype, rows=rows, cols=panels * PANEL[dtype] - 3, ks=[3, 2], init="bias")
+        problem = Problem(weights, rows=rows, cols=panels * PANEL[weights] - 3, ks=[3, 2], init="bias")
         out = problem.run()[:, : problem.cols]
-        np.testing.assert_allclose(out, problem.expected(), rtol=0, atol=1e-5 if dtype == "float32" else 1e-13)
+        np.testing.assert_allclose(out, problem.expected(), rtol=0, atol=ATOL[weights])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("init", [None, "bias", "accumulate"])
-def test_bits_do_not_depend_on_the_split(init, dtype, isa):
-    problem = Problem(dtype, rows=31, cols=75, ks=[33, 20], init=init)
-    whole, panel = problem.run(), PANEL[dtype]
+def test_bits_do_not_depend_on_the_split(init, weights, isa):
+    problem = Problem(weights, rows=31, cols=75, ks=[33, 20], init=init)
+    whole, panel = problem.run(), PANEL[weights]
     for row, count in [(0, 1), (3, 2), (5, 7), (12, 19), (30, 1)]:
         for col, width in [(0, 75), (0, 5), (panel, 2 * panel), (3 * panel, 75 - 3 * panel)]:
             piece = problem.run(range(row, row + count), width, col)
@@ -126,20 +146,28 @@ def test_bits_do_not_depend_on_the_split(init, dtype, isa):
             np.testing.assert_array_equal(piece[region], whole[region])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_bits_are_the_same_on_every_fused_instruction_set(dtype):
+@pytest.mark.parametrize("weights", WEIGHTS)
+def test_bits_are_the_same_on_every_fused_instruction_set(weights):
     native = backends.native_cpu()
     fused = [isa for isa in native.isas() if isa != "baseline"]
     results = []
     try:
         for isa, case in itertools.product(fused, CASES.values()):
             native.set_isa(isa)
-            problem = Problem(dtype, **case)
+            problem = Problem(weights, **case)
             results.append((isa, problem.run()[:, : problem.cols]))
     finally:
         native.set_isa("")
     for i, (isa, result) in enumerate(results):
         np.testing.assert_array_equal(result, results[i % len(CASES)][1], err_msg=isa)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_bfloat16_weights_are_the_floats_they_round_to(case, isa):
+    bfloat16, float32 = Problem("bfloat16", **CASES[case]), Problem("float32", **CASES[case])
+    float32.b = bfloat16.b
+    float32.pack()
+    np.testing.assert_array_equal(bfloat16.run(), float32.run())
 
 
 def test_set_isa_refuses_unknown_names():
