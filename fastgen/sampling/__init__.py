@@ -12,6 +12,7 @@ __all__ = [
     "Bernoulli",
     "Categorical",
     "Head",
+    "LogisticMixture",
     "NotCausal",
     "Sampler",
     "UnsupportedModel",
@@ -22,7 +23,7 @@ __all__ = [
 if TYPE_CHECKING:
     from fastgen.sampling.auditing import AuditReport, audit
     from fastgen.sampling.graph import NotCausal, UnsupportedModel
-    from fastgen.sampling.heads import Bernoulli, Categorical, Head
+    from fastgen.sampling.heads import Bernoulli, Categorical, Head, LogisticMixture
     from fastgen.sampling.naive import naive_sample
     from fastgen.sampling.sampler import Sampler
 
@@ -32,6 +33,7 @@ _HOMES = {
     "Bernoulli": "heads",
     "Categorical": "heads",
     "Head": "heads",
+    "LogisticMixture": "heads",
     "NotCausal": "graph",
     "Sampler": "sampler",
     "UnsupportedModel": "graph",

@@ -16,18 +16,18 @@ from fastgen.sampling.request import check_images, make_request
 from fastgen.sampling.subject import Subject, evaluating, make_subject
 from fastgen.sampling.uniforms import image_uniforms
 
-CHUNK_BYTES = 1 << 27  # of cumulative probabilities held at a time
+CHUNK_BYTES = 1 << 27  # of parameters, or cumulative probabilities, held at a time
 
 
 @dataclass(frozen=True)
 class AuditReport:
     """What `audit` found.
 
-    elements: image elements checked (given ones are not).
+    elements: image elements checked (given ones are not); pixels, where the head draws the colours of a pixel together.
     mismatches: elements that the model would have drawn differently, beyond a tie.
     ties: elements that differ because the uniform lies so close to a boundary between two levels that the rounding of
     float32 decides.
-    max_margin: largest distance, in probability, of a differing element's uniform from the interval of its level.
+    max_margin: largest distance, in probability, of a differing element's uniforms from the region of its level.
     """
 
     elements: int
@@ -79,16 +79,15 @@ def audit(
         mask=mask,
     )
     channels, height, width = subject.image_shape
-    chunk = max(1, CHUNK_BYTES // (8 * channels * height * width * subject.head.levels))
+    head = subject.head
+    chunk = max(1, CHUNK_BYTES // (8 * height * width * max(channels * head.levels, head.num_params(channels))))
     found = _Found()
     for first in range(0, len(images), chunk):
         part = slice(first, first + chunk)
-        uniforms = image_uniforms(seed, start + first, len(images[part]), subject.image_shape)
-        checked = torch.ones(uniforms.shape, dtype=torch.bool, device="cpu")
-        if request.mask is not None:
-            checked &= ~request.mask[part].unsqueeze(1)
+        uniforms = image_uniforms(seed, start + first, len(images[part]), (head.num_uniforms(channels), height, width))
+        part_mask = None if request.mask is None else request.mask[part]
         part_labels = None if request.labels is None else request.labels[part]
-        found.add(subject, images[part], uniforms, checked, part_labels, temperature)
+        found.add(subject, images[part], uniforms, part_mask, part_labels, temperature)
     return AuditReport(found.elements, found.mismatches, found.ties, found.max_margin)
 
 
@@ -102,12 +101,16 @@ class _Found:
         subject: Subject,
         images: Tensor,
         uniforms: Tensor,
-        checked: Tensor,
+        mask: Tensor | None,
         labels: Tensor | None,
         temperature: float,
     ) -> None:
+        boundaries = _boundaries(subject, images, labels, temperature)
+        margin = subject.head.margins(boundaries, images, uniforms)
+        checked = torch.ones_like(margin, dtype=torch.bool)
+        if mask is not None:
+            checked &= ~mask.unsqueeze(1)
         self.elements += int(checked.sum())
-        margin = _margin(_cdf(subject, images, labels, temperature), images, uniforms)
         differ = (margin > 0) & checked
         suspects = differ.flatten(1).any(1).nonzero()[:, 0]
         if not len(suspects):
@@ -115,8 +118,8 @@ class _Found:
         labels = None if labels is None else labels[suspects]
         exact = Subject(copy.deepcopy(subject.module).double(), subject.image_shape, subject.head, subject.num_classes)
         with _Widening():
-            precise = _cdf(exact, images[suspects], labels, temperature)
-        error = float((precise - _cdf(subject, images[suspects], labels, temperature)).abs().max())
+            precise = _boundaries(exact, images[suspects], labels, temperature)
+        error = float((precise - boundaries[suspects]).abs().max())
         margins = margin[suspects][differ[suspects]]
         ties = int((margins <= 4 * error).sum())
         self.ties += ties
@@ -144,18 +147,6 @@ def _widened(value: Any) -> Any:
     return value.double() if isinstance(value, Tensor) and value.dtype == torch.float32 else value
 
 
-def _cdf(subject: Subject, images: Tensor, labels: Tensor | None, temperature: float) -> Tensor:
-    """float64 [n, C, levels, H, W]."""
+def _boundaries(subject: Subject, images: Tensor, labels: Tensor | None, temperature: float) -> Tensor:
     with evaluating(subject.module):
-        return subject.head.cdf(subject.params(images, labels).cpu(), temperature)
-
-
-def _margin(cdf: Tensor, images: Tensor, uniforms: Tensor) -> Tensor:
-    """[n, C, H, W]: how far each uniform lies outside (cdf[level - 1], cdf[level]], 0 inside."""
-    level = images.long().unsqueeze(2)
-    upper = cdf.gather(2, level).squeeze(2)
-    lower = torch.where(level > 0, cdf.gather(2, (level - 1).clamp(min=0)), 0.0).squeeze(2)
-    below = torch.where(uniforms <= lower, lower - uniforms, 0.0)
-    # A uniform equal to the lower bound draws the level below: a margin of its own rounding.
-    below = torch.where(uniforms == lower, torch.finfo(torch.float64).tiny, below)
-    return torch.maximum(below, uniforms - upper).clamp(min=0)
+        return subject.head.boundaries(subject.params(images, labels).cpu(), images, temperature)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from fastgen import models
-from fastgen.sampling import Categorical, Sampler, audit
-from fastgen.sampling.auditing import _margin
+from fastgen.nn import MaskedConv2d
+from fastgen.sampling import Categorical, LogisticMixture, Sampler, audit, naive_sample
 from fastgen.sampling.uniforms import image_uniforms
 
 MODEL = models.GatedPixelCNN(image_shape=(1, 5, 4), levels=4, num_filters=4, num_blocks=2)
@@ -42,7 +43,7 @@ def test_tie_is_told_from_mismatch() -> None:
         wrong[0, 0, 4, 3] = min(level, 2)
         uniforms = image_uniforms(0, 0, 1, (1, 5, 4))
         uniforms[0, 0, 4, 3] = boundary + shift
-        margin = _margin(cdf, wrong, uniforms)
+        margin = MODEL.head.margins(cdf, wrong, uniforms)
         return int((margin[0, 0, 4, 3] > 1e-5).item()), int((margin[0, 0, 4, 3] > 0).item())
 
     assert count(1e-2) == (1, 1)
@@ -54,7 +55,8 @@ def test_margin_by_hand() -> None:
     cdf = torch.tensor([0.2, 0.7, 1.0], dtype=torch.float64).view(1, 1, 3, 1, 1)
 
     def margin(level: int, u: float) -> float:
-        return _margin(cdf, torch.full((1, 1, 1, 1), level), torch.full((1, 1, 1, 1), u, dtype=torch.float64)).item()
+        images = torch.full((1, 1, 1, 1), level)
+        return Categorical(3).margins(cdf, images, torch.full((1, 1, 1, 1), u, dtype=torch.float64)).item()
 
     assert margin(1, 0.5) == 0 and margin(0, 0.1) == 0 and margin(2, 0.99) == 0
     assert abs(margin(1, 0.15) - 0.05) < 1e-12 and abs(margin(1, 0.9) - 0.2) < 1e-12
@@ -80,3 +82,37 @@ def test_module_that_makes_float32() -> None:
     images = Sampler(module, **given).sample(4)
     images[1, 0, 1, 1] = (images[1, 0, 1, 1] + 1) % 3
     assert not audit(module, images, **given).ok
+
+
+class WholePixels(nn.Module):
+    """A causal network for heads that draw the colours of a pixel together."""
+
+    def __init__(self, channels: int, components: int, levels: int) -> None:
+        super().__init__()
+        self.image_shape, self.head = (channels, 4, 3), LogisticMixture(components, levels)
+        self.first = MaskedConv2d(channels, 8, 3, mask_type="A")
+        self.last = nn.Conv2d(8, self.head.num_params(channels), 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.relu(self.first(x)))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_logistic_mixture(channels: int, temperature: float) -> None:
+    """Images of the naive loop pass; one changed colour does not."""
+    given = {"seed": 7, "start": 5, "temperature": temperature}
+    model = WholePixels(channels, components=3, levels=9)
+    images = naive_sample(model, 6, **given)
+    report = audit(model, images, **given)
+    assert report.ok and report.elements == 6 * 4 * 3
+    for colour in range(channels):
+        changed = images.clone()
+        changed[4, colour, 3, 2] = (changed[4, colour, 3, 2] + 4) % 9
+        report = audit(model, changed, **given)
+        assert report.mismatches == 1 and report.max_margin > 1e-3
+    assert not audit(model, images, seed=8, start=5, temperature=temperature).ok
+    mask = torch.zeros(4, 3, dtype=torch.bool)
+    mask[3, 2] = True
+    report = audit(model, changed, mask=mask, **given)
+    assert report.ok and report.elements == 6 * (4 * 3 - 1)

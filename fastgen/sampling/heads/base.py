@@ -1,4 +1,4 @@
-"""Output heads: what a network's outputs mean, and how a level is drawn from them.
+"""What a head is.
 
 A head maps network outputs (its *parameters*) to a distribution over the levels ``0..levels-1`` of the elements of a
 pixel, and levels to what the network reads.  The colours of a pixel are drawn in *groups*, one after the other: the
@@ -14,7 +14,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -92,75 +91,36 @@ class Head:
         """
         raise NotImplementedError
 
+    def boundaries(self, params: Tensor, images: Tensor, temperature: float = 1.0) -> Tensor:
+        """The cumulative probabilities that uniforms were compared with if `draw` gave these levels.
 
-class ColourWise(Head):
-    """Heads that draw one colour after the other, each from `params_per_channel` outputs of its own: channels
-    ``[c*K, (c+1)*K)`` of the network's output belong to colour ``c``.  One uniform per element draws the smallest level
-    whose cumulative probability is at least the uniform.
-    """
+        Args:
+            params: [N, parameters, H, W].
+            images: levels [N, C, H, W].
+            temperature: as for `draw`.
 
-    def __init__(self, levels: int, params_per_channel: int, input_range: tuple[float, float]):
-        super().__init__(levels, input_range)
-        self.params_per_channel = params_per_channel
-
-    def groups(self, channels: int) -> list[Group]:
-        count = self.params_per_channel
-        return [Group(range(c, c + 1), range(c * count, (c + 1) * count), range(c, c + 1)) for c in range(channels)]
-
-    def draw(self, params: Tensor, uniforms: Tensor, temperature: float = 1.0) -> Tensor:
-        cdf = self.cdf(params, temperature)
-        return (cdf < uniforms.unsqueeze(2)).sum(2).to(torch.uint8)
-
-    def cdf(self, params: Tensor, temperature: float = 1.0) -> Tensor:
-        """Cumulative probabilities, float64: params [N, C*K, ...] -> [N, C, levels, ...], last one exactly 1."""
+        Returns:
+            float64 [N, ..., H, W], for `margins`.
+        """
         raise NotImplementedError
 
-    def _split(self, params: Tensor) -> Tensor:
-        """[N, C*K, ...] -> [N, C, K, ...]."""
-        if params.shape[1] % self.params_per_channel:
-            raise ValueError(
-                f"the network gives {params.shape[1]} output channels; {self} needs a multiple of "
-                f"{self.params_per_channel}"
-            )
-        return params.unflatten(1, (-1, self.params_per_channel))
+    def margins(self, boundaries: Tensor, images: Tensor, uniforms: Tensor) -> Tensor:
+        """How far, in probability, uniforms lie outside the region that draws these levels; 0 inside.
+
+        Args:
+            boundaries: of the same images.
+            images: levels [N, C, H, W].
+            uniforms: [N, num_uniforms(C), H, W].
+
+        Returns:
+            float64 [N, C, H, W], or [N, 1, H, W] where the colours of a pixel are drawn together.
+        """
+        raise NotImplementedError
 
 
-class Categorical(ColourWise):
-    """Softmax over the levels (van den Oord et al. 2016, "Pixel Recurrent Neural Networks", section 3.3).
-
-    Args:
-        levels: number of levels, 2..256.
-        input_range: network input of level 0 and of level ``levels - 1``; the others lie evenly between.
-    """
-
-    def __init__(self, levels: int, input_range: tuple[float, float] = (-1.0, 1.0)):
-        super().__init__(levels, levels, input_range)
-
-    def log_prob(self, params: Tensor, images: Tensor) -> Tensor:
-        logits = self._split(params).transpose(1, 2)  # [N, levels, C, H, W]
-        return -F.cross_entropy(logits, images.long(), reduction="none")
-
-    def cdf(self, params: Tensor, temperature: float = 1.0) -> Tensor:
-        logits = self._split(params).double() / temperature
-        cdf = torch.softmax(logits, dim=2).cumsum(2)
-        cdf[:, :, -1] = 1.0
-        return cdf
-
-
-class Bernoulli(ColourWise):
-    """Two levels from one logit: P(level = 1) = sigmoid(logit).
-
-    Args:
-        input_range: network input of level 0 and of level 1.
-    """
-
-    def __init__(self, input_range: tuple[float, float] = (0.0, 1.0)):
-        super().__init__(2, 1, input_range)
-
-    def log_prob(self, params: Tensor, images: Tensor) -> Tensor:
-        logits = self._split(params).squeeze(2)
-        return -F.binary_cross_entropy_with_logits(logits, images.to(logits.dtype), reduction="none")
-
-    def cdf(self, params: Tensor, temperature: float = 1.0) -> Tensor:
-        zero = torch.sigmoid(-self._split(params).double() / temperature)
-        return torch.cat([zero, torch.ones_like(zero)], dim=2)
+def outside(lower: Tensor, upper: Tensor, uniforms: Tensor) -> Tensor:
+    """The distance of uniforms from the interval (lower, upper], 0 inside."""
+    below = torch.where(uniforms <= lower, lower - uniforms, 0.0)
+    # A uniform equal to the lower bound draws the level below: a margin of its own rounding.
+    below = torch.where(uniforms == lower, torch.finfo(torch.float64).tiny, below)
+    return torch.maximum(below, uniforms - upper).clamp(min=0)
