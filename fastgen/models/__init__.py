@@ -5,11 +5,11 @@ The names are the ones of checkpoints and of the command line.
 
 from __future__ import annotations
 
-from fastgen.models.autoregressive import AutoregressiveModel, GatedPixelCNN, PixelCNN
+from fastgen.models.autoregressive import AutoregressiveModel, GatedPixelCNN, PixelCNN, PixelCNNpp
 
-__all__ = ["AutoregressiveModel", "GatedPixelCNN", "PixelCNN", "get", "names"]
+__all__ = ["AutoregressiveModel", "GatedPixelCNN", "PixelCNN", "PixelCNNpp", "get", "names"]
 
-_MODELS = {model.name: model for model in (PixelCNN, GatedPixelCNN)}
+_MODELS = {model.name: model for model in (PixelCNN, GatedPixelCNN, PixelCNNpp)}
 
 
 def names() -> list[str]:

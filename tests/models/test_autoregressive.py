@@ -181,9 +181,11 @@ def test_config_builds_the_same_model(cls):
 
 
 def test_registry():
-    assert models.names() == ["gated_pixelcnn", "pixelcnn"]
+    assert models.names() == ["gated_pixelcnn", "pixelcnn", "pixelcnnpp"]
     assert models.get("pixelcnn") is PixelCNN
-    with pytest.raises(ValueError, match="unknown model 'pixelrnn'; known models: gated_pixelcnn, pixelcnn"):
+    with pytest.raises(
+        ValueError, match="unknown model 'pixelrnn'; known models: gated_pixelcnn, pixelcnn, pixelcnnpp"
+    ):
         models.get("pixelrnn")
 
 

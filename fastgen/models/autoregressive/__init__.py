@@ -8,5 +8,6 @@ from __future__ import annotations
 from fastgen.models.autoregressive.base import AutoregressiveModel
 from fastgen.models.autoregressive.gated_pixelcnn import GatedPixelCNN
 from fastgen.models.autoregressive.pixelcnn import PixelCNN
+from fastgen.models.autoregressive.pixelcnnpp import PixelCNNpp
 
-__all__ = ["AutoregressiveModel", "GatedPixelCNN", "PixelCNN"]
+__all__ = ["AutoregressiveModel", "GatedPixelCNN", "PixelCNN", "PixelCNNpp"]

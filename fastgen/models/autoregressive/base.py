@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from fastgen.sampling.heads import Bernoulli, Categorical, Head
+from fastgen.sampling.heads import Bernoulli, Categorical, Head, LogisticMixture
 
 
 class AutoregressiveModel(torch.nn.Module):
@@ -19,8 +19,9 @@ class AutoregressiveModel(torch.nn.Module):
     Args:
         image_shape: (C, H, W).
         levels: number of levels of an element, 2..256.
-        head: "categorical", or "bernoulli" for two levels.
+        head: "categorical", "bernoulli" for two levels, or "logistic_mixture" where there are ``num_mixtures``.
         num_classes: number of classes that the model is conditioned on, or None.
+        num_mixtures: components of the logistic mixture; None for a model that does not offer this head.
         options: the other constructor arguments of the subclass, kept in `config`.
 
     Attributes:
@@ -31,16 +32,25 @@ class AutoregressiveModel(torch.nn.Module):
     name: ClassVar[str]
 
     def __init__(
-        self, *, image_shape: tuple[int, int, int], levels: int, head: str, num_classes: int | None, **options: Any
+        self,
+        *,
+        image_shape: tuple[int, int, int],
+        levels: int,
+        head: str,
+        num_classes: int | None,
+        num_mixtures: int | None = None,
+        **options: Any,
     ) -> None:
         super().__init__()
         self.image_shape = _image_shape(image_shape)
-        self.head = _head(head, levels)
+        self.head = _head(head, levels, num_mixtures)
         self.levels = levels
         self.num_classes = None if num_classes is None else positive("num_classes", num_classes)
         self.config: dict[str, Any] = {"image_shape": list(self.image_shape), "levels": levels, "head": head, **options}
         if num_classes is not None:
             self.config["num_classes"] = num_classes
+        if num_mixtures is not None:
+            self.config["num_mixtures"] = num_mixtures
 
     def log_prob(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         """Log-likelihood of whole images.
@@ -76,6 +86,12 @@ class AutoregressiveModel(torch.nn.Module):
             raise ValueError(f"images: expected shape [N, {expected}], got {list(images.shape)}")
         if self.levels < 256 and images.numel() and (largest := int(images.max())) >= self.levels:
             raise ValueError(f"images: expected levels below {self.levels}, got {largest}")
+
+    def _check_conditional(self, labels: Tensor | None) -> None:
+        """For `forward`: labels are there if and only if the model is conditional; their values are not looked at."""
+        if (labels is None) != (self.num_classes is None):
+            expected = "None" if self.num_classes is None else "class labels"
+            raise ValueError(f"labels: expected {expected} with num_classes={self.num_classes}")
 
     def _check_labels(self, labels: Tensor | None, count: int) -> None:
         if self.num_classes is None:
@@ -114,14 +130,18 @@ def _image_shape(shape: tuple[int, int, int]) -> tuple[int, int, int]:
     return channels, height, width
 
 
-def _head(name: str, levels: int) -> Head:
+def _head(name: str, levels: int, num_mixtures: int | None) -> Head:
     if name == "categorical":
         return Categorical(levels)
     if name == "bernoulli":
         if levels != 2:
             raise ValueError(f'head: "bernoulli" is for 2 levels, got levels={levels!r}')
         return Bernoulli()
-    raise ValueError(f'head: expected "categorical" or "bernoulli", got {name!r}')
+    if num_mixtures is None:
+        raise ValueError(f'head: expected "categorical" or "bernoulli", got {name!r}')
+    if name == "logistic_mixture":
+        return LogisticMixture(num_mixtures, levels)
+    raise ValueError(f'head: expected "logistic_mixture", "categorical" or "bernoulli", got {name!r}')
 
 
 def _describe(value: object) -> str:

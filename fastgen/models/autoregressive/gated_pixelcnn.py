@@ -107,9 +107,7 @@ class GatedPixelCNN(AutoregressiveModel):
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         """Encoded images [N, C, H, W], labels int64 [N] if conditional -> head parameters [N, C*K, H, W]."""
-        if (labels is None) != (self.num_classes is None):
-            expected = "None" if self.num_classes is None else "class labels"
-            raise ValueError(f"labels: expected {expected} with num_classes={self.num_classes}")
+        self._check_conditional(labels)
         v = F.pad(x, (0, 0, 1, 0))[:, :, :-1]  # down by one row: v[y] stands for the rows above y
         h = x
         for layer in self.layers:
