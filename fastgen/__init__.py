@@ -12,7 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastgen import data, metrics, models, nn, ops, sampling, training
+    from fastgen import data, losses, metrics, models, nn, ops, sampling, training
     from fastgen.backends import backend
     from fastgen.checkpoint import load, sample, save
     from fastgen.metrics import bits_per_dim
@@ -27,6 +27,7 @@ __all__ = [
     "bits_per_dim",
     "data",
     "load",
+    "losses",
     "metrics",
     "models",
     "nn",

@@ -14,12 +14,12 @@ namespace {
 template <class T>
 struct Functions {
     using Function = void (*)(const T*, T*, int64_t);
-    Function exp, sigmoid, tanh;
+    Function exp, log, sigmoid, tanh;
 };
 
 template <class T>
 constexpr Functions<T> kFunctions[] = {
-#define FASTGEN_FUNCTIONS(ISA) {ISA::array_exp, ISA::array_sigmoid, ISA::array_tanh},
+#define FASTGEN_FUNCTIONS(ISA) {ISA::array_exp, ISA::array_log, ISA::array_sigmoid, ISA::array_tanh},
     FASTGEN_FOR_EACH_ISA(FASTGEN_FUNCTIONS)
 #undef FASTGEN_FUNCTIONS
 };
@@ -33,6 +33,7 @@ template <class T>
 void define(pybind11::module_& module, const std::string& dtype) {
     namespace py = pybind11;
     module.def(("exp_" + dtype).c_str(), run<T, &Functions<T>::exp>, py::arg("x"), py::arg("y"), py::arg("count"));
+    module.def(("log_" + dtype).c_str(), run<T, &Functions<T>::log>, py::arg("x"), py::arg("y"), py::arg("count"));
     module.def(("sigmoid_" + dtype).c_str(), run<T, &Functions<T>::sigmoid>, py::arg("x"), py::arg("y"),
                py::arg("count"));
     module.def(("tanh_" + dtype).c_str(), run<T, &Functions<T>::tanh>, py::arg("x"), py::arg("y"), py::arg("count"));

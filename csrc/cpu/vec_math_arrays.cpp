@@ -19,6 +19,9 @@ FASTGEN_INLINE void map(const T* x, T* y, int64_t count, Function function) {
 void array_exp(const float* x, float* y, int64_t count) {
     map(x, y, count, [](Vec<float> v) { return exp(v); });
 }
+void array_log(const float* x, float* y, int64_t count) {
+    map(x, y, count, [](Vec<float> v) { return log(v); });
+}
 void array_sigmoid(const float* x, float* y, int64_t count) {
     map(x, y, count, [](Vec<float> v) { return sigmoid(v); });
 }
@@ -27,6 +30,9 @@ void array_tanh(const float* x, float* y, int64_t count) {
 }
 void array_exp(const double* x, double* y, int64_t count) {
     map(x, y, count, [](Vec<double> v) { return exp(v); });
+}
+void array_log(const double* x, double* y, int64_t count) {
+    map(x, y, count, [](Vec<double> v) { return log(v); });
 }
 void array_sigmoid(const double* x, double* y, int64_t count) {
     map(x, y, count, [](Vec<double> v) { return sigmoid(v); });

@@ -7,29 +7,66 @@ Likelihood and Other Modifications", ICLR 2017, sections 2.1 and 2.2.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastgen import backends
 
 MIN_LOG_SCALE = -7.0  # smaller ones count as this
+_KINDS = {1: 2, 3: 3}  # image channels -> kinds of parameters that each has: means, log scales, coefficients
+_MIN_THREAD_PIXELS = 256  # below, waking a thread costs more than it saves
 
 
 def logistic_mixture_nll(params: Tensor, images: Tensor, *, levels: int = 256) -> Tensor:
-    """Negative log-likelihood of pixels, in nats: [N, H, W] in the dtype of the parameters."""
-    return logistic_mixture_nll_reference(params, images, levels)
+    """Negative log-likelihood of each pixel, in nats.
+
+    A pixel's colours are independent given the mixture component, but for the means: that of green depends linearly on
+    red, that of blue on red and green.  With ``x = 2 * level / (levels - 1) - 1`` a level's probability in a component
+    is the mass that a logistic distribution has within ``1 / (levels - 1)`` of x; the lowest and the highest level take
+    the tails as well.
+
+    Args:
+        params: [N, P, H, W], any strides. For K components: K mixture logits; then for each colour K means, K log
+            scales (below -7 they count as -7) and, of three channels, K coefficients: red in green, red in blue, green
+            in blue, each through tanh. P is 10*K for three channels, 3*K for one.
+        images: uint8 levels [N, C, H, W] in 0..levels-1, C is 1 or 3.
+        levels: 2..256.
+
+    Returns:
+        [N, H, W] in the dtype of params, float32 for lower precisions. It is finite for all finite params, and so are
+        the gradients.
+
+    float32 and float64 run natively on the CPU, others through plain PyTorch.  The native way keeps nothing but its
+    inputs for the backward pass.  Second derivatives need ``with fastgen.backend("reference")``.
+
+    Raises:
+        TypeError: an argument is not a tensor or not of the dtype above.
+        ValueError: a shape, a level or levels is not as above.
+    """
+    if isinstance(params, Tensor) and params.dtype in (torch.float16, torch.bfloat16):
+        params = params.float()  # lower precisions do not tell neighbouring levels apart
+    _check(params, images, levels)
+    if torch.compiler.is_compiling():
+        return _LogisticMixtureNll.apply(params, images, levels)
+    if backends.select("logistic_mixture_nll", params, images, levels) is logistic_mixture_nll_reference:
+        _check_levels(images, levels)
+        return logistic_mixture_nll_reference(params, images, levels)
+    return _LogisticMixtureNll.apply(params, images, levels)
 
 
 def logistic_mixture_nll_reference(params: Tensor, images: Tensor, levels: int) -> Tensor:
     """The definition, in plain PyTorch."""
-    channels = images.shape[1]
-    logits, means, log_scales, coefficients = split_params(params, channels)
+    logits, means, log_scales, coefficients = split_params(params, images.shape[1])
     level = images.unsqueeze(2)  # [N, C, 1, H, W]
     x = level.to(params.dtype) * (2 / (levels - 1)) - 1
-    if channels == 3:
-        red, green, _ = x.unbind(1)
-        shifts = (0 * red, coefficients[:, 0] * red, coefficients[:, 1] * red + coefficients[:, 2] * green)
-        means = means + torch.stack([shift.expand_as(logits) for shift in shifts], dim=1)
+    if images.shape[1] == 3:
+        red, green = x[:, 0], x[:, 1]
+        in_blue = coefficients[:, 1] * red + coefficients[:, 2] * green
+        means = means + torch.stack([torch.zeros_like(logits), coefficients[:, 0] * red, in_blue], dim=1)
     half, inverse = 1 / (levels - 1), torch.exp(-log_scales)
     far = torch.finfo(params.dtype).max / 16  # sums of six such numbers are finite
     upper = ((x - means + half) * inverse).clamp(-far, far)
@@ -40,6 +77,22 @@ def logistic_mixture_nll_reference(params: Tensor, images: Tensor, levels: int) 
     return -torch.logsumexp(torch.log_softmax(logits, dim=1) + log_probs.sum(1), dim=1)
 
 
+def split_params(params: Tensor, channels: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """[N, P, ...] -> mixture logits [N, K, ...]; means, log scales and coefficients [N, C, K, ...].
+
+    The latter two as they act: log scales not below `MIN_LOG_SCALE`, coefficients in [-1, 1].
+
+    Of three channels, coefficient 0 is that of red in green, 1 and 2 are those of red and green in blue; of one
+    channel, the coefficients are empty.
+    """
+    kinds = _KINDS[channels]
+    components = params.shape[1] // (1 + channels * kinds)
+    logits, rest = params[:, :components], params[:, components:]
+    means, log_scales, *coefficients = rest.unflatten(1, (channels, kinds, components)).unbind(2)
+    acting = torch.tanh(coefficients[0]) if coefficients else means[:, :0]
+    return logits, means, log_scales.clamp(min=MIN_LOG_SCALE), acting
+
+
 def _log_one_minus_exp(log_scales: Tensor, bin_width: float) -> Tensor:
     """log(1 - exp(-width)), width = bin_width * exp(-log_scale); for small ones by its series."""
     width = bin_width * torch.exp(-log_scales)
@@ -48,16 +101,136 @@ def _log_one_minus_exp(log_scales: Tensor, bin_width: float) -> Tensor:
     return torch.where(small, series, torch.log(-torch.expm1(-torch.where(small, 1.0, width))))
 
 
-def split_params(params: Tensor, channels: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """[N, P, ...] -> mixture logits [N, K, ...]; means, log scales and coefficients [N, C, K, ...], the latter two as they
-    act: log scales not below `MIN_LOG_SCALE`, coefficients in [-1, 1].
+class _LogisticMixtureNll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, params: Tensor, images: Tensor, levels: int) -> Tensor:
+        ctx.save_for_backward(params, images)
+        ctx.levels = levels
+        return torch.ops.fastgen.logistic_mixture_nll(params, images, levels)
 
-    Of three channels, coefficient 0 is that of red in green, 1 and 2 are those of red and green in blue; of one
-    channel, the coefficients are empty.
-    """
-    kinds = 3 if channels == 3 else 2
-    components = params.shape[1] // (1 + channels * kinds)
-    logits, rest = params[:, :components], params[:, components:]
-    means, log_scales, *coefficients = rest.unflatten(1, (channels, kinds, components)).unbind(2)
-    acting = torch.tanh(coefficients[0]) if coefficients else means[:, :0]
-    return logits, means, log_scales.clamp(min=MIN_LOG_SCALE), acting
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        params, images = ctx.saved_tensors
+        return torch.ops.fastgen.logistic_mixture_nll_grad(grad, params, images, ctx.levels), None, None
+
+
+# Checks, shared by the real and the fake implementations
+
+
+def _check(params: Tensor, images: Tensor, levels: int) -> None:
+    for name, value in (("params", params), ("images", images)):
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    if not params.dtype.is_floating_point:
+        raise TypeError(f"params must be of a floating dtype, got {params.dtype}")
+    if images.dtype != torch.uint8:
+        raise TypeError(f"images must be of dtype torch.uint8, got {images.dtype}")
+    if images.dim() != 4 or images.shape[1] not in _KINDS:
+        raise ValueError(f"images must be [N, C, H, W] with C 1 or 3, got {list(images.shape)}")
+    multiple = 1 + images.shape[1] * _KINDS[images.shape[1]]
+    batch, _, height, width = images.shape
+    count = params.shape[1] if params.dim() == 4 else 0
+    if count == 0 or count % multiple or params.shape != (batch, count, height, width):
+        raise ValueError(
+            f"params must be [{batch}, P, {height}, {width}] with P a multiple of {multiple}, got {list(params.shape)}"
+        )
+    if images.device != params.device:
+        raise ValueError(f"images must be on the device of params, {params.device}, got {images.device}")
+    if isinstance(levels, bool) or not isinstance(levels, int) or not 2 <= levels <= 256:
+        raise ValueError(f"levels must be an integer in 2..256, got {levels!r}")
+
+
+def _check_grad(grad: Tensor, params: Tensor, images: Tensor, levels: int) -> None:
+    _check(params, images, levels)
+    expected = (images.shape[0], *images.shape[2:])
+    if grad.shape != expected or grad.dtype != params.dtype:
+        raise ValueError(f"grad must be {list(expected)} {params.dtype}, got {list(grad.shape)} {grad.dtype}")
+
+
+def _check_levels(images: Tensor, levels: int) -> None:
+    if levels < 256 and images.numel() and int(images.max()) >= levels:
+        raise ValueError(f"images must hold levels in 0..{levels - 1}, got {int(images.max())}")
+
+
+# Implementations
+
+
+def _grad_reference(grad: Tensor, params: Tensor, images: Tensor, levels: int) -> Tensor:
+    _, gradient = torch.func.vjp(lambda p: logistic_mixture_nll_reference(p, images, levels), params)
+    return torch.empty_like(params).copy_(gradient(grad)[0])
+
+
+def _run(function: str, params: Tensor, images: Tensor, levels: int, *args: Any) -> None:
+    """Calls a function of csrc/cpu/logistic_mixture_nll.h."""
+    native = backends.native_cpu()
+    batch, channels, height, width = images.shape
+    components = params.shape[1] // (1 + channels * _KINDS[channels])
+    threads = max(1, min(torch.get_num_threads(), batch * height * width // _MIN_THREAD_PIXELS))
+    job = native.LogisticMixtureNll(batch, height, width, channels, components, levels, threads)
+    dtype = str(params.dtype).removeprefix("torch.")
+    scratch = params.new_empty(getattr(native, f"logistic_mixture_nll_scratch_{dtype}")(job))
+    tensors = (params.data_ptr(), params.stride(), images.data_ptr(), images.stride())
+    getattr(native, f"{function}_{dtype}")(job, *tensors, *args, scratch.data_ptr())
+
+
+def _forward_cpu(params: Tensor, images: Tensor, levels: int) -> Tensor:
+    nll = _forward_empty(params, images, levels)
+    _run("logistic_mixture_nll", params, images, levels, nll.data_ptr())
+    return nll
+
+
+def _grad_cpu(grad: Tensor, params: Tensor, images: Tensor, levels: int) -> Tensor:
+    gradient = torch.empty_like(params)
+    pointers = (grad.data_ptr(), grad.stride(), gradient.data_ptr(), gradient.stride())
+    _run("logistic_mixture_nll_gradient", params, images, levels, *pointers)
+    return gradient
+
+
+def _why_not_cpu(*args: Any) -> str | None:
+    params = args[-3]
+    if params.dtype not in (torch.float32, torch.float64):
+        return f"it takes float32 and float64, got {params.dtype}"
+    if params.layout is not torch.strided:
+        return f"it takes strided tensors, got {params.layout}"
+    return None
+
+
+# Registration
+
+_SCHEMAS = {
+    "logistic_mixture_nll": "(Tensor params, Tensor images, int levels) -> Tensor",
+    "logistic_mixture_nll_grad": "(Tensor grad, Tensor params, Tensor images, int levels) -> Tensor",
+}
+_library = torch.library.Library("fastgen", "FRAGMENT")
+
+
+def _register(name: str, check: Any, reference: Any, cpu: Any, empty: Any) -> None:
+    """One check for the real and the fake implementation; `empty` allocates what the fake one returns."""
+
+    def real(*args: Any) -> Any:
+        check(*args)
+        _check_levels(*args[-2:])
+        return backends.select(name, *args)(*args)
+
+    def fake(*args: Any) -> Any:
+        check(*args)
+        return empty(*args)
+
+    backends.register(name, "reference", reference)
+    backends.register(name, "cpu", cpu, why_not=_why_not_cpu)
+    _library.define(name + _SCHEMAS[name], tags=torch.Tag.pt2_compliant_tag)
+    _library.impl(name, real, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastgen::{name}", fake, lib=_library)
+
+
+def _forward_empty(params: Tensor, images: Tensor, levels: int) -> Tensor:
+    return params.new_empty((params.shape[0], *params.shape[2:]))
+
+
+def _grad_empty(grad: Tensor, params: Tensor, images: Tensor, levels: int) -> Tensor:
+    return torch.empty_like(params)
+
+
+_register("logistic_mixture_nll", _check, logistic_mixture_nll_reference, _forward_cpu, _forward_empty)
+_register("logistic_mixture_nll_grad", _check_grad, _grad_reference, _grad_cpu, _grad_empty)

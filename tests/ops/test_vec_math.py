@@ -9,10 +9,11 @@ from fastgen import backends
 
 EXACT = {
     "exp": np.exp,
+    "log": np.log,
     "sigmoid": lambda x: np.where(x < 0, np.exp(np.minimum(x, 0)), 1) / (1 + np.exp(-np.abs(x))),
     "tanh": np.tanh,
 }
-ULPS = {"exp": 1.1, "sigmoid": 2.4, "tanh": 1.4}  # as csrc/cpu/vec_math.h says
+ULPS = {"exp": 1.1, "log": 0.9, "sigmoid": 2.4, "tanh": 1.4}  # as csrc/cpu/vec_math.h says
 functions = pytest.mark.parametrize("name", EXACT)
 
 
@@ -30,17 +31,19 @@ def call(name, x):
     return y[:-1]
 
 
-def arguments():
+def arguments(name):
     """Floats of every size, and plenty where the functions bend."""
     generator = np.random.default_rng(0)
     bits = generator.integers(0, 2**32, 20001, dtype=np.uint64).astype(np.uint32).view(np.float32)
     parts = (bits[np.isfinite(bits)], generator.normal(0, 4, 20001), generator.uniform(-110, 95, 20001))
+    if name == "log":
+        parts = (*map(np.abs, parts), 1 + generator.normal(0, 1e-3, 20001), generator.uniform(0.5, 2, 20001))
     return np.concatenate(parts).astype(np.float32)
 
 
 @functions
 def test_errors_in_units_in_the_last_place(name, isa):
-    x = arguments()
+    x = arguments(name)
     with np.errstate(over="ignore", under="ignore"):
         exact = EXACT[name](x.astype(np.float64))
         largest = float(np.finfo(np.float32).max)
@@ -53,7 +56,7 @@ def test_errors_in_units_in_the_last_place(name, isa):
 
 @functions
 def test_float64(name, isa):
-    x = arguments().astype(np.float64)
+    x = arguments(name).astype(np.float64)
     with np.errstate(over="ignore", under="ignore"):
         np.testing.assert_allclose(call(name, x), EXACT[name](x), rtol=1e-14)
 
@@ -63,17 +66,18 @@ def test_special_values(dtype, isa):
     x = np.array([-np.inf, -1e30, -0.0, 0.0, 1e30, np.inf, np.nan], dtype)
     for name, expected in {
         "exp": [0, 0, 1, 1, np.inf, np.inf, np.nan],
+        "log": [np.nan, np.nan, -np.inf, -np.inf, np.log(np.asarray(1e30, dtype)), np.inf, np.nan],
         "sigmoid": [0, 0, 0.5, 0.5, 1, 1, np.nan],
         "tanh": [-1, -1, -0.0, 0, 1, 1, np.nan],
     }.items():
         y = call(name, x)
         np.testing.assert_array_equal(y, np.array(expected, dtype))
-        assert np.signbit(y[2]) == (name == "tanh")
+        assert np.signbit(y[2]) == (name in ("log", "tanh"))
 
 
 @functions
 def test_bits_depend_on_the_value_alone(name):
-    native, x = backends.native_cpu(), arguments()[:1003]
+    native, x = backends.native_cpu(), arguments(name)[:1003]
     try:
         for isas in (["baseline"], [isa for isa in native.isas() if isa != "baseline"]):
             native.set_isa(isas[0])
