@@ -20,6 +20,8 @@ EXAMPLES = """examples:
   fastgen train gated_pixelcnn --data digits --num-filters 32 --num-blocks 6 --kernel-size 3 --minutes 1
   fastgen train pixelcnn --data patches --levels 32 --steps 20000 --out runs/patches
   fastgen train pixelcnn --data patches --levels 32 --steps 40000 --out runs/patches --resume
+  fastgen train pixelcnnpp --data digits --num-filters 32 --num-blocks 1 --num-mixtures 5 --lr 3e-3 --minutes 3
+  fastgen train pixelcnnpp --data patches --num-filters 32 --num-blocks 2 --steps 20000
 """
 DEFAULT_STEPS = 10_000
 GRID = 64
@@ -30,8 +32,11 @@ MODEL_OPTIONS: dict[str, tuple[Any, str]] = {
     "num_blocks": (int, "layers or residual blocks"),
     "num_features": (int, "feature maps of the first output layer (pixelcnn)"),
     "kernel_size": (int, "odd size of the kernels after the first layer (gated_pixelcnn)"),
-    "head": (str, "categorical, or bernoulli for two levels"),
+    "num_mixtures": (int, "logistic components per pixel (pixelcnnpp)"),
+    "dropout": (float, "share of features dropped in training (pixelcnnpp)"),
+    "head": (str, "categorical, bernoulli for two levels, or logistic_mixture (pixelcnnpp)"),
 }
+METAVARS = {int: "N", float: "P", str: "NAME"}
 # option -> (field of TrainConfig, help)
 TRAINING_OPTIONS = {
     "batch_size": ("batch_size", "images per step"),
@@ -49,7 +54,7 @@ TRAINING_OPTIONS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from fastgen import models
-    from fastgen.training import TrainConfig
+    from fastgen.training import TrainConfig, recipes
 
     parser.add_argument("model", metavar="MODEL", choices=models.names(), help=f"one of {', '.join(models.names())}")
     shared.add_data(parser)
@@ -65,23 +70,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     group = parser.add_argument_group("model (defaults: as published)")
     for name, (kind, text) in MODEL_OPTIONS.items():
-        group.add_argument(_flag(name), type=kind, metavar="N" if kind is int else "NAME", help=text)
+        group.add_argument(_flag(name), type=kind, metavar=METAVARS[kind], help=text)
     defaults = {f.name: f.default for f in dataclasses.fields(TrainConfig)}
     group = parser.add_argument_group("training")
     for name, (field, text) in TRAINING_OPTIONS.items():
         default = defaults[field]
-        group.add_argument(
-            _flag(name), type=type(default), default=default, metavar="N", help=f"{text} (default: {default})"
-        )
+        others = "".join(f"; {model}: {own[field]}" for model, own in recipes.OPTIONS.items() if field in own)
+        group.add_argument(_flag(name), type=type(default), metavar="N", help=f"{text} (default: {default}{others})")
 
 
 def run(options: argparse.Namespace) -> int:
     import torch
 
     from fastgen import data, models
-    from fastgen.training import TrainConfig, train
+    from fastgen.training import TrainConfig, initialize, recipes, train
 
-    fields = {field: getattr(options, name) for name, (field, _) in TRAINING_OPTIONS.items()}
+    given = {field: getattr(options, name) for name, (field, _) in TRAINING_OPTIONS.items()}
+    fields = recipes.OPTIONS.get(options.model, {}) | {key: value for key, value in given.items() if value is not None}
     steps = DEFAULT_STEPS if options.steps is None and options.minutes is None else options.steps
     seconds = None if options.minutes is None else 60 * options.minutes
     config = TrainConfig(max_steps=steps, max_seconds=seconds, **fields)
@@ -91,8 +96,10 @@ def run(options: argparse.Namespace) -> int:
     )
     kind = models.get(options.model)
     arguments = _model_arguments(options, kind, train_data)
-    torch.manual_seed(options.seed)
+    torch.manual_seed(config.seed)
     model = kind(**arguments)
+    if not options.resume:
+        initialize(model, train_data, config)
     out = options.out or Path("runs") / f"{options.model}-{Path(options.data).stem}"
     out.mkdir(parents=True, exist_ok=True)
     print(f"{options.model} with {sum(p.numel() for p in model.parameters()):,} parameters on {train_data}")

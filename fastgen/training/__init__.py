@@ -5,6 +5,7 @@
     from fastgen import training
 
     config = training.TrainConfig(max_steps=2000)      # or max_seconds=60.0, or both
+    training.initialize(model, train_data, config)     # a new PixelCNNpp wants to see a batch first; others do not mind
     result = training.train(
         model, train_data, val_data, config, out="runs/a", resume=False, progress=True,
         sample_grid=lambda model, path: ...,           # writes a picture; called every config.sample_every steps
@@ -24,6 +25,6 @@ from __future__ import annotations
 
 from fastgen.training import recipes
 from fastgen.training.config import TrainConfig
-from fastgen.training.trainer import TrainResult, train
+from fastgen.training.trainer import TrainResult, initialize, train
 
-__all__ = ["TrainConfig", "TrainResult", "recipes", "train"]
+__all__ = ["TrainConfig", "TrainResult", "initialize", "recipes", "train"]

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 
 from fastgen import data, models
 from fastgen.training.config import TrainConfig
 from fastgen.training.trainer import SampleGrid, TrainResult, train
+
+# What a model is trained with where `TrainConfig` has other defaults.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "pixelcnnpp": {"batch_size": 16, "ema_decay": 0.9995},  # Salimans et al. 2017, appendix and published code
+}
 
 
 def demo_digits(

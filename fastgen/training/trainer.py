@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -111,6 +111,15 @@ def train(
     return TrainResult(model, state.best_bits, best_step, state.step, state.seconds, run.checkpoint)
 
 
+def initialize(model: torch.nn.Module, data: Data, config: TrainConfig) -> None:
+    """Data-dependent initialisation on the batch of the first step, for a new model of a kind that has one
+    (`PixelCNNpp.initialize`); other models are left as they are.
+    """
+    if hasattr(model, "initialize"):
+        _check_data(model, data, "data")
+        cast(Any, model).initialize(*_batch(model, data, 0, config))
+
+
 class _Run:
     """One call of `train`: the state, and where the loop reads from and writes to."""
 
@@ -139,10 +148,8 @@ class _Run:
 
     def step(self) -> tuple[float, float]:
         """Takes the next step; returns the batch's bits/dim and the norm of the gradient."""
-        step, data, device = self.state.step, self.train_data, next(self.state.model.parameters()).device
-        batch = batch_indices(step, len(data.images), self.config.batch_size, self.config.seed)
-        images, labels = data.images[batch].to(device), _labels(self.state.model, data)
-        labels = None if labels is None else labels[batch].to(device)
+        step = self.state.step
+        images, labels = _batch(self.state.model, self.train_data, step, self.config)
         torch.manual_seed(_subseed(self.config.seed, "step", step))
         try:
             return self.state.update(images, labels)
@@ -189,6 +196,14 @@ class _Run:
         if self.checkpoint and self.state.step > self.saved_step:
             self.state.save(self.checkpoint, len(self.train_data.images))
             self.saved_step, self.saved_at = self.state.step, time.monotonic()
+
+
+def _batch(model: torch.nn.Module, data: Data, step: int, config: TrainConfig) -> tuple[Tensor, Tensor | None]:
+    """Images and labels of a step, on the model's device."""
+    device = next(model.parameters()).device
+    batch = batch_indices(step, len(data.images), config.batch_size, config.seed)
+    labels = _labels(model, data)
+    return data.images[batch].to(device), None if labels is None else labels[batch].to(device)
 
 
 def batch_indices(step: int, count: int, batch_size: int, seed: int) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from fastgen.training import TrainConfig
@@ -63,3 +65,9 @@ def test_moving_average_follows_fast_at_first():
     assert decays[0] == 0.1
     assert decays == sorted(decays)
     assert decays[-1] == 0.99
+
+
+def test_the_average_forgets_the_first_weights_within_a_few_steps():
+    """Whatever the decay, so that a short run is not held back by the weights it began with."""
+    config = TrainConfig(max_steps=1, ema_decay=0.9999)
+    assert math.prod(config.ema_decay_at(step) for step in range(20)) < 1e-6

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from fastgen import data
+from fastgen import data, models
 from fastgen.metrics import bits_per_dim
-from fastgen.training import recipes
+from fastgen.training import TrainConfig, recipes
 
 
 def test_demo_digits(tmp_path):
@@ -21,3 +21,9 @@ def test_demo_digits(tmp_path):
     held_out = data.load("digits", split="val")
     assert bits_per_dim(result.model, held_out.images, held_out.labels) < 4.0  # below log2(17), the uniform model
     assert result.bits_per_dim < 4.0
+
+
+def test_options_of_models_are_those_of_training():
+    assert set(recipes.OPTIONS) <= set(models.names())
+    configs = {name: TrainConfig(max_steps=1, **options) for name, options in recipes.OPTIONS.items()}
+    assert configs["pixelcnnpp"].ema_decay == 0.9995

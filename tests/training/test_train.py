@@ -17,7 +17,7 @@ import torch
 
 from fastgen import checkpoint, training
 from fastgen.metrics import bits_per_dim
-from fastgen.models import GatedPixelCNN, PixelCNN
+from fastgen.models import GatedPixelCNN, PixelCNN, PixelCNNpp
 from fastgen.training import TrainConfig
 from fastgen.training.trainer import batch_indices
 
@@ -219,6 +219,38 @@ def test_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path, uninterrupted, i
     result = run(tmp_path, resume=True)
     assert result.steps == STEPS
     assert_same_run(tmp_path, uninterrupted)
+
+
+def pixelcnnpp():
+    torch.manual_seed(0)
+    return PixelCNNpp(image_shape=(1, 4, 3), levels=4, num_filters=2, num_blocks=1, num_mixtures=2, num_classes=2)
+
+
+def test_a_run_with_dropout_resumes_bitwise(tmp_path):
+    for name in ("whole", "parts"):
+        model = pixelcnnpp()
+        training.initialize(model, dataset(), config())
+        if name == "parts":
+            with pytest.raises(KeyboardInterrupt):
+                run(tmp_path / name, model, sample_grid=interrupt, sample_every=4)
+            model = pixelcnnpp()  # nobody initialises it again
+        run(tmp_path / name, model, resume=name == "parts")
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_initialisation_is_on_the_batch_of_the_first_step():
+    model, expected = pixelcnnpp(), pixelcnnpp()
+    data, batch = dataset(), batch_indices(0, 22, config().batch_size, config().seed)
+    training.initialize(model, data, config())
+    expected.initialize(data.images[batch], data.labels[batch])
+    assert all(map(torch.equal, model.parameters(), expected.parameters()))
+    assert not all(map(torch.equal, model.parameters(), pixelcnnpp().parameters()))
+
+
+def test_models_without_a_data_dependent_initialisation_are_left_alone():
+    model = build()
+    training.initialize(model, dataset(), config())
+    assert all(map(torch.equal, model.parameters(), build().parameters()))
 
 
 def test_interrupted_again_and_again(tmp_path, uninterrupted):
