@@ -20,7 +20,7 @@ EXAMPLES = """examples:
   fastgen train gated_pixelcnn --data digits --num-filters 32 --num-blocks 6 --kernel-size 3 --minutes 1
   fastgen train pixelcnn --data patches --levels 32 --steps 20000 --out runs/patches
   fastgen train pixelcnn --data patches --levels 32 --steps 40000 --out runs/patches --resume
-  fastgen train pixelcnnpp --data digits --num-filters 32 --num-blocks 1 --num-mixtures 5 --lr 3e-3 --minutes 3
+  fastgen train pixelcnnpp --data digits --num-filters 32 --num-blocks 1 --dropout 0.2 --lr 3e-3 --minutes 3
   fastgen train pixelcnnpp --data patches --num-filters 32 --num-blocks 2 --steps 20000
 """
 DEFAULT_STEPS = 10_000
