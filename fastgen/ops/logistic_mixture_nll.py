@@ -17,7 +17,6 @@ from torch.autograd.function import once_differentiable
 from fastgen import backends
 
 MIN_LOG_SCALE = -7.0  # smaller ones count as this
-_KINDS = {1: 2, 3: 3}  # image channels -> kinds of parameters that each has: means, log scales, coefficients
 _MIN_THREAD_PIXELS = 256  # below, waking a thread costs more than it saves
 
 
@@ -85,12 +84,21 @@ def split_params(params: Tensor, channels: int) -> tuple[Tensor, Tensor, Tensor,
     Of three channels, coefficient 0 is that of red in green, 1 and 2 are those of red and green in blue; of one
     channel, the coefficients are empty.
     """
-    kinds = _KINDS[channels]
-    components = params.shape[1] // (1 + channels * kinds)
+    components, kinds = params.shape[1] // _multiple(channels), _kinds(channels)
     logits, rest = params[:, :components], params[:, components:]
     means, log_scales, *coefficients = rest.unflatten(1, (channels, kinds, components)).unbind(2)
     acting = torch.tanh(coefficients[0]) if coefficients else means[:, :0]
     return logits, means, log_scales.clamp(min=MIN_LOG_SCALE), acting
+
+
+def _kinds(channels: int) -> int:
+    """Kinds of parameters that a channel has: means, log scales, and of three channels coefficients."""
+    return 3 if channels == 3 else 2
+
+
+def _multiple(channels: int) -> int:
+    """Parameters of a component."""
+    return 1 + channels * _kinds(channels)
 
 
 def _log_one_minus_exp(log_scales: Tensor, bin_width: float) -> Tensor:
@@ -126,10 +134,10 @@ def _check(params: Tensor, images: Tensor, levels: int) -> None:
         raise TypeError(f"params must be of a floating dtype, got {params.dtype}")
     if images.dtype != torch.uint8:
         raise TypeError(f"images must be of dtype torch.uint8, got {images.dtype}")
-    if images.dim() != 4 or images.shape[1] not in _KINDS:
+    if images.dim() != 4 or (images.shape[1] != 1 and images.shape[1] != 3):
         raise ValueError(f"images must be [N, C, H, W] with C 1 or 3, got {list(images.shape)}")
-    multiple = 1 + images.shape[1] * _KINDS[images.shape[1]]
-    batch, _, height, width = images.shape
+    batch, channels, height, width = images.shape
+    multiple = _multiple(channels)
     count = params.shape[1] if params.dim() == 4 else 0
     if count == 0 or count % multiple or params.shape != (batch, count, height, width):
         raise ValueError(
@@ -157,15 +165,17 @@ def _check_levels(images: Tensor, levels: int) -> None:
 
 
 def _grad_reference(grad: Tensor, params: Tensor, images: Tensor, levels: int) -> Tensor:
-    _, gradient = torch.func.vjp(lambda p: logistic_mixture_nll_reference(p, images, levels), params)
-    return torch.empty_like(params).copy_(gradient(grad)[0])
+    with torch.enable_grad():
+        leaf = params.detach().requires_grad_()
+        (result,) = torch.autograd.grad(logistic_mixture_nll_reference(leaf, images, levels), leaf, grad)
+    return torch.empty_like(params).copy_(result)
 
 
 def _run(function: str, params: Tensor, images: Tensor, levels: int, *args: Any) -> None:
     """Calls a function of csrc/cpu/logistic_mixture_nll.h."""
     native = backends.native_cpu()
     batch, channels, height, width = images.shape
-    components = params.shape[1] // (1 + channels * _KINDS[channels])
+    components = params.shape[1] // _multiple(channels)
     threads = max(1, min(torch.get_num_threads(), batch * height * width // _MIN_THREAD_PIXELS))
     job = native.LogisticMixtureNll(batch, height, width, channels, components, levels, threads)
     dtype = str(params.dtype).removeprefix("torch.")
