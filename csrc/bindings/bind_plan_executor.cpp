@@ -6,6 +6,7 @@
 #include <deque>
 #include <future>
 #include <limits>
+#include <map>
 #include <stdexcept>
 #include <string>
 #include <system_error>
@@ -37,68 +38,84 @@ std::vector<T> rows_of(const char* name, uintptr_t data, int64_t count, int64_t 
     return std::vector<T>(first, first + count);
 }
 
-std::vector<float> floats_of(uintptr_t data, int64_t count) {
-    const float* first = reinterpret_cast<const float*>(data);
-    return std::vector<float>(first, first + count);
-}
-
 using Table = std::tuple<uintptr_t, int64_t, int64_t>;  // pointer, rows, columns
 using Floats = std::pair<uintptr_t, int64_t>;           // pointer, count
 
+std::vector<float> floats_of(const Floats& floats) {
+    const float* first = reinterpret_cast<const float*>(floats.first);
+    return std::vector<float>(first, first + floats.second);
+}
+
+PlanHead head_of(const std::string& name) {
+    if (name == "categorical") return PlanHead::categorical;
+    if (name == "bernoulli") return PlanHead::bernoulli;
+    if (name == "logisticmixture") return PlanHead::logistic_mixture;
+    throw std::invalid_argument("head must be categorical, bernoulli or logisticmixture, got '" + name + "'");
+}
+
 class PlanExecutor {
 public:
-    PlanExecutor(const std::string& head, Table planes, Table steps, Table taps, Table instrs, Table draws,
-                 Floats biases, Floats constants, Floats encoding, uintptr_t weights, int64_t row_steps, int64_t height,
-                 int64_t width, int64_t image, int64_t first_row, int64_t first_column, int64_t end_column,
-                 int64_t workspace, int64_t buffers)
-        : planes_(make<PlanPlane>("planes", planes)),
-          steps_(make<PlanStep>("steps", steps)),
-          taps_(make<PlanTap>("taps", taps)),
-          instrs_(make<PlanInstr>("instrs", instrs)),
-          draws_(make<PlanDraw>("draws", draws)),
-          biases_(floats_of(biases.first, biases.second)),
-          constants_(floats_of(constants.first, constants.second)),
-          encoding_(floats_of(encoding.first, encoding.second)) {
-        if (head != "categorical" && head != "bernoulli") {
-            throw std::invalid_argument("head must be categorical or bernoulli, got '" + head + "'");
-        }
+    PlanExecutor(const std::string& head, const std::map<std::string, Table>& tables,
+                 const std::map<std::string, Floats>& floats, const std::map<std::string, int64_t>& sizes,
+                 uintptr_t weights)
+        : planes_(make<PlanPlane>(tables, "planes")),
+          addresses_(make<PlanAddress>(tables, "addresses")),
+          steps_(make<PlanStep>(tables, "steps")),
+          taps_(make<PlanTap>(tables, "taps")),
+          instrs_(make<PlanInstr>(tables, "instrs")),
+          stores_(make<PlanStore>(tables, "stores")),
+          sources_(make<int64_t>(tables, "sources")),
+          draws_(make<PlanDraw>(tables, "draws")),
+          encodings_(make<PlanEncoding>(tables, "encodings")),
+          biases_(floats_of(floats.at("biases"))),
+          constants_(floats_of(floats.at("constants"))),
+          encoding_tables_(floats_of(floats.at("tables"))),
+          levels_(floats_of(floats.at("levels"))) {
         tables_.planes = planes_.data();
+        tables_.addresses = addresses_.data();
         tables_.steps = steps_.data();
         tables_.taps = taps_.data();
         tables_.instrs = instrs_.data();
+        tables_.stores = stores_.data();
+        tables_.sources = sources_.data();
         tables_.draws = draws_.data();
-        tables_.weights = reinterpret_cast<const float*>(weights);
+        tables_.encodings = encodings_.data();
+        tables_.weights = reinterpret_cast<const void*>(weights);
         tables_.biases = biases_.data();
         tables_.constants = constants_.data();
-        tables_.encoding = encoding_.data();
+        tables_.tables = encoding_tables_.data();
+        tables_.levels = levels_.data();
         tables_.num_planes = static_cast<int64_t>(planes_.size());
+        tables_.num_addresses = static_cast<int64_t>(addresses_.size());
         tables_.num_steps = static_cast<int64_t>(steps_.size());
-        tables_.row_steps = row_steps;
-        tables_.colours = static_cast<int64_t>(draws_.size());
-        tables_.height = height;
-        tables_.width = width;
-        tables_.image = image;
-        tables_.levels = encoding.second;
-        tables_.first_row = first_row;
-        tables_.first_column = first_column;
-        tables_.end_column = end_column;
-        tables_.workspace = workspace;
-        tables_.buffers = buffers;
+        tables_.num_draws = static_cast<int64_t>(draws_.size());
+        tables_.num_encodings = static_cast<int64_t>(encodings_.size());
+        tables_.num_levels = static_cast<int64_t>(levels_.size());
+        tables_.row_steps = sizes.at("row_steps");
+        tables_.colours = sizes.at("colours");
+        tables_.height = sizes.at("height");
+        tables_.width = sizes.at("width");
+        tables_.components = sizes.at("components");
+        tables_.first_column = sizes.at("first_column");
+        tables_.end_column = sizes.at("end_column");
+        tables_.workspace = sizes.at("workspace");
+        tables_.buffers = sizes.at("buffers");
+        tables_.bfloat16 = sizes.at("bfloat16") != 0;
         for (const PlanStep& step : steps_) {
             tables_.max_taps = std::max(tables_.max_taps, step.num_taps);
             tables_.max_instrs = std::max(tables_.max_instrs, step.num_instrs);
             tables_.max_groups = std::max(tables_.max_groups, step.groups);
         }
-        tables_.head = head == "categorical" ? PlanHead::categorical : PlanHead::bernoulli;
+        tables_.head = head_of(head);
     }
 
-    int64_t scratch() const { return plan_scratch(tables_); }
+    int64_t scratch() const { return plan_scratch(tables_).total(); }
 
     // Draws rows [row_begin, row_end) of a batch; whether all teams stayed together to the end.  groups: (first sample,
-    // count, workspace) of each group; team: threads per group; scratch: scratch() floats for each thread.
+    // count, workspace) of each group; team: threads per group; scratch: scratch() bytes for each thread.
     bool run(const std::vector<std::tuple<int64_t, int64_t, uintptr_t>>& groups, int team, uintptr_t scratch,
              uint64_t seed, uint64_t start, double temperature, uintptr_t levels, uintptr_t known, uintptr_t mask,
-             int64_t row_begin, int64_t row_end) const {
+             uintptr_t params, int64_t num_params, int64_t row_begin, int64_t row_end) const {
         if (team < 1) throw std::invalid_argument("team must be at least 1, got " + std::to_string(team));
         const int64_t pixels = tables_.height * tables_.width, elements = pixels * tables_.colours;
         const PlanWorker worker = kWorkers[active_isa()];
@@ -112,17 +129,18 @@ public:
             batch.seed = seed;
             batch.start = start + static_cast<uint64_t>(first);
             // Finite, so that times the zero of the likeliest level it is zero.
-            batch.inverse_temperature =
-                static_cast<float>(std::min(1.0 / temperature, double{std::numeric_limits<float>::max()}));
+            batch.inverse_temperature = std::min(1.0 / temperature, double{std::numeric_limits<float>::max()});
             batch.workspace = reinterpret_cast<float*>(workspace);
-            batch.levels = reinterpret_cast<uint8_t*>(levels) + first * elements;
-            if (known) batch.known = reinterpret_cast<const uint8_t*>(known) + first * elements;
+            batch.levels = reinterpret_cast<int32_t*>(levels) + first * elements;
+            if (known) batch.known = reinterpret_cast<const int32_t*>(known) + first * elements;
+            batch.num_params = num_params;
+            if (params) batch.params = reinterpret_cast<float*>(params) + first * num_params * pixels;
             if (mask) batch.mask = reinterpret_cast<const uint8_t*>(mask) + first * pixels;
             batches.push_back(batch);
             teams.emplace_back(team, arrivals.data() + teams.size() * team);
         }
         const auto work = [&](size_t thread) {
-            float* own = reinterpret_cast<float*>(scratch) + static_cast<int64_t>(thread) * plan_scratch(tables_);
+            char* own = reinterpret_cast<char*>(scratch) + static_cast<int64_t>(thread) * this->scratch();
             const size_t group = thread / team;
             worker(tables_, batches[group], teams[group], static_cast<int>(thread % team), own, row_begin, row_end);
         };
@@ -158,16 +176,21 @@ public:
 
 private:
     template <class T>
-    static std::vector<T> make(const char* name, const Table& table) {
+    static std::vector<T> make(const std::map<std::string, Table>& tables, const char* name) {
+        const Table& table = tables.at(name);
         return rows_of<T>(name, std::get<0>(table), std::get<1>(table), std::get<2>(table));
     }
 
     std::vector<PlanPlane> planes_;
+    std::vector<PlanAddress> addresses_;
     std::vector<PlanStep> steps_;
     std::vector<PlanTap> taps_;
     std::vector<PlanInstr> instrs_;
+    std::vector<PlanStore> stores_;
+    std::vector<int64_t> sources_;
     std::vector<PlanDraw> draws_;
-    std::vector<float> biases_, constants_, encoding_;
+    std::vector<PlanEncoding> encodings_;
+    std::vector<float> biases_, constants_, encoding_tables_, levels_;
     PlanTables tables_{};
 };
 
@@ -176,16 +199,13 @@ private:
 void bind_plan_executor(py::module_& module) {
     py::class_<PlanExecutor>(module, "PlanExecutor",
                              "Runs a sampling plan; see csrc/cpu/plan_executor.h for the tables.")
-        .def(py::init<const std::string&, Table, Table, Table, Table, Table, Floats, Floats, Floats, uintptr_t, int64_t,
-                      int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t>(),
-             py::kw_only(), py::arg("head"), py::arg("planes"), py::arg("steps"), py::arg("taps"), py::arg("instrs"),
-             py::arg("draws"), py::arg("biases"), py::arg("constants"), py::arg("encoding"), py::arg("weights"),
-             py::arg("row_steps"), py::arg("height"), py::arg("width"), py::arg("image"), py::arg("first_row"),
-             py::arg("first_column"), py::arg("end_column"), py::arg("workspace"), py::arg("buffers"))
-        .def("scratch", &PlanExecutor::scratch, "Floats of scratch memory for each thread.")
+        .def(py::init<const std::string&, const std::map<std::string, Table>&, const std::map<std::string, Floats>&,
+                      const std::map<std::string, int64_t>&, uintptr_t>(),
+             py::kw_only(), py::arg("head"), py::arg("tables"), py::arg("floats"), py::arg("sizes"), py::arg("weights"))
+        .def("scratch", &PlanExecutor::scratch, "Bytes of scratch memory for each thread.")
         .def("run", &PlanExecutor::run, py::kw_only(), py::arg("groups"), py::arg("team"), py::arg("scratch"),
              py::arg("seed"), py::arg("start"), py::arg("temperature"), py::arg("levels"), py::arg("known"),
-             py::arg("mask"), py::arg("row_begin"), py::arg("row_end"), py::call_guard<py::gil_scoped_release>());
+             py::arg("mask"), py::arg("params"), py::arg("num_params"), py::arg("row_begin"), py::arg("row_end"), py::call_guard<py::gil_scoped_release>());
 }
 
 }  // namespace fastgen

@@ -4,6 +4,7 @@
 // element does not change its bits.
 #include "plan_executor.h"
 
+#include "../common/logistic_mixture.h"
 #include "../common/philox.h"
 #include "tap_gemm.h"
 #include "vec_math.h"
@@ -21,12 +22,22 @@ FASTGEN_INLINE int64_t mod(int64_t a, int64_t n) {
 
 FASTGEN_INLINE int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+FASTGEN_INLINE int64_t div_down(int64_t a, int64_t n) { return n == 1 ? a : (a - mod(a, n)) / n; }
+
 // An operand of the elementwise program: rows x panels of 16 floats.
 struct Value {
     const float* p;
     int64_t row_stride, panel_stride;
 };
-static_assert(sizeof(Value) <= kAddressFloats * sizeof(float) && sizeof(Tap<float>) <= kAddressFloats * sizeof(float));
+
+static_assert(sizeof(Value) <= kScratchRecord && sizeof(Tap<float>) <= kScratchRecord);
+
+// Positions that make up the rows of one product: columns first, first + cycle, ... of a row, for one sample or (uniform)
+// for all, or one pixel for all samples.
+struct Run {
+    int64_t column, sample, rows;
+    bool pixel;
+};
 
 FASTGEN_INLINE Vec<float> each_lane(Vec<float> x, float (*f)(float)) {
     for (int i = 0; i < kLanes<float>; ++i) x[i] = f(x[i]);
@@ -35,12 +46,33 @@ FASTGEN_INLINE Vec<float> each_lane(Vec<float> x, float (*f)(float)) {
 float log_of(float x) { return __builtin_logf(x); }
 float sqrt_of(float x) { return __builtin_sqrtf(x); }
 
-// e^x - 1 = 2 t / (1 - t), t = tanh(x / 2): accurate near zero, where exp(x) - 1 cancels.
+// e^x - 1 as 2^n (e^r - 1) + (2^n - 1), with the reduction and the polynomial of exp; the second part is exact, and zero
+// near x = 0.
 FASTGEN_INLINE Vec<float> expm1(Vec<float> x) {
-    const Vec<float> one = broadcast(1.0f);
-    const Vec<float> t = tanh(x * broadcast(0.5f));
-    return where(x > one, exp(x) - one, (t + t) / (one - t));
+    x = min(broadcast(89.0f), max(broadcast(-105.0f), x));
+    const Vec<float> magic = broadcast(12582912.0f);
+    const Vec<float> shifted = fma(x, broadcast(1.44269504f), magic);
+    const Vec<float> n = shifted - magic;
+    Vec<float> r = fma(n, broadcast(-0.693145752f), x);
+    r = fma(n, broadcast(-1.42860677e-6f), r);
+
+    Vec<float> p = broadcast(0.00138145406f);
+    p = fma(p, r, broadcast(0.00836874545f));
+    p = fma(p, r, broadcast(0.0416683890f));
+    p = fma(p, r, broadcast(0.166665211f));
+    p = fma(p, r, broadcast(0.49999994f));
+    p = fma(p * r, r, r);
+
+    const Vec<int32_t> exponent = (Vec<int32_t>)shifted - (Vec<int32_t>)magic;
+    const Vec<int32_t> half = exponent >> 1;
+    const Vec<float> scale = (Vec<float>)((half + 127) << 23);
+    const Vec<float> rest = (Vec<float>)((exponent - half + 127) << 23);
+    return fma(p * scale, rest, fma(scale, rest, broadcast(-1.0f)));
 }
+
+FASTGEN_INLINE Vec<float> expm1_of_minus_abs(Vec<float> x) { return expm1(-abs(x)); }
+
+FASTGEN_INLINE Vec<float> positive_or(Vec<float> x, Vec<float> other) { return where(x > Vec<float>{}, x, other); }
 
 template <class F>
 FASTGEN_INLINE void map(float* dst, int64_t dst_row_stride, int64_t rows, int64_t panels, Value a, F f) {
@@ -77,6 +109,10 @@ void apply(PlanOp op, float* dst, int64_t stride, int64_t rows, int64_t panels, 
             return map(dst, stride, rows, panels, a, [](V x) { return abs(x); });
         case PlanOp::relu:
             return map(dst, stride, rows, panels, a, [](V x) { return max(V{}, x); });
+        case PlanOp::elu:
+            return map(dst, stride, rows, panels, a, [](V x) { return positive_or(x, expm1_of_minus_abs(x)); });
+        case PlanOp::expm1_of_minus_abs:
+            return map(dst, stride, rows, panels, a, [](V x) { return expm1_of_minus_abs(x); });
         case PlanOp::exp:
             return map(dst, stride, rows, panels, a, [](V x) { return exp(x); });
         case PlanOp::expm1:
@@ -101,6 +137,8 @@ void apply(PlanOp op, float* dst, int64_t stride, int64_t rows, int64_t panels, 
             return map(dst, stride, rows, panels, a, b, [](V x, V y) { return max(x, y); });
         case PlanOp::min:
             return map(dst, stride, rows, panels, a, b, [](V x, V y) { return min(x, y); });
+        case PlanOp::positive_or:
+            return map(dst, stride, rows, panels, a, b, [](V x, V y) { return positive_or(x, y); });
         case PlanOp::acc:
         case PlanOp::load:
         case PlanOp::constant:
@@ -110,25 +148,32 @@ void apply(PlanOp op, float* dst, int64_t stride, int64_t rows, int64_t panels, 
 
 class Worker {
 public:
-    Worker(const PlanTables& plan, const PlanBatch& batch, PlanTeam& team, int member, float* scratch)
-        : plan_(plan),
-          batch_(batch),
-          team_(team),
-          members_(team.size()),
-          member_(member),
-          product_(scratch),
-          buffers_(scratch + plan_product_floats(plan)) {
-        float* rest = buffers_ + plan.buffers * kTileFloats;
-        taps_ = reinterpret_cast<Tap<float>*>(rest);
-        tile_taps_ = taps_ + plan.max_taps;
-        values_ = reinterpret_cast<Value*>(tile_taps_ + plan.max_taps);
+    Worker(const PlanTables& plan, const PlanBatch& batch, PlanTeam& team, int member, char* scratch)
+        : plan_(plan), batch_(batch), team_(team), members_(team.size()), member_(member) {
+        const PlanScratch sizes = plan_scratch(plan);
+        char* next = scratch;
+        const auto take = [&next](int64_t bytes) {
+            char* p = next;
+            next += bytes;
+            return p;
+        };
+        product_ = reinterpret_cast<float*>(take(sizes.product));
+        buffers_ = reinterpret_cast<float*>(take(sizes.buffers));
+        rows_ = reinterpret_cast<float**>(take(sizes.rows));
+        taps_ = take(sizes.taps);
+        values_ = reinterpret_cast<Value*>(take(sizes.values));
+        active_ = reinterpret_cast<int64_t*>(take(sizes.active));
+        ran_ = reinterpret_cast<int64_t*>(take(sizes.ran));
+        probabilities_ = reinterpret_cast<float*>(take(sizes.probabilities));
+        for (int64_t s = 0; s < plan.num_steps; ++s) ran_[s] = -1;
     }
 
     void run(int64_t row_begin, int64_t row_end) {
         for (y_ = row_begin; y_ < row_end; ++y_) {
-            clear_rows_below();
-            run_steps(0, plan_.row_steps, 0);
+            locate_rows(0, plan_.row_steps);
+            for (int64_t i = 0; i < num_active_; ++i) run_row_step(active_[i]);
             wait();
+            locate_rows(plan_.row_steps, plan_.num_steps);
             for (int64_t x = plan_.first_column; x < plan_.end_column; ++x) {
                 run_pixel(x);
                 if (members_ > 1 && team_.disbanded()) {
@@ -142,139 +187,219 @@ public:
 private:
     void wait() {
         if (members_ > 1) team_.wait(member_);
+        ++epoch_;
     }
 
-    // Rows under the bottom of a plane are zero; only planes that are computed ahead of the image get there.
-    void clear_rows_below() {
-        bool any = false;
-        for (int64_t s = 0; s < plan_.num_steps; ++s) {
+    // The steps among [begin, end) that have work in image row y_, and where their rows are.
+    void locate_rows(int64_t begin, int64_t end) {
+        num_active_ = 0;
+        for (int64_t s = begin; s < end; ++s) {
             const PlanStep& step = plan_.steps[s];
-            const PlanPlane& plane = plan_.planes[step.out];
-            const int64_t row = y_ - step.lag_y;
-            if (row < plane.height) continue;
-            any = true;
-            if (member_ != 0) continue;
-            float* p = at(step.out, row, 0) + step.out_channel;
-            for (int64_t i = 0; i < plane.width * batch_.count; ++i, p += plane.pitch) {
-                for (int64_t c = 0; c < step.width; ++c) p[c] = 0;
+            const int64_t row = frame_position(y_ - step.lag_y, step.stride_y, step.height, step.period_y, step.phase_y);
+            if (row < 0) continue;
+            active_[num_active_++] = s;
+            for (int64_t i = step.first_address; i < step.first_address + step.num_addresses; ++i) {
+                const PlanAddress& address = plan_.addresses[i];
+                const PlanPlane& plane = plan_.planes[address.plane];
+                const int64_t source = plane.broadcast ? 0 : div_down(row * address.num_y + address.dy, address.den_y);
+                const bool inside = plane.broadcast || (source >= 0 && source < plane.height);
+                rows_[i] = inside ? at(address.plane, source, 0) + address.channel : nullptr;
             }
         }
-        if (any) wait();
+    }
+
+    // The position of a frame at a pixel of the image, -1 if there is none.
+    static int64_t frame_position(int64_t pixel, int64_t stride, int64_t size, int64_t period, int64_t phase) {
+        if (pixel < 0) return -1;
+        int64_t position = pixel;
+        if (stride > 1) {
+            if (pixel % stride != 0) return -1;
+            position = pixel / stride;
+        }
+        if (position >= size || (period > 1 && position % period != phase)) return -1;
+        return position;
     }
 
     void run_pixel(int64_t x) {
-        int64_t s = plan_.row_steps;
-        for (int64_t colour = 0; colour < plan_.colours; ++colour) {
-            const int64_t begin = s;
-            while (s < plan_.num_steps && plan_.steps[s].rank == colour) ++s;
-            run_steps(begin, s, x);
+        int64_t i = 0;
+        for (int64_t d = 0; d < plan_.num_draws; ++d) {
+            for (; i < num_active_ && plan_.steps[active_[i]].rank == d; ++i) {
+                const PlanStep& step = plan_.steps[active_[i]];
+                const int64_t column =
+                    frame_position(x - step.lag_x, step.stride_x, step.width, step.period_x, step.phase_x);
+                if (column < 0) continue;
+                begin_step(active_[i]);
+                run_tiles(step, 1, [&](int64_t) { return Run{column, 0, batch_.count, true}; }, batch_.count);
+            }
             wait();
             if (y_ < 0 || x < 0 || x >= plan_.width) continue;
-            draw(colour, x);
+            draw(plan_.draws[d], x);
             if (members_ > 1 && member_ == 0) team_.decide();
             wait();
         }
     }
 
-    void run_steps(int64_t begin, int64_t end, int64_t x) {
-        for (int64_t s = begin; s < end; ++s) {
-            const PlanStep& step = plan_.steps[s];
-            if (step.barrier) wait();
-            const PlanPlane& out = plan_.planes[step.out];
-            const int64_t row = y_ - step.lag_y, column = step.row_stage ? 0 : x - step.lag_x;
-            if (row < 0 || row >= out.height || column < 0 || column >= out.width) continue;
-            run_step(step, row, column, step.row_stage ? out.width * batch_.count : batch_.count);
+    void run_row_step(int64_t s) {
+        const PlanStep& step = plan_.steps[s];
+        begin_step(s);
+        if (step.uniform) {
+            const int64_t rows = step.width * batch_.count;
+            return run_tiles(step, 1, [&](int64_t) { return Run{0, 0, rows, false}; }, rows);
         }
+        // For each sample, the columns of each residue modulo the cycle that belong to the phase.
+        const int64_t residues = step.cycle / step.period_x;
+        const auto run_of = [&](int64_t i) {
+            const int64_t column = step.phase_x + i % residues * step.period_x;
+            return Run{column, i / residues, div_up(step.width - column, step.cycle), false};
+        };
+        run_tiles(step, residues * batch_.count, run_of, div_up(step.width - step.phase_x, step.cycle));
     }
 
-    // Splits rows x channels into tiles and does the tiles of this member. Channels are split between members before
-    // rows, so that a thread always multiplies by the same part of the weights, which then stays in its cache.
-    void run_step(const PlanStep& step, int64_t row, int64_t column, int64_t rows) {
-        const int64_t panels = div_up(step.width, kPanelColumns);
-        const float* weight = plan_.weights + step.weight;
-        for (int64_t t = 0; t < step.num_taps; ++t) {
-            const PlanTap& tap = plan_.taps[step.first_tap + t];
-            taps_[t] = {at(tap.read, row, column), plan_.planes[tap.read.plane].pitch, 1, tap.count, weight};
-            weight += tap.count * kPanelColumns;
+    // Waits for the other members if the step reads what a step since the last barrier wrote.
+    void begin_step(int64_t s) {
+        const PlanStep& step = plan_.steps[s];
+        for (int64_t i = step.first_source; i < step.first_source + step.num_sources; ++i) {
+            if (ran_[plan_.sources[i]] == epoch_) {
+                wait();
+                break;
+            }
         }
+        ran_[s] = epoch_;
+    }
+
+    // Splits runs x rows x channels into tiles and does the tiles of this member. Channels are split between members
+    // before rows, so that a thread always multiplies by the same part of the weights, which then stays in its cache.
+    template <class RunOf>
+    void run_tiles(const PlanStep& step, int64_t runs, RunOf run_of, int64_t most_rows) {
+        if (most_rows <= 0) return;
+        const int64_t panels = div_up(step.channels, kPanelColumns);
         const int64_t groups = step.groups > 0 ? step.groups : 1;
-        const int64_t widest = kTileColumns / (groups * kPanelColumns);
-        int64_t column_tiles = div_up(panels, widest > 0 ? widest : 1);
-        if (!step.row_stage && column_tiles < members_) column_tiles = panels < members_ ? panels : members_;
-        const int64_t row_tiles = div_up(rows, kTileRows);
-        const int64_t tiles = column_tiles * row_tiles;
+        const int64_t fitting = kTileColumns / (groups * kPanelColumns);
+        const int64_t widest = fitting > 0 ? fitting : 1;
+        const int64_t shares = panels < members_ ? panels : members_;  // as many column tiles for each member
+        const int64_t column_tiles = shares * div_up(div_up(panels, shares), widest);
+        const int64_t row_tiles = div_up(most_rows, kTileRows);
+        const int64_t tiles = column_tiles * runs * row_tiles;
+        int64_t loaded = -1;
+        Run run{};
         for (int64_t i = tiles * member_ / members_, end = tiles * (member_ + 1) / members_; i < end; ++i) {
-            // Row steps walk the rows last: a thread owns whole rows. Pixel steps walk them first: a thread owns
-            // columns.
-            const int64_t ct = step.row_stage ? i % column_tiles : i / row_tiles;
-            const int64_t rt = step.row_stage ? i / column_tiles : i % row_tiles;
-            const int64_t first_row = rows * rt / row_tiles, end_row = rows * (rt + 1) / row_tiles;
+            const int64_t ct = i / (runs * row_tiles), r = i / row_tiles % runs, rt = i % row_tiles;
+            if (r != loaded) run = run_of(loaded = r);
+            const int64_t first_row = most_rows * rt / row_tiles;
+            int64_t end_row = most_rows * (rt + 1) / row_tiles;
+            if (end_row > run.rows) end_row = run.rows;
+            if (first_row >= end_row) continue;
             const int64_t first_panel = panels * ct / column_tiles, end_panel = panels * (ct + 1) / column_tiles;
-            tile(step, row, column, first_row, end_row - first_row, first_panel, end_panel - first_panel);
+            tile(step, run, first_row, end_row - first_row, first_panel, end_panel - first_panel);
         }
     }
 
-    void tile(const PlanStep& step, int64_t row, int64_t column, int64_t first_row, int64_t rows, int64_t first_panel,
+    void tile(const PlanStep& step, const Run& run, int64_t first_row, int64_t rows, int64_t first_panel,
               int64_t panels) {
-        const PlanPlane& out = plan_.planes[step.out];
         const int64_t first_channel = first_panel * kPanelColumns;
-        const int64_t channels =
-            step.width - first_channel < panels * kPanelColumns ? step.width - first_channel : panels * kPanelColumns;
-        float* result = at(step.out, row, column) + first_row * out.pitch + step.out_channel + first_channel;
+        const int64_t room = panels * kPanelColumns;
+        const int64_t channels = step.channels - first_channel < room ? step.channels - first_channel : room;
         const PlanInstr* program = plan_.instrs + step.first_instr;
-        const bool direct =
-            step.num_instrs == 1 && program[0].op == PlanOp::acc;  // one group: the product is the result
-
-        float* product = direct ? result : product_;
+        const PlanStore* stores = plan_.stores + step.first_store;
+        const auto target = [&](const PlanStore& store) {
+            return operand(step, run, store.address, first_row, first_channel);
+        };
+        if (step.num_instrs == 1 && program[0].op == PlanOp::acc && step.num_stores == 1) {  // the product is the result
+            const Value result = target(stores[0]);
+            multiply(step, run, first_row, rows, first_panel, const_cast<float*>(result.p), result.row_stride, channels);
+            return;
+        }
         const int64_t product_columns = panels * step.groups * kPanelColumns;
         if (step.groups > 0) {
-            multiply(step, row, column, first_row, rows, first_panel, product, direct ? out.pitch : product_columns,
-                     direct ? channels : product_columns);
+            multiply(step, run, first_row, rows, first_panel, product_, product_columns, product_columns);
         }
-        if (direct) return;
-
         for (int64_t i = 0; i < step.num_instrs; ++i) {
             const PlanInstr& instr = program[i];
-            const bool last = i == step.num_instrs - 1;
-            float* buffer = buffers_ + instr.buffer * kTileFloats;
-            int64_t stride = panels * kPanelColumns;
             if (instr.op == PlanOp::acc) {
-                values_[i] = {product + instr.a * kPanelColumns, product_columns, step.groups * kPanelColumns};
+                values_[i] = {product_ + instr.a * kPanelColumns, product_columns, step.groups * kPanelColumns};
             } else if (instr.op == PlanOp::constant) {
                 values_[i] = {plan_.constants + instr.a * kPanelColumns, 0, 0};
             } else if (instr.op == PlanOp::load) {
-                values_[i] = operand(step, instr.read, row, column, first_row, rows, first_panel, panels, buffer);
+                values_[i] = operand(step, run, instr.address, first_row, first_channel);
             } else {
-                if (last && channels == panels * kPanelColumns) {
-                    buffer = result;
-                    stride = out.pitch;
-                }
-                apply(instr.op, buffer, stride, rows, panels, values_[instr.a],
+                Value result{buffers_ + instr.buffer * kTileFloats, room, kPanelColumns};
+                if (instr.store >= 0 && channels == room) result = target(stores[instr.store]);
+                apply(instr.op, const_cast<float*>(result.p), result.row_stride, rows, panels, values_[instr.a],
                       instr.b < 0 ? Value{} : values_[instr.b]);
-                values_[i] = {buffer, stride, kPanelColumns};
+                values_[i] = result;
             }
         }
-        const Value& value = values_[step.num_instrs - 1];
-        if (value.p != result) write(value, result, out.pitch, rows, channels);
+        for (int64_t i = 0; i < step.num_stores; ++i) {
+            const Value& value = values_[stores[i].instr];
+            const Value result = target(stores[i]);
+            if (value.p != result.p) write(value, const_cast<float*>(result.p), result.row_stride, rows, channels);
+        }
     }
 
-    void multiply(const PlanStep& step, int64_t row, int64_t column, int64_t first_row, int64_t rows,
-                  int64_t first_panel, float* product, int64_t product_stride, int64_t columns) {
-        const int64_t panel_stride = step.inner * kPanelColumns;
-        const int64_t first_column = first_panel * step.groups * kPanelColumns;
-        for (int64_t t = 0; t < step.num_taps; ++t) {
-            tile_taps_[t] = taps_[t];
-            tile_taps_[t].a += first_row * taps_[t].row_stride;
-            tile_taps_[t].b += first_panel * step.groups * panel_stride;
+    // Where the rows of a run, from `first_row` on, and channels, from `first_channel` on, of an address are.
+    Value operand(const PlanStep& step, const Run& run, int64_t address, int64_t first_row, int64_t first_channel) {
+        const PlanAddress& source = plan_.addresses[address];
+        const PlanPlane& plane = plan_.planes[source.plane];
+        float* row = rows_[address];
+        if (row == nullptr) return {kZeros, 0, 0};
+        const int64_t pixel = batch_.count * plane.pitch;
+        if (plane.broadcast) {
+            const bool varies = run.pixel && plane.per_sample;
+            const int64_t stride = varies ? plane.pitch : 0;
+            const int64_t sample = plane.per_sample ? run.sample * plane.pitch : 0;
+            return {row + sample + first_row * stride + first_channel, stride, kPanelColumns};
         }
-        TapGemm<float> gemm{};
-        gemm.taps = tile_taps_;
-        gemm.num_taps = static_cast<int>(step.num_taps);
+        const int64_t column = div_down(run.column * source.num_x + source.dx, source.den_x);
+        const int64_t stride =
+            run.pixel || step.uniform ? plane.pitch : step.cycle * source.num_x / source.den_x * pixel;
+        const float* first = row + column * pixel + run.sample * plane.pitch;
+        return {first + first_row * stride + first_channel, stride, kPanelColumns};
+    }
+
+    // Whether a pixel step reads outside the plane, where all is zero.
+    bool outside(const Run& run, int64_t address) const {
+        if (rows_[address] == nullptr) return true;
+        const PlanAddress& source = plan_.addresses[address];
+        const PlanPlane& plane = plan_.planes[source.plane];
+        if (!run.pixel || plane.broadcast) return false;
+        const int64_t column = div_down(run.column * source.num_x + source.dx, source.den_x);
+        return column < 0 || column >= plane.width;
+    }
+
+    void multiply(const PlanStep& step, const Run& run, int64_t first_row, int64_t rows, int64_t first_panel,
+                  float* product, int64_t product_stride, int64_t columns) {
+        if (plan_.bfloat16) {
+            multiply_by<BFloat16Pair, 2>(step, run, first_row, rows, first_panel, product, product_stride, columns);
+        } else {
+            multiply_by<float, 1>(step, run, first_row, rows, first_panel, product, product_stride, columns);
+        }
+    }
+
+    // W holds kDepth consecutive k of a column.
+    template <class W, int64_t kDepth>
+    void multiply_by(const PlanStep& step, const Run& run, int64_t first_row, int64_t rows, int64_t first_panel,
+                     float* product, int64_t product_stride, int64_t columns) {
+        Tap<float, W>* taps = reinterpret_cast<Tap<float, W>*>(taps_);
+        const int64_t panel_stride = step.inner * kPanelColumns;
+        const W* weight = static_cast<const W*>(plan_.weights) + step.weight + first_panel * step.groups * panel_stride;
+        int64_t num_taps = 0;
+        for (const PlanTap *tap = plan_.taps + step.first_tap, *end = tap + step.num_taps; tap != end; ++tap) {
+            if (!outside(run, tap->address)) {
+                const Value a = operand(step, run, tap->address, first_row, 0);
+                taps[num_taps++] = {a.p, a.row_stride, 1, tap->count, weight};
+            }
+            weight += div_up(tap->count, kDepth) * kPanelColumns;
+        }
+        TapGemm<float, W> gemm{};
+        gemm.taps = taps;
+        gemm.num_taps = num_taps;
         gemm.b_panel_stride = panel_stride;
         gemm.b_k_stride = kPanelColumns;
+        const int64_t first_column = first_panel * step.groups * kPanelColumns;
         if (step.init >= 0) {
-            gemm.init_row_stride = plan_.planes[step.init].pitch;
-            gemm.init = at(step.init, row, column) + first_row * gemm.init_row_stride + first_column;
+            const Value init = operand(step, run, step.init, first_row, first_column);
+            gemm.init = init.p;
+            gemm.init_row_stride = init.row_stride;
         } else if (step.bias >= 0) {
             gemm.init = plan_.biases + step.bias + first_column;
         }
@@ -283,23 +408,6 @@ private:
         gemm.rows = rows;
         gemm.cols = columns;
         tap_gemm(gemm);
-    }
-
-    // Where an operand lies in its plane; the rows of a row step walk through all samples of a pixel, which a plane
-    // that is the same at every pixel has only once, so its values are copied.
-    Value operand(const PlanStep& step, const PlanRead& read, int64_t row, int64_t column, int64_t first_row,
-                  int64_t rows, int64_t first_panel, int64_t panels, float* buffer) {
-        const PlanPlane& plane = plan_.planes[read.plane];
-        const float* p = at(read, row, column) + first_panel * kPanelColumns;
-        if (!plane.broadcast) return {p + first_row * plane.pitch, plane.pitch, kPanelColumns};
-        if (!plane.per_sample) return {p, 0, kPanelColumns};
-        if (!step.row_stage) return {p + first_row * plane.pitch, plane.pitch, kPanelColumns};
-        const int64_t floats = panels * kPanelColumns;
-        for (int64_t r = 0; r < rows; ++r) {
-            const float* sample = p + (first_row + r) % batch_.count * plane.pitch;
-            for (int64_t c = 0; c < floats; c += kLanes<float>) store(buffer + r * floats + c, load(sample + c));
-        }
-        return {buffer, floats, kPanelColumns};
     }
 
     static void write(const Value& value, float* result, int64_t pitch, int64_t rows, int64_t channels) {
@@ -314,40 +422,69 @@ private:
     }
 
     // Samples are split between the members.
-    void draw(int64_t colour, int64_t x) {
-        const PlanDraw& source = plan_.draws[colour];
+    void draw(const PlanDraw& source, int64_t x) {
         const PlanPlane& plane = plan_.planes[source.plane];
-        const PlanPlane& image = plan_.planes[plan_.image];
         const float* params = at(source.plane, y_, x) + source.channel;
-        float* input = at(plan_.image, y_, x) + colour;
         const int64_t pixels = plan_.height * plan_.width, position = y_ * plan_.width + x;
         for (int64_t n = batch_.count * member_ / members_; n < batch_.count * (member_ + 1) / members_; ++n) {
-            const int64_t element = (n * plan_.colours + colour) * pixels + position;
-            int64_t level;
-            if (batch_.mask && batch_.mask[n * pixels + position]) {
-                level = batch_.known[element];
-            } else {
-                uint32_t bits[4];
-                philox_draw(batch_.seed, static_cast<uint32_t>(colour / 4), static_cast<uint32_t>(position),
-                            batch_.start + static_cast<uint64_t>(n), bits);
-                level = invert(params + n * plane.pitch, source.count, philox_uniform(bits[colour % 4]));
+            const float* own = params + n * plane.pitch;
+            if (batch_.params) {
+                float* copy = batch_.params + (n * batch_.num_params + source.channel) * pixels + position;
+                for (int64_t k = 0; k < source.count; ++k) copy[k * pixels] = own[k];
             }
-            batch_.levels[element] = static_cast<uint8_t>(level);
-            input[n * image.pitch] = plan_.encoding[level];
+            int32_t* levels = batch_.levels + (n * plan_.colours + source.first_colour) * pixels + position;
+            int32_t drawn[kMaxJointColours];
+            if (batch_.mask && batch_.mask[n * pixels + position]) {
+                const int32_t* known = batch_.known + (levels - batch_.levels);
+                for (int64_t c = 0; c < source.num_colours; ++c) drawn[c] = known[c * pixels];
+            } else {
+                draw_levels(source, own, n, position, drawn);
+            }
+            for (int64_t c = 0; c < source.num_colours; ++c) {
+                levels[c * pixels] = drawn[c];
+                encode(source.first_colour + c, drawn[c], n, x);
+            }
+        }
+    }
+
+    void draw_levels(const PlanDraw& source, const float* params, int64_t n, int64_t position, int32_t* drawn) {
+        uint32_t bits[4];
+        const auto uniform = [&](int64_t i) {
+            if (i == source.first_uniform || i % 4 == 0) {
+                philox_draw(batch_.seed, static_cast<uint32_t>(i / 4), static_cast<uint32_t>(position),
+                            batch_.start + static_cast<uint64_t>(n), bits);
+            }
+            return philox_uniform(bits[i % 4]);
+        };
+        if (plan_.head == PlanHead::logistic_mixture) {
+            float uniforms[1 + kMaxJointColours];
+            for (int64_t i = 0; i < source.num_uniforms; ++i) uniforms[i] = uniform(source.first_uniform + i);
+            logistic_mixture_draw(params, plan_.components, source.num_colours, plan_.num_levels, uniforms,
+                                  batch_.inverse_temperature, plan_.levels, drawn);
+            return;
+        }
+        drawn[0] = static_cast<int32_t>(invert(params, source.count, uniform(source.first_uniform)));
+    }
+
+    void encode(int64_t colour, int32_t level, int64_t n, int64_t x) {
+        for (const PlanEncoding *e = plan_.encodings, *end = e + plan_.num_encodings; e != end; ++e) {
+            if (e->colour != colour) continue;
+            float* to = at(e->plane, y_, x) + n * plan_.planes[e->plane].pitch + e->channel;
+            const float* from = plan_.tables + e->offset + level * e->count;
+            for (int64_t c = 0; c < e->count; ++c) to[c] = from[c];
         }
     }
 
     // The smallest level whose cumulative probability is at least u.
     int64_t invert(const float* params, int64_t count, float u) {
-        const double t = batch_.inverse_temperature;
         if (plan_.head == PlanHead::bernoulli) {
-            const double odds = __builtin_exp(-__builtin_fabs(params[0] * t));
+            const double odds = __builtin_exp(-__builtin_fabs(params[0] * batch_.inverse_temperature));
             return (params[0] < 0 ? 1.0 : odds) / (1.0 + odds) < u;
         }
-        float e[256];
+        float* e = probabilities_;
         float top = params[0];
         for (int64_t k = 1; k < count; ++k) top = params[k] > top ? params[k] : top;
-        const V scale = broadcast(batch_.inverse_temperature), shift = broadcast(top);
+        const V scale = broadcast(static_cast<float>(batch_.inverse_temperature)), shift = broadcast(top);
         for (int64_t k = 0; k < count; k += kLanes<float>) {
             const int64_t n = count - k < kLanes<float> ? count - k : kLanes<float>;
             store_n(e + k, exp((load_n(params + k, static_cast<int>(n)) - shift) * scale), static_cast<int>(n));
@@ -369,27 +506,29 @@ private:
         return batch_.workspace + (plane.offset + pixel * plane.pitch) * batch_.count;
     }
 
-    const float* at(const PlanRead& read, int64_t row, int64_t column) const {
-        if (plan_.planes[read.plane].broadcast) return at(read.plane, 0, 0) + read.channel;
-        return at(read.plane, row + read.dy, column + read.dx) + read.channel;
-    }
+    alignas(64) static constexpr float kZeros[kTileColumns + kPanelColumns] = {};
 
     const PlanTables& plan_;
     const PlanBatch& batch_;
     PlanTeam& team_;
     int64_t members_;  // 1 once the team has disbanded
     const int member_;
-    float* const product_;   // tile of the product
-    float* const buffers_;   // tiles of the program's results
-    Tap<float>* taps_;       // of the step at hand, at its first row and column
-    Tap<float>* tile_taps_;  // of the tile at hand
-    Value* values_;          // of the program at hand
+    float* product_;        // tile of the product
+    float* buffers_;        // tiles of the program's results
+    float** rows_;          // column 0 of the row of each address, for the steps located last; null outside the plane
+    char* taps_;            // of the tile at hand
+    Value* values_;         // of the program at hand
+    int64_t* active_;       // steps that have work in this row
+    int64_t* ran_;          // epoch in which each step ran last
+    float* probabilities_;  // of the levels
+    int64_t num_active_ = 0;
+    int64_t epoch_ = 0;  // number of barriers passed
     int64_t y_ = 0;
 };
 
 }  // namespace
 
-void plan_worker(const PlanTables& plan, const PlanBatch& batch, PlanTeam& team, int member, float* scratch,
+void plan_worker(const PlanTables& plan, const PlanBatch& batch, PlanTeam& team, int member, char* scratch,
                  int64_t row_begin, int64_t row_end) {
     Worker(plan, batch, team, member, scratch).run(row_begin, row_end);
 }

@@ -2,8 +2,9 @@
 // of a team runs.
 //
 // A plane is rows x (left + width + right) x batch x pitch floats, its channels first in each pitch; row y lies at y
-// mod rows and everything outside [0, width) is zero. For a row step the (x, sample) pairs of a row are the rows of one
-// product with a uniform stride, for a pixel step the samples are.
+// mod rows and everything outside [0, width) is zero. For a row step the (x, sample) pairs of a row, or where planes of
+// several strides come together the x of one sample, are the rows of one product with a uniform stride; for a pixel
+// step the samples are.
 //
 // The product of a step has `groups` values for each of its `width` output channels. Its columns are packed in panels
 // of 16: panel j * groups + g holds group g of channels 16j..16j+15, so that whatever range of channels a thread takes,
@@ -25,13 +26,16 @@ struct PlanPlane {
     int64_t per_sample;  // 0: the same for all samples
 };
 
-struct PlanRead {
-    int64_t plane, dy, dx, channel;
+// Channels of a plane as a step sees them: position p of the step's frame is position (p * num + shift) / den, rounded
+// down, of the plane.
+struct PlanAddress {
+    int64_t plane, channel;
+    int64_t dy, num_y, den_y;
+    int64_t dx, num_x, den_x;
 };
 
 struct PlanTap {
-    PlanRead read;
-    int64_t count;
+    int64_t address, count;
 };
 
 enum class PlanOp : int64_t {
@@ -42,6 +46,8 @@ enum class PlanOp : int64_t {
     neg,
     abs,
     relu,
+    elu,
+    expm1_of_minus_abs,
     exp,
     expm1,
     log,
@@ -53,47 +59,73 @@ enum class PlanOp : int64_t {
     mul,
     div,
     max,
-    min
+    min,
+    positive_or  // a where a > 0, else b
 };
 
 struct PlanInstr {
     PlanOp op;
-    int64_t a, b;    // instructions of the same step; for acc, a is the group, for constant an index into the constants
-    int64_t buffer;  // scratch tile that takes the result
-    PlanRead read;
+    int64_t a, b;     // instructions of the same step; for acc, a is the group, for constant an index into the constants
+    int64_t buffer;   // scratch tile that takes the result
+    int64_t address;  // of a load
+    int64_t store;    // of the step's stores, the one that takes the result in place of the scratch tile; -1: none
+};
+
+struct PlanStore {
+    int64_t address, instr;
 };
 
 struct PlanStep {
-    int64_t row_stage, lag_y, lag_x, rank;
-    int64_t out, out_channel, width, groups;
-    int64_t first_tap, num_taps, first_instr, num_instrs;
-    int64_t weight, inner;  // offset of the packed weight in floats, rows of it
-    int64_t bias;           // offset in floats, -1: none
-    int64_t init;           // plane whose rows, packed like the columns, the product starts from; -1: none
-    int64_t barrier;        // reads what a step since the last barrier wrote
+    int64_t row_stage, rank, lag_y, lag_x;
+    int64_t height, width, stride_y, stride_x;  // of the frame
+    int64_t period_y, period_x, phase_y, phase_x;
+    int64_t channels, groups;
+    int64_t first_address, num_addresses;  // of all its taps, loads and stores and of `init`
+    int64_t first_tap, num_taps, first_instr, num_instrs, first_store, num_stores;
+    int64_t first_source, num_sources;  // steps before it in the same stage and rank that write what it reads
+    int64_t weight, inner;              // offset of the packed weight in elements of 4 bytes, rows of 16 of them
+    int64_t bias;                       // offset in floats, -1: none
+    int64_t init;     // address of the values, packed like the columns, that the product starts from; -1: none
+    int64_t uniform;  // a whole row, all samples, has one stride in each of its addresses
+    int64_t cycle;    // columns that lie this many apart have one stride in each of its addresses
 };
 
 struct PlanDraw {
     int64_t plane, channel, count;
+    int64_t first_colour, num_colours, first_uniform, num_uniforms;
 };
 
-enum class PlanHead : int64_t { categorical, bernoulli };
+// Level l of a colour is encoded as `count` floats, from offset + l * count on.
+struct PlanEncoding {
+    int64_t plane, channel, colour, count, offset;
+};
+
+constexpr int64_t kMaxJointColours = 3;  // that a head draws together
+
+enum class PlanHead : int64_t { categorical, bernoulli, logistic_mixture };
 
 struct PlanTables {
     const PlanPlane* planes;
+    const PlanAddress* addresses;
     const PlanStep* steps;  // row steps first, then pixel steps by rank
     const PlanTap* taps;
     const PlanInstr* instrs;
-    const PlanDraw* draws;  // one per colour
-    const float* weights;
+    const PlanStore* stores;
+    const int64_t* sources;
+    const PlanDraw* draws;  // one per group of colours
+    const PlanEncoding* encodings;
+    const void* weights;  // float, or bfloat16 in pairs
     const float* biases;
     const float* constants;  // each one 16 times
-    const float* encoding;   // network input of each level
-    int64_t num_planes, num_steps, row_steps, colours, height, width, image, levels;
-    int64_t first_row, first_column, end_column;
+    const float* tables;     // of the encodings
+    const float* levels;     // logistic mixture: the value in [-1, 1] of each level
+    int64_t num_planes, num_addresses, num_steps, row_steps, num_draws, num_encodings;
+    int64_t colours, height, width, num_levels, components;
+    int64_t first_column, end_column;
     int64_t workspace;                         // floats per sample
     int64_t buffers;                           // scratch tiles needed
     int64_t max_taps, max_instrs, max_groups;  // of a step
+    bool bfloat16;
     PlanHead head;
 };
 
@@ -101,11 +133,13 @@ struct PlanTables {
 struct PlanBatch {
     int64_t count;
     uint64_t seed, start;
-    float inverse_temperature;
+    double inverse_temperature;
     float* workspace;      // count * PlanTables::workspace floats
-    uint8_t* levels;       // [count, colours, height, width]
-    const uint8_t* known;  // the same, or null
+    int32_t* levels;       // [count, colours, height, width]
+    const int32_t* known;  // the same, or null
     const uint8_t* mask;   // [count, height, width]: 1 where the pixel is given; or null
+    float* params;         // [count, parameters, height, width] takes what the levels are drawn from; or null
+    int64_t num_params;
 };
 
 // The rounds in which a member has come to the barrier; a cache line for each, so that one transfer between two cores
@@ -138,27 +172,38 @@ private:
 // A tile of the results that are computed while they are in the cache; the tile of their product is as large, but for
 // a step with so many groups that a single panel of all of them is wider.
 constexpr int64_t kTileRows = 16;
-constexpr int64_t kTileColumns = 128;
+constexpr int64_t kTileColumns = 160;
 constexpr int64_t kTileFloats = kTileRows * kTileColumns;
 
-// Floats of scratch memory that each thread needs: the product's tile, one for each buffer, and room for the addresses
-// of a step's taps and operands.
-constexpr int64_t kAddressFloats = 16;
-inline int64_t plan_product_floats(const PlanTables& plan) {
+// Bytes of scratch memory that each thread needs, all rounded up to cache lines.
+struct PlanScratch {
+    int64_t product, buffers, rows, taps, values, active, ran, probabilities;
+    int64_t total() const { return product + buffers + rows + taps + values + active + ran + probabilities; }
+};
+
+constexpr int64_t kScratchRecord = 64;  // room for the address of a tap or an operand
+
+inline PlanScratch plan_scratch(const PlanTables& plan) {
+    const auto cache_lines = [](int64_t bytes) { return (bytes + 63) / 64 * 64; };
     const int64_t panel = plan.max_groups * kPlanPanel;
-    return kTileRows * (panel > kTileColumns ? panel : kTileColumns);
-}
-inline int64_t plan_scratch(const PlanTables& plan) {
-    return plan_product_floats(plan) + plan.buffers * kTileFloats +
-           (2 * plan.max_taps + plan.max_instrs) * kAddressFloats;
+    PlanScratch sizes{};
+    sizes.product = cache_lines(kTileRows * (panel > kTileColumns ? panel : kTileColumns) * sizeof(float));
+    sizes.buffers = cache_lines(plan.buffers * kTileFloats * sizeof(float));
+    sizes.rows = cache_lines(plan.num_addresses * sizeof(void*));
+    sizes.taps = plan.max_taps * kScratchRecord;
+    sizes.values = plan.max_instrs * kScratchRecord;
+    sizes.active = cache_lines(plan.num_steps * sizeof(int64_t));
+    sizes.ran = cache_lines(plan.num_steps * sizeof(int64_t));
+    sizes.probabilities = cache_lines(plan.num_levels * sizeof(float));
+    return sizes;
 }
 
-using PlanWorker = void (*)(const PlanTables& plan, const PlanBatch& batch, PlanTeam& team, int member, float* scratch,
+using PlanWorker = void (*)(const PlanTables& plan, const PlanBatch& batch, PlanTeam& team, int member, char* scratch,
                             int64_t row_begin, int64_t row_end);
 
 #define FASTGEN_DECLARE_PLAN_WORKER(ISA)                                                             \
     namespace ISA {                                                                                  \
-    void plan_worker(const PlanTables&, const PlanBatch&, PlanTeam&, int, float*, int64_t, int64_t); \
+    void plan_worker(const PlanTables&, const PlanBatch&, PlanTeam&, int, char*, int64_t, int64_t); \
     }
 FASTGEN_FOR_EACH_ISA(FASTGEN_DECLARE_PLAN_WORKER)
 #undef FASTGEN_DECLARE_PLAN_WORKER

@@ -40,7 +40,14 @@ def pointwise(tracer: Tracer, op: str, operands: Sequence[Tensor | float], shape
 def pointwise_4d(tracer: Tracer, op: str, operands: Sequence[Tensor | float]) -> Tensor:
     refs = [tracer.recognise(o) if isinstance(o, Tensor) else o for o in operands]
     _, channels, height, width = next(o.shape for o in operands if isinstance(o, Tensor))
-    return tracer.add(Pointwise(tracer.module, channels, height, width, op=op, operands=refs))
+    frames = [r for r in refs if isinstance(r, Ref) and _depends_on_image(tracer, r)]
+    stride = (max((f.stride[0] for f in frames), default=1), max((f.stride[1] for f in frames), default=1))
+    at_stride = [tracer.graph.at_stride(r, stride, (height, width)) if isinstance(r, Ref) else r for r in refs]
+    return tracer.add(Pointwise(tracer.module, channels, height, width, stride=stride, op=op, operands=at_stride))
+
+
+def _depends_on_image(tracer: Tracer, ref: Ref) -> bool:
+    return not all(tracer.graph.nodes[p].given for p in np.unique(ref.plane[ref.plane >= 0]))
 
 
 def _plane_order(tracer: Tracer, flat: Tensor) -> tuple[Tensor, tuple[int, int, int, int]]:
@@ -217,6 +224,8 @@ def _reciprocal(emit: Formula, x: Any) -> Any:
 @elementwise("elu")
 def _elu(emit: Formula, x: Any, alpha: float = 1, scale: float = 1, input_scale: float = 1) -> Any:
     """scale * (max(0, x) + alpha * (exp(min(0, input_scale * x)) - 1))."""
+    if alpha == scale == input_scale == 1:
+        return emit("elu", x)
     scaled = x if input_scale == 1 else emit("mul", x, input_scale)
     low = emit("expm1", emit("min", scaled, 0.0))
     out = emit("add", emit("relu", x), low if alpha == 1 else emit("mul", low, alpha))

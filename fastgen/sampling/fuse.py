@@ -1,6 +1,6 @@
 """First half of pass 4: which planes are stored, and what is computed together.
 
-`crop` lets a plane that is read in one window be computed in that window alone.  `merge_sums` turns convolution +
+`share` lets channels that are computed alike be computed once.  `crop` lets a plane that is read in one window be computed in that window alone.  `merge_sums` turns convolution +
 convolution (+ constant) into one product with more taps.  `roots` decides which planes are stored: all others are
 evaluated inside the one step that needs them.
 """
@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from fastgen.sampling.graph import Condition, Constant, Graph, Image, Linear, Node, Pointwise, Ref
+from fastgen.sampling.graph import Constant, Graph, Image, Linear, Node, Pointwise, Ref, Tap, taps_of
 
 STORED = -1
 
@@ -31,76 +31,123 @@ def live(graph: Graph) -> list[bool]:
     return alive
 
 
+def share(graph: Graph) -> None:
+    """Let readers of a channel that is computed like an earlier one read that one.
+
+    Skip connections apply the same activation to the same feature map in several places.
+    """
+    plane = [np.full(n.channels, n.id) for n in graph.nodes]  # where to find each channel
+    channel = [np.arange(n.channels) for n in graph.nodes]
+    seen: dict[object, tuple[int, int]] = {}
+
+    def redirect(ref: Ref) -> Ref:
+        ref = replace(ref, plane=ref.plane.copy(), channel=ref.channel.copy())
+        for p in np.unique(ref.plane[ref.plane >= 0]):
+            here = ref.plane == p
+            ref.plane[here], ref.channel[here] = plane[p][ref.channel[here]], channel[p][ref.channel[here]]
+        return ref
+
+    for node in graph.nodes:
+        if isinstance(node, Linear):
+            pairs = zip(node.taps, node.sources(), strict=True)
+            node.taps = [t for tap, ref in pairs for t in taps_of(redirect(ref), tap.weight, tap.phase)]
+        elif isinstance(node, Pointwise):
+            node.operands = [redirect(o) if isinstance(o, Ref) else o for o in node.operands]
+            kind = (node.op, node.height, node.width, node.stride)
+            for c, key in enumerate(_operands_of_channels(node)):
+                plane[node.id][c], channel[node.id][c] = seen.setdefault((kind, key), (node.id, c))
+    assert graph.output is not None
+    graph.output = redirect(graph.output)
+
+
+def _operands_of_channels(node: Pointwise) -> list[object]:
+    """For each channel of a node, its operands."""
+    columns = [
+        [o] * node.channels
+        if not isinstance(o, Ref)
+        else zip(o.plane.tolist(), o.channel.tolist(), o.dy.tolist(), o.dx.tolist(), strict=True)
+        for o in node.operands
+    ]
+    return list(zip(*columns, strict=True))
+
+
 def crop(graph: Graph) -> None:
     """Let planes that are read in one window only be computed there, in the frame of the reader.
 
     Padding and slicing leave many such planes; without the offset they can be merged and evaluated inside their
     readers.
     """
-    alive = live(graph)
+    readers = _readers(graph)
     for node in reversed(graph.nodes):
-        if not alive[node.id] or not isinstance(node, Linear | Pointwise):
+        if not readers[node.id] or not isinstance(node, Linear | Pointwise):
             continue
-        windows = _windows(graph, alive, node.id)
+        windows = _windows(graph, readers[node.id], node.id)
         if windows is None or len(windows) != 1:
             continue
         dy, dx, height, width = windows.pop()
         if dy < 0 or dx < 0 or dy + height > node.height or dx + width > node.width:
             continue
         if (dy, dx) != (0, 0):
-            _move(graph, node, dy, dx)
+            _move(graph, readers[node.id], node, dy, dx)
         node.height, node.width = height, width
 
 
-def _windows(graph: Graph, alive: list[bool], plane: int) -> set[tuple[int, int, int, int]] | None:
-    """The windows (dy, dx, height, width) in which a plane is read element by element; None if a product reads it."""
+def _windows(graph: Graph, readers: list[int], plane: int) -> set[tuple[int, int, int, int]] | None:
+    """The windows (dy, dx, height, width) in which a plane is read element by element; None if a product or a frame of
+    another stride reads it.
+    """
     image = next(n for n in graph.nodes if isinstance(n, Image))
     assert graph.output is not None
-    readers: list[tuple[Ref, Node]] = [(graph.output, image)]
-    for node in graph.nodes[plane + 1 :]:
-        if not alive[node.id]:
-            continue
-        if isinstance(node, Linear) and any(t.plane == plane for t in node.taps):
+    views: list[tuple[Ref, Node]] = [(graph.output, image)]
+    for reader in (graph.nodes[r] for r in readers if r != STORED):
+        if isinstance(reader, Linear):
             return None
-        if isinstance(node, Pointwise):
-            readers += [(ref, node) for ref in node.sources()]
+        views += [(ref, reader) for ref in reader.sources()]
     found = set()
-    for ref, reader in readers:
+    for ref, reader in views:
         here = ref.plane == plane
+        if here.any() and ref.stride != graph.nodes[plane].stride:
+            return None
         found |= {
             (int(dy), int(dx), reader.height, reader.width) for dy, dx in zip(ref.dy[here], ref.dx[here], strict=True)
         }
     return found
 
 
-def _move(graph: Graph, node: Linear | Pointwise, dy: int, dx: int) -> None:
+def _move(graph: Graph, readers: list[int], node: Linear | Pointwise, dy: int, dx: int) -> None:
     """Put the origin of a node's frame to its position (dy, dx)."""
     if isinstance(node, Linear):
-        node.taps = [replace(t, dy=t.dy + dy, dx=t.dx + dx) for t in node.taps]
+        node.taps = [_moved_tap(graph, node, t, dy, dx) for t in node.taps]
     else:
-        node.operands = [
-            Ref(o.plane, o.channel, o.dy + dy, o.dx + dx) if isinstance(o, Ref) else o for o in node.operands
-        ]
+        node.operands = [graph.moved(o, dy, dx) if isinstance(o, Ref) else o for o in node.operands]
     assert graph.output is not None
-    for reader in graph.nodes[node.id + 1 :]:
+    for reader in (graph.nodes[r] for r in readers if r != STORED):
         if isinstance(reader, Pointwise):
             reader.operands = [_follow(o, node.id, dy, dx) if isinstance(o, Ref) else o for o in reader.operands]
     graph.output = _follow(graph.output, node.id, dy, dx)
 
 
+def _moved_tap(graph: Graph, node: Linear, tap: Tap, dy: int, dx: int) -> Tap:
+    one = np.ones(1, dtype=np.int64)
+    ref = graph.moved(Ref(one * tap.plane, one * tap.channel, one * tap.dy, one * tap.dx, node.stride), dy, dx)
+    phase = tap.phase and ((tap.phase[0] - dy) % node.period[0], (tap.phase[1] - dx) % node.period[1])
+    return replace(tap, dy=int(ref.dy[0]), dx=int(ref.dx[0]), phase=phase)
+
+
 def _follow(ref: Ref, plane: int, dy: int, dx: int) -> Ref:
     here = ref.plane == plane
-    return Ref(ref.plane, ref.channel, np.where(here, ref.dy - dy, ref.dy), np.where(here, ref.dx - dx, ref.dx))
+    return replace(ref, dy=np.where(here, ref.dy - dy, ref.dy), dx=np.where(here, ref.dx - dx, ref.dx))
 
 
 def settle_output(graph: Graph) -> None:
     """Make the output one whole plane, channel by channel in place."""
-    out = graph.output
-    assert out is not None
+    assert graph.output is not None
+    image = next(n for n in graph.nodes if isinstance(n, Image))
+    out = graph.output = graph.at_stride(graph.output, image.stride, (image.height, image.width))
     node = graph.nodes[max(int(out.plane[0]), 0)]
     count = len(out.plane)
-    image = next(n for n in graph.nodes if isinstance(n, Image))
     whole = isinstance(node, Linear | Pointwise) and count == node.channels and not out.breaks().any()
+    whole = whole and node.stride == image.stride
     if whole and not out.channel[0] and not out.dy.any() and not out.dx.any() and out.plane[0] >= 0:
         return
     copy = graph.add(Pointwise("output", count, image.height, image.width, op="copy", operands=[out]))
@@ -137,12 +184,11 @@ def merge_sums(graph: Graph) -> None:
     """
     readers = _readers(graph)
 
+    def geometry(node: Node) -> tuple[object, ...]:
+        return node.channels, node.height, node.width, node.stride
+
     def only_reader(node: Node, of: Node) -> bool:
-        return readers[of.id] == [node.id] and (of.channels, of.height, of.width) == (
-            node.channels,
-            node.height,
-            node.width,
-        )
+        return readers[of.id] == [node.id] and geometry(of) == geometry(node)
 
     for node in list(graph.nodes):
         if not isinstance(node, Pointwise) or node.op != "add" or not all(isinstance(o, Ref) for o in node.operands):
@@ -157,11 +203,10 @@ def merge_sums(graph: Graph) -> None:
             continue
         zero = torch.zeros(node.channels)
         bias = zero if a.bias is None else a.bias
-        if isinstance(b, Linear) and only_reader(node, b):
-            merged = Linear(a.name, node.channels, node.height, node.width, taps=[*a.taps, *b.taps])
-            merged.bias = bias + (zero if b.bias is None else b.bias)
+        if isinstance(b, Linear) and only_reader(node, b) and a.period == b.period:
+            merged = replace(a, taps=[*a.taps, *b.taps], bias=bias + (zero if b.bias is None else b.bias))
         elif isinstance(b, Constant) and b.broadcast and b.channels == node.channels:
-            merged = Linear(a.name, node.channels, node.height, node.width, taps=a.taps, bias=bias + b.data.flatten())
+            merged = replace(a, bias=bias + b.data.flatten())
         else:
             continue
         merged.id, merged.start, merged.samples = node.id, node.start, node.samples
@@ -172,25 +217,46 @@ def roots(graph: Graph) -> list[int | None]:
     """For each plane the stored plane whose step evaluates it (itself if it is stored); None where nobody needs it.
 
     A plane is evaluated inside its reader when all its readers are evaluated in one step, element by element and in
-    place.  A step
-    holds one product: of several, the last computed stays inside.
+    place, each channel once.  A step holds one product: of several, the last computed stays inside.  A transposed
+    convolution, which has a step for each phase, is stored.
     """
     readers = _readers(graph)
     root: list[int | None] = [None] * len(graph.nodes)
     product: dict[int, int] = {}
+    places: dict[int, np.ndarray] = {}
     for node in reversed(graph.nodes):
         i = node.id
         if not readers[i]:
             continue
         root[i] = i
-        if isinstance(node, Image | Constant | Condition):
+        places[i] = np.arange(node.channels)
+        if not isinstance(node, Linear | Pointwise) or (isinstance(node, Linear) and node.period != (1, 1)):
             continue
         home = _home(graph, node, readers[i], root)
-        if home is not None and not (isinstance(node, Linear) and home in product):
-            root[i] = home
+        inside = None if home is None else _places(graph, node, readers[i], places)
+        if home is not None and inside is not None and not (isinstance(node, Linear) and home in product):
+            root[i], places[i] = home, inside
         if isinstance(node, Linear):
-            product[i if home is None else home] = i
+            product[root[i]] = i
     return root
+
+
+def _places(graph: Graph, node: Node, readers: list[int], places: dict[int, np.ndarray]) -> np.ndarray | None:
+    """The channel of the step in which each channel of a plane is evaluated (-1: nobody needs it); None if one would be
+    evaluated twice.
+    """
+    place = np.full(node.channels, -1)
+    for reader in readers:
+        for ref in graph.nodes[reader].sources():
+            here = (ref.plane == node.id) & (places[reader] >= 0)
+            wanted = np.full(node.channels, -1)
+            if len(np.unique(ref.channel[here])) < here.sum():
+                return None
+            wanted[ref.channel[here]] = places[reader][here]
+            if ((place >= 0) & (wanted >= 0) & (place != wanted)).any():
+                return None
+            place = np.maximum(place, wanted)
+    return place
 
 
 def _home(graph: Graph, node: Node, readers: list[int], root: list[int | None]) -> int | None:
@@ -202,7 +268,9 @@ def _home(graph: Graph, node: Node, readers: list[int], root: list[int | None]) 
 
 
 def _in_place(reader: Node, node: Node) -> bool:
-    if not isinstance(reader, Pointwise) or (reader.height, reader.width) != (node.height, node.width):
+    if not isinstance(reader, Pointwise) or reader.stride != node.stride:
+        return False
+    if (reader.height, reader.width) != (node.height, node.width):
         return False
     for ref in reader.sources():
         here = ref.plane == node.id

@@ -5,11 +5,16 @@ re-arrangement of elements of planes (and zeros).  Instead of one lowering rule 
 view, permute, roll, ..., every element of every tensor carries an integer *code* that names the plane element it is a
 copy of; 0 is a zero. Layout operators then run on the codes as they run on the values, and `recognise` reads the codes
 back into per-channel (plane, channel, dy, dx).
+
+Networks with strided and transposed convolutions have planes of several *strides*: position y of a plane of stride s
+lies at row s*y of the image.  A tensor with a view of planes is a *frame*, with a stride of its own; its position y
+reads position ``(y * num + dy) // den`` of a plane, num / den being the ratio of the strides in lowest terms (one of
+them is 1).  So dy counts rows of the finer of the two.  Constants and conditions have no stride: y reads y + dy.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -30,10 +35,20 @@ class LayoutError(Exception):
     """A tensor whose elements are not a shifted window of planes; or, in the text, what else has no rule."""
 
 
+Stride = tuple[int, int]
+
+
+def ratio(frame: int, source: int) -> tuple[int, int]:
+    """(num, den) of a frame and a plane by their strides along one axis."""
+    if frame % source and source % frame:
+        raise LayoutError(f"that mixes feature maps of strides {frame} and {source}")
+    return max(1, frame // source), max(1, source // frame)
+
+
 @dataclass(eq=False)
 class Ref:
-    """Where each channel of a [C, h, w] tensor comes from: element (c, y, x) is plane[c][channel[c], y + dy[c], x +
-    dx[c]].
+    """Where each channel of a [C, h, w] frame comes from: element (c, y, x) is plane[c][channel[c], row, column], row
+    and column being y and x shifted by dy[c] and dx[c], for planes of other strides as in the module's docstring.
 
     Plane -1 is all zeros.  Outside the plane there are zeros, too.
     """
@@ -42,9 +57,16 @@ class Ref:
     channel: np.ndarray
     dy: np.ndarray
     dx: np.ndarray
+    stride: Stride = (1, 1)
 
     def take(self, channels: np.ndarray) -> Ref:
-        return Ref(self.plane[channels], self.channel[channels], self.dy[channels], self.dx[channels])
+        return replace(
+            self,
+            plane=self.plane[channels],
+            channel=self.channel[channels],
+            dy=self.dy[channels],
+            dx=self.dx[channels],
+        )
 
     def breaks(self) -> np.ndarray:
         """bool [C-1]: True where channel c+1 does not continue channel c in the same plane at the same offset."""
@@ -74,11 +96,17 @@ class Node:
     id: int = -1
     samples: int = 1  # 1: the same for all samples of a batch
     start: int = 0  # code of its first element
+    stride: Stride = (1, 1)
+
+    @property
+    def given(self) -> bool:
+        """A constant or a condition."""
+        return isinstance(self, Constant | Condition)
 
     @property
     def broadcast(self) -> bool:
         """Read at every position alike."""
-        return False
+        return self.given and self.height == self.width == 1
 
     def sources(self) -> list[Ref]:
         return []
@@ -90,14 +118,18 @@ class Image(Node):
 
 
 @dataclass(eq=False)
+class Embedding(Node):
+    """A colour of the image looked up in a table: channel c of a pixel with level l is table[l, c]."""
+
+    colour: int = 0
+    table: Tensor = field(default_factory=lambda: torch.empty(0))
+
+
+@dataclass(eq=False)
 class Constant(Node):
     """Depends on parameters alone. data: float [channels, height, width]."""
 
     data: Tensor = field(default_factory=lambda: torch.empty(0))
-
-    @property
-    def broadcast(self) -> bool:
-        return self.height == self.width == 1
 
 
 @dataclass(eq=False)
@@ -106,15 +138,11 @@ class Condition(Node):
 
     tensor: Tensor = field(default_factory=lambda: torch.empty(0))
 
-    @property
-    def broadcast(self) -> bool:
-        return self.height == self.width == 1
-
 
 @dataclass(eq=False)
 class Tap:
     """Channels [channel, channel + weight.shape[0]) of a plane at offset (dy, dx), times weight [k, channels of the
-    node].
+    node]. phase: the positions modulo the node's `period` that have the tap; None: all.
     """
 
     plane: int
@@ -122,22 +150,50 @@ class Tap:
     dx: int
     channel: int
     weight: Tensor
+    phase: tuple[int, int] | None = None
+
+
+def taps_of(ref: Ref, weight: Tensor, phase: tuple[int, int] | None = None) -> list[Tap]:
+    """Taps that multiply the channels of a frame with weight [K, M]; zero rows at its ends go."""
+    taps = []
+    for start, stop in ref.segments():
+        rows = np.flatnonzero(weight[start:stop].any(1).numpy())
+        if ref.plane[start] < 0 or not len(rows):
+            continue
+        a, b = start + int(rows[0]), start + int(rows[-1]) + 1
+        plane, dy, dx, channel = (int(v[a]) for v in (ref.plane, ref.dy, ref.dx, ref.channel))
+        taps.append(Tap(plane, dy, dx, channel, weight[a:b].contiguous(), phase))
+    return taps
 
 
 @dataclass(eq=False)
 class Linear(Node):
-    """bias[m] + sum over taps and k of source[k, y + dy, x + dx] * weight[k, m]."""
+    """bias[m] + sum over taps and k of source[k, y + dy, x + dx] * weight[k, m].
+
+    A transposed convolution has a `period`, its stride: which taps a position has depends on its row and column modulo
+    the period.
+    """
 
     taps: list[Tap] = field(default_factory=list)
     bias: Tensor | None = None
+    period: tuple[int, int] = (1, 1)
 
     def sources(self) -> list[Ref]:
         refs = []
         for tap in self.taps:
             k = tap.weight.shape[0]
             full = np.full(k, 1)
-            refs.append(Ref(full * tap.plane, np.arange(tap.channel, tap.channel + k), full * tap.dy, full * tap.dx))
+            channels = np.arange(tap.channel, tap.channel + k)
+            refs.append(Ref(full * tap.plane, channels, full * tap.dy, full * tap.dx, self.stride))
         return refs
+
+    def phases(self) -> list[tuple[int, int]]:
+        return [(y, x) for y in range(self.period[0]) for x in range(self.period[1])]
+
+    def taps_at(self, phase: tuple[int, int]) -> list[tuple[Tap, Ref]]:
+        """The taps of positions of one phase, with their sources."""
+        found = zip(self.taps, self.sources(), strict=True)
+        return [(tap, ref) for tap, ref in found if tap.phase in (None, phase)]
 
 
 @dataclass(eq=False)
@@ -186,6 +242,62 @@ class Graph:
         sample, channel = np.divmod(rest, channels)
         return plane, sample, channel, y, x
 
+    # Frames.
+
+    def _ratios(self, ref: Ref, axis: int) -> tuple[np.ndarray, np.ndarray]:
+        """(num, den) of each channel of a frame along an axis."""
+        pairs = [
+            (1, 1) if p < 0 or self.nodes[p].given else ratio(ref.stride[axis], self.nodes[p].stride[axis])
+            for p in ref.plane.tolist()
+        ]
+        num, den = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
+        return num, den
+
+    def moved(self, ref: Ref, dy: int, dx: int) -> Ref:
+        """The same view in a frame whose origin is position (dy, dx) of the old one."""
+        (num_y, _), (num_x, _) = self._ratios(ref, 0), self._ratios(ref, 1)
+        return replace(ref, dy=ref.dy + num_y * dy, dx=ref.dx + num_x * dx)
+
+    def every(self, ref: Ref, step: Stride) -> Ref:
+        """The view in a frame of every `step`-th position of the old one."""
+        if step == (1, 1):
+            return ref
+        if any(self.nodes[p].given for p in np.unique(ref.plane[ref.plane >= 0])):
+            raise LayoutError("on every n-th position of a constant or of labels")
+        result = replace(ref, stride=(ref.stride[0] * step[0], ref.stride[1] * step[1]))
+        for axis, name in enumerate(("dy", "dx")):
+            # (step p + d) // den = (p + d // k) // (den / k) with k the common factor of step and den
+            factor = np.gcd(step[axis], self._ratios(ref, axis)[1])
+            setattr(result, name, getattr(ref, name) // factor)
+            self._ratios(result, axis)  # complains where neither stride divides the other
+        return result
+
+    def finer(self, ref: Ref, factor: Stride) -> Ref:
+        """The view in a frame with `factor` positions for each of the old one; only of planes of the frame's stride."""
+        if any(s % f for s, f in zip(ref.stride, factor, strict=True)):
+            raise LayoutError("upsamples beyond the resolution of the image")
+        for axis in (0, 1):
+            if any((v != 1).any() for v in self._ratios(ref, axis)):
+                raise LayoutError
+        if any(self.nodes[p].given for p in np.unique(ref.plane[ref.plane >= 0])):
+            raise LayoutError
+        stride = (ref.stride[0] // factor[0], ref.stride[1] // factor[1])
+        return replace(ref, dy=ref.dy * factor[0], dx=ref.dx * factor[1], stride=stride)
+
+    def at_stride(self, ref: Ref, stride: Stride, size: tuple[int, int]) -> Ref:
+        """The view as a frame of another stride, for frames of one position along the axis in which they differ."""
+        for axis, name in enumerate(("dy", "dx")):
+            if ref.stride[axis] == stride[axis]:
+                continue
+            if all(self.nodes[p].given for p in np.unique(ref.plane[ref.plane >= 0])):
+                return replace(ref, stride=stride)
+            if size[axis] != 1:
+                raise LayoutError(f"mixes feature maps of strides {ref.stride[axis]} and {stride[axis]}")
+            source = getattr(ref, name) // self._ratios(ref, axis)[1]
+            ref = replace(ref, stride=(stride[0], ref.stride[1]) if axis == 0 else (ref.stride[0], stride[1]))
+            ref = replace(ref, **{name: source * self._ratios(ref, axis)[1]})
+        return ref
+
     def recognise(self, codes: Tensor) -> Ref:
         """Read int64 codes [N, C, h, w] back into one (plane, channel, dy, dx) per channel, or raise LayoutError.
 
@@ -199,20 +311,83 @@ class Graph:
         flat = array[0].reshape(channels, -1)
         first = np.argmax(flat > 0, axis=1)
         plane, _, channel, y, x = self.decode(flat[np.arange(channels), first])
-        info = np.array([(n.channels, n.height, n.width, n.start, n.samples > 1, n.broadcast) for n in self.nodes])
-        plane_c, plane_h, plane_w, start, per_sample, broadcast = info[np.maximum(plane, 0)].T
-        dy = np.where((plane < 0) | (broadcast > 0), 0, y - first // width)
-        dx = np.where((plane < 0) | (broadcast > 0), 0, x - first % width)
+        rows = self._axis(0, array[0], plane, y, first // width, first % width)
+        columns = self._axis(1, array[0].transpose(0, 2, 1), plane, x, first % width, first // width)
 
-        rows = np.arange(height) * (broadcast[:, None] == 0) + dy[:, None]  # [C, h]
-        cols = np.arange(width) * (broadcast[:, None] == 0) + dx[:, None]  # [C, w]
-        in_rows = (rows >= 0) & (rows < plane_h[:, None]) & (plane[:, None] >= 0)
-        in_cols = (cols >= 0) & (cols < plane_w[:, None])
-        inside = in_rows[:, :, None] & in_cols[:, None, :]
+        info = np.array([(n.channels, n.height, n.width, n.start, n.samples > 1) for n in self.nodes])
+        plane_c, plane_h, plane_w, start, per_sample = info[np.maximum(plane, 0)].T
+        at_y, at_x = rows.positions(height), columns.positions(width)  # [C, h], [C, w]
+        in_rows = (at_y >= 0) & (at_y < plane_h[:, None]) & (plane[:, None] >= 0)
+        in_columns = (at_x >= 0) & (at_x < plane_w[:, None])
+        inside = in_rows[:, :, None] & in_columns[:, None, :]
         origin = start + channel * plane_h * plane_w
-        implied = origin[:, None, None] + rows[:, :, None] * plane_w[:, None, None] + cols[:, None, :]
-        stride = plane_c * plane_h * plane_w * per_sample
+        implied = origin[:, None, None] + at_y[:, :, None] * plane_w[:, None, None] + at_x[:, None, :]
+        per_sample = plane_c * plane_h * plane_w * per_sample
         for n in range(samples):
-            if not np.array_equal(array[n], np.where(inside, implied + n * stride[:, None, None], 0)):
+            if not np.array_equal(array[n], np.where(inside, implied + n * per_sample[:, None, None], 0)):
                 raise LayoutError
-        return Ref(plane, np.where(plane < 0, 0, channel), dy, dx)
+        return Ref(plane, np.where(plane < 0, 0, channel), rows.offset, columns.offset, (rows.stride, columns.stride))
+
+    def _axis(
+        self, axis: int, codes: np.ndarray, plane: np.ndarray, source: np.ndarray, along: np.ndarray, across: np.ndarray
+    ) -> _Axis:
+        """How frames read planes along one axis: codes [C, along, across]; plane, source position and frame position of
+        the first element of each channel.
+        """
+        planes = np.unique(plane[plane >= 0])
+        strides = {p: 0 if self.nodes[p].given else self.nodes[p].stride[axis] for p in planes.tolist()}
+        runs: dict[int, int] = {}  # of a coarser plane: the frame position behind the run of its first element
+        frame = None
+        for p, stride in strides.items():
+            if not stride:
+                continue
+            c = int(np.argmax(plane == p))
+            where = np.flatnonzero(codes[c, :, across[c]])
+            positions = self.decode(codes[c, where, across[c]])[3 + axis]
+            num, den = _steps(where, positions)
+            if num and stride * num % den == 0:
+                frame = frame or stride * num // den
+            changes = where[positions != positions[0]]
+            runs[p] = int(changes[0]) if len(changes) else int(where[-1]) + 1
+        frame = frame or max(strides.values(), default=0) or 1
+        num, den = np.ones((2, len(plane)), dtype=np.int64)
+        offset = source - along
+        for p, stride in strides.items():
+            here = plane == p
+            if self.nodes[p].broadcast:
+                num[here], offset[here] = 0, 0
+            elif stride:
+                num[here], den[here] = ratio(frame, stride)
+                coarser = den[here] * (source[here] + 1) - runs[p]
+                offset[here] = np.where(den[here] > 1, coarser, source[here] - num[here] * along[here])
+        offset[plane < 0] = 0
+        return _Axis(frame, num, den, offset)
+
+
+@dataclass(frozen=True, eq=False)
+class _Axis:
+    """Position p of a frame of this stride reads position (p * num + offset) // den of the plane, per channel."""
+
+    stride: int
+    num: np.ndarray
+    den: np.ndarray
+    offset: np.ndarray
+
+    def positions(self, size: int) -> np.ndarray:
+        """[C, size]"""
+        return (np.arange(size) * self.num[:, None] + self.offset[:, None]) // self.den[:, None]
+
+
+def _steps(where: np.ndarray, positions: np.ndarray) -> tuple[int, int]:
+    """(num, den) of an ascending sequence of positions of a plane at positions `where` of a frame; (0, 1) if it is too
+    short to tell.
+    """
+    adjacent = np.diff(where) == 1
+    steps = np.diff(positions)[adjacent]
+    if not len(steps):
+        return 0, 1
+    if steps.min() > 0:
+        return int(steps[0]), 1
+    changes = np.flatnonzero(steps) + 1
+    edges = [0, *changes.tolist(), len(steps) + 1]
+    return 1, int(np.diff(edges).max())

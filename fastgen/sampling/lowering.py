@@ -7,6 +7,7 @@ operators are in `fastgen.sampling.elementwise`, the registry in `fastgen.sampli
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from fastgen.sampling import elementwise
-from fastgen.sampling.graph import LayoutError, Linear, Ref, Tap
+from fastgen.sampling.graph import LayoutError, Linear, Ref, Stride, Tap, taps_of
 from fastgen.sampling.rules import nothing, rule
 
 if TYPE_CHECKING:
@@ -75,34 +76,79 @@ def _copy_in_place(tracer: Tracer, func: Any, args: tuple, kwargs: dict, outputs
 @rule("convolution")
 def _convolution(tracer: Tracer, func: Any, args: tuple, kwargs: dict, outputs: list[Tensor]) -> None:
     x, weight, bias, stride, padding, dilation, transposed, _, groups = args
-    if transposed or any(s != 1 for s in stride) or x.dim() != 4:
-        raise tracer.unsupported("a transposed, strided or not two-dimensional convolution")
+    if x.dim() != 4:
+        raise tracer.unsupported("a convolution that is not two-dimensional")
     for name, parameter in (("weight", weight), ("bias", bias)):
         if parameter is not None and (tracer.depends(parameter) or tracer.tape.depends(parameter)):
             raise tracer.unsupported(f"a convolution whose {name} depends on the image or the labels")
-    pad_y, pad_x = padding
-    codes = F.pad(tracer.codes(x), (pad_x, pad_x, pad_y, pad_y))
     height, width = outputs[0].shape[2:]
-    dense = dense_weight(weight, groups)
-    offsets = [
-        (ky, kx, ky * dilation[0], kx * dilation[1])
-        for ky in range(weight.shape[2])
-        for kx in range(weight.shape[3])
-        if dense[ky, kx].any()
-    ]
-    try:
-        ref = _spatial(tracer, tracer.graph.recognise(codes), codes)
-        windows = {(ky, kx): (ref, oy, ox) for ky, kx, oy, ox in offsets}
-    except LayoutError:  # a crop that is padded again is still a plain window as seen by most taps
-        windows = {
-            (ky, kx): (tracer.recognise(codes[:, :, oy : oy + height, ox : ox + width]), 0, 0)
-            for ky, kx, oy, ox in offsets
-        }
-    taps = []
-    for (ky, kx), (ref, oy, ox) in windows.items():
-        taps += taps_of(ref, oy, ox, dense[ky, kx])
-    node = Linear(tracer.module, weight.shape[0], height, width, taps=taps, bias=_vector(bias))
+    lower = _transposed_taps if transposed else _convolution_taps
+    dense = dense_weight(weight, groups, transposed)
+    frame, taps = lower(tracer, tracer.codes(x), dense, tuple(stride), tuple(padding), tuple(dilation), (height, width))
+    node = Linear(tracer.module, dense.shape[3], height, width, stride=frame, taps=taps, bias=_vector(bias))
+    if transposed:
+        node.period = tuple(stride)
     tracer.set_codes(outputs[0], tracer.add(node))
+
+
+Pair = tuple[int, int]
+
+
+def _convolution_taps(
+    tracer: Tracer, codes: Tensor, dense: Tensor, stride: Pair, padding: Pair, dilation: Pair, size: Pair
+) -> tuple[Stride, list[Tap]]:
+    """Stride of the output, and its taps."""
+    graph = tracer.graph
+    codes = F.pad(codes, (padding[1], padding[1], padding[0], padding[0]))
+    offsets = [(ky, kx) for ky in range(dense.shape[0]) for kx in range(dense.shape[1]) if dense[ky, kx].any()]
+    try:
+        whole = _spatial(tracer, graph.recognise(codes), codes)
+        windows = [graph.every(graph.moved(whole, ky * dilation[0], kx * dilation[1]), stride) for ky, kx in offsets]
+    except LayoutError:  # a crop that is padded again is still a plain window as seen by most taps
+        windows = [
+            tracer.recognise(_window(codes, (ky * dilation[0], kx * dilation[1]), stride, size)) for ky, kx in offsets
+        ]
+    frame = (max((w.stride[0] for w in windows), default=1), max((w.stride[1] for w in windows), default=1))
+    taps = []
+    for (ky, kx), ref in zip(offsets, windows, strict=True):
+        taps += taps_of(graph.at_stride(ref, frame, size), dense[ky, kx])
+    return frame, taps
+
+
+def _window(codes: Tensor, offset: Pair, stride: Pair, size: Pair) -> Tensor:
+    """What one tap sees."""
+    (y, x), (sy, sx), (height, width) = offset, stride, size
+    return codes[:, :, y : y + (height - 1) * sy + 1 : sy, x : x + (width - 1) * sx + 1 : sx]
+
+
+def _transposed_taps(
+    tracer: Tracer, codes: Tensor, dense: Tensor, stride: Pair, padding: Pair, dilation: Pair, size: Pair
+) -> tuple[Stride, list[Tap]]:
+    """Input row Y and kernel row k meet in output row y = Y * stride - padding + k * dilation."""
+    graph = tracer.graph
+    try:
+        whole = graph.finer(_spatial(tracer, graph.recognise(codes), codes), stride)
+    except LayoutError:
+        copy = elementwise.pointwise_4d(tracer, "copy", [codes])
+        whole = graph.finer(graph.recognise(copy), stride)
+    taps = []
+    for ky in range(dense.shape[0]):
+        for kx in range(dense.shape[1]):
+            dy, dx = padding[0] - ky * dilation[0], padding[1] - kx * dilation[1]
+            phase = None if stride == (1, 1) else (-dy % stride[0], -dx % stride[1])
+            # y + dy is a multiple of the stride in this phase: (y + dy) / stride is the row of the input
+            ref = replace(whole, dy=whole.dy + dy, dx=whole.dx + dx)
+            taps += taps_of(ref, dense[ky, kx], phase)
+    return whole.stride, taps
+
+
+@rule("upsample_nearest2d")
+def _upsample(tracer: Tracer, func: Any, args: tuple, kwargs: dict, outputs: list[Tensor]) -> None:
+    codes = tracer.codes(args[0])
+    factor = (outputs[0].shape[2] // codes.shape[2], outputs[0].shape[3] // codes.shape[3])
+    if outputs[0].shape[2:] != (codes.shape[2] * factor[0], codes.shape[3] * factor[1]):
+        raise tracer.unsupported("upsampling by a factor that is no integer")
+    tracer.set_codes(outputs[0], codes.repeat_interleave(factor[0], 2).repeat_interleave(factor[1], 3))
 
 
 def _spatial(tracer: Tracer, ref: Ref, codes: Tensor) -> Ref:
@@ -114,34 +160,16 @@ def _spatial(tracer: Tracer, ref: Ref, codes: Tensor) -> Ref:
     return tracer.graph.recognise(elementwise.pointwise_4d(tracer, "copy", [codes]))
 
 
-def dense_weight(weight: Tensor, groups: int) -> Tensor:
-    """[M, K/groups, kh, kw] -> float32 [kh, kw, K, M], zero between different groups."""
+def dense_weight(weight: Tensor, groups: int, transposed: bool = False) -> Tensor:
+    """[M, K/groups, kh, kw] (transposed: [K, M/groups, kh, kw]) -> float32 [kh, kw, K, M], zero between groups."""
+    if transposed:
+        weight = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
     m, k, kh, kw = weight.shape
     dense = torch.zeros(kh, kw, k * groups, m)
     for g in range(groups):
         rows, columns = slice(g * k, (g + 1) * k), slice(g * m // groups, (g + 1) * m // groups)
         dense[:, :, rows, columns] = weight.detach()[columns].permute(2, 3, 1, 0).to("cpu", torch.float32)
     return dense
-
-
-def taps_of(ref: Ref, dy: int, dx: int, weight: Tensor) -> list[Tap]:
-    """Taps that multiply the channels of `ref`, shifted by (dy, dx), with weight [K, M]; zero rows at its ends go."""
-    taps = []
-    for start, stop in ref.segments():
-        rows = np.flatnonzero(weight[start:stop].any(1).numpy())
-        if ref.plane[start] < 0 or not len(rows):
-            continue
-        a, b = start + int(rows[0]), start + int(rows[-1]) + 1
-        taps.append(
-            Tap(
-                int(ref.plane[a]),
-                dy + int(ref.dy[a]),
-                dx + int(ref.dx[a]),
-                int(ref.channel[a]),
-                weight[a:b].contiguous(),
-            )
-        )
-    return taps
 
 
 def _vector(bias: Tensor | None) -> Tensor | None:
@@ -167,10 +195,9 @@ def _product(tracer: Tracer, func: Any, args: tuple, kwargs: dict, outputs: list
     rows = tracer.codes(x).reshape(-1, x.shape[-1])  # [N*h*w, K]
     order, size = _raster_order(tracer, rows[:, :1])
     grid = rows[order].view(*size, -1).permute(0, 3, 1, 2).contiguous()
-    taps = taps_of(
-        _spatial(tracer, tracer.recognise(grid), grid), 0, 0, weight.detach().to("cpu", torch.float32).contiguous()
-    )
-    node = Linear(tracer.module, weight.shape[1], *size[1:], taps=taps, bias=_vector(bias))
+    ref = _spatial(tracer, tracer.recognise(grid), grid)
+    taps = taps_of(ref, weight.detach().to("cpu", torch.float32).contiguous())
+    node = Linear(tracer.module, weight.shape[1], *size[1:], stride=ref.stride, taps=taps, bias=_vector(bias))
     out = torch.empty(len(rows), weight.shape[1], dtype=torch.int64)
     out[order] = tracer.add(node).permute(0, 2, 3, 1).reshape(out.shape)
     tracer.set_codes(outputs[0], out.view(outputs[0].shape))

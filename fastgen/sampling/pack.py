@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastgen.sampling.fuse import crop, merge_sums, roots, settle_output
-from fastgen.sampling.graph import Condition, Constant, Graph, Image, Linear, Pointwise, Ref
+from fastgen.sampling.fuse import crop, merge_sums, roots, settle_output, share
+from fastgen.sampling.graph import Condition, Constant, Embedding, Graph, Image, Linear, Pointwise, Ref
 from fastgen.sampling.heads import Head
-from fastgen.sampling.plan import Draw, Instr, Plan, Plane, Read, Step, StepTap
-from fastgen.sampling.schedule import Schedule, Stage, schedule
+from fastgen.sampling.join import join_steps
+from fastgen.sampling.plan import Draw, Encoding, Instr, Plan, Plane, Read, Step, StepTap, Store
+from fastgen.sampling.schedule import Part, Schedule, Stage, schedule
 
 
 def compile_graph(graph: Graph, head: Head) -> tuple[Plan, list[Tensor]]:
@@ -32,16 +33,19 @@ def compile_graph(graph: Graph, head: Head) -> tuple[Plan, list[Tensor]]:
     """
     colours = next(n.channels for n in graph.nodes if isinstance(n, Image))
     assert graph.output is not None
-    if len(graph.output.plane) != colours * head.params_per_channel:
+    needed = head.num_params(colours)
+    if len(graph.output.plane) != needed:
         raise ValueError(
-            f"the network gives {len(graph.output.plane)} output channels; {head} needs {head.params_per_channel} for "
-            f"each of {colours} image channels"
+            f"the network gives {len(graph.output.plane)} output channels; {head} needs {needed} for an image with "
+            f"{colours} channels"
         )
-    schedule(graph, head.params_per_channel)  # on the graph as traced: errors name the user's modules
+    groups = head.groups(colours)
+    schedule(graph, groups)  # on the graph as traced: errors name the user's modules
+    share(graph)
     crop(graph)
     settle_output(graph)
     merge_sums(graph)
-    packer = _Packer(graph, schedule(graph, head.params_per_channel), head)
+    packer = _Packer(graph, schedule(graph, groups), head)
     return packer.plan(), packer.conditions
 
 
@@ -55,28 +59,36 @@ class _Packer:
         self.conditions: list[Tensor] = []
 
     def plan(self) -> Plan:
+        kinds = {Image: "image", Embedding: "image", Constant: "constant", Condition: "condition"}
+        encodings = []
         condition_planes = []
         for node in self.graph.nodes:
-            if self.root[node.id] != node.id and not isinstance(node, Image):
+            if self.root[node.id] != node.id:
                 continue
-            kinds = {Image: "image", Constant: "constant", Condition: "condition"}
             kind = kinds.get(type(node), "cache")
             data = node.data if isinstance(node, Constant) else None
-            self.index[node.id] = self._add_plane(Plane(node.name, kind, node.channels, node.height, node.width, data))
-            if isinstance(node, Condition):
-                condition_planes.append(self.index[node.id])
+            plane = Plane(node.name, kind, node.channels, node.height, node.width, data, node.stride)
+            index = self.index[node.id] = self._add_plane(plane)
+            if isinstance(node, Image):
+                table = self.head.encoding().view(-1, 1)
+                encodings += [Encoding(index, c, c, table) for c in range(node.channels)]
+            elif isinstance(node, Embedding):
+                encodings.append(Encoding(index, 0, node.colour, node.table))
+            elif isinstance(node, Condition):
+                condition_planes.append(index)
                 self.conditions.append(node.tensor)
-            if kind == "cache":
-                for start, stop in self._runs(node.id):
-                    self._add_steps(node.id, start, stop)
+            elif kind == "cache":
+                for part in self.times.parts[node.id]:
+                    for start, stop in self._runs(node.id, part):
+                        self._add_steps(node.id, part, start, stop)
         image = next(n for n in self.graph.nodes if isinstance(n, Image))
         output = self.graph.output
         assert output is not None
-        count = self.head.params_per_channel
         params = self.index[int(output.plane[0])]
-        draws = [Draw(params, c * count, count) for c in range(image.channels)]
+        draws = [Draw(params, g.params.start, len(g.params)) for g in self.head.groups(image.channels)]
         shape = (image.channels, image.height, image.width)
-        plan = Plan(shape, self.head, self.planes, self.steps, draws, self.index[image.id], condition_planes)
+        plan = Plan(shape, self.head, self.planes, self.steps, draws, encodings, condition_planes)
+        join_steps(plan)
         _size_planes(plan)
         return plan
 
@@ -86,9 +98,9 @@ class _Packer:
 
     # Runs.
 
-    def _runs(self, node: int) -> list[tuple[int, int]]:
+    def _runs(self, node: int, part: Part) -> list[tuple[int, int]]:
         """Ranges of channels of a stored plane that one step can compute."""
-        slots = self.times.slots(node)
+        slots = self.times.slots(part)
         cuts = (np.diff(slots, axis=0) != 0).any(1) | self._breaks(node, np.arange(len(slots)))
         edges = [0, *(np.flatnonzero(cuts) + 1).tolist(), len(slots)]
         return list(zip(edges[:-1], edges[1:], strict=True))
@@ -114,8 +126,8 @@ class _Packer:
 
     # Steps.
 
-    def _add_steps(self, node: int, start: int, stop: int) -> None:
-        stage, lag_y, lag_x, rank = (int(v) for v in self.times.slots(node)[start])
+    def _add_steps(self, node: int, part: Part, start: int, stop: int) -> None:
+        stage, lag_y, lag_x, rank = (int(v) for v in self.times.slots(part)[start])
         program = _Program(self, node, start, stop)
         step = Step(
             name=self.graph.nodes[node].name,
@@ -123,12 +135,13 @@ class _Packer:
             lag_y=lag_y,
             lag_x=lag_x,
             rank=rank,
-            out=self.index[node],
-            out_channel=start,
             width=stop - start,
             program=tuple(program.instrs),
+            stores=(Store(self.index[node], start, len(program.instrs) - 1),),
         )
         if program.product is not None:
+            if part.phase is not None:
+                step.period, step.phase = program.product.period, part.phase
             self._add_product(step, program.product, program.columns())
         self.steps.append(step)
 
@@ -139,11 +152,10 @@ class _Packer:
         bias = torch.zeros(len(columns)) if node.bias is None else node.bias[columns]
         finished: list[tuple[StepTap, Tensor]] = []
         current: list[tuple[StepTap, Tensor]] = []
-        for tap in node.taps:
+        for tap, ref in node.taps_at(step.phase):
             weight = tap.weight[:, columns]
-            rows = np.arange(weight.shape[0])
             open_rows = weight.any(1).numpy()
-            ready = self._finished(tap.plane, tap.channel + rows, tap.dy, step)
+            ready = self._finished(ref, step)
             for part, chosen in ((finished, ready & open_rows), (current, ~ready & open_rows)):
                 for a, b in _ranges(chosen):
                     read = StepTap(self.index[tap.plane], tap.dy, tap.dx, tap.channel + a, b - a)
@@ -156,25 +168,24 @@ class _Packer:
             current = finished + current
         _set_taps(step, current)
 
-    def _finished(self, plane: int, channels: np.ndarray, dy: int, step: Step) -> np.ndarray:
-        """Which channels, read at row offset dy, are finished when the row of a pixel step begins."""
-        if isinstance(self.graph.nodes[plane], Constant | Condition):
-            return np.ones(len(channels), dtype=bool)
-        return self.times.rows(plane)[channels] + dy < step.lag_y
+    def _finished(self, ref: Ref, step: Step) -> np.ndarray:
+        """Which channels of a tap's source are finished when the row of a pixel step begins."""
+        if self.graph.nodes[ref.plane[0]].given:
+            return np.ones(len(ref.plane), dtype=bool)
+        return self.times.source_rows(ref) < step.lag_y
 
     def _add_partial(self, step: Step, taps: list[tuple[StepTap, torch.Tensor]], bias: torch.Tensor) -> int:
         out = self.planes[step.out]
-        plane = self._add_plane(Plane(step.name, "cache", len(bias), out.height, out.width))
+        plane = self._add_plane(Plane(step.name, "cache", len(bias), out.height, out.width, stride=out.stride))
         row_step = replace(
             step,
             stage=Stage.ROW,
             lag_x=0,
             rank=0,
-            out=plane,
-            out_channel=0,
             width=len(bias),
             groups=1,
             program=(Instr("acc", 0),),
+            stores=(Store(plane, 0, 0),),
             bias=bias,
         )
         _set_taps(row_step, taps)
@@ -242,25 +253,29 @@ class _Program:
 
 def _size_planes(plan: Plan) -> None:
     """How many rows of each plane are needed at a time, and how far readers look over its sides."""
-    newest = {plan.image: 0}  # the last row written at time y = 0
+    newest = dict.fromkeys((e.plane for e in plan.encodings), 0)  # image row of the last row written at time y = 0
     for step in plan.steps:
-        newest[step.out] = max(newest.get(step.out, -step.lag_y), -step.lag_y)
+        for store in step.stores:
+            newest[store.plane] = max(newest.get(store.plane, -step.lag_y), -step.lag_y)
     for plane in plan.planes:
         plane.rows = plane.height if plane.given else 1
     over: dict[int, tuple[int, int]] = {}  # how far readers look over top and bottom of given planes
     for step in plan.steps:
+        out = plan.planes[step.out]
         reads = [(r.plane, r.dy, r.dx) for r in step.reads()] + [(t.plane, t.dy, t.dx) for t in step.taps]
         for index, dy, dx in reads:
             plane = plan.planes[index]
             if plane.broadcast:
                 continue
-            plane.left = max(plane.left, -dx)
-            plane.right = max(plane.right, plan.planes[step.out].width + dx - plane.width)
+            plane.left = max(plane.left, -plan.source(step, index, 1, 0, dx))
+            plane.right = max(plane.right, plan.source(step, index, 1, out.width - 1, dx) - plane.width + 1)
             if plane.given:
                 top, bottom = over.get(index, (0, 0))
-                over[index] = (max(top, -dy), max(bottom, plan.planes[step.out].height + dy - plane.height))
+                over[index] = (max(top, -dy), max(bottom, out.height + dy - plane.height))
                 plane.rows = plane.height + sum(over[index])
             else:
-                plane.rows = max(plane.rows, newest[index] - (dy - step.lag_y) + 1)
+                coarser = plane.stride[0] - min(plane.stride[0], out.stride[0])  # rows may begin this far above
+                oldest = min(plane.stride[0], out.stride[0]) * dy - coarser - step.lag_y
+                plane.rows = max(plane.rows, (newest[index] - oldest) // plane.stride[0] + 1)
     for draw in plan.draws:  # of parameters that may have been computed some rows ahead
         plan.planes[draw.plane].rows = max(plan.planes[draw.plane].rows, newest[draw.plane] + 1)

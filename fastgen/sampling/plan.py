@@ -1,22 +1,23 @@
 """The plan: what an executor runs to draw a batch of images.  No executor knows any model; a new model needs no
 executor code.
 
-Planes are cached feature maps with zeros outside.  A *step* computes channels of one plane, for a whole row
-(`Stage.ROW`) or for one pixel (`Stage.PIXEL`):
+Planes are cached feature maps with zeros outside.  A *step* works on positions (Y, X) of a frame, for a whole row
+(`Stage.ROW`) or for one pixel (`Stage.PIXEL`), and computes `width` channels of one or several planes:
 
-    acc[g, j] = init[g, j] or bias[g, j]  +  sum over taps t, k of  plane_t[Y + dy, X + dx, channel + k] * weight[t, k,
-    g, j] out[Y, X, out_channel + j] = program(acc, other planes)
+    acc[g, j] = init[g, j] or bias[g, j]  +  sum over taps t, k of  plane_t[Y, X, channel + k] * weight[t, k, g, j]
+    plane_s[Y, X, channel_s + j] = register_s of program(acc, other planes)[j]      for each store s
 
-with g < groups, j < width.  Time runs over image rows y and, inside, columns x; at time (y, x) a step works on
-Y = y - lag_y, X = x - lag_x, where that lies in its plane.  One batch:
+with g < groups, j < width.  Reads are shifted by (dy, dx), see `Plan.source`.  Time runs over image rows y and, inside,
+columns x; position Y of a frame of stride s lies at image row s * Y, and at time (y, x) a step works on the position
+that lies at (y - lag_y, x - lag_x), where there is one and it has the step's phase.  One batch:
 
     for y from min(lag_y) to H-1:
         every ROW step, in order
-        for x from min(lag_x) to W-1 + max(lag_x):
-            for rank in 0..C-1:
+        for x from the first to the last column of any step:
+            for rank, group of colours:
                 every PIXEL step of that rank, in order
-                if (y, x) is in the image: draw colour `rank` from the parameters at (y, x), write its level and its
-                encoding
+                if (y, x) is in the image: draw the group's colours from their parameters at (y, x), write their levels
+                and their encodings
 """
 
 from __future__ import annotations
@@ -26,11 +27,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from fastgen.sampling.graph import Stride, ratio
 from fastgen.sampling.heads import Head
 from fastgen.sampling.schedule import Stage
 
-UNARY = ("copy", "neg", "abs", "relu", "exp", "expm1", "log", "sqrt", "tanh", "sigmoid")
-BINARY = ("add", "sub", "mul", "div", "max", "min")
+UNARY = ("copy", "neg", "abs", "relu", "elu", "expm1_of_minus_abs", "exp", "expm1", "log", "sqrt", "tanh", "sigmoid")
+BINARY = ("add", "sub", "mul", "div", "max", "min", "positive_or")
 PRIMITIVES = UNARY + BINARY
 
 
@@ -40,6 +42,7 @@ class Plane:
 
     kind: "image" (encoded levels, written by draws), "cache" (written by steps), "condition" (per sample, given before
     the batch), "constant" (given, `data` [channels, height, width], the same for all samples).
+    stride: of its positions in the image.
     rows: how many of its latest rows are needed at a time, or, where it is given, its height and how far readers look
     over its top and bottom; row y is kept as row y mod rows. left, right: how far readers look over its sides.
     Conditions and constants of size 1x1 are read at every position alike (`broadcast`).
@@ -51,6 +54,7 @@ class Plane:
     height: int
     width: int
     data: Tensor | None = None
+    stride: Stride = (1, 1)
     rows: int = 0
     left: int = 0
     right: int = 0
@@ -66,7 +70,7 @@ class Plane:
 
 @dataclass(frozen=True)
 class Read:
-    """Channels from `channel` on of a plane at (Y + dy, X + dx)."""
+    """Channels from `channel` on of a plane at (Y, X) shifted by (dy, dx)."""
 
     plane: int
     dy: int
@@ -76,7 +80,7 @@ class Read:
 
 @dataclass(frozen=True)
 class StepTap:
-    """`count` channels of a plane at (Y + dy, X + dx), multiplied by the next `count` rows of the step's weight."""
+    """`count` channels of a plane at (Y, X) shifted by (dy, dx), times the next `count` rows of the step's weight."""
 
     plane: int
     dy: int
@@ -98,18 +102,37 @@ class Instr:
     value: float = 0.0
     read: Read | None = None
 
+    @property
+    def operands(self) -> tuple[int, ...]:
+        """The registers that it reads."""
+        return () if self.op in ("acc", "load", "const") else tuple(r for r in (self.a, self.b) if r >= 0)
+
+
+@dataclass(frozen=True)
+class Store:
+    """A register of the program becomes channels [channel, channel + width) of a plane."""
+
+    plane: int
+    channel: int
+    register: int
+
 
 @dataclass(eq=False)
 class Step:
+    """See the module. Its frame is that of the planes it stores to: their height, width and stride, and of its positions
+    those that equal `phase` modulo `period`.
+    """
+
     name: str
     stage: Stage
     lag_y: int
     lag_x: int
     rank: int
-    out: int
-    out_channel: int
     width: int
     program: tuple[Instr, ...]
+    stores: tuple[Store, ...]
+    period: tuple[int, int] = (1, 1)
+    phase: tuple[int, int] = (0, 0)
     groups: int = 0
     taps: tuple[StepTap, ...] = ()
     weight: Tensor | None = None  # float32 [sum of counts, groups * width]
@@ -122,6 +145,11 @@ class Step:
         return loads if self.init is None else [self.init, *loads]
 
     @property
+    def out(self) -> int:
+        """A plane with the step's frame."""
+        return self.stores[0].plane
+
+    @property
     def macs(self) -> int:
         """Multiply-adds per position."""
         return sum(t.count for t in self.taps) * self.groups * self.width
@@ -129,7 +157,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Draw:
-    """The parameters of one colour at (y, x) are `count` channels of a plane, from `channel` on, at position (y, x)."""
+    """The parameters of one group of colours at (y, x) are `count` channels of a plane, from `channel` on."""
 
     plane: int
     channel: int
@@ -137,9 +165,20 @@ class Draw:
 
 
 @dataclass(eq=False)
+class Encoding:
+    """Level l of a colour is table[l] [channels] in a plane, from `channel` on."""
+
+    plane: int
+    channel: int
+    colour: int
+    table: Tensor
+
+
+@dataclass(eq=False)
 class Plan:
-    """Everything an executor needs, and nothing else. `conditions`: the planes to be given for each batch, in tape
-    order.
+    """Everything an executor needs, and nothing else.
+
+    draws: one for each group of the head. conditions: the planes to be given for each batch, in tape order.
     """
 
     image_shape: tuple[int, int, int]
@@ -147,8 +186,25 @@ class Plan:
     planes: list[Plane]
     steps: list[Step]
     draws: list[Draw]
-    image: int
+    encodings: list[Encoding]
     conditions: list[int] = field(default_factory=list)
+
+    def source(self, step: Step, plane: int, axis: int, position: int, shift: int) -> int:
+        """The row (axis 0) or column (axis 1) of a plane that a step reads at a position of its frame."""
+        num, den = self.ratio(step, plane, axis)
+        return (position * num + shift) // den
+
+    def ratio(self, step: Step, plane: int, axis: int) -> tuple[int, int]:
+        """(num, den) of a step's frame and a plane, see `fastgen.sampling.graph`."""
+        source = self.planes[plane]
+        return (1, 1) if source.given else ratio(self.planes[step.out].stride[axis], source.stride[axis])
+
+    def position(self, step: Step, axis: int, time: int) -> int | None:
+        """The row (axis 0) or column (axis 1) of its frame that a step works on at time y or x; None: none."""
+        out = self.planes[step.out]
+        position, rest = divmod(time - (step.lag_y, step.lag_x)[axis], out.stride[axis])
+        inside = 0 <= position < (out.height, out.width)[axis]
+        return position if not rest and inside and position % step.period[axis] == step.phase[axis] else None
 
     def row_steps(self) -> list[Step]:
         return [s for s in self.steps if s.stage == Stage.ROW]
@@ -162,18 +218,26 @@ class Plan:
 
     def columns(self) -> range:
         """The values of x that the pixel stage of a row runs through."""
-        pixel = [s for s in self.steps if s.stage == Stage.PIXEL]
-        first = min([0, *(s.lag_x for s in pixel)])
-        last = max([self.image_shape[2], *(self.planes[s.out].width + s.lag_x for s in pixel)])
-        return range(first, last)
+        first, last = 0, self.image_shape[2] - 1
+        for step in self.steps:
+            if step.stage == Stage.PIXEL:
+                out = self.planes[step.out]
+                first = min(first, step.lag_x)
+                last = max(last, (out.width - 1) * out.stride[1] + step.lag_x)
+        return range(first, last + 1)
 
     @property
     def flops(self) -> int:
         """Useful floating point operations of the products, per sample (two per multiply-add)."""
-        return sum(2 * s.macs * self._rows_of(s) * self.planes[s.out].width for s in self.steps)
+        return sum(2 * s.macs * self._positions(s, 0) * self._positions(s, 1) for s in self.steps)
 
-    def _rows_of(self, step: Step) -> int:
-        return min(self.planes[step.out].height, self.image_shape[1] - step.lag_y)
+    def _positions(self, step: Step, axis: int) -> int:
+        """How many rows or columns of its frame a step computes."""
+        out = self.planes[step.out]
+        size = (out.height, out.width)[axis]
+        if axis == 0:
+            size = min(size, -((step.lag_y - self.image_shape[1]) // out.stride[0]))
+        return len(range(step.phase[axis], size, step.period[axis]))
 
     @property
     def weight_bytes(self) -> int:
@@ -196,15 +260,14 @@ class Plan:
             "planes (index, kind, channels x height x width, rows kept, name)",
         ]
         for i, p in enumerate(self.planes):
-            lines.append(f"  {i:4d} {p.kind:9s} {p.channels:5d} x {p.height} x {p.width}  rows {p.rows}  {p.name}")
-        lines.append("steps (stage, rank, lag, plane[channels], multiply-adds per position, program, name)")
+            size = f"{p.channels:5d} x {p.height} x {p.width}"
+            lines.append(f"  {i:4d} {p.kind:9s} {size}  rows {p.rows}  {p.name}")
+        lines.append("steps (stage, rank, lag, planes[channels], multiply-adds per position, program, name)")
         for s in self.steps:
             stage = "row  " if s.stage == Stage.ROW else f"pixel {s.rank}"
             ops = " ".join(i.op for i in s.program)
-            lines.append(
-                f"  {stage:7s} lag ({s.lag_y}, {s.lag_x})  {s.out}[{s.out_channel}:{s.out_channel + s.width}]"
-                f"  {s.macs}  {ops}  {s.name}"
-            )
+            stores = " ".join(f"{t.plane}[{t.channel}:{t.channel + s.width}]" for t in s.stores)
+            lines.append(f"  {stage:7s} lag ({s.lag_y}, {s.lag_x})  {stores}  {s.macs}  {ops}  {s.name}")
         return "\n".join(lines)
 
 
@@ -212,6 +275,13 @@ def apply(op: str, a: Tensor, b: Tensor | None = None) -> Tensor:
     """The definition of the primitives."""
     if op == "copy":
         return a
+    if op == "elu":
+        return torch.nn.functional.elu(a)
+    if op == "expm1_of_minus_abs":
+        return torch.expm1(-a.abs())
+    if op == "positive_or":
+        assert b is not None
+        return torch.where(a > 0, a, b)
     if op in UNARY:
         return getattr(torch, op)(a)
     names = {"max": "maximum", "min": "minimum"}

@@ -1,14 +1,16 @@
 """Pass 3, schedule: for every plane and channel, the latest image element that it depends on, and so the moment to
 compute it.
 
-Pixels are drawn in raster order, the colours of a pixel in groups one after the other.  The *reach* of a plane's
-channel is the latest draw, relative to the plane's position, that the channel depends on: (dy, dx, group), compared
-lexicographically.  It is held as one integer, so that a shift is an addition and "later" is ">".  From the reach follow
+Pixels are drawn in raster order, the colours of a pixel in groups one after the other (`Head.groups`).  The *reach* of a
+plane's channel is the latest draw, relative to the plane's position, that the channel depends on: (dy, dx, group),
+compared lexicographically, dy and dx in pixels of the image whatever the plane's stride.  It is held as one integer, so
+that a shift is an addition and "later" is ">".  Where the reach differs from position to position, because planes of
+different strides come together, it is the latest of them.  From the reach follow
 
-* the causality proof: the parameters of colour c at (y, x) must have a reach before (0, 0, c);
+* the causality proof: the parameters of group g at (y, x) must have a reach before (0, 0, g);
 * the stage: what depends on finished rows alone is computed for a whole row (`Stage.ROW`), the rest pixel by pixel
   (`Stage.PIXEL`), between two draws;
-* the lags: at time (y, x) a step computes position (y - lag_y, x - lag_x) of its plane.
+* the lags: at time (y, x) a step computes the position of its plane that lies at pixel (y - lag_y, x - lag_x).
 """
 
 from __future__ import annotations
@@ -17,13 +19,15 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from fastgen.sampling.graph import TOP_LEVEL, Condition, Constant, Graph, Image, Linear, Node, NotCausal, Pointwise, Ref
+from fastgen.sampling.graph import TOP_LEVEL, Embedding, Graph, Image, Linear, Node, NotCausal, Pointwise, Ref
+from fastgen.sampling.heads import Group
 
 Keys = NDArray[np.int64]
 
-_DX, _DY = 1 << 8, 1 << 40  # key = dy * _DY + dx * _DX + colour
+_DX, _DY = 1 << 8, 1 << 40  # key = dy * _DY + dx * _DX + group
 _NEVER = -(1 << 62)
 
 
@@ -32,114 +36,142 @@ class Stage(IntEnum):
     PIXEL = 1
 
 
-def key(dy: int, dx: int, colour: int) -> int:
-    return dy * _DY + dx * _DX + colour
+def key(dy: int, dx: int, group: int) -> int:
+    return dy * _DY + dx * _DX + group
 
 
 def unkey(keys: Keys) -> tuple[Keys, Keys, Keys]:
-    """keys -> (dy, dx, colour)."""
+    """keys -> (dy, dx, group)."""
     dy = (keys + _DY // 2) // _DY
     rest = keys - dy * _DY
     return dy, rest // _DX, rest % _DX
 
 
 @dataclass(eq=False)
+class Part:
+    """Positions of a plane that are computed alike: all, or those of one phase of a transposed convolution.
+
+    Per channel: reach [C], and whether it is computed pixel by pixel [C].
+    """
+
+    phase: tuple[int, int] | None
+    reach: Keys
+    pixel: NDArray[np.bool_]
+
+
+@dataclass(eq=False)
 class Schedule:
-    """Per node: reach of each channel [C], and whether the channel is computed pixel by pixel [C]."""
+    """For each node the parts of its plane, and the reach of each channel: the latest of all parts."""
 
-    colours: int
+    graph: Graph
+    groups: int
+    parts: list[list[Part]]
     reach: list[Keys]
-    pixel: list[NDArray[np.bool_]]
 
-    def rows(self, node: int) -> Keys:
-        """dy of the reach, per channel."""
-        return unkey(self.reach[node])[0]
+    def source_rows(self, ref: Ref) -> Keys:
+        """dy of the reach of each channel of a frame."""
+        return unkey(_source_keys(self.graph, ref, self.reach))[0]
 
-    def slots(self, node: int) -> Keys:
-        """[C, 4]: (stage, lag_y, lag_x, rank) per channel; rank: the number of colours of the pixel that are drawn
+    def slots(self, part: Part) -> Keys:
+        """[C, 4]: (stage, lag_y, lag_x, rank) per channel; rank: the number of groups of the pixel that are drawn
         before.
         """
-        dy, dx, colour = unkey(self.reach[node])
-        last = colour == self.colours - 1
-        pixel = self.pixel[node]
+        dy, dx, group = unkey(part.reach)
+        last = group == self.groups - 1
         zero = np.zeros_like(dy)
         row_slot = np.stack([zero + Stage.ROW, dy + 1, zero, zero], axis=1)
-        pixel_slot = np.stack([zero + Stage.PIXEL, dy, dx + last, np.where(last, 0, colour + 1)], axis=1)
-        return np.where(pixel[:, None], pixel_slot, row_slot)
+        pixel_slot = np.stack([zero + Stage.PIXEL, dy, dx + last, np.where(last, 0, group + 1)], axis=1)
+        return np.where(part.pixel[:, None], pixel_slot, row_slot)
 
 
-def schedule(graph: Graph, params_per_channel: int) -> Schedule:
-    """Reach and stage of every plane.
+def schedule(graph: Graph, groups: list[Group]) -> Schedule:
+    """Reach and stage of every plane; `groups`: those of the head.
 
     Raises:
         NotCausal: a parameter depends on the element it predicts, or on a later one.
     """
-    image = next(n for n in graph.nodes if isinstance(n, Image))
-    reach = _reach(graph)
-    _prove_causal(graph, reach, params_per_channel)
-    return Schedule(image.channels, reach, _pixel_stage(graph, reach))
+    parts = _parts(graph, groups)
+    reach = [np.max([part.reach for part in each], axis=0) for each in parts]
+    _prove_causal(graph, reach, groups)
+    _mark_pixel_stage(graph, parts)
+    return Schedule(graph, len(groups), parts, reach)
 
 
-def _shift(dy: int, dx: int) -> int:
-    return key(dy, dx, 0)
+def _shifts(graph: Graph, ref: Ref) -> Keys:
+    """The shift of each channel of a frame, as a key."""
+    finer = np.zeros((len(ref.plane), 2), dtype=np.int64)
+    for plane in np.unique(ref.plane[ref.plane >= 0]):
+        if not graph.nodes[plane].given:
+            finer[ref.plane == plane] = np.minimum(graph.nodes[plane].stride, ref.stride)
+    return finer[:, 0] * ref.dy * _DY + finer[:, 1] * ref.dx * _DX
 
 
-def _source_keys(ref: Ref, reach: list[Keys]) -> Keys:
-    """Reach of each channel of a Ref, in the frame of the reader."""
+def _source_keys(graph: Graph, ref: Ref, reach: list[Keys]) -> Keys:
+    """Reach of each channel of a frame."""
     keys = np.full(len(ref.plane), _NEVER, dtype=np.int64)
     for plane in np.unique(ref.plane[ref.plane >= 0]):
         here = ref.plane == plane
         keys[here] = reach[plane][ref.channel[here]]
-    known = keys > _NEVER
-    keys[known] += ref.dy[known] * _DY + ref.dx[known] * _DX
-    return keys
+    return np.where(keys > _NEVER, keys + _shifts(graph, ref), _NEVER)
 
 
-def _linear_keys(node: Linear, reach: list[Keys]) -> Keys:
+def _linear_keys(graph: Graph, node: Linear, phase: tuple[int, int], reach: list[Keys]) -> Keys:
     keys = np.full(node.channels, _NEVER, dtype=np.int64)
-    for tap, ref in zip(node.taps, node.sources(), strict=True):
-        source = _source_keys(ref, reach)
-        used = np.where(tap.weight.numpy() != 0, source[:, None], _NEVER)
-        keys = np.maximum(keys, used.max(0))
+    for tap, ref in node.taps_at(phase):
+        source = _source_keys(graph, ref, reach)
+        for latest in np.unique(source):  # few
+            used = (tap.weight[torch.from_numpy(source == latest)] != 0).any(0).numpy()
+            keys[used] = np.maximum(keys[used], latest)
     return keys
 
 
-def _reach(graph: Graph) -> list[Keys]:
+def _parts(graph: Graph, groups: list[Group]) -> list[list[Part]]:
     # A computed plane that depends on no image element counts as depending on a row so far up that every reader finds
     # it ready.
     assert graph.output is not None
-    downward = sum(max((int(r.dy.max(initial=0)) for r in n.sources()), default=0) for n in graph.nodes)
-    always = key(-1 - downward - int(graph.output.dy.max(initial=0)), 0, 0)
+    downward = sum(max((_rows_down(graph, r) for r in n.sources()), default=0) for n in graph.nodes)
+    always = key(-1 - downward - _rows_down(graph, graph.output), 0, 0)
+    group_of = np.concatenate([np.full(len(g.colours), i, dtype=np.int64) for i, g in enumerate(groups)])
+    parts: list[list[Part]] = []
     reach: list[Keys] = []
     for node in graph.nodes:
+        phases: list[tuple[int, int] | None] = [None]
         if isinstance(node, Image):
-            keys = np.arange(node.channels, dtype=np.int64)
-        elif isinstance(node, Constant | Condition):
-            keys = np.full(node.channels, _NEVER, dtype=np.int64)
+            keys = [group_of]
+        elif isinstance(node, Embedding):
+            keys = [np.full(node.channels, group_of[node.colour], dtype=np.int64)]
+        elif node.given:
+            keys = [np.full(node.channels, _NEVER, dtype=np.int64)]
+        elif isinstance(node, Linear):
+            keys = [_linear_keys(graph, node, phase, reach) for phase in node.phases()]
+            phases = phases if len(keys) == 1 else [*node.phases()]
         else:
-            if isinstance(node, Linear):
-                keys = _linear_keys(node, reach)
-            else:
-                keys = np.max([_source_keys(r, reach) for r in node.sources()], axis=0)
-            keys = np.where(keys == _NEVER, always, keys)
-        reach.append(keys)
-    return reach
+            keys = [np.max([_source_keys(graph, r, reach) for r in node.sources()], axis=0)]
+        if not node.given:
+            keys = [np.where(k == _NEVER, always, k) for k in keys]
+        parts.append([Part(p, k, np.zeros(node.channels, dtype=bool)) for p, k in zip(phases, keys, strict=True)])
+        reach.append(np.max(keys, axis=0))
+    return parts
 
 
-def _prove_causal(graph: Graph, reach: list[Keys], params_per_channel: int) -> None:
+def _rows_down(graph: Graph, ref: Ref) -> int:
+    return max(0, int(unkey(_shifts(graph, ref))[0].max(initial=0)))
+
+
+def _prove_causal(graph: Graph, reach: list[Keys], groups: list[Group]) -> None:
     assert graph.output is not None
-    keys = _source_keys(graph.output, reach)
-    limit = np.arange(len(keys)) // params_per_channel
+    keys = _source_keys(graph, graph.output, reach)
+    limit = np.concatenate([np.full(len(g.params), i, dtype=np.int64) for i, g in enumerate(groups)])
     late = np.flatnonzero(keys >= limit)
     if not len(late):
         return
     channel = int(late[np.argmax(keys[late] - limit[late])])
-    dy, dx, colour = (int(v) for v in unkey(keys[channel]))
+    dy, dx, group = (int(v) for v in unkey(keys[channel]))
     path = _path(graph, reach, graph.output, channel)
     layers = dict.fromkeys(n.name or TOP_LEVEL for n, _, _ in path if isinstance(n, Linear))
     raise NotCausal(
         f"module {_culprit(path)!r} makes the model see what it predicts: the parameters of colour "
-        f"{int(limit[channel])} at pixel (y, x) depend on colour {colour} at (y{dy:+d}, x{dx:+d}); "
+        f"{groups[int(limit[channel])].colours[0]} at pixel (y, x) depend on colour {groups[group].colours[0]} at (y{dy:+d}, x{dx:+d}); "
         f"the layers between: {' -> '.join(layers) or 'none'}"
     )
 
@@ -150,30 +182,26 @@ def _path(graph: Graph, reach: list[Keys], ref: Ref, channel: int) -> list[tuple
     """
     path: list[tuple[Node, int, int]] = []
     plane, channel = int(ref.plane[channel]), int(ref.channel[channel])
-    while not isinstance(graph.nodes[plane], Image):
+    while not isinstance(graph.nodes[plane], Image | Embedding):
         node = graph.nodes[plane]
-        step = max(_critical(node, channel, reach))
-        path.append((node, step[3], step[4]))
-        plane, channel = step[1], step[2]
+        _, plane, channel, dy, dx = max(_critical(graph, node, channel, reach))
+        path.append((node, dy, dx))
     return path[::-1]
 
 
-def _critical(node: Node, channel: int, reach: list[Keys]) -> list[tuple[int, int, int, int, int]]:
-    """(key, plane, channel, dy, dx) of every source element of one channel of a node."""
+def _critical(graph: Graph, node: Node, channel: int, reach: list[Keys]) -> list[tuple[int, int, int, int, int]]:
+    """(key, plane, channel, dy, dx) of every source element of one channel of a node, dy and dx in pixels."""
     found = []
+    refs = [(ref, np.array([channel])) for ref in node.sources()]
     if isinstance(node, Linear):
-        for tap, ref in zip(node.taps, node.sources(), strict=True):
-            rows = np.flatnonzero(tap.weight[:, channel].numpy())
-            if len(rows):
-                keys = _source_keys(ref, reach)[rows]
-                k = int(rows[np.argmax(keys)])
-                found.append((int(keys.max()), tap.plane, tap.channel + k, tap.dy, tap.dx))
-    elif isinstance(node, Pointwise):
-        for ref in node.sources():
-            k = int(_source_keys(ref, reach)[channel])
-            found.append(
-                (k, int(ref.plane[channel]), int(ref.channel[channel]), int(ref.dy[channel]), int(ref.dx[channel]))
-            )
+        refs = [(r, np.flatnonzero(t.weight[:, channel].numpy())) for t, r in zip(node.taps, node.sources(), strict=True)]
+    for ref, channels in refs:
+        if len(channels):
+            part = ref.take(channels)
+            keys = _source_keys(graph, part, reach)
+            k = int(np.argmax(keys))
+            dy, dx, _ = unkey(_shifts(graph, part)[k : k + 1])
+            found.append((int(keys[k]), int(part.plane[k]), int(part.channel[k]), int(dy[0]), int(dx[0])))
     return found
 
 
@@ -186,35 +214,39 @@ def _culprit(path: list[tuple[Node, int, int]]) -> str:
     return (first.name if first is not None else "") or TOP_LEVEL
 
 
-def _pixel_stage(graph: Graph, reach: list[Keys]) -> list[NDArray[np.bool_]]:
+def _mark_pixel_stage(graph: Graph, parts: list[list[Part]]) -> None:
     """A channel must be computed pixel by pixel when a reader at the pixel stage needs it before its last row is
     finished.
     """
     assert graph.output is not None
-    pixel = [np.zeros(n.channels, dtype=bool) for n in graph.nodes]
 
     def mark(ref: Ref, needed: NDArray[np.bool_], reader_dy: Keys) -> None:
         """needed, reader_dy: [readers, channels of ref] or [channels]."""
-        dy = unkey(_source_keys(ref, reach))[0]
-        now = np.atleast_2d(needed & (reader_dy == dy)).any(0) & (ref.plane >= 0)
-        for plane in np.unique(ref.plane[now]):
-            here = now & (ref.plane == plane)
-            pixel[plane][ref.channel[here]] = True
+        shifts = _shifts(graph, ref)
+        for plane in np.unique(ref.plane[ref.plane >= 0]):
+            here = ref.plane == plane
+            channels = ref.channel[here]
+            for part in parts[plane]:
+                dy = unkey(part.reach[channels] + shifts[here])[0]
+                now = np.atleast_2d(needed[..., here] & (reader_dy[..., here] == dy)).any(0)
+                part.pixel[channels[now]] = True
 
-    out_dy = unkey(_source_keys(graph.output, reach))[0]
-    mark(graph.output, np.ones(len(out_dy), dtype=bool), np.zeros_like(out_dy))
+    everywhere = np.ones(len(graph.output.plane), dtype=bool)
+    mark(graph.output, everywhere, np.zeros(len(everywhere), dtype=np.int64))
     for node in reversed(graph.nodes):
-        needed, dy = pixel[node.id], unkey(reach[node.id])[0]
-        if not needed.any():
-            continue
-        if isinstance(node, Linear):
-            for tap, ref in zip(node.taps, node.sources(), strict=True):
-                used = tap.weight.numpy().T != 0  # [M, K]
-                mark(ref, used & needed[:, None], dy[:, None])
-        elif isinstance(node, Pointwise):
-            for ref in node.sources():
-                mark(ref, needed, dy)
+        for part in parts[node.id]:
+            needed, dy = part.pixel, unkey(part.reach)[0]
+            if not needed.any():
+                continue
+            if isinstance(node, Linear):
+                for tap, ref in zip(node.taps, node.sources(), strict=True):
+                    if tap.phase in (None, part.phase) or part.phase is None:
+                        used = tap.weight.numpy().T != 0  # [M, K]
+                        mark(ref, used & needed[:, None], np.broadcast_to(dy[:, None], used.shape))
+            elif isinstance(node, Pointwise):
+                for ref in node.sources():
+                    mark(ref, needed, dy)
     for node in graph.nodes:
-        if isinstance(node, Image | Constant | Condition):
-            pixel[node.id][:] = False
-    return pixel
+        if not isinstance(node, Linear | Pointwise):
+            for part in parts[node.id]:
+                part.pixel[:] = False

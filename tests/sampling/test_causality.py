@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from fastgen import models
 from fastgen.sampling import Categorical, NotCausal, Sampler, UnsupportedModel
 from fastgen.sampling.graph import Ref
-from fastgen.sampling.schedule import Stage, _reach, key, unkey
+from fastgen.sampling.schedule import Stage, key, schedule, unkey
 from fastgen.sampling.subject import evaluating
 from fastgen.sampling.trace import trace
 
@@ -46,8 +46,10 @@ def test_reach_against_perturbation(name: str) -> None:
     graph, _ = trace(network, torch.randn(2, channels, height, width), labels)
     output = graph.output
     assert isinstance(output, Ref)
+    groups = Categorical(LEVELS).groups(channels)
+    reach = schedule(graph, groups).reach
     keys = [
-        int(_reach(graph)[p][c]) + key(int(dy), int(dx), 0)
+        int(reach[p][c]) + key(int(dy), int(dx), 0)
         for p, c, dy, dx in zip(output.plane, output.channel, output.dy, output.dx, strict=True)
     ]
     with evaluating(network.double()):
@@ -126,7 +128,7 @@ def test_masked_away_weights_do_not_count() -> None:
         (nn.Softmax(dim=1), "softmax"),
         (nn.Upsample(scale_factor=1, mode="bilinear"), "upsample"),
         (nn.Conv2d(4, 4, 3, padding=1, padding_mode="reflect"), "reflection_pad2d"),
-        (nn.Conv2d(4, 4, 1, stride=2), "strided"),
+        (nn.ConvTranspose2d(4, 4, 2, stride=2), "upsamples beyond"),
     ],
     ids=lambda v: type(v).__name__ if isinstance(v, nn.Module) else v,
 )
@@ -165,8 +167,9 @@ def test_colour_ranks() -> None:
     for rank in range(3):
         outputs = {s.out: s.width for s in plan.pixel_steps(rank)}
         assert outputs and max(outputs.values()) <= 4
-    computed = {}
+    computed = set()
     for step in plan.steps:
-        for channel in range(step.out_channel, step.out_channel + step.width):
-            assert (step.out, channel) not in computed
-            computed[step.out, channel] = step
+        for store in step.stores:
+            channels = {(store.plane, c) for c in range(store.channel, store.channel + step.width)}
+            assert not channels & computed
+            computed |= channels

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from fastgen import backends
 from fastgen.sampling.executors import Batch
-from fastgen.sampling.plan import PRIMITIVES, Instr, Plan, Read, Step
+from fastgen.sampling.heads import LogisticMixture
+from fastgen.sampling.plan import PRIMITIVES, Instr, Plan, Read, Step, StepTap, Store
 from fastgen.sampling.schedule import Stage
 
 PANEL = 16  # columns that are packed together
 OPS = {op: i for i, op in enumerate(("acc", "load", "const", *PRIMITIVES))}  # enum PlanOp
-NO_READ = (0, 0, 0, 0)
 ALONE_SECONDS = 0.25  # how long groups are left to one thread each after a team could not keep together
 CHUNKS = 8  # calls per batch: between them the progress bar moves and Ctrl-C is heard
 # Samples that a thread needs so that multiplying by the weights of the pixel stage takes longer than fetching them, by
@@ -30,25 +30,34 @@ CORE_FLOPS = 1e11
 
 
 class CpuExecutor:
-    """Plans on the CPU in float32, with `torch.get_num_threads()` threads."""
+    """Plans on the CPU, with `torch.get_num_threads()` threads; products in float32, of weights in float32 or bfloat16
+    (`precision`).
+    """
 
-    def __init__(self, plan: Plan):
+    def __init__(self, plan: Plan, precision: str = "fp32"):
         self.plan = plan
-        tables = _Tables(plan)
+        tables = _Tables(plan, precision)
         self._tables = tables
         self._offsets = [row[7] for row in tables.planes]
         self._pitches = [row[1] for row in tables.planes]
-        self._keep = tables.tensors()
-        self._native = backends.native_cpu().PlanExecutor(**tables.arguments(self._keep))
+        self._weights = tables.packed_weights()  # used in place; the constructor copies the rest
+        integers, floats = tables.integers(), tables.floats()
+        self._native = backends.native_cpu().PlanExecutor(
+            head=type(plan.head).__name__.lower(),
+            tables={k: (t.data_ptr(), *t.shape) for k, t in integers.items()},
+            floats={k: (t.data_ptr(), t.numel()) for k, t in floats.items()},
+            sizes=tables.sizes(),
+            weights=self._weights.data_ptr(),
+        )
 
-    def sample(self, batch: Batch) -> Tensor:
-        """uint8 levels [count, C, H, W]."""
+    def sample(self, batch: Batch, params: Tensor | None = None) -> Tensor:
+        """uint8 levels [count, C, H, W]; `params`, float32 [count, parameters, H, W], takes what they are drawn from."""
         plan = self.plan
-        levels = torch.zeros(batch.count, *plan.image_shape, dtype=torch.uint8)
+        levels = torch.zeros(batch.count, *plan.image_shape, dtype=torch.int32)
         groups, team = self.split(batch.count, torch.get_num_threads())
         spaces = [self._workspace(batch, first, count) for first, count in groups]
-        scratch = torch.empty(len(groups) * team * self._native.scratch())
-        known = None if batch.known is None else batch.known.contiguous()
+        scratch = torch.empty(len(groups) * team * self._native.scratch() + 64, dtype=torch.uint8)
+        known = None if batch.known is None else batch.known.to(torch.int32).contiguous()
         mask = None if batch.mask is None else batch.mask.contiguous()
         height = plan.image_shape[1]
         edges = [plan.first_row, *(height * i // CHUNKS for i in range(1, CHUNKS + 1))]
@@ -59,20 +68,22 @@ class CpuExecutor:
             together = self._native.run(
                 groups=[(first, count, s.data_ptr()) for (first, count), s in zip(groups, spaces, strict=True)],
                 team=team if time.monotonic() >= alone_until else 1,
-                scratch=scratch.data_ptr(),
+                scratch=-(-scratch.data_ptr() // 64) * 64,
                 seed=batch.seed,
                 start=batch.start,
                 temperature=batch.temperature,
                 levels=levels.data_ptr(),
                 known=0 if known is None else known.data_ptr(),
                 mask=0 if mask is None else mask.data_ptr(),
+                params=0 if params is None else params.data_ptr(),
+                num_params=0 if params is None else params.shape[1],
                 row_begin=begin,
                 row_end=end,
             )
             if not together:
                 alone_until = time.monotonic() + ALONE_SECONDS
             batch.on_rows(end - max(begin, 0))
-        return levels
+        return levels.to(torch.uint8)
 
     def split(self, count: int, threads: int) -> tuple[list[tuple[int, int]], int]:
         """How the threads share the work: ((first sample, count) of each group of samples, threads per group).
@@ -113,63 +124,90 @@ class CpuExecutor:
 class _Tables:
     """The plan as rows of integers, column by column as in csrc/cpu/plan_executor.h."""
 
-    def __init__(self, plan: Plan):
+    COLUMNS = {"planes": 10, "addresses": 8, "steps": 30, "taps": 2, "instrs": 6, "stores": 2, "sources": 1}
+    COLUMNS |= {"draws": 7, "encodings": 5}
+
+    def __init__(self, plan: Plan, precision: str):
         self.plan = plan
+        self.precision = precision
+        self.depth = 2 if precision == "bf16" else 1  # rows of a weight that share a word
         # The row stage leaves partial sums in the order in which the columns of the step that goes on from them are
         # packed.
         self.partial = {s.init.plane: s for s in plan.steps if s.init is not None}
+        self.addresses: list[tuple[int, ...]] = []
         self.taps: list[tuple[int, ...]] = []
         self.instrs: list[tuple[int, ...]] = []
+        self.stores: list[tuple[int, ...]] = []
+        self.sources: list[tuple[int, ...]] = []
         self.constants: list[float] = []
         self.biases: list[Tensor] = []
         self.weights: list[Tensor] = []
+        self.num_biases = self.num_weights = 0
         self.buffers = 0
         self.workspace = 0
         self.planes = [self._plane(i) for i in range(len(plan.planes))]
         self.ordered = sorted(plan.steps, key=lambda s: (s.stage, s.rank))  # stable
-        barriers = _barriers(self.ordered)
-        pixel = [b for s, b in zip(self.ordered, barriers, strict=True) if s.stage == Stage.PIXEL]
-        self.barriers = sum(pixel) + 2 * len(plan.draws)  # in a pixel: one before and one after each draw
-        self.steps = [self._step(s, b) for s, b in zip(self.ordered, barriers, strict=True)]
+        written = _sources(self.ordered)
+        pixel = [w for s, w in zip(self.ordered, written, strict=True) if s.stage == Stage.PIXEL]
+        # In a pixel; besides those before steps, one before and one after each draw. An estimate: steps of coarser
+        # levels run in some pixels only.
+        self.barriers = sum(bool(w) for w in pixel) + 2 * len(plan.draws)
+        self.steps = [self._step(s, w) for s, w in zip(self.ordered, written, strict=True)]
 
     def pixel_weight_bytes(self) -> int:
         return sum(4 * w.numel() for s, w in zip(self.ordered, self.weights, strict=True) if s.stage == Stage.PIXEL)
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Everything the native constructor reads; it keeps the weights by pointer and copies the rest."""
-        integers: dict[str, list[tuple[int, ...]]] = {
+    def packed_weights(self) -> Tensor:
+        """All weights, 4 bytes each element."""
+        flat = torch.cat([w.flatten().view(torch.int32) for w in self.weights] or [torch.zeros(0, dtype=torch.int32)])
+        self.weights = [w[:0] for w in self.weights]
+        return flat
+
+    def integers(self) -> dict[str, Tensor]:
+        plan = self.plan
+        groups = plan.head.groups(plan.image_shape[0])
+        tables: dict[str, list[tuple[int, ...]]] = {
             "planes": self.planes,
+            "addresses": self.addresses,
             "steps": self.steps,
             "taps": self.taps,
             "instrs": self.instrs,
-            "draws": [(d.plane, d.channel, d.count) for d in self.plan.draws],
+            "stores": self.stores,
+            "sources": self.sources,
+            "draws": [
+                (d.plane, d.channel, d.count, g.colours.start, len(g.colours), g.uniforms.start, len(g.uniforms))
+                for d, g in zip(plan.draws, groups, strict=True)
+            ],
+            "encodings": [],
         }
-        columns = {"planes": 10, "steps": 17, "taps": 5, "instrs": 8, "draws": 3}
+        offset = 0
+        for e in plan.encodings:
+            tables["encodings"].append((e.plane, e.channel, e.colour, e.table.shape[1], offset))
+            offset += e.table.numel()
+        return {k: torch.tensor(v, dtype=torch.int64).view(len(v), self.COLUMNS[k]) for k, v in tables.items()}
+
+    def floats(self) -> dict[str, Tensor]:
         return {
-            **{k: torch.tensor(v, dtype=torch.int64).view(len(v), columns[k]) for k, v in integers.items()},
             "biases": torch.cat([b.flatten() for b in self.biases] or [torch.zeros(0)]),
             "constants": torch.tensor(self.constants).repeat_interleave(PANEL),
-            "encoding": self.plan.head.encoding(),
-            "weights": torch.cat([w.flatten() for w in self.weights] or [torch.zeros(0)]),
+            "tables": torch.cat([e.table.flatten() for e in self.plan.encodings] or [torch.zeros(0)]),
+            "levels": self.plan.head.encoding(),
         }
 
-    def arguments(self, tensors: dict[str, Tensor]) -> dict[str, object]:
+    def sizes(self) -> dict[str, int]:
         plan = self.plan
-        arguments: dict[str, object] = {k: (t.data_ptr(), *t.shape) for k, t in tensors.items() if k != "weights"}
         columns = plan.columns()
         return {
-            **arguments,
-            "weights": tensors["weights"].data_ptr(),
-            "head": type(plan.head).__name__.lower(),
             "row_steps": len(plan.row_steps()),
+            "colours": plan.image_shape[0],
             "height": plan.image_shape[1],
             "width": plan.image_shape[2],
-            "image": plan.image,
-            "first_row": plan.first_row,
+            "components": plan.head.components if isinstance(plan.head, LogisticMixture) else 0,
             "first_column": columns.start,
             "end_column": columns.stop,
             "workspace": self.workspace,
             "buffers": self.buffers,
+            "bfloat16": int(self.precision == "bf16"),
         }
 
     def _plane(self, index: int) -> tuple[int, ...]:
@@ -182,40 +220,71 @@ class _Tables:
         flags = (int(plane.broadcast), int(plane.kind != "constant"))
         return (channels, pitch, plane.width, plane.height, plane.rows, plane.left, plane.right, offset, *flags)
 
-    def _step(self, step: Step, barrier: bool) -> tuple[int, ...]:
+    def _step(self, step: Step, sources: list[int]) -> tuple[int, ...]:
+        plan = self.plan
+        out = plan.planes[step.out]
         layout = self.partial.get(step.out, step)  # the step in whose order the columns are packed
-        width, groups = (_packed_columns(layout), 1) if layout is not step else (step.width, step.groups)
-        weight_offset = sum(w.numel() for w in self.weights)
-        bias_offset = sum(b.numel() for b in self.biases) if step.bias is not None else -1
+        channels, groups = (_packed_columns(layout), 1) if layout is not step else (step.width, step.groups)
+        first_address, first_tap, first_source = len(self.addresses), len(self.taps), len(self.sources)
+        first_instr, first_store = len(self.instrs), len(self.stores)
+        self.sources += [(s,) for s in sources]
+        self.taps += [(self._address(step, t), t.count) for t in step.taps]
+        init = -1 if step.init is None else self._address(step, step.init)
+        self._program(step)
         weight = step.weight if step.weight is not None else torch.zeros(0, layout.groups * layout.width)
-        self.weights.append(_pack(weight, layout))
+        packed = self._pack(weight, step, layout)
+        weight_offset, bias_offset = self.num_weights, -1
+        self.weights.append(packed)
+        self.num_weights += packed.numel()
         if step.bias is not None:
-            rows = _pack(step.bias[None], layout)
-            self.biases.append(rows)
-        first_tap, first_instr = len(self.taps), len(self.instrs)
-        self.taps += [(t.plane, t.dy, t.dx, t.channel, t.count) for t in step.taps]
-        self._program(step.program)
+            bias_offset = self.num_biases
+            self.biases.append(_pack_columns(step.bias[None], layout))
+            self.num_biases += self.biases[-1].numel()
         return (
-            *(int(step.stage == Stage.ROW), step.lag_y, step.lag_x, step.rank),
-            *(step.out, step.out_channel, width, groups),
-            *(first_tap, len(step.taps), first_instr, len(step.program)),
-            *(weight_offset, len(weight), bias_offset, -1 if step.init is None else step.init.plane, int(barrier)),
+            *(int(step.stage == Stage.ROW), step.rank, step.lag_y, step.lag_x),
+            *(out.height, out.width, *out.stride, *step.period, *step.phase),
+            *(channels, groups, first_address, len(self.addresses) - first_address),
+            *(first_tap, len(step.taps), first_instr, len(step.program), first_store, len(step.stores)),
+            *(first_source, len(sources), weight_offset, packed.shape[1] if packed.dim() == 3 else 0, bias_offset),
+            *(init, *self._strides(step, first_address)),
         )
 
-    def _program(self, program: Sequence[Instr]) -> None:
-        buffers = _assign_buffers(program)
+    def _strides(self, step: Step, first_address: int) -> tuple[int, int]:
+        """(uniform, cycle) of a row step."""
+        cycle, uniform = step.period[1], step.period[1] == 1
+        for plane, _, _, _, _, _, num, den in self.addresses[first_address:]:
+            cycle = math.lcm(cycle, den)
+            per_sample = self.plan.planes[plane].broadcast and self.plan.planes[plane].kind != "constant"
+            uniform = uniform and num == den == 1 and not per_sample
+        return int(uniform), cycle
+
+    def _address(self, step: Step, read: Read | StepTap | Store) -> int:
+        if isinstance(read, Store):
+            read = Read(read.plane, 0, 0, read.channel)
+        ratios = [self.plan.ratio(step, read.plane, axis) for axis in (0, 1)]
+        self.addresses.append((read.plane, read.channel, read.dy, *ratios[0], read.dx, *ratios[1]))
+        return len(self.addresses) - 1
+
+    def _program(self, step: Step) -> None:
+        buffers = _assign_buffers(step)
         self.buffers = max([self.buffers, *(b + 1 for b in buffers)])
-        for instr, buffer in zip(program, buffers, strict=True):
-            a, b = instr.a, instr.b
+        in_place: dict[int, int] = {}
+        for i, store in enumerate(step.stores):
+            in_place.setdefault(store.register, i)
+            self.stores.append((self._address(step, store), store.register))
+        for i, (instr, buffer) in enumerate(zip(step.program, buffers, strict=True)):
+            a, address = instr.a, -1
             if instr.op == "const":
                 a = len(self.constants)
                 self.constants.append(instr.value)
-            read = NO_READ if instr.read is None else _read(instr.read)
-            self.instrs.append((OPS[instr.op], a, b, buffer, *read))
+            if instr.read is not None:
+                address = self._address(step, instr.read)
+            self.instrs.append((OPS[instr.op], a, instr.b, buffer, address, in_place.get(i, -1)))
 
-
-def _read(read: Read) -> tuple[int, int, int, int]:
-    return (read.plane, read.dy, read.dx, read.channel)
+    def _pack(self, weight: Tensor, step: Step, layout: Step) -> Tensor:
+        """[K, groups * width] -> [panels * groups, rows, PANEL] of float32, or of int32 words of two bfloat16."""
+        packed = _pack_columns(weight, layout)
+        return packed if self.depth == 1 else _pair_rows(packed, [t.count for t in step.taps])
 
 
 def _round_up(n: int) -> int:
@@ -226,7 +295,7 @@ def _packed_columns(step: Step) -> int:
     return step.groups * _round_up(step.width)
 
 
-def _pack(weight: Tensor, step: Step) -> Tensor:
+def _pack_columns(weight: Tensor, step: Step) -> Tensor:
     """[K, groups * width] -> [panels * groups, K, PANEL], zeros in the last panel of each group."""
     panels = _round_up(step.width) // PANEL
     if step.groups == 0:
@@ -237,16 +306,27 @@ def _pack(weight: Tensor, step: Step) -> Tensor:
     return columns.permute(2, 1, 0, 3).reshape(panels * step.groups, len(weight), PANEL).contiguous()
 
 
-def _assign_buffers(program: Sequence[Instr]) -> list[int]:
+def _pair_rows(packed: Tensor, counts: Sequence[int]) -> Tensor:
+    """float32 [panels, K, PANEL] -> int32 [panels, words, PANEL]: consecutive rows of a tap, rounded to bfloat16, in one
+    word, the first in its low half; csrc/cpu/tap_gemm.h.
+    """
+    taps = [torch.nn.functional.pad(tap, (0, 0, 0, tap.shape[1] % 2)) for tap in packed.split(list(counts), dim=1)]
+    rows = torch.cat([*taps, packed[:, :0]], dim=1)
+    pairs = rows.bfloat16().view(len(rows), -1, 2, PANEL).permute(0, 1, 3, 2).contiguous()
+    return pairs.view(torch.int32).squeeze(-1)
+
+
+def _assign_buffers(step: Step) -> list[int]:
     """A scratch tile for each instruction's result; a tile is taken again when its value has been used for the last
     time.
     """
+    program = step.program
     last_use = list(range(len(program)))
     for i, instr in enumerate(program):
-        if instr.op not in ("acc", "load", "const"):
-            for operand in (instr.a, instr.b):
-                if operand >= 0:
-                    last_use[operand] = i
+        for operand in instr.operands:
+            last_use[operand] = i
+    for store in step.stores:
+        last_use[store.register] = len(program)
     assigned: list[int] = []
     for i in range(len(program)):
         taken = {assigned[j] for j in range(i) if last_use[j] > i}
@@ -254,17 +334,16 @@ def _assign_buffers(program: Sequence[Instr]) -> list[int]:
     return assigned
 
 
-def _barriers(steps: Sequence[Step]) -> list[bool]:
-    """Which steps read something written since the last barrier; there is one wherever stage or rank changes."""
-    barriers = []
-    written: set[int] = set()
+def _sources(steps: Sequence[Step]) -> list[list[int]]:
+    """For each step the earlier ones of its stage and rank that write what it reads."""
+    sources = []
+    writers: dict[int, list[int]] = {}
     phase = None
-    for step in steps:
+    for i, step in enumerate(steps):
         if phase != (step.stage, step.rank):
-            phase, written = (step.stage, step.rank), set()
+            phase, writers = (step.stage, step.rank), {}
         reads = {t.plane for t in step.taps} | {r.plane for r in step.reads()}
-        barriers.append(bool(reads & written))
-        if barriers[-1]:
-            written = set()
-        written.add(step.out)
-    return barriers
+        sources.append(sorted({w for plane in reads for w in writers.get(plane, [])}))
+        for store in step.stores:
+            writers.setdefault(store.plane, []).append(i)
+    return sources

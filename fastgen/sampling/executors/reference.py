@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastgen.sampling.executors import Batch
-from fastgen.sampling.plan import Plan, Read, Step, apply
+from fastgen.sampling.plan import Draw, Plan, Read, Step, StepTap, Store, apply
 from fastgen.sampling.uniforms import image_uniforms
 
 
@@ -25,29 +25,26 @@ class ReferenceExecutor:
         uniforms = image_uniforms(batch.seed, batch.start, batch.count, (groups[-1].uniforms.stop, height, width))
         levels = torch.zeros(batch.count, *plan.image_shape, dtype=torch.uint8)
         planes = _Planes(plan, batch, self.dtype)
-        encoding = plan.head.encoding().to(self.dtype)
         for y in range(plan.first_row, height):
             for step in plan.row_steps():
-                row = y - step.lag_y
-                if 0 <= row < plan.planes[step.out].height:
-                    columns = range(plan.planes[step.out].width)
-                    planes.write(step, row, slice(0, len(columns)), _evaluate(step, planes, row, columns))
+                row = plan.position(step, 0, y)
+                if row is not None:
+                    columns = range(step.phase[1], plan.planes[step.out].width, step.period[1])
+                    _run(step, planes, row, columns)
             for x in plan.columns():
                 for rank, (draw, group) in enumerate(zip(plan.draws, groups, strict=True)):
                     for step in plan.pixel_steps(rank):
-                        row, column = y - step.lag_y, x - step.lag_x
-                        out = plan.planes[step.out]
-                        if 0 <= row < out.height and 0 <= column < out.width:
-                            value = _evaluate(step, planes, row, range(column, column + 1))
-                            planes.write(step, row, slice(column, column + 1), value)
+                        row, column = plan.position(step, 0, y), plan.position(step, 1, x)
+                        if row is not None and column is not None:
+                            _run(step, planes, row, range(column, column + 1))
                     if y >= 0 and 0 <= x < width:
-                        params = planes.read(Read(draw.plane, 0, 0, draw.channel), y, range(x, x + 1), draw.count)[0]
+                        params = planes.params(draw, y, x)
                         drawn = plan.head.draw(params, uniforms[:, group.uniforms, y, x], batch.temperature)
                         if batch.known is not None and batch.mask is not None:
                             given = batch.mask[:, y, x].unsqueeze(1)
                             drawn = torch.where(given, batch.known[:, group.colours, y, x], drawn)
                         levels[:, group.colours, y, x] = drawn
-                        planes.set_image(group.colours, y, x, encoding[drawn.long()])
+                        planes.encode(levels, y, x, group.colours)
             if y >= 0:
                 batch.on_rows(1)
         return levels
@@ -76,35 +73,44 @@ class _Planes:
     def _inside(self, value: Tensor, height: int, width: int) -> Tensor:
         return value[self.margin : self.margin + height, self.margin : self.margin + width]
 
-    def read(self, read: Read, row: int, columns: range, count: int) -> Tensor:
+    def read(self, step: Step, read: Read | StepTap, row: int, columns: range, count: int) -> Tensor:
         """[columns, batch, count]."""
-        plane = self.plan.planes[read.plane]
         channels = slice(read.channel, read.channel + count)
-        if plane.broadcast:
+        if self.plan.planes[read.plane].broadcast:
             return self.values[read.plane][self.margin, self.margin, :, channels].expand(len(columns), -1, -1)
-        first = self.margin + columns.start + read.dx
-        return self.values[read.plane][self.margin + row + read.dy, first : first + len(columns), :, channels]
+        source_row = self.margin + self.plan.source(step, read.plane, 0, row, read.dy)
+        source_columns = [self.margin + self.plan.source(step, read.plane, 1, c, read.dx) for c in columns]
+        return self.values[read.plane][source_row, source_columns, :, channels]
 
-    def write(self, step: Step, row: int, columns: slice, value: Tensor) -> None:
-        out = self._inside(self.values[step.out], self.plan.planes[step.out].height, self.plan.planes[step.out].width)
-        out[row, columns, :, step.out_channel : step.out_channel + step.width] = value
+    def write(self, store: Store, row: int, columns: range, value: Tensor) -> None:
+        at = slice(self.margin + columns.start, self.margin + columns.stop, columns.step)
+        channels = slice(store.channel, store.channel + value.shape[-1])
+        self.values[store.plane][self.margin + row, at, :, channels] = value
 
-    def set_image(self, colours: range, y: int, x: int, value: Tensor) -> None:
-        self.values[self.plan.image][self.margin + y, self.margin + x, :, colours] = value
+    def params(self, draw: Draw, y: int, x: int) -> Tensor:
+        channels = slice(draw.channel, draw.channel + draw.count)
+        return self.values[draw.plane][self.margin + y, self.margin + x, :, channels]
+
+    def encode(self, levels: Tensor, y: int, x: int, colours: range) -> None:
+        """Write the encodings of colours of a pixel."""
+        for e in self.plan.encodings:
+            if e.colour in colours:
+                plane = self.values[e.plane][self.margin + y, self.margin + x]
+                plane[:, e.channel : e.channel + e.table.shape[1]] = e.table.to(plane.dtype)[levels[:, e.colour, y, x].long()]
 
 
-def _evaluate(step: Step, planes: _Planes, row: int, columns: range) -> Tensor:
-    """[columns, batch, width]: the step's value at some columns of a row."""
+def _run(step: Step, planes: _Planes, row: int, columns: range) -> None:
+    """Run a step at some columns of a row of its frame."""
     dtype = planes.values[0].dtype
     acc = torch.zeros(len(columns), planes.values[0].shape[2], step.groups * step.width, dtype=dtype)
     if step.bias is not None:
         acc += step.bias
     if step.init is not None:
-        acc += planes.read(step.init, row, columns, step.groups * step.width)
+        acc += planes.read(step, step.init, row, columns, step.groups * step.width)
     first = 0
     for tap in step.taps:
         assert step.weight is not None
-        source = planes.read(Read(tap.plane, tap.dy, tap.dx, tap.channel), row, columns, tap.count)
+        source = planes.read(step, tap, row, columns, tap.count)
         acc += source @ step.weight[first : first + tap.count].to(dtype)
         first += tap.count
     groups = acc.unflatten(2, (-1, step.width)) if step.groups else None
@@ -115,10 +121,10 @@ def _evaluate(step: Step, planes: _Planes, row: int, columns: range) -> Tensor:
             registers.append(groups[:, :, instr.a])
         elif instr.op == "load":
             assert instr.read is not None
-            registers.append(planes.read(instr.read, row, columns, step.width))
+            registers.append(planes.read(step, instr.read, row, columns, step.width))
         elif instr.op == "const":
             registers.append(torch.full((1, 1, step.width), instr.value, dtype=dtype))
         else:
-            operands = [registers[r] for r in (instr.a, instr.b) if r >= 0]
-            registers.append(apply(instr.op, *operands))
-    return registers[-1]
+            registers.append(apply(instr.op, *(registers[r] for r in instr.operands)))
+    for store in step.stores:
+        planes.write(store, row, columns, registers[store.register])

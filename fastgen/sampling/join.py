@@ -1,0 +1,128 @@
+"""Last part of pass 4: steps without a product are done by the step that computes what they read.
+
+A residual sum and its activation, say, are one product with three results: the sum and both halves of its concatenated
+ELU.  Each step less is a barrier less and a pass over memory less.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from fastgen.sampling.plan import Instr, Plan, Read, Step, Store
+
+
+def join_steps(plan: Plan) -> None:
+    """Join steps, and drop the stores that nobody reads any more and the planes that nobody stores to."""
+    kept: list[Step] = []
+    for step in sorted(plan.steps, key=lambda s: (s.stage, s.rank)):  # stable: the order in which they run
+        if step.groups or not _join_earlier(plan, kept, step):
+            kept.append(step)
+    plan.steps = [s for s in kept if s.stores]
+    _drop_unread(plan)
+
+
+def _join_earlier(plan: Plan, earlier: list[Step], step: Step) -> bool:
+    """Append a step to the one that computes an operand of it, if all its other operands are there by then."""
+    operands = {i.read.plane for i in step.program if i.read is not None}
+    for candidate in reversed(earlier):
+        if (candidate.stage, candidate.rank) != (step.stage, step.rank):
+            return False
+        shared = operands & {s.plane for s in candidate.stores}
+        if not shared:
+            continue
+        in_place = all(_holds(candidate, i) for i in step.program if i.read is not None and i.read.plane in shared)
+        if not in_place or not _same_positions(plan, candidate, step):
+            return False
+        _append(candidate, step)
+        return True
+    return False
+
+
+def _same_positions(plan: Plan, a: Step, b: Step) -> bool:
+    def frame(step: Step) -> tuple[object, ...]:
+        out = plan.planes[step.out]
+        return out.height, out.width, out.stride, step.period, step.phase, step.lag_y, step.lag_x, step.width
+
+    return frame(a) == frame(b)
+
+
+def _holds(step: Step, instr: Instr) -> Store | None:
+    """The store of a step that an instruction loads in place."""
+    read = instr.read
+    return next((s for s in step.stores if read is not None and read == Read(s.plane, 0, 0, s.channel)), None)
+
+
+def _append(step: Step, other: Step) -> None:
+    program = list(step.program)
+    place: list[int] = []  # register of each instruction of `other`
+    for instr in other.program:
+        store = _holds(step, instr)
+        if store is not None:
+            place.append(store.register)
+            continue
+        moved = replace(instr, a=place[instr.a], b=place[instr.b] if instr.b >= 0 else -1) if instr.operands else instr
+        if moved not in program:
+            program.append(moved)
+        place.append(program.index(moved))
+    step.stores += tuple(replace(s, register=place[s.register]) for s in other.stores)
+    step.program = tuple(program)
+
+
+def _drop_unread(plan: Plan) -> None:
+    while True:
+        read = {(d.plane, d.channel + c) for d in plan.draws for c in range(d.count)}
+        for step in plan.steps:
+            read |= {(t.plane, t.channel + c) for t in step.taps for c in range(t.count)}
+            for r in step.reads():
+                width = step.width * step.groups if r is step.init else step.width
+                read |= {(r.plane, r.channel + c) for c in range(width)}
+        dropped = False
+        for step in plan.steps:
+            stores = [s for s in step.stores if any((s.plane, s.channel + c) in read for c in range(step.width))]
+            dropped |= len(stores) < len(step.stores)
+            step.stores = tuple(stores)
+        plan.steps = [s for s in plan.steps if s.stores]
+        if not dropped:
+            break
+    for step in plan.steps:
+        _share_exponentials(step)
+        _drop_unused_instructions(step)
+
+
+def _share_exponentials(step: Step) -> None:
+    """elu(x) and elu(-x), the halves of a concatenated ELU, need one exponential: x and -x where they are positive, else
+    exp(-|x|) - 1.
+    """
+    elus = {i.a for i in step.program if i.op == "elu"}
+    root = {r: i.a for r, i in enumerate(step.program) if i.op == "neg"} | {r: r for r in elus}
+    root = {r: x for r, x in root.items() if {r, x} <= elus and any(step.program[m] == Instr("neg", x) for m in elus)}
+    program: list[Instr] = []
+    place: list[int] = []
+    tails: dict[int, int] = {}
+    for instr in step.program:
+        if instr.op == "elu" and instr.a in root:
+            x = place[root[instr.a]]
+            if x not in tails:
+                tails[x] = len(program)
+                program.append(Instr("expm1_of_minus_abs", x))
+            instr = Instr("positive_or", place[instr.a], tails[x])
+        elif instr.operands:
+            instr = replace(instr, a=place[instr.a], b=place[instr.b] if instr.b >= 0 else -1)
+        place.append(len(program))
+        program.append(instr)
+    step.program = tuple(program)
+    step.stores = tuple(replace(s, register=place[s.register]) for s in step.stores)
+
+
+def _drop_unused_instructions(step: Step) -> None:
+    used = {s.register for s in step.stores}
+    for register in reversed(range(len(step.program))):
+        if register in used:
+            used.update(step.program[register].operands)
+    number = {old: new for new, old in enumerate(sorted(used))}
+
+    def renumbered(instr: Instr) -> Instr:
+        return replace(instr, a=number[instr.a], b=number.get(instr.b, -1)) if instr.operands else instr
+
+    step.program = tuple(renumbered(step.program[r]) for r in sorted(used))
+    step.stores = tuple(replace(s, register=number[s.register]) for s in step.stores)
