@@ -168,17 +168,17 @@ class _Run:
             self.save()
 
     def finish(self) -> None:
-        """Does what is due at the end of a whole run; leaves the best weights in the model."""
+        """Does what is due at the end of a whole run, the picture last; leaves the best weights in the model."""
         state = self.state
         if state.step % self.config.validate_every:
             self.validate()
-        if state.step % self.config.sample_every:
-            self.sample()
         self.save()
         state.model.load_state_dict(state.best())
         state.model.eval()
         if self.folder:
             checkpoint.save(state.model, self.folder / "model.safetensors")
+        if state.step % self.config.sample_every:
+            self.sample()
 
     def validate(self) -> None:
         state, figures = self.state, {}

@@ -32,10 +32,13 @@ def checkpoint(folder: Path, **options: object) -> str:
     return str(path)
 
 
-def test_train_then_resume_then_eval_and_sample(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    train = (
-        "train gated_pixelcnn --data digits --num-filters 4 --num-blocks 2 --kernel-size 3 --out run --quiet".split()
-    )
+@pytest.mark.parametrize(
+    "model",
+    ["gated_pixelcnn --num-blocks 2 --kernel-size 3", "pixelcnnpp --num-blocks 1 --num-mixtures 2"],
+    ids=["gated_pixelcnn", "pixelcnnpp"],
+)
+def test_train_then_resume_then_eval_and_sample(model: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train = f"train {model} --data digits --num-filters 4 --out run --quiet".split()
     assert main([*train, "--steps", "4", "--batch-size", "8", "--sample-every", "3"]) == 0
     assert {"checkpoint.safetensors", "model.safetensors", "log.jsonl"} <= {p.name for p in Path("run").iterdir()}
     assert list(Path("run").glob("*.png"))

@@ -129,6 +129,17 @@ def test_what_is_written(tmp_path):
         assert all(torch.equal(loaded[key], expected[key]) for key in expected)
 
 
+def test_a_last_picture_that_fails_costs_no_weights(tmp_path):
+    with pytest.raises(OSError, match="disk full"):
+        run(tmp_path, sample_grid=fail, sample_every=100)
+    assert checkpoint.read(tmp_path / "checkpoint.safetensors")[1]["training"]["step"] == STEPS
+    checkpoint.load(tmp_path / "model.safetensors")
+
+
+def fail(model, path):
+    raise OSError("disk full")
+
+
 def test_nothing_is_written_without_a_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     result = run(None, sample_grid=lambda model, path: pytest.fail("no folder, no picture"), sample_every=1)
