@@ -1,13 +1,14 @@
 """Models: ordinary `torch.nn.Module`s, one file per model, and a registry of their names.
 
-The names are the ones of checkpoints and of the command line.
+The names are the ones of checkpoints and of the command line.  `convert` reads the weights of implementations elsewhere.
 """
 
 from __future__ import annotations
 
+from fastgen.models import convert
 from fastgen.models.autoregressive import AutoregressiveModel, GatedPixelCNN, PixelCNN, PixelCNNpp
 
-__all__ = ["AutoregressiveModel", "GatedPixelCNN", "PixelCNN", "PixelCNNpp", "get", "names"]
+__all__ = ["AutoregressiveModel", "GatedPixelCNN", "PixelCNN", "PixelCNNpp", "convert", "get", "names"]
 
 _MODELS = {model.name: model for model in (PixelCNN, GatedPixelCNN, PixelCNNpp)}
 
