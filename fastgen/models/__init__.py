@@ -1,6 +1,6 @@
 """Models: ordinary `torch.nn.Module`s, one file per model, and a registry of their names.
 
-The names are the ones of checkpoints and of the command line.  `convert` reads the weights of implementations elsewhere.
+The names are the ones of checkpoints and of the command line.  `convert` reads weights from elsewhere.
 """
 
 from __future__ import annotations
