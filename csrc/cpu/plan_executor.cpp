@@ -45,6 +45,7 @@ FASTGEN_INLINE Vec<float> each_lane(Vec<float> x, float (*f)(float)) {
 }
 float log_of(float x) { return __builtin_logf(x); }
 float sqrt_of(float x) { return __builtin_sqrtf(x); }
+float erf_of(float x) { return __builtin_erff(x); }
 
 // e^x - 1 as 2^n (e^r - 1) + (2^n - 1), with the reduction and the polynomial of exp; the second part is exact, and zero
 // near x = 0.
@@ -121,6 +122,8 @@ void apply(PlanOp op, float* dst, int64_t stride, int64_t rows, int64_t panels, 
             return map(dst, stride, rows, panels, a, [](V x) { return each_lane(x, log_of); });
         case PlanOp::sqrt:
             return map(dst, stride, rows, panels, a, [](V x) { return each_lane(x, sqrt_of); });
+        case PlanOp::erf:
+            return map(dst, stride, rows, panels, a, [](V x) { return each_lane(x, erf_of); });
         case PlanOp::tanh:
             return map(dst, stride, rows, panels, a, [](V x) { return tanh(x); });
         case PlanOp::sigmoid:

@@ -52,6 +52,7 @@ enum class PlanOp : int64_t {
     expm1,
     log,
     sqrt,
+    erf,
     tanh,
     sigmoid,
     add,

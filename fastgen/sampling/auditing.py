@@ -67,7 +67,7 @@ def audit(
         mask: bool [n, H, W] or [H, W]; pixels where it is True were given and are not checked.
     """
     subject = make_subject(model, image_shape, head, num_classes)
-    images = check_images("images", images, subject.image_shape, subject.head.levels)
+    images = check_images("images", images, subject.image_shape, subject.head)
     request = make_request(
         subject,
         len(images),

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -183,7 +184,7 @@ def elementwise(*names: str) -> Callable[[Formula], Formula]:
     return add
 
 
-for _name in ("tanh", "sigmoid", "relu", "exp", "abs", "neg", "sqrt", "log"):
+for _name in ("tanh", "sigmoid", "relu", "exp", "expm1", "abs", "neg", "sqrt", "log", "erf"):
     elementwise(_name)(lambda emit, x, op=_name: emit(op, x))
 for _name, _op in (("maximum", "max"), ("minimum", "min")):
     elementwise(_name)(lambda emit, x, y, op=_op: emit(op, x, y))
@@ -235,6 +236,97 @@ def _elu(emit: Formula, x: Any, alpha: float = 1, scale: float = 1, input_scale:
 @elementwise("leaky_relu")
 def _leaky_relu(emit: Formula, x: Any, negative_slope: float = 0.01) -> Any:
     return emit("add", emit("relu", x), emit("mul", emit("min", x, 0.0), negative_slope))
+
+
+@elementwise("celu")
+def _celu(emit: Formula, x: Any, alpha: float = 1) -> Any:
+    """max(0, x) + alpha * (exp(min(0, x / alpha)) - 1)."""
+    return _elu(emit, x, alpha, 1, 1 / alpha)
+
+
+@elementwise("selu")
+def _selu(emit: Formula, x: Any) -> Any:
+    """Klambauer et al. 2017, "Self-Normalizing Neural Networks", equation 2."""
+    return _elu(emit, x, 1.6732632423543772, 1.0507009873554805, 1)
+
+
+@elementwise("gelu")
+def _gelu(emit: Formula, x: Any, approximate: str = "none") -> Any:
+    """Hendrycks and Gimpel 2016: x times the normal distribution function, or its approximation by tanh."""
+    if approximate == "tanh":
+        cubic = emit("mul", emit("mul", emit("mul", x, x), x), 0.044715)
+        inner = emit("tanh", emit("mul", emit("add", x, cubic), math.sqrt(2 / math.pi)))
+    else:
+        inner = emit("erf", emit("mul", x, math.sqrt(0.5)))
+    return emit("mul", emit("mul", x, 0.5), emit("add", inner, 1.0))
+
+
+@elementwise("softplus")
+def _softplus(emit: Formula, x: Any, beta: float = 1, threshold: float = 20) -> Any:
+    """log(1 + exp(beta * x)) / beta; beyond the threshold the identity, to float32 rounding."""
+    scaled = x if beta == 1 else emit("mul", x, beta)
+    tail = emit("log", emit("add", emit("exp", emit("neg", emit("abs", scaled))), 1.0))
+    out = emit("add", emit("relu", scaled), tail)
+    return out if beta == 1 else emit("div", out, beta)
+
+
+@elementwise("log_sigmoid", "log_sigmoid_forward")
+def _log_sigmoid(emit: Formula, x: Any) -> Any:
+    return emit("neg", _softplus(emit, emit("neg", x)))
+
+
+@elementwise("mish")
+def _mish(emit: Formula, x: Any) -> Any:
+    return emit("mul", x, emit("tanh", _softplus(emit, x)))
+
+
+@elementwise("hardsigmoid")
+def _hardsigmoid(emit: Formula, x: Any) -> Any:
+    return emit("div", emit("min", emit("max", emit("add", x, 3.0), 0.0), 6.0), 6.0)
+
+
+@elementwise("hardswish")
+def _hardswish(emit: Formula, x: Any) -> Any:
+    return emit("mul", x, _hardsigmoid(emit, x))
+
+
+@elementwise("rsqrt")
+def _rsqrt(emit: Formula, x: Any) -> Any:
+    return emit("div", 1.0, emit("sqrt", x))
+
+
+@rule("_prelu_kernel")
+def _prelu(tracer: Tracer, func: Any, args: tuple, kwargs: dict, outputs: list[Tensor]) -> None:
+    emit = _emit(tracer, outputs[0].shape)
+    x, slope = (tracer.codes(a) for a in args)
+    tracer.set_codes(outputs[0], emit("add", emit("relu", x), emit("mul", emit("min", x, 0.0), slope)))
+
+
+@rule("where")
+def _where(tracer: Tracer, func: Any, args: tuple, kwargs: dict, outputs: list[Tensor]) -> None:
+    """A choice that depends on neither the image nor the labels: masks of positions or channels."""
+    _select(tracer, args[0], args[1], args[2], outputs[0])
+
+
+@rule("masked_fill")
+def _masked_fill(tracer: Tracer, func: Any, args: tuple, kwargs: dict, outputs: list[Tensor]) -> None:
+    _select(tracer, args[1], torch.as_tensor(args[2]), args[0], outputs[0])
+
+
+def _select(tracer: Tracer, mask: Tensor, chosen: Tensor, other: Tensor, output: Tensor) -> None:
+    if tracer.depends(mask) or tracer.tape.depends(mask):
+        raise LayoutError("with a mask that depends on the image or the labels")
+    mask = mask.cpu().expand(output.shape)
+    emit = _emit(tracer, output.shape)
+    parts = []
+    for keep, value in ((mask, chosen), (~mask, other)):
+        codes = tracer.codes(value.to(output)) if not tracer.depends(value) else tracer.codes(value)
+        codes = torch.where(keep, codes.expand(output.shape), 0)
+        if codes.any():
+            parts.append(codes)
+    if len(parts) == 2:
+        parts = [emit("add", *parts)]
+    tracer.set_codes(output, parts[0] if parts else torch.zeros_like(mask, dtype=torch.int64))
 
 
 @elementwise("silu")

@@ -1,8 +1,8 @@
 """First half of pass 4: which planes are stored, and what is computed together.
 
-`share` lets channels that are computed alike be computed once.  `crop` lets a plane that is read in one window be computed in that window alone.  `merge_sums` turns convolution +
-convolution (+ constant) into one product with more taps.  `roots` decides which planes are stored: all others are
-evaluated inside the one step that needs them.
+`share` lets channels that are computed alike be computed once.  `crop` lets a plane that is read in one window be
+computed in that window alone.  `merge_sums` turns convolution + convolution (+ constant) into one product with more
+taps.  `roots` decides which planes are stored: all others are evaluated inside the one step that needs them.
 """
 
 from __future__ import annotations
@@ -237,7 +237,7 @@ def roots(graph: Graph) -> list[int | None]:
         if home is not None and inside is not None and not (isinstance(node, Linear) and home in product):
             root[i], places[i] = home, inside
         if isinstance(node, Linear):
-            product[root[i]] = i
+            product[i if home is None or root[i] == i else home] = i
     return root
 
 

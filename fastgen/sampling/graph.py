@@ -350,18 +350,18 @@ class Graph:
             changes = where[positions != positions[0]]
             runs[p] = int(changes[0]) if len(changes) else int(where[-1]) + 1
         frame = frame or max(strides.values(), default=0) or 1
-        num, den = np.ones((2, len(plane)), dtype=np.int64)
+        nums, dens = np.ones(len(plane), dtype=np.int64), np.ones(len(plane), dtype=np.int64)
         offset = source - along
         for p, stride in strides.items():
             here = plane == p
             if self.nodes[p].broadcast:
-                num[here], offset[here] = 0, 0
+                nums[here], offset[here] = 0, 0
             elif stride:
-                num[here], den[here] = ratio(frame, stride)
-                coarser = den[here] * (source[here] + 1) - runs[p]
-                offset[here] = np.where(den[here] > 1, coarser, source[here] - num[here] * along[here])
+                num, den = ratio(frame, stride)
+                nums[here], dens[here] = num, den
+                offset[here] = den * (source[here] + 1) - runs[p] if den > 1 else source[here] - num * along[here]
         offset[plane < 0] = 0
-        return _Axis(frame, num, den, offset)
+        return _Axis(frame, nums, dens, offset)
 
 
 @dataclass(frozen=True, eq=False)

@@ -90,8 +90,8 @@ def _drop_unread(plan: Plan) -> None:
 
 
 def _share_exponentials(step: Step) -> None:
-    """elu(x) and elu(-x), the halves of a concatenated ELU, need one exponential: x and -x where they are positive, else
-    exp(-|x|) - 1.
+    """elu(x) and elu(-x), the halves of a concatenated ELU, need one exponential: each is exp(-|x|) - 1 where it is
+    not positive.
     """
     elus = {i.a for i in step.program if i.op == "elu"}
     root = {r: i.a for r, i in enumerate(step.program) if i.op == "neg"} | {r: r for r in elus}

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from fastgen.sampling import elementwise
-from fastgen.sampling.graph import LayoutError, Linear, Ref, Stride, Tap, taps_of
+from fastgen.sampling.graph import Embedding, Image, LayoutError, Linear, Ref, Stride, Tap, taps_of
 from fastgen.sampling.rules import nothing, rule
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ def _layout(tracer: Tracer, func: Any, args: tuple, kwargs: dict, outputs: list[
         (args, kwargs),
     )
     if func._schema.name == "aten::_to_copy":
-        if not outputs[0].is_floating_point():
+        if args[0].is_floating_point() and not outputs[0].is_floating_point():
             raise tracer.unsupported(f"conversion of the image to {outputs[0].dtype}")
         result = codes[0][0].clone()
     else:
@@ -174,6 +174,26 @@ def dense_weight(weight: Tensor, groups: int, transposed: bool = False) -> Tenso
 
 def _vector(bias: Tensor | None) -> Tensor | None:
     return None if bias is None else bias.detach().to("cpu", torch.float32).clone()
+
+
+@rule("embedding")
+def _embedding(tracer: Tracer, func: Any, args: tuple, kwargs: dict, outputs: list[Tensor]) -> None:
+    """A table indexed by levels of the image: one plane for each colour."""
+    weight, indices = args[:2]
+    if tracer.depends(weight) or tracer.tape.depends(weight):
+        raise tracer.unsupported("an embedding whose table depends on the image or the labels")
+    plane, sample, colour, y, x = tracer.graph.decode(tracer.codes(indices).numpy())
+    image = tracer.graph.nodes[max(0, int(plane.flat[0]))]
+    if not isinstance(image, Image) or (plane != image.id).any():
+        raise LayoutError("of anything but the levels of the image")
+    table = weight.detach().to("cpu", torch.float32).clone()
+    size = (table.shape[1], image.height, image.width)
+    result = torch.empty(outputs[0].shape, dtype=torch.int64)
+    for c in np.unique(colour).tolist():
+        codes = tracer.add(Embedding(tracer.module, *size, colour=c, table=table)).permute(0, 2, 3, 1)
+        here = torch.from_numpy(colour == c)
+        result[here] = codes[sample[colour == c], y[colour == c], x[colour == c]]
+    tracer.set_codes(outputs[0], result)
 
 
 @rule("mm", "addmm", "linear", "bmm")

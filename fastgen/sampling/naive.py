@@ -27,8 +27,8 @@ def naive_sample(
     mask: Tensor | None = None,
     progress: bool = False,
 ) -> Tensor:
-    """Draw the images that `Sampler.sample` draws, with one forward pass of the whole batch for each group of colours of
-    each pixel.
+    """Draw the images that `Sampler.sample` draws, with one forward pass of the whole batch for each group of colours
+    of each pixel.
 
     Arguments and result are those of `Sampler` and `Sampler.sample`.
     """
@@ -44,7 +44,7 @@ def naive_sample(
         mask=mask,
     )
     channels, height, width = subject.image_shape
-    images = torch.zeros(n, *subject.image_shape, dtype=torch.uint8, device="cpu")
+    images = torch.zeros(n, *subject.image_shape, dtype=subject.head.dtype, device="cpu")
     if n == 0:
         return images
     groups = subject.head.groups(channels)

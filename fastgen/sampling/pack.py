@@ -73,7 +73,11 @@ class _Packer:
                 table = self.head.encoding().view(-1, 1)
                 encodings += [Encoding(index, c, c, table) for c in range(node.channels)]
             elif isinstance(node, Embedding):
-                encodings.append(Encoding(index, 0, node.colour, node.table))
+                if len(node.table) < self.head.levels:
+                    raise ValueError(
+                        f"module {node.name!r} embeds {len(node.table)} levels; {self.head} has {self.head.levels}"
+                    )
+                encodings.append(Encoding(index, 0, node.colour, node.table[: self.head.levels]))
             elif isinstance(node, Condition):
                 condition_planes.append(index)
                 self.conditions.append(node.tensor)

@@ -31,8 +31,8 @@ from fastgen.sampling.graph import Stride, ratio
 from fastgen.sampling.heads import Head
 from fastgen.sampling.schedule import Stage
 
-UNARY = ("copy", "neg", "abs", "relu", "elu", "expm1_of_minus_abs", "exp", "expm1", "log", "sqrt", "tanh", "sigmoid")
-BINARY = ("add", "sub", "mul", "div", "max", "min", "positive_or")
+UNARY = tuple("copy neg abs relu elu expm1_of_minus_abs exp expm1 log sqrt erf tanh sigmoid".split())
+BINARY = tuple("add sub mul div max min positive_or".split())
 PRIMITIVES = UNARY + BINARY
 
 
@@ -119,8 +119,8 @@ class Store:
 
 @dataclass(eq=False)
 class Step:
-    """See the module. Its frame is that of the planes it stores to: their height, width and stride, and of its positions
-    those that equal `phase` modulo `period`.
+    """See the module. Its frame is that of the planes it stores to, with their height, width and stride; it works on
+    the positions that equal `phase` modulo `period`.
     """
 
     name: str
@@ -179,6 +179,7 @@ class Plan:
     """Everything an executor needs, and nothing else.
 
     draws: one for each group of the head. conditions: the planes to be given for each batch, in tape order.
+    precision: of the weights, "fp32" or "bf16"; all else is float32.
     """
 
     image_shape: tuple[int, int, int]
@@ -188,6 +189,14 @@ class Plan:
     draws: list[Draw]
     encodings: list[Encoding]
     conditions: list[int] = field(default_factory=list)
+    precision: str = "fp32"
+
+    def round_weights(self) -> None:
+        """Round the weights of products to bfloat16, to nearest even."""
+        self.precision = "bf16"
+        for step in self.steps:
+            if step.weight is not None:
+                step.weight = step.weight.bfloat16().float()
 
     def source(self, step: Step, plane: int, axis: int, position: int, shift: int) -> int:
         """The row (axis 0) or column (axis 1) of a plane that a step reads at a position of its frame."""
@@ -241,8 +250,9 @@ class Plan:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of all weights in float32."""
-        return sum(4 * s.weight.numel() for s in self.steps if s.weight is not None)
+        """Bytes of all weights."""
+        size = 2 if self.precision == "bf16" else 4
+        return sum(size * s.weight.numel() for s in self.steps if s.weight is not None)
 
     @property
     def cache_bytes(self) -> int:

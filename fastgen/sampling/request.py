@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastgen.sampling.heads import Head
 from fastgen.sampling.subject import Subject
 
 
@@ -51,7 +52,7 @@ def make_request(
     if (known is None) != (mask is None):
         raise ValueError("known and mask go together: images, and which of their pixels are given")
     if known is not None and mask is not None:
-        known = check_images("known", known, subject.image_shape, subject.head.levels, n)
+        known = check_images("known", known, subject.image_shape, subject.head, n)
         mask = _mask(mask, n, subject.image_shape)
     return Request(n, seed, start, labels, float(temperature), known, mask)
 
@@ -88,13 +89,13 @@ def check_labels(labels: Tensor | int | None, n: int, num_classes: int | None) -
 
 
 def check_images(
-    name: str, images: Tensor, image_shape: tuple[int, int, int], levels: int, n: int | None = None
+    name: str, images: Tensor, image_shape: tuple[int, int, int], head: Head, n: int | None = None
 ) -> Tensor:
-    """uint8 [N, C, H, W] on the CPU; [C, H, W] is expanded to n images."""
+    """Levels [N, C, H, W] on the CPU; [C, H, W] is expanded to n images."""
     if not isinstance(images, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(images).__name__}")
-    if images.dtype != torch.uint8:
-        raise TypeError(f"{name} must be uint8 levels, got {images.dtype}")
+    if images.dtype != head.dtype:
+        raise TypeError(f"{name} must be {str(head.dtype).removeprefix('torch.')} levels, got {images.dtype}")
     images = images.cpu()
     if images.dim() == 3 and n is not None:
         images = images.expand(n, *images.shape)
@@ -103,8 +104,9 @@ def check_images(
             f"{name} must have shape ({', '.join(map(str, ('N' if n is None else n, *image_shape)))}), "
             f"got {tuple(images.shape)}"
         )
-    if images.numel() and int(images.max()) >= levels:
-        raise ValueError(f"{name} must hold levels in 0..{levels - 1}, got {int(images.max())}")
+    if images.numel() and not 0 <= int(images.min()) <= int(images.max()) < head.levels:
+        worst = int(images.max()) if images.min() >= 0 else int(images.min())
+        raise ValueError(f"{name} must hold levels in 0..{head.levels - 1}, got {worst}")
     return images
 
 

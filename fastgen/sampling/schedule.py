@@ -1,8 +1,8 @@
 """Pass 3, schedule: for every plane and channel, the latest image element that it depends on, and so the moment to
 compute it.
 
-Pixels are drawn in raster order, the colours of a pixel in groups one after the other (`Head.groups`).  The *reach* of a
-plane's channel is the latest draw, relative to the plane's position, that the channel depends on: (dy, dx, group),
+Pixels are drawn in raster order, the colours of a pixel in groups one after the other (`Head.groups`).  The *reach* of
+a plane's channel is the latest draw, relative to the plane's position, that the channel depends on: (dy, dx, group),
 compared lexicographically, dy and dx in pixels of the image whatever the plane's stride.  It is held as one integer, so
 that a shift is an addition and "later" is ">".  Where the reach differs from position to position, because planes of
 different strides come together, it is the latest of them.  From the reach follow
@@ -169,9 +169,10 @@ def _prove_causal(graph: Graph, reach: list[Keys], groups: list[Group]) -> None:
     dy, dx, group = (int(v) for v in unkey(keys[channel]))
     path = _path(graph, reach, graph.output, channel)
     layers = dict.fromkeys(n.name or TOP_LEVEL for n, _, _ in path if isinstance(n, Linear))
+    predicted, seen = groups[int(limit[channel])].colours[0], groups[group].colours[0]
     raise NotCausal(
-        f"module {_culprit(path)!r} makes the model see what it predicts: the parameters of colour "
-        f"{groups[int(limit[channel])].colours[0]} at pixel (y, x) depend on colour {groups[group].colours[0]} at (y{dy:+d}, x{dx:+d}); "
+        f"module {_culprit(path)!r} makes the model see what it predicts: the parameters of colour {predicted} at "
+        f"pixel (y, x) depend on colour {seen} at (y{dy:+d}, x{dx:+d}); "
         f"the layers between: {' -> '.join(layers) or 'none'}"
     )
 
@@ -194,7 +195,8 @@ def _critical(graph: Graph, node: Node, channel: int, reach: list[Keys]) -> list
     found = []
     refs = [(ref, np.array([channel])) for ref in node.sources()]
     if isinstance(node, Linear):
-        refs = [(r, np.flatnonzero(t.weight[:, channel].numpy())) for t, r in zip(node.taps, node.sources(), strict=True)]
+        weights = [np.flatnonzero(tap.weight[:, channel].numpy()) for tap in node.taps]
+        refs = list(zip(node.sources(), weights, strict=True))
     for ref, channels in refs:
         if len(channels):
             part = ref.take(channels)

@@ -23,8 +23,13 @@ class Subject:
 
     def params(self, images: Tensor, labels: Tensor | None) -> Tensor:
         """Head parameters [N, C*K, H, W] of levels [N, C, H, W], in the dtype and on the device of the module."""
-        x = self.head.encode(images).to(self.like)
+        x = self.encode(images)
         return self.module(x) if labels is None else self.module(x, labels.to(self.like.device))
+
+    def encode(self, images: Tensor) -> Tensor:
+        """What the module reads for levels [N, C, H, W], on its device and, unless it reads integers, in its dtype."""
+        x = self.head.encode(images)
+        return x.to(self.like) if x.is_floating_point() else x.to(self.like.device)
 
     @property
     def like(self) -> Tensor:

@@ -9,7 +9,7 @@ from fastgen.ops import philox
 
 
 def image_uniforms(seed: int, start: int, count: int, size: tuple[int, int, int]) -> Tensor:
-    """float32 [count, *size] in (0, 1), size = (uniforms of a pixel, height, width), of samples start..start+count-1."""
+    """float32 [count, *size] in (0, 1) of samples start, start + 1, ...; size: (uniforms of a pixel, height, width)."""
     channels, height, width = size
     sample = torch.arange(start, start + count, device="cpu").view(-1, 1, 1)
     position = torch.arange(height * width, device="cpu").view(1, -1, 1)

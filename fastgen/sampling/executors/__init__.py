@@ -16,7 +16,7 @@ class Batch:
     seed, start: sample i of the batch is sample start + i of the sequence of `seed`.
     temperature: divides the logits.
     conditions: one float32 tensor [count, channels, height, width] for each plane of `plan.conditions`.
-    known, mask: uint8 levels [count, C, H, W] and bool [count, H, W]; where the mask is True the pixel is given.
+    known, mask: levels [count, C, H, W] and bool [count, H, W]; where the mask is True the pixel is given.
     on_rows: called with the number of image rows finished since the last call.
     """
 

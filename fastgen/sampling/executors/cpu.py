@@ -12,7 +12,7 @@ from torch import Tensor
 from fastgen import backends
 from fastgen.sampling.executors import Batch
 from fastgen.sampling.heads import LogisticMixture
-from fastgen.sampling.plan import PRIMITIVES, Instr, Plan, Read, Step, StepTap, Store
+from fastgen.sampling.plan import PRIMITIVES, Plan, Read, Step, StepTap, Store
 from fastgen.sampling.schedule import Stage
 
 PANEL = 16  # columns that are packed together
@@ -30,13 +30,11 @@ CORE_FLOPS = 1e11
 
 
 class CpuExecutor:
-    """Plans on the CPU, with `torch.get_num_threads()` threads; products in float32, of weights in float32 or bfloat16
-    (`precision`).
-    """
+    """Plans on the CPU in float32, with `torch.get_num_threads()` threads."""
 
-    def __init__(self, plan: Plan, precision: str = "fp32"):
+    def __init__(self, plan: Plan):
         self.plan = plan
-        tables = _Tables(plan, precision)
+        tables = _Tables(plan)
         self._tables = tables
         self._offsets = [row[7] for row in tables.planes]
         self._pitches = [row[1] for row in tables.planes]
@@ -51,7 +49,7 @@ class CpuExecutor:
         )
 
     def sample(self, batch: Batch, params: Tensor | None = None) -> Tensor:
-        """uint8 levels [count, C, H, W]; `params`, float32 [count, parameters, H, W], takes what they are drawn from."""
+        """Levels [count, C, H, W]; `params`, float32 [count, parameters, H, W], takes what they are drawn from."""
         plan = self.plan
         levels = torch.zeros(batch.count, *plan.image_shape, dtype=torch.int32)
         groups, team = self.split(batch.count, torch.get_num_threads())
@@ -83,7 +81,7 @@ class CpuExecutor:
             if not together:
                 alone_until = time.monotonic() + ALONE_SECONDS
             batch.on_rows(end - max(begin, 0))
-        return levels.to(torch.uint8)
+        return levels.to(plan.head.dtype)
 
     def split(self, count: int, threads: int) -> tuple[list[tuple[int, int]], int]:
         """How the threads share the work: ((first sample, count) of each group of samples, threads per group).
@@ -121,16 +119,25 @@ class CpuExecutor:
         return space
 
 
+COLUMNS = {
+    "planes": 10,
+    "addresses": 8,
+    "steps": 30,
+    "taps": 2,
+    "instrs": 6,
+    "stores": 2,
+    "sources": 1,
+    "draws": 7,
+    "encodings": 5,
+}
+
+
 class _Tables:
     """The plan as rows of integers, column by column as in csrc/cpu/plan_executor.h."""
 
-    COLUMNS = {"planes": 10, "addresses": 8, "steps": 30, "taps": 2, "instrs": 6, "stores": 2, "sources": 1}
-    COLUMNS |= {"draws": 7, "encodings": 5}
-
-    def __init__(self, plan: Plan, precision: str):
+    def __init__(self, plan: Plan):
         self.plan = plan
-        self.precision = precision
-        self.depth = 2 if precision == "bf16" else 1  # rows of a weight that share a word
+        self.depth = 2 if plan.precision == "bf16" else 1  # rows of a weight that share a word
         # The row stage leaves partial sums in the order in which the columns of the step that goes on from them are
         # packed.
         self.partial = {s.init.plane: s for s in plan.steps if s.init is not None}
@@ -184,7 +191,7 @@ class _Tables:
         for e in plan.encodings:
             tables["encodings"].append((e.plane, e.channel, e.colour, e.table.shape[1], offset))
             offset += e.table.numel()
-        return {k: torch.tensor(v, dtype=torch.int64).view(len(v), self.COLUMNS[k]) for k, v in tables.items()}
+        return {k: torch.tensor(v, dtype=torch.int64).view(len(v), COLUMNS[k]) for k, v in tables.items()}
 
     def floats(self) -> dict[str, Tensor]:
         return {
@@ -207,7 +214,7 @@ class _Tables:
             "end_column": columns.stop,
             "workspace": self.workspace,
             "buffers": self.buffers,
-            "bfloat16": int(self.precision == "bf16"),
+            "bfloat16": int(self.depth == 2),
         }
 
     def _plane(self, index: int) -> tuple[int, ...]:
@@ -307,12 +314,14 @@ def _pack_columns(weight: Tensor, step: Step) -> Tensor:
 
 
 def _pair_rows(packed: Tensor, counts: Sequence[int]) -> Tensor:
-    """float32 [panels, K, PANEL] -> int32 [panels, words, PANEL]: consecutive rows of a tap, rounded to bfloat16, in one
-    word, the first in its low half; csrc/cpu/tap_gemm.h.
+    """float32 [panels, K, PANEL] -> int32 [panels, words, PANEL]: two consecutive rows of a tap, rounded to bfloat16,
+    in one word, the first in its low half; csrc/cpu/tap_gemm.h.
     """
+    if not packed.numel():
+        return torch.zeros(len(packed), 0, PANEL, dtype=torch.int32)
     taps = [torch.nn.functional.pad(tap, (0, 0, 0, tap.shape[1] % 2)) for tap in packed.split(list(counts), dim=1)]
-    rows = torch.cat([*taps, packed[:, :0]], dim=1)
-    pairs = rows.bfloat16().view(len(rows), -1, 2, PANEL).permute(0, 1, 3, 2).contiguous()
+    rows = torch.cat(taps, dim=1)
+    pairs = rows.bfloat16().view(len(rows), rows.shape[1] // 2, 2, PANEL).permute(0, 1, 3, 2).contiguous()
     return pairs.view(torch.int32).squeeze(-1)
 
 

@@ -18,12 +18,12 @@ class ReferenceExecutor:
         self.dtype = dtype
 
     def sample(self, batch: Batch) -> Tensor:
-        """uint8 levels [count, C, H, W]."""
+        """Levels [count, C, H, W]."""
         plan = self.plan
         channels, height, width = plan.image_shape
         groups = plan.head.groups(channels)
         uniforms = image_uniforms(batch.seed, batch.start, batch.count, (groups[-1].uniforms.stop, height, width))
-        levels = torch.zeros(batch.count, *plan.image_shape, dtype=torch.uint8)
+        levels = torch.zeros(batch.count, *plan.image_shape, dtype=plan.head.dtype)
         planes = _Planes(plan, batch, self.dtype)
         for y in range(plan.first_row, height):
             for step in plan.row_steps():
@@ -96,7 +96,8 @@ class _Planes:
         for e in self.plan.encodings:
             if e.colour in colours:
                 plane = self.values[e.plane][self.margin + y, self.margin + x]
-                plane[:, e.channel : e.channel + e.table.shape[1]] = e.table.to(plane.dtype)[levels[:, e.colour, y, x].long()]
+                encoded = e.table.to(plane.dtype)[levels[:, e.colour, y, x].long()]
+                plane[:, e.channel : e.channel + e.table.shape[1]] = encoded
 
 
 def _run(step: Step, planes: _Planes, row: int, columns: range) -> None:

@@ -35,29 +35,36 @@ class Head:
 
     Attributes:
         levels: number of levels K; images hold the integers 0..K-1.
+        input_range: network input of the first and of the last level; None: the network reads the levels themselves.
+        dtype: of images: uint8, or int64 for more than 256 levels.
     """
 
     levels: int
+    max_levels = 256
 
-    def __init__(self, levels: int, input_range: tuple[float, float]):
-        if isinstance(levels, bool) or not isinstance(levels, int) or not 2 <= levels <= 256:
-            raise ValueError(f"levels must be an integer in 2..256, got {levels!r}")
-        low, high = input_range
+    def __init__(self, levels: int, input_range: tuple[float, float] | None):
+        if isinstance(levels, bool) or not isinstance(levels, int) or not 2 <= levels <= self.max_levels:
+            raise ValueError(f"levels must be an integer in 2..{self.max_levels}, got {levels!r}")
         self.levels = levels
-        self.input_range = (float(low), float(high))
+        self.input_range = None if input_range is None else (float(input_range[0]), float(input_range[1]))
+        self.dtype = torch.uint8 if levels <= 256 else torch.int64
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(levels={self.levels}, input_range={self.input_range})"
 
     def encoding(self) -> Tensor:
         """The network input of each level: float32 [levels] on the CPU, evenly spaced over ``input_range``."""
-        low, high = self.input_range
+        low, high = (0, self.levels - 1) if self.input_range is None else self.input_range
         return (
             torch.arange(self.levels, dtype=torch.float64, device="cpu") * ((high - low) / (self.levels - 1)) + low
         ).float()
 
     def encode(self, images: Tensor) -> Tensor:
-        """Levels [N, C, H, W] (any integer dtype) -> float32 network input of the same shape."""
+        """Levels [N, C, H, W] (any integer dtype) -> network input of the same shape, float32 (int64 where the network
+        reads levels).
+        """
+        if self.input_range is None:
+            return images.long()
         return self.encoding().to(images.device)[images.long()]
 
     def groups(self, channels: int) -> list[Group]:
@@ -87,7 +94,7 @@ class Head:
             temperature: > 0; divides the logits.
 
         Returns:
-            uint8 levels [N, colours, ...].
+            levels [N, colours, ...] of `dtype`.
         """
         raise NotImplementedError
 

@@ -15,7 +15,7 @@ class ColourWise(Head):
     whose cumulative probability is at least the uniform.
     """
 
-    def __init__(self, levels: int, params_per_channel: int, input_range: tuple[float, float]):
+    def __init__(self, levels: int, params_per_channel: int, input_range: tuple[float, float] | None):
         super().__init__(levels, input_range)
         self.params_per_channel = params_per_channel
 
@@ -25,7 +25,7 @@ class ColourWise(Head):
 
     def draw(self, params: Tensor, uniforms: Tensor, temperature: float = 1.0) -> Tensor:
         cdf = self.cdf(params, temperature)
-        return (cdf < uniforms.unsqueeze(2)).sum(2).to(torch.uint8)
+        return (cdf < uniforms.unsqueeze(2)).sum(2).to(self.dtype)
 
     def cdf(self, params: Tensor, temperature: float = 1.0) -> Tensor:
         """Cumulative probabilities, float64: params [N, C*K, ...] -> [N, C, levels, ...], last one exactly 1."""
@@ -54,11 +54,15 @@ class Categorical(ColourWise):
     """Softmax over the levels (van den Oord et al. 2016, "Pixel Recurrent Neural Networks", section 3.3).
 
     Args:
-        levels: number of levels, 2..256.
-        input_range: network input of level 0 and of level ``levels - 1``; the others lie evenly between.
+        levels: number of levels, 2..65536.
+        input_range: network input of level 0 and of level ``levels - 1``; the others lie evenly between. None: the
+            network reads the levels themselves, as int64, to look them up in an embedding (a prior over the codes of a
+            VQ-VAE, say).
     """
 
-    def __init__(self, levels: int, input_range: tuple[float, float] = (-1.0, 1.0)):
+    max_levels = 1 << 16
+
+    def __init__(self, levels: int, input_range: tuple[float, float] | None = (-1.0, 1.0)):
         super().__init__(levels, levels, input_range)
 
     def log_prob(self, params: Tensor, images: Tensor) -> Tensor:
