@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fastgen import backends, models
-from fastgen.sampling import Bernoulli, Categorical, Sampler, audit, naive_sample
+from fastgen.sampling import Bernoulli, Categorical, LogisticMixture, Sampler, audit, naive_sample
 from fastgen.sampling.executors.reference import ReferenceExecutor
 
 MODEL = models.PixelCNN(image_shape=(1, 3, 4), levels=4, num_filters=2, num_blocks=1, num_features=2)
@@ -160,10 +160,25 @@ def test_audit_images() -> None:
         audit(MODEL, IMAGES[:, :, :2])
 
 
-@pytest.mark.parametrize("levels", [1, 257, 2.0, True])
+@pytest.mark.parametrize("levels", [1, 65537, 2.0, True])
 def test_head_levels(levels: object) -> None:
-    with pytest.raises(ValueError, match=r"levels must be an integer in 2\.\.256"):
+    with pytest.raises(ValueError, match=r"levels must be an integer in 2\.\.65536"):
         Categorical(levels)
+    with pytest.raises(ValueError, match=r"levels must be an integer in 2\.\.256"):
+        LogisticMixture(3, 1 if levels == 1 else 257)
+
+
+def test_levels_beyond_bytes() -> None:
+    """More than 256 levels: images are int64, in and out."""
+    model = models.PixelCNN(image_shape=(1, 3, 4), levels=4, num_filters=2, num_blocks=1, num_features=2)
+    model.output = torch.nn.Conv2d(2, 300, 1)
+    given = {"image_shape": (1, 3, 4), "head": Categorical(300)}
+    images = Sampler(model, **given).sample(2)
+    assert images.dtype == torch.int64 and torch.equal(images, naive_sample(model, 2, **given))
+    with pytest.raises(TypeError, match=r"known must be int64 levels, got torch\.uint8"):
+        Sampler(model, **given).sample(2, known=IMAGES, mask=MASK)
+    with pytest.raises(ValueError, match=r"known must hold levels in 0\.\.299, got 300"):
+        Sampler(model, **given).sample(2, known=IMAGES.long() + 300, mask=MASK)
 
 
 def test_labels_as_one_number() -> None:
