@@ -213,7 +213,7 @@ class Graph:
     def __init__(self, batch: int):
         self.batch = batch
         self.nodes: list[Node] = []
-        self._starts: list[int] = []
+        self._shapes = np.empty((64, 4), dtype=np.int64)  # (start, channels, height, width) of the nodes, and room
         self._next = 1
         self.output: Ref | None = None
 
@@ -222,7 +222,9 @@ class Graph:
         node.start = self._next
         node.samples = 1 if isinstance(node, Constant) else self.batch
         self._next += node.samples * node.channels * node.height * node.width
-        self._starts.append(node.start)
+        if node.id == len(self._shapes):
+            self._shapes = np.concatenate([self._shapes, np.empty_like(self._shapes)])
+        self._shapes[node.id] = (node.start, node.channels, node.height, node.width)
         self.nodes.append(node)
         return node
 
@@ -233,8 +235,8 @@ class Graph:
 
     def decode(self, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """codes -> (plane, sample, channel, y, x); plane -1 where the code is 0."""
-        plane = np.searchsorted(np.asarray(self._starts), codes, side="right") - 1
-        shapes = np.array([(n.start, n.channels, n.height, n.width) for n in self.nodes], dtype=np.int64)
+        shapes = self._shapes[: len(self.nodes)]
+        plane = np.searchsorted(shapes[:, 0], codes, side="right") - 1
         start, channels, height, width = shapes[np.maximum(plane, 0)].transpose(-1, *range(codes.ndim))
         rest = codes - start
         rest, x = np.divmod(rest, width)
@@ -246,11 +248,11 @@ class Graph:
 
     def _ratios(self, ref: Ref, axis: int) -> tuple[np.ndarray, np.ndarray]:
         """(num, den) of each channel of a frame along an axis."""
-        pairs = [
-            (1, 1) if p < 0 or self.nodes[p].given else ratio(ref.stride[axis], self.nodes[p].stride[axis])
-            for p in ref.plane.tolist()
-        ]
-        num, den = np.array(pairs, dtype=np.int64).reshape(-1, 2).T
+        num, den = np.ones(len(ref.plane), dtype=np.int64), np.ones(len(ref.plane), dtype=np.int64)
+        for plane in np.unique(ref.plane[ref.plane >= 0]):
+            if not self.nodes[plane].given:
+                here = ref.plane == plane
+                num[here], den[here] = ratio(ref.stride[axis], self.nodes[plane].stride[axis])
         return num, den
 
     def moved(self, ref: Ref, dy: int, dx: int) -> Ref:
@@ -314,19 +316,32 @@ class Graph:
         rows = self._axis(0, array[0], plane, y, first // width, first % width)
         columns = self._axis(1, array[0].transpose(0, 2, 1), plane, x, first % width, first // width)
 
-        info = np.array([(n.channels, n.height, n.width, n.start, n.samples > 1) for n in self.nodes])
-        plane_c, plane_h, plane_w, start, per_sample = info[np.maximum(plane, 0)].T
-        at_y, at_x = rows.positions(height), columns.positions(width)  # [C, h], [C, w]
-        in_rows = (at_y >= 0) & (at_y < plane_h[:, None]) & (plane[:, None] >= 0)
-        in_columns = (at_x >= 0) & (at_x < plane_w[:, None])
-        inside = in_rows[:, :, None] & in_columns[:, None, :]
-        origin = start + channel * plane_h * plane_w
-        implied = origin[:, None, None] + at_y[:, :, None] * plane_w[:, None, None] + at_x[:, None, :]
-        per_sample = plane_c * plane_h * plane_w * per_sample
-        for n in range(samples):
-            if not np.array_equal(array[n], np.where(inside, implied + n * per_sample[:, None, None], 0)):
+        ref = Ref(plane, np.where(plane < 0, 0, channel), rows.offset, columns.offset, (rows.stride, columns.stride))
+        for start, stop in ref.segments():
+            self._verify(array, ref, rows, columns, start, stop)
+        return ref
+
+    def _verify(self, array: np.ndarray, ref: Ref, rows: _Axis, columns: _Axis, start: int, stop: int) -> None:
+        """Compare the codes of channels [start, stop), a segment, with what the frame implies."""
+        part = array[:, start:stop]
+        if ref.plane[start] < 0:
+            if part.any():
                 raise LayoutError
-        return Ref(plane, np.where(plane < 0, 0, channel), rows.offset, columns.offset, (rows.stride, columns.stride))
+            return
+        node = self.nodes[ref.plane[start]]
+        y, first_y = rows.inside(start, part.shape[2], node.height)
+        x, first_x = columns.inside(start, part.shape[3], node.width)
+        window = part[:, :, first_y : first_y + len(y), first_x : first_x + len(x)]
+        area = node.height * node.width
+        origin = node.start + ref.channel[start:stop] * area
+        implied = origin[:, None, None] + (y[:, None] * node.width + x)
+        for codes in window:
+            if not np.array_equal(codes, implied):
+                raise LayoutError
+            if node.samples > 1:
+                implied += node.channels * area
+        if np.count_nonzero(part) != window.size:
+            raise LayoutError
 
     def _axis(
         self, axis: int, codes: np.ndarray, plane: np.ndarray, source: np.ndarray, along: np.ndarray, across: np.ndarray
@@ -373,9 +388,11 @@ class _Axis:
     den: np.ndarray
     offset: np.ndarray
 
-    def positions(self, size: int) -> np.ndarray:
-        """[C, size]"""
-        return (np.arange(size) * self.num[:, None] + self.offset[:, None]) // self.den[:, None]
+    def inside(self, channel: int, size: int, source_size: int) -> tuple[np.ndarray, int]:
+        """The positions of a plane that a channel reads, and the frame position of the first of them."""
+        positions = (np.arange(size) * self.num[channel] + self.offset[channel]) // self.den[channel]
+        within = np.flatnonzero((positions >= 0) & (positions < source_size))
+        return positions[within], int(within[0]) if len(within) else 0
 
 
 def _steps(where: np.ndarray, positions: np.ndarray) -> tuple[int, int]:

@@ -99,7 +99,8 @@ def _convolution_taps(
 ) -> tuple[Stride, list[Tap]]:
     """Stride of the output, and its taps."""
     graph = tracer.graph
-    codes = F.pad(codes, (padding[1], padding[1], padding[0], padding[0]))
+    if any(padding):
+        codes = F.pad(codes, (padding[1], padding[1], padding[0], padding[0]))
     offsets = [(ky, kx) for ky in range(dense.shape[0]) for kx in range(dense.shape[1]) if dense[ky, kx].any()]
     try:
         whole = _spatial(tracer, graph.recognise(codes), codes)

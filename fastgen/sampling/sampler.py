@@ -193,7 +193,7 @@ def _as_plane(value: Tensor) -> Tensor:
 def _check_finite(plan: Plan) -> None:
     for step in plan.steps:
         for tensor in (step.weight, step.bias):
-            if tensor is not None and not torch.isfinite(tensor).all():
+            if tensor is not None and not tensor.sum(dtype=torch.float64).isfinite():
                 raise ValueError(f"the weights of module {step.name!r} are not finite")
         if any(math.isnan(i.value) for i in step.program):
             raise ValueError(f"module {step.name!r} computes with NaN")

@@ -111,6 +111,16 @@ class Tape:
         return [values[id(t)][: len(labels)] for t in wanted]
 
 
+def _cheap_convolution(func: Any, x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    """The result of aten::convolution in shape and strides: values of what depends on the image serve nobody, and those
+    of convolutions take most of the time.  Two channels, because one has the strides of any memory format.
+    """
+    transposed, groups = rest[4], rest[6]
+    if groups > 1:
+        return func(x, weight, *rest)
+    return func(x[:, :2], weight[:2] if transposed else weight[:, :2], *rest)
+
+
 def storage_key(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
@@ -234,7 +244,8 @@ class Tracer(TorchDispatchMode):
                 for tensor in _written(func, args, kwargs):
                     if not self.depends(tensor):
                         self.set_codes(tensor, self.codes(tensor))  # what it holds before the call
-            result = func(*args, **kwargs)
+            convolution = func is torch.ops.aten.convolution.default
+            result = _cheap_convolution(func, *args) if convolution else func(*args, **kwargs)
             with host_defaults():
                 rule(self, func, args, kwargs, tensors_in(result))
         except LayoutError as error:

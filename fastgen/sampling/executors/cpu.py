@@ -90,7 +90,7 @@ class CpuExecutor:
         the threads of a group share the weights and meet at barriers, if the steps between are long enough.  Changes no
         sample.
         """
-        size = self._tables.pixel_weight_bytes()
+        size = self._tables.pixel_weight_bytes
         needed = next(samples for limit, samples in SAMPLES_PER_THREAD if size <= limit)
         parts = max(1, min(threads, count // needed))
         team = threads // parts
@@ -160,15 +160,14 @@ class _Tables:
         # levels run in some pixels only.
         self.barriers = sum(bool(w) for w in pixel) + 2 * len(plan.draws)
         self.steps = [self._step(s, w) for s, w in zip(self.ordered, written, strict=True)]
-
-    def pixel_weight_bytes(self) -> int:
-        return sum(4 * w.numel() for s, w in zip(self.ordered, self.weights, strict=True) if s.stage == Stage.PIXEL)
+        weights = zip(self.ordered, self.weights, strict=True)
+        self.pixel_weight_bytes = sum(4 * w.numel() for s, w in weights if s.stage == Stage.PIXEL)
 
     def packed_weights(self) -> Tensor:
         """All weights, 4 bytes each element."""
-        flat = torch.cat([w.flatten().view(torch.int32) for w in self.weights] or [torch.zeros(0, dtype=torch.int32)])
-        self.weights = [w[:0] for w in self.weights]
-        return flat
+        flat = [w.flatten().view(torch.int32) for w in self.weights]
+        self.weights = []
+        return torch.cat(flat or [torch.zeros(0, dtype=torch.int32)])
 
     def integers(self) -> dict[str, Tensor]:
         plan = self.plan
