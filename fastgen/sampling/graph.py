@@ -306,7 +306,7 @@ class Graph:
         Guess from the first non-zero element of each channel, rebuild the codes that the guess implies, compare all.
         """
         array = codes.numpy()
-        samples, channels, height, width = array.shape
+        channels, width = array.shape[1], array.shape[3]
         if array.size == 0:
             zero = np.zeros(channels, dtype=np.int64)
             return Ref(zero - 1, zero, zero, zero)

@@ -7,8 +7,11 @@ ELU.  Each step less is a barrier less and a pass over memory less.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TypeVar
 
-from fastgen.sampling.plan import Instr, Plan, Read, Step, Store
+from fastgen.sampling.plan import Draw, Encoding, Instr, Plan, Plane, Read, Step, StepTap, Store
+
+_Address = TypeVar("_Address", Read, StepTap, Store, Draw, Encoding)
 
 
 def join_steps(plan: Plan) -> None:
@@ -17,8 +20,9 @@ def join_steps(plan: Plan) -> None:
     for step in sorted(plan.steps, key=lambda s: (s.stage, s.rank)):  # stable: the order in which they run
         if step.groups or not _join_earlier(plan, kept, step):
             kept.append(step)
-    plan.steps = [s for s in kept if s.stores]
+    plan.steps = kept
     _drop_unread(plan)
+    _drop_unread_channels(plan)
 
 
 def _join_earlier(plan: Plan, earlier: list[Step], step: Step) -> bool:
@@ -70,12 +74,7 @@ def _append(step: Step, other: Step) -> None:
 
 def _drop_unread(plan: Plan) -> None:
     while True:
-        read = {(d.plane, d.channel + c) for d in plan.draws for c in range(d.count)}
-        for step in plan.steps:
-            read |= {(t.plane, t.channel + c) for t in step.taps for c in range(t.count)}
-            for r in step.reads():
-                width = step.width * step.groups if r is step.init else step.width
-                read |= {(r.plane, r.channel + c) for c in range(width)}
+        read = _read_channels(plan)
         dropped = False
         for step in plan.steps:
             stores = [s for s in step.stores if any((s.plane, s.channel + c) in read for c in range(step.width))]
@@ -87,6 +86,46 @@ def _drop_unread(plan: Plan) -> None:
     for step in plan.steps:
         _share_exponentials(step)
         _drop_unused_instructions(step)
+
+
+def _read_channels(plan: Plan) -> set[tuple[int, int]]:
+    """(plane, channel) of all that draws and steps read."""
+    read = {(d.plane, d.channel + c) for d in plan.draws for c in range(d.count)}
+    for step in plan.steps:
+        read |= {(t.plane, t.channel + c) for t in step.taps for c in range(t.count)}
+        for r in step.reads():
+            width = step.width * step.groups if r is step.init else step.width
+            read |= {(r.plane, r.channel + c) for c in range(width)}
+    return read
+
+
+def _drop_unread_channels(plan: Plan) -> None:
+    """Close the gaps that dropped stores left in planes, and drop planes without a channel."""
+    used = _read_channels(plan)
+    for step in plan.steps:
+        used |= {(s.plane, s.channel + c) for s in step.stores for c in range(step.width)}
+    planes: list[Plane] = []
+    index: dict[int, int] = {}
+    channel: dict[tuple[int, int], int] = {}
+    for i, plane in enumerate(plan.planes):
+        kept = [c for c in range(plane.channels) if plane.kind != "cache" or (i, c) in used]
+        if kept:
+            index[i] = len(planes)
+            channel.update({(i, old): new for new, old in enumerate(kept)})
+            planes.append(replace(plane, channels=len(kept)))
+
+    def moved(at: _Address) -> _Address:
+        return replace(at, plane=index[at.plane], channel=channel[at.plane, at.channel])
+
+    for step in plan.steps:
+        step.taps = tuple(moved(t) for t in step.taps)
+        step.init = step.init and moved(step.init)
+        step.program = tuple(replace(i, read=i.read and moved(i.read)) for i in step.program)
+        step.stores = tuple(moved(s) for s in step.stores)
+    plan.planes = planes
+    plan.draws = [moved(d) for d in plan.draws]
+    plan.encodings = [moved(e) for e in plan.encodings]
+    plan.conditions = [index[c] for c in plan.conditions]
 
 
 def _share_exponentials(step: Step) -> None:

@@ -198,6 +198,11 @@ class Plan:
             if step.weight is not None:
                 step.weight = step.weight.bfloat16().float()
 
+    def drop_weights(self) -> None:
+        """Free the weights, where an executor has a packed copy."""
+        for step in self.steps:
+            step.weight = None
+
     def source(self, step: Step, plane: int, axis: int, position: int, shift: int) -> int:
         """The row (axis 0) or column (axis 1) of a plane that a step reads at a position of its frame."""
         num, den = self.ratio(step, plane, axis)
@@ -251,8 +256,7 @@ class Plan:
     @property
     def weight_bytes(self) -> int:
         """Bytes of all weights."""
-        size = 2 if self.precision == "bf16" else 4
-        return sum(size * s.weight.numel() for s in self.steps if s.weight is not None)
+        return (2 if self.precision == "bf16" else 4) * sum(s.macs for s in self.steps)
 
     @property
     def cache_bytes(self) -> int:

@@ -36,6 +36,9 @@ class Sampler:
     of row and pixel steps (`plan`, printable).  Weights are taken as they are then; make a new sampler when they
     change.
 
+    Memory: the weights of products once, packed (`plan.weight_bytes`), and during `sample` the planes of a batch
+    (`plan.cache_bytes` for each of its samples); rows of fewer than 16 channels or columns are padded to 16.
+
     A sample is a function of (weights, seed, index, labels, temperature, known pixels): not of the batch size, the
     number of threads or the other samples drawn with it, bit for bit.
 
@@ -89,6 +92,8 @@ class Sampler:
         self.max_batch = max_batch or _batch_that_fits(self.plan)
         with host_defaults():
             self._executor = executor(self.plan)
+        if isinstance(self._executor, CpuExecutor):
+            self.plan.drop_weights()
 
     plan: Plan
 
