@@ -23,15 +23,21 @@ TESTS = ("tests/sampling",)
 
 @dataclass(frozen=True)
 class Subject:
-    """A model to sample; `whole_loop`: small enough to run the naive loop to its end."""
+    """A model to sample.
+
+    whole_loop: small enough to run the naive loop to its end. variants: also sampled with weights in bfloat16 and with
+    the other instruction sets.
+    """
 
     name: str
     model: str
     config: dict[str, Any] = field(default_factory=dict)
     whole_loop: bool = False
+    variants: bool = False
 
 
 SUBJECTS = [
+    Subject("PixelCNN++ 3x32x32", "pixelcnnpp", variants=True),  # the published size, 53,659,080 parameters
     Subject("PixelCNN 3x32x32", "pixelcnn", {"image_shape": (3, 32, 32)}),  # the published size, colour masks
     Subject(
         "GatedPixelCNN 1x28x28", "gated_pixelcnn", {"image_shape": (1, 28, 28), "num_filters": 64, "num_blocks": 15}
@@ -62,6 +68,12 @@ QUICK_SUBJECTS = [
     Subject(
         "GatedPixelCNN 1x4x4", "gated_pixelcnn", {"image_shape": (1, 4, 4), "num_filters": 4, "num_blocks": 2}, True
     ),
+    Subject(
+        "PixelCNN++ 3x4x5",
+        "pixelcnnpp",
+        {"image_shape": (3, 4, 5), "num_filters": 4, "num_blocks": 1, "num_mixtures": 2},
+        variants=True,
+    ),
 ]
 BATCHES = (1, 16, 64)
 
@@ -89,6 +101,31 @@ def naive_loop(model: nn.Module, batch: int, labels: Tensor | None) -> Tensor:
         return naive_sample(model, batch, labels=labels)
 
 
+def sample_with(sampler: Any, batch: int, isa: str) -> Tensor:
+    """Samples with the kernels of one instruction set."""
+    from fastgen import backends
+
+    backends.native_cpu().set_isa(isa)
+    try:
+        return sampler.sample(batch)
+    finally:
+        backends.native_cpu().set_isa("")
+
+
+def variants(model: nn.Module, sampler: Any, batch: int) -> dict[str, Provider]:
+    import fastgen
+    from fastgen import backends
+
+    half = fastgen.Sampler(model, max_batch=batch, backend="cpu", precision="bf16")
+    bytes_of = {"workspace_bytes": half.plan.cache_bytes * batch, "weight_bytes": half.plan.weight_bytes}
+    found = {"fastgen bf16": Provider(partial(half.sample, batch), note="weights in bfloat16", extra=bytes_of)}
+    for isa in ("avx2", "baseline"):
+        # The portable kernels have a quarter of the rate: one batch size shows it.
+        if isa in backends.native_cpu().isas() and (isa == "avx2" or batch == 1):
+            found[f"fastgen {isa}"] = Provider(partial(sample_with, sampler, batch, isa))
+    return found
+
+
 def timed(call: Callable[[], Any]) -> tuple[Any, float]:
     start = time.perf_counter()
     result = call()
@@ -109,7 +146,8 @@ def build(subject: Subject, batch: int) -> Work:
     plan = sampler.plan
 
     forward = partial(plain_forward, model, *inputs)
-    passes = images[0].numel()
+    channels, height, width = model.image_shape
+    passes = len(model.head.groups(channels)) * height * width
     if subject.whole_loop:
         naive = Provider(partial(naive_loop, model, batch, labels), baseline=True, note=f"{passes} passes, to the end")
     else:
@@ -138,6 +176,8 @@ def build(subject: Subject, batch: int) -> Work:
             },
         ),
     }
+    if subject.variants:
+        providers |= variants(model, sampler, batch)
     return Work(providers, flops=plan.flops * batch, bytes=plan.weight_bytes + images.numel())
 
 

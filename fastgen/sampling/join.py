@@ -133,8 +133,8 @@ def _share_exponentials(step: Step) -> None:
     not positive.
     """
     elus = {i.a for i in step.program if i.op == "elu"}
-    root = {r: i.a for r, i in enumerate(step.program) if i.op == "neg"} | {r: r for r in elus}
-    root = {r: x for r, x in root.items() if {r, x} <= elus and any(step.program[m] == Instr("neg", x) for m in elus)}
+    pairs = {i.a: r for r, i in enumerate(step.program) if i.op == "neg" and {r, i.a} <= elus}  # x -> -x
+    root = {x: x for x in pairs} | {minus_x: x for x, minus_x in pairs.items()}
     program: list[Instr] = []
     place: list[int] = []
     tails: dict[int, int] = {}
