@@ -14,12 +14,13 @@ namespace {
 template <class T>
 struct Functions {
     using Function = void (*)(const T*, T*, int64_t);
-    Function exp, log, sigmoid, tanh;
+    Function exp, exp_flushed, lack, log, sigmoid, tanh;
 };
 
 template <class T>
 constexpr Functions<T> kFunctions[] = {
-#define FASTGEN_FUNCTIONS(ISA) {ISA::array_exp, ISA::array_log, ISA::array_sigmoid, ISA::array_tanh},
+#define FASTGEN_FUNCTIONS(ISA) \
+    {ISA::array_exp, ISA::array_exp_flushed, ISA::array_lack, ISA::array_log, ISA::array_sigmoid, ISA::array_tanh},
     FASTGEN_FOR_EACH_ISA(FASTGEN_FUNCTIONS)
 #undef FASTGEN_FUNCTIONS
 };
@@ -29,21 +30,27 @@ void run(uintptr_t x, uintptr_t y, int64_t count) {
     (kFunctions<T>[active_isa()].*function)(reinterpret_cast<const T*>(x), reinterpret_cast<T*>(y), count);
 }
 
-template <class T>
-void define(pybind11::module_& module, const std::string& dtype) {
+template <class T, typename Functions<T>::Function Functions<T>::* function>
+void define(pybind11::module_& module, const std::string& name) {
     namespace py = pybind11;
-    module.def(("exp_" + dtype).c_str(), run<T, &Functions<T>::exp>, py::arg("x"), py::arg("y"), py::arg("count"));
-    module.def(("log_" + dtype).c_str(), run<T, &Functions<T>::log>, py::arg("x"), py::arg("y"), py::arg("count"));
-    module.def(("sigmoid_" + dtype).c_str(), run<T, &Functions<T>::sigmoid>, py::arg("x"), py::arg("y"),
-               py::arg("count"));
-    module.def(("tanh_" + dtype).c_str(), run<T, &Functions<T>::tanh>, py::arg("x"), py::arg("y"), py::arg("count"));
+    module.def(name.c_str(), run<T, function>, py::arg("x"), py::arg("y"), py::arg("count"));
+}
+
+template <class T>
+void define_all(pybind11::module_& module, const std::string& dtype) {
+    define<T, &Functions<T>::exp>(module, "exp_" + dtype);
+    define<T, &Functions<T>::exp_flushed>(module, "exp_flushed_" + dtype);
+    define<T, &Functions<T>::lack>(module, "lack_" + dtype);
+    define<T, &Functions<T>::log>(module, "log_" + dtype);
+    define<T, &Functions<T>::sigmoid>(module, "sigmoid_" + dtype);
+    define<T, &Functions<T>::tanh>(module, "tanh_" + dtype);
 }
 
 }  // namespace
 
 void bind_vec_math(pybind11::module_& module) {
-    define<float>(module, "float32");
-    define<double>(module, "float64");
+    define_all<float>(module, "float32");
+    define_all<double>(module, "float64");
 }
 
 }  // namespace fastgen

@@ -7,9 +7,10 @@
 // sigma(a) for the lowest level and sigma(-b) for the highest. Let z = |a + b| / 2, v = (a - b) / 2. Then
 //     sigma(a) sigma(-b) = sigma(near) sigma(far),   near = v - z,   far = v + z,
 // and far needs no exponential of its own: e^-far is e^-2v e^-|near| outside the bin (near < 0) and e^-2v / e^-|near|
-// inside. Logarithms of small masses stay finite because each mass is kept as a pair (linear, ratio),
-//     mass = e^linear ratio,   linear = min(near, 0) - max(-log 2v, 0),   ratio in [0.15, 1],
-// so that a component's joint mass is the product of the ratios, and one logarithm per pixel is all that is needed:
+// inside. Logarithms of small masses stay finite because each mass is kept as a pair,
+//     mass = e^linear ratio,   linear = min(near, 0) - max(s - s0, 0),
+// where a bin is `narrow` from the log scale s0 on: there 1 - e^-2v is 2v to the last bit, so that v may stay what it
+// is at s0. The ratios of a component multiply without underflow, and one logarithm per pixel is all that is needed:
 //     nll = log(sum e^logit) - log(sum e^(logit + linear) ratio).
 //
 // A tile is a vector of pixels. Its parameters are laid out as [parameter][pixel] in scratch, whatever the layout of
@@ -30,42 +31,57 @@ template <class T>
 struct Limits;
 template <>
 struct Limits<float> {
+    using Bits = int32_t;
+    static constexpr Bits sign = INT32_MIN;
     static constexpr float far = 3.4028234e38f / 16;  // sums of six such numbers are finite
-    static constexpr int sinh_terms = 3;
+    static constexpr float narrow = 0x1p-25f;         // 1 - e^-2v is 2v to the last bit
 };
 template <>
 struct Limits<double> {
+    using Bits = int64_t;
+    static constexpr Bits sign = INT64_MIN;
     static constexpr double far = 1.7976931348623157e308 / 16;
-    static constexpr int sinh_terms = 8;
+    static constexpr double narrow = 0x1p-54;
 };
 
 // e^-60 stands for all smaller ones where they are added to 1: it is 0 to double precision, but not to be divided by.
 constexpr double kLargestNear = 60.0;
 
-// sinh(y) / y for |y| <= 1/2, of z = y^2, by its series.
 template <class T>
-FASTGEN_INLINE Vec<T> sinh_over(Vec<T> z) {
-    Vec<T> p = broadcast(T(1));
-    for (int n = Limits<T>::sinh_terms; n > 0; --n)
-        p = fma(p, z * broadcast(T(1.0 / (2 * n * (2 * n + 1)))), broadcast(T(1)));
-    return p;
-}
+struct MaskOf {
+    typedef typename Limits<T>::Bits type __attribute__((vector_size(kVecBytes)));
+};
+template <class T>
+using Mask = typename MaskOf<T>::type;
 
 template <class T>
-FASTGEN_INLINE Vec<T> magnitude(Vec<T> x) {
-    return max(x, -x);
+FASTGEN_INLINE Mask<T> bits(Vec<T> x) {
+    return (Mask<T>)x;
+}
+template <class T>
+FASTGEN_INLINE Vec<T> bits(Mask<T> x) {
+    return (Vec<T>)x;
 }
 
-// The constants of one call, and what a level is to all components of a colour.
+// The constants of one call.
 template <class T>
 struct Constants {
-    Vec<T> half, log_width, min_log_scale, top;
+    Vec<T> half, top, min_log_scale, narrow_log_scale;
 
     explicit Constants(int64_t levels)
         : half(broadcast(T(1.0 / (levels - 1)))),
-          log_width(broadcast(T(__builtin_log(2.0 / (levels - 1))))),
+          top(broadcast(T(levels - 1))),
           min_log_scale(broadcast(T(kMinLogScale))),
-          top(broadcast(T(levels - 1))) {}
+          narrow_log_scale(broadcast(T(-__builtin_log(Limits<T>::narrow * (levels - 1.0))))) {}
+};
+
+// A colour of a tile's pixels: what the network reads for its level, and what kind of bin that has.
+template <class T>
+struct Value {
+    Vec<T> x;
+    Mask<T> inner;       // all bits, but none for the lowest and the highest level
+    Mask<T> inner_sign;  // of those, the sign bit alone
+    Mask<T> falling;     // the sign bit for the lowest level
 };
 
 template <class T>
@@ -74,83 +90,155 @@ struct Mass {
     Vec<T> by_mean, by_log_scale;  // derivatives of the logarithm
 };
 
+// The mass of a bin; `inverse` is e^-s.
 template <bool kGradient, class T>
-FASTGEN_INLINE Mass<T> mass(const Constants<T>& constants, Vec<T> level, Vec<T> x, Vec<T> mean, Vec<T> log_scale) {
+FASTGEN_INLINE Mass<T> mass(const Constants<T>& constants, const Value<T>& value, Vec<T> mean, Vec<T> log_scale,
+                            Vec<T> inverse) {
     const Vec<T> zero{}, one = broadcast(T(1)), limit = broadcast(Limits<T>::far);
-    const auto bottom = level == zero, top = level == constants.top;
-    const auto edge = bottom | top;
+    const Vec<T> v = max(broadcast(Limits<T>::narrow), constants.half * inverse);
+    const Vec<T> shrink = bits<T>(value.inner & bits<T>(min(limit, max(zero, log_scale - constants.narrow_log_scale))));
+    const Vec<T> centre = (value.x - mean) * inverse;
+    const Mask<T> sign = (bits<T>(centre) & value.inner_sign) | value.falling;
+    const Vec<T> z = bits<T>(bits<T>(centre) ^ sign);
 
-    const Vec<T> s = max(constants.min_log_scale, log_scale);
-    const Vec<T> inverse = exp(-s);
-    const Vec<T> v = constants.half * inverse;
-    const Vec<T> centre = min(limit, max(-limit, (x - mean) * inverse));
-    const Vec<T> z = where(bottom, -centre, where(top, centre, magnitude<T>(centre)));
-    const Vec<T> root = where(edge, zero, exp(-v));
-    const Vec<T> both = root * root;  // e^-2v; without a far edge nothing comes from it
-    const Vec<T> width = v + v;
-    const Vec<T> narrow = root * sinh_over<T>(v * v);  // (1 - e^-2v) / 2v
-    const Vec<T> bin = where(edge, one, where(width > one, one - both, narrow));
-    const Vec<T> shrink = where(edge, zero, min(limit, max(zero, s - constants.log_width)));
+    Vec<T> lack;
+    const Vec<T> root = bits<T>(value.inner & bits<T>(exp_flushed(-v, lack)));
+    const Vec<T> bin = where(value.inner, lack, one) * (one + root);  // 1 - e^-2v; 1 where there is one edge only
+    const Vec<T> both = root * root;                                  // e^-2v; 0 there
 
-    const Vec<T> near = min(broadcast(T(kLargestNear)), v - z);
+    const Vec<T> near = max(-limit, min(broadcast(T(kLargestNear)), v - z));
+    const Vec<T> e = exp_flushed(bits<T>(bits<T>(near) | Limits<T>::sign));
     const auto inside = near > zero;
-    const Vec<T> e = exp(-magnitude<T>(near));
     const Vec<T> n = where(inside, e, one), f = both * where(inside, one, e);  // e^-far = f / n
-    const Vec<T> near_sum = one + e, far_sum = n + f;
+    const Vec<T> near_sum = one + e, far_sum = n + f, sums = near_sum * far_sum;
 
     Mass<T> result;
     result.linear = min(zero, near) - shrink;
     if constexpr (!kGradient) {
-        result.ratio = bin * n / (near_sum * far_sum);
+        result.ratio = bin * n / sums;
     } else {
-        const Vec<T> r = one / (near_sum * far_sum * bin);
-        const Vec<T> by_bin = r * bin;
-        result.ratio = bin * n * by_bin;
-        const Vec<T> near_tail = n * far_sum * by_bin;  // sigma(-near)
-        const Vec<T> far_tail = f * near_sum * by_bin;  // sigma(-far)
-        const Vec<T> slope = near_tail - far_tail;
-        const auto falling = bottom | (~top & (centre < zero));
-        result.by_mean = inverse * where(falling, -slope, slope);
-        const Vec<T> by_width = max(width, one) * both * (near_sum * far_sum * r);  // 2v e^-2v / (1 - e^-2v)
-        const Vec<T> by_log_scale = -(near * near_tail + (v + z) * far_tail + by_width);
+        const Vec<T> r = one / (sums * bin), by_sums = r * bin, by_bin = r * sums;
+        const Vec<T> near_tail = n * by_sums * far_sum;  // sigma(-near)
+        const Vec<T> far_tail = f * by_sums * near_sum;  // sigma(-far)
+        const Vec<T> width = v + v;
+        result.ratio = n * by_sums * bin;
+        result.by_mean = bits<T>(bits<T>(inverse * (near_tail - far_tail)) ^ sign);
+        const Vec<T> far_part = fma(width - near, far_tail, width * both * by_bin);
+        const Vec<T> by_log_scale = -fma(near, near_tail, far_part);
         result.by_log_scale = where(log_scale < constants.min_log_scale, zero, by_log_scale);
     }
     return result;
 }
 
-// The pixels of one tile: which they are, and where they are in a tensor.
+// tanh, and its derivative.
+template <class T>
+FASTGEN_INLINE Vec<T> tanh(Vec<T> x, Vec<T>& slope) {
+    const Vec<T> one = broadcast(T(1));
+    Vec<T> lack;
+    const Vec<T> e = exp_flushed(bits<T>(bits<T>(x + x) | Limits<T>::sign), lack);  // e^-2|x|
+    const Vec<T> r = one / (one + e);
+    slope = broadcast(T(4)) * e * r * r;
+    return bits<T>(bits<T>(lack * r) | (bits<T>(x) & Limits<T>::sign));
+}
+
+// The pixels of one tile in raster order. Lanes beyond the last pixel repeat it: they are read, but not written.
 template <class T>
 struct Tile {
-    int64_t first;
-    int count;
-    int64_t n[kLanes<T>], h[kLanes<T>], w[kLanes<T>];
+    enum Step : uint8_t { kStay, kRight, kNextRow, kNextImage };
 
-    // Lanes beyond the last pixel repeat it: they are read, but not written.
-    Tile(const LogisticMixtureNll& job, int64_t first) : first(first) {
-        const int64_t area = job.height * job.width, left = job.batch * area - first;
+    int64_t height, width;
+    int64_t n, h, w;  // the first pixel
+    int count;
+    bool in_row;
+    Step steps[kLanes<T>];  // from each pixel to the next, unless all are in a row
+
+    Tile(const LogisticMixtureNll& job, int64_t first) : height(job.height), width(job.width) {
+        const int64_t row = first / width, left = job.batch * height * width - first;
+        n = row / height;
+        h = row - n * height;
+        w = first - row * width;
         count = left < kLanes<T> ? static_cast<int>(left) : kLanes<T>;
+        in_row = count == kLanes<T> && w + count <= width;
+        if (in_row) return;
+        int64_t x = w, y = h;
         for (int i = 0; i < kLanes<T>; ++i) {
-            const int64_t pixel = first + (i < count ? i : count - 1);
-            n[i] = pixel / area;
-            h[i] = pixel % area / job.width;
-            w[i] = pixel % job.width;
+            steps[i] = i + 1 >= count ? kStay : kRight;
+            if (++x < width || steps[i] == kStay) continue;
+            x = 0;
+            steps[i] = ++y < height ? kNextRow : kNextImage;
+            if (y == height) y = 0;
         }
     }
 };
 
+// Where the pixels of a tile are in a tensor.
 template <class T, class U>
 struct Pixels {
     U* at[kLanes<T>];  // channel 0 of each pixel
     int64_t stride;    // between channels
     bool adjacent;     // whether the pixels are neighbours in memory
 
-    Pixels(const Tile<T>& tile, const PixelTensor<U>& tensor) : stride(tensor.c), adjacent(tile.count == kLanes<T>) {
+    Pixels(const Tile<T>& tile, const PixelTensor<U>& tensor) : stride(tensor.c), adjacent(true) {
+        const int64_t row = tensor.h - (tile.width - 1) * tensor.w;
+        const int64_t deltas[] = {0, tensor.w, row, row + tensor.n - tile.height * tensor.h};
+        U* p = tensor.data + tile.n * tensor.n + tile.h * tensor.h + tile.w * tensor.w;
+        if (tile.in_row) {
+            for (int i = 0; i < kLanes<T>; ++i) at[i] = p + i * tensor.w;
+            adjacent = tensor.w == 1;
+            return;
+        }
         for (int i = 0; i < kLanes<T>; ++i) {
-            at[i] = tensor.data + tile.n[i] * tensor.n + tile.h[i] * tensor.h + tile.w[i] * tensor.w;
-            adjacent = adjacent && at[i] == at[0] + i;
+            at[i] = p;
+            const int64_t delta = deltas[tile.steps[i]];
+            adjacent = adjacent && (delta == 1 || i + 1 == kLanes<T>);
+            p += delta;
         }
     }
 };
+
+// Brings to the cache, bit by bit, what the tile after this one will need; the processor does not foresee it, because
+// tiles are read and written in bursts.
+struct Ahead {
+    const char* at;
+    int64_t step;
+
+    template <class T, class U>
+    explicit Ahead(const Pixels<T, U>& tile)
+        : at(reinterpret_cast<const char*>(tile.at[0] + kLanes<T> * (tile.at[1] - tile.at[0]))),
+          step(tile.stride == 1 ? kVecBytes : tile.stride * static_cast<int64_t>(sizeof(U))) {}
+
+    // `count` parameters, `distance` apart, to the second-level cache: in the first one, channels displace each other.
+    FASTGEN_INLINE void fetch(int64_t param, int64_t distance, int count) const {
+        const char* p = at + param * step;
+#pragma GCC unroll 10
+        for (int i = 0; i < count; ++i, p += distance * step) __builtin_prefetch(p, 0, 2);
+    }
+};
+
+template <class T>
+FASTGEN_INLINE Vec<T> gather(const Pixels<T, const T>& pixels) {
+    if (pixels.adjacent) return load(pixels.at[0]);
+    T values[kLanes<T>];
+    for (int i = 0; i < kLanes<T>; ++i) values[i] = *pixels.at[i];
+    return load(values);
+}
+
+template <class T>
+struct LevelsOf {
+    typedef uint8_t type __attribute__((vector_size(kLanes<T>)));
+    typedef int32_t integers __attribute__((vector_size(kLanes<T> * 4)));
+};
+
+template <class T>
+FASTGEN_INLINE Vec<T> gather_levels(const Pixels<T, const uint8_t>& pixels, int channel) {
+    typename LevelsOf<T>::type levels;
+    if (pixels.adjacent) {
+        __builtin_memcpy(&levels, pixels.at[0] + channel * pixels.stride, sizeof levels);
+    } else {
+        for (int i = 0; i < kLanes<T>; ++i) levels[i] = pixels.at[i][channel * pixels.stride];
+    }
+    return __builtin_convertvector(__builtin_convertvector(levels, typename LevelsOf<T>::integers), Vec<T>);
+}
 
 #if defined(__has_builtin)
 #if __has_builtin(__builtin_shufflevector)
@@ -260,53 +348,76 @@ void store_tile(const T* from, int64_t params, int count, const Pixels<T, T>& to
 // What a thread needs for a tile. Each array is [...][kLanes].
 template <class T>
 struct Scratch {
-    T *params, *linear, *ratio;
+    T* params;
+    T *linear, *ratio;     // [components]
+    T *inverses, *slopes;  // [colours][components]: e^-s of the log scales, derivatives of tanh of the coefficients
 
     static int64_t size(const LogisticMixtureNll& job) {
-        return (logistic_mixture_params(job.colours, job.components) + 2 * job.components) * kLanes<T>;
+        const int64_t params = logistic_mixture_params(job.colours, job.components);
+        return (params + 2 * (1 + job.colours) * job.components) * kLanes<T>;
     }
-    Scratch(const LogisticMixtureNll& job, T* memory)
-        : params(memory),
-          linear(memory + logistic_mixture_params(job.colours, job.components) * kLanes<T>),
-          ratio(linear + job.components * kLanes<T>) {}
+    Scratch(const LogisticMixtureNll& job, T* memory) {
+        const int64_t row = job.components * kLanes<T>;
+        params = memory;
+        linear = params + logistic_mixture_params(job.colours, job.components) * kLanes<T>;
+        ratio = linear + row;
+        inverses = ratio + row;
+        slopes = inverses + job.colours * row;
+    }
 };
 
-// The levels of a tile's pixels, and what the network reads for them.
-template <int kColours, class T>
-struct Values {
-    Vec<T> level[kColours], x[kColours];
+template <class T>
+FASTGEN_INLINE Value<T> value_of(const Constants<T>& constants, Vec<T> level) {
+    const Mask<T> bottom = level == Vec<T>{}, top = level == constants.top;
+    const Vec<T> x = level * (constants.half + constants.half) - broadcast(T(1));
+    return {x, ~(bottom | top), ~(bottom | top) & Limits<T>::sign, bottom & Limits<T>::sign};
+}
 
-    Values(const Constants<T>& constants, const Pixels<T, const uint8_t>& images) {
-        for (int c = 0; c < kColours; ++c) {
-            for (int i = 0; i < kLanes<T>; ++i) level[c][i] = images.at[i][c * images.stride];
-            x[c] = level[c] * (constants.half + constants.half) - broadcast(T(1));
+// Parameters as they act. Apart from `component`, so that no exponential waits for another one.
+template <int kColours, class T>
+FASTGEN_INLINE void transform(const Constants<T>& constants, const Scratch<T>& scratch, int64_t row) {
+    constexpr int kinds = logistic_mixture_kinds(kColours);
+    for (int c = 0; c < kColours; ++c) {
+        T *const log_scales = scratch.params + (2 + c * kinds) * row, *const coefficients = log_scales + row;
+        for (int64_t at = 0; at < row; at += kLanes<T>) {
+            const Vec<T> s = max(constants.min_log_scale, load(log_scales + at));
+            store(scratch.inverses + c * row + at, exp_flushed(-s));
+            if constexpr (kColours == 3) {
+                Vec<T> slope;
+                store(coefficients + at, tanh<T>(load(coefficients + at), slope));
+                store(scratch.slopes + c * row + at, slope);
+            }
         }
     }
-};
+}
 
-// The joint mass of component k, as (linear, ratio). With kGradient the derivatives of its logarithm replace the
-// parameters: `own` are the component's means, others follow in steps of `row`.
+// The joint mass of the component at `at`, as (linear, ratio). With kGradient the derivatives of its logarithm replace
+// the parameters.
 template <bool kGradient, int kColours, class T>
-FASTGEN_INLINE void component(const Constants<T>& constants, const Values<kColours, T>& values, T* own, int64_t row,
-                              Vec<T>& linear, Vec<T>& ratio) {
+FASTGEN_INLINE void component(const Constants<T>& constants, const Value<T>* values, const Scratch<T>& scratch,
+                              int64_t at, int64_t row, Vec<T>& linear, Vec<T>& ratio) {
     constexpr int kinds = logistic_mixture_kinds(kColours);
+    T* const means = scratch.params + row + at;
+    T* const coefficients = means + 2 * row;
     Vec<T> coefficient[kColours];
     if constexpr (kColours == 3) {
-        for (int c = 0; c < 3; ++c) coefficient[c] = tanh(load(own + (c * kinds + 2) * row));
+        for (int c = 0; c < 3; ++c) coefficient[c] = load(coefficients + c * kinds * row);
     }
+#pragma GCC unroll 3
     for (int c = 0; c < kColours; ++c) {
-        T* const params = own + c * kinds * row;
-        Vec<T> mean = load(params);
-        for (int i = 0; i < c; ++i) mean = fma(coefficient[c - 1 + i], values.x[i], mean);
-        const Mass<T> one = mass<kGradient>(constants, values.level[c], values.x[c], mean, load(params + row));
+        T *const own = means + c * kinds * row, *const log_scale = own + row;
+        Vec<T> mean = load(own);
+        for (int i = 0; i < c; ++i) mean = fma(coefficient[c - 1 + i], values[i].x, mean);
+        const Vec<T> inverse = load(scratch.inverses + c * row + at);
+        const Mass<T> one = mass<kGradient>(constants, values[c], mean, load(log_scale), inverse);
         linear = linear + one.linear;
         ratio = ratio * one.ratio;
         if constexpr (kGradient) {
-            store(params, one.by_mean);
-            store(params + row, one.by_log_scale);
+            store(own, one.by_mean);
+            store(log_scale, one.by_log_scale);
             for (int i = 0; i < c; ++i) {
-                const Vec<T> t = coefficient[c - 1 + i];
-                store(own + ((c - 1 + i) * kinds + 2) * row, one.by_mean * values.x[i] * (broadcast(T(1)) - t * t));
+                const Vec<T> slope = load(scratch.slopes + (c - 1 + i) * row + at);
+                store(coefficients + (c - 1 + i) * kinds * row, one.by_mean * values[i].x * slope);
             }
         }
     }
@@ -315,10 +426,14 @@ FASTGEN_INLINE void component(const Constants<T>& constants, const Values<kColou
 // The result of a tile. With kGradient, `grad` times its derivatives replace the parameters.
 template <bool kGradient, int kColours, class T>
 FASTGEN_INLINE Vec<T> tile_nll(const LogisticMixtureNll& job, const Constants<T>& constants,
-                               const Pixels<T, const uint8_t>& images, const Scratch<T>& scratch, Vec<T> grad) {
-    constexpr int lanes = kLanes<T>;
+                               const Pixels<T, const uint8_t>& images, const Scratch<T>& scratch, Vec<T> grad,
+                               const Ahead& next_params, const Ahead& next_gradient) {
+    constexpr int lanes = kLanes<T>, blocks = 1 + kColours * logistic_mixture_kinds(kColours);
     const int64_t row = job.components * lanes;
-    const Values<kColours, T> values(constants, images);
+    Value<T> values[kColours];
+    for (int c = 0; c < kColours; ++c) values[c] = value_of(constants, gather_levels<T>(images, c));
+
+    transform<kColours>(constants, scratch, row);
 
     Vec<T> largest = load(scratch.params);
     for (int64_t at = lanes; at < row; at += lanes) largest = max(largest, load(scratch.params + at));
@@ -326,10 +441,12 @@ FASTGEN_INLINE Vec<T> tile_nll(const LogisticMixtureNll& job, const Constants<T>
     Vec<T> logits_sum{}, largest_linear = broadcast(-16 * Limits<T>::far);
     for (int64_t at = 0; at < row; at += lanes) {
         Vec<T> linear = load(scratch.params + at) - largest, ratio = broadcast(T(1));
-        const Vec<T> weight = exp(linear);
+        const Vec<T> weight = exp_flushed(linear);
         logits_sum = logits_sum + weight;
         if (kGradient) store(scratch.params + at, weight);
-        component<kGradient, kColours, T>(constants, values, scratch.params + row + at, row, linear, ratio);
+        component<kGradient, kColours, T>(constants, values, scratch, at, row, linear, ratio);
+        next_params.fetch(at / lanes, job.components, blocks);
+        if (kGradient) next_gradient.fetch(at / lanes, job.components, blocks);
         largest_linear = max(largest_linear, linear);
         store(scratch.linear + at, linear);
         store(scratch.ratio + at, ratio);
@@ -337,7 +454,7 @@ FASTGEN_INLINE Vec<T> tile_nll(const LogisticMixtureNll& job, const Constants<T>
 
     Vec<T> sum{};
     for (int64_t at = 0; at < row; at += lanes) {
-        const Vec<T> weight = exp(load(scratch.linear + at) - largest_linear) * load(scratch.ratio + at);
+        const Vec<T> weight = exp_flushed(load(scratch.linear + at) - largest_linear) * load(scratch.ratio + at);
         sum = sum + weight;
         if (kGradient) store(scratch.ratio + at, weight);
     }
@@ -347,7 +464,8 @@ FASTGEN_INLINE Vec<T> tile_nll(const LogisticMixtureNll& job, const Constants<T>
             const Vec<T> posterior = load(scratch.ratio + at) * posterior_scale;
             T* const params = scratch.params + at;
             store(params, fma(load(params), prior_scale, posterior));
-            for (int i = 1; i <= kColours * logistic_mixture_kinds(kColours); ++i) {
+#pragma GCC unroll 10
+            for (int i = 1; i < blocks; ++i) {
                 store(params + i * row, load(params + i * row) * posterior);
             }
         }
@@ -367,16 +485,16 @@ void run(const LogisticMixtureNll& job, const PixelTensor<const T>& params, cons
 #pragma omp for schedule(static)
         for (int64_t first = 0; first < pixels; first += kLanes<T>) {
             const Tile<T> tile(job, first);
-            load_tile(Pixels<T, const T>(tile, params), count, scratch.params);
+            const Pixels<T, const T> inputs(tile, params);
+            const Pixels<T, T> outputs(tile, kGradient ? gradient : PixelTensor<T>{});
+            load_tile(inputs, count, scratch.params);
             const Pixels<T, const uint8_t> levels(tile, images);
             Vec<T> scale{};
-            if (kGradient) {
-                const Pixels<T, const T> of_nll(tile, grad);
-                for (int i = 0; i < kLanes<T>; ++i) scale[i] = *of_nll.at[i];
-            }
-            const Vec<T> result = tile_nll<kGradient, kColours, T>(job, constants, levels, scratch, scale);
+            if (kGradient) scale = gather(Pixels<T, const T>(tile, grad));
+            const Vec<T> result =
+                tile_nll<kGradient, kColours, T>(job, constants, levels, scratch, scale, Ahead(inputs), Ahead(outputs));
             if (nll) store_n(nll + first, result, tile.count);
-            if (kGradient) store_tile(scratch.params, count, tile.count, Pixels<T, T>(tile, gradient));
+            if (kGradient) store_tile(scratch.params, count, tile.count, outputs);
         }
     }
 }

@@ -2,22 +2,21 @@
 //
 // Every lane is computed alike, so the bits of a result do not depend on its position, and are the same on AVX2 and
 // AVX-512. NaN gives NaN; infinities and large arguments give the limits. Largest errors over all floats in units in
-// the last place: exp 1.1, log 0.9, sigmoid 2.4, tanh 1.4, denormal results included. Doubles go through the C library, lane
-// by lane.
+// the last place: exp 1.1, 1 - exp 1.5, log 0.9, sigmoid 2.4, tanh 1.4, denormal results included. Doubles go through
+// the C library, lane by lane.
 #pragma once
 
 #include "vec.h"
 
 namespace fastgen::FASTGEN_ISA {
 
-// x = n ln 2 + r, |r| <= ln(2) / 2, with ln 2 in two parts (Cody and Waite 1980); e^r = 1 + r + r^2 p(r) with p
-// minimax in the relative error of the sum; 2^n in two factors, so that a denormal result is rounded once.
-FASTGEN_INLINE Vec<float> exp(Vec<float> x) {
-    x = min(broadcast(89.0f), max(broadcast(-105.0f), x));  // beyond: inf and 0; a NaN in the second argument stays
-    const Vec<float> magic =
-        broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
-    const Vec<float> shifted = fma(x, broadcast(1.44269504f), magic);
-    const Vec<float> n = shifted - magic;
+// e^x = 2^n (1 + p): x = n ln 2 + r, |r| <= ln(2) / 2, with ln 2 in two parts (Cody and Waite 1980); 1 + p = 1 + r +
+// r^2 q(r) with q minimax in the relative error of the sum. n is in the low bits of `shifted`.
+FASTGEN_INLINE Vec<float> exp_parts(Vec<float> x, Vec<int32_t>& shifted) {
+    const Vec<float> magic = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+    const Vec<float> rounded = fma(x, broadcast(1.44269504f), magic);
+    shifted = (Vec<int32_t>)rounded;
+    const Vec<float> n = rounded - magic;
     Vec<float> r = fma(n, broadcast(-0.693145752f), x);  // 17 bits: exact for every n that occurs
     r = fma(n, broadcast(-1.42860677e-6f), r);
 
@@ -26,13 +25,33 @@ FASTGEN_INLINE Vec<float> exp(Vec<float> x) {
     p = fma(p, r, broadcast(0.0416683890f));
     p = fma(p, r, broadcast(0.166665211f));
     p = fma(p, r, broadcast(0.49999994f));
-    p = fma(p * r, r, r);
+    return fma(p * r, r, r);
+}
 
-    const Vec<int32_t> exponent = (Vec<int32_t>)shifted - (Vec<int32_t>)magic;
+// 2^n in two factors, so that a denormal result is rounded once.
+FASTGEN_INLINE Vec<float> exp(Vec<float> x) {
+    x = min(broadcast(89.0f), max(broadcast(-105.0f), x));  // beyond: inf and 0; a NaN in the second argument stays
+    Vec<int32_t> shifted;
+    const Vec<float> p = exp_parts(x, shifted);
+    const Vec<int32_t> exponent = shifted - 0x4b400000;
     const Vec<int32_t> half = exponent >> 1;
     const Vec<float> scale = (Vec<float>)((half + 127) << 23);
     const Vec<float> rest = (Vec<float>)((exponent - half + 127) << 23);
     return fma(p, scale, scale) * rest;
+}
+
+// exp for x <= 88, cheaper: results below 2^-126 may be 0. `lack` is 1 - e^x without cancellation.
+FASTGEN_INLINE Vec<float> exp_flushed(Vec<float> x, Vec<float>& lack) {
+    Vec<int32_t> shifted;
+    const Vec<float> p = exp_parts(max(broadcast(-88.0f), x), shifted);  // -88: n = -127, and so scale = 0
+    const Vec<float> scale = (Vec<float>)((shifted << 23) + 0x3f800000);
+    lack = fma(-p, scale, broadcast(1.0f) - scale);
+    return fma(p, scale, scale);
+}
+
+FASTGEN_INLINE Vec<float> exp_flushed(Vec<float> x) {
+    Vec<float> unused;
+    return exp_flushed(x, unused);
 }
 
 FASTGEN_INLINE Vec<float> abs(Vec<float> x) { return (Vec<float>)((Vec<int32_t>)x & 0x7fffffff); }
@@ -89,6 +108,13 @@ FASTGEN_INLINE Vec<float> log(Vec<float> x) {
 FASTGEN_INLINE Vec<double> exp(Vec<double> x) {
     for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_exp(x[i]);
     return x;
+}
+
+FASTGEN_INLINE Vec<double> exp_flushed(Vec<double> x) { return exp(x); }
+
+FASTGEN_INLINE Vec<double> exp_flushed(Vec<double> x, Vec<double>& lack) {
+    for (int i = 0; i < kLanes<double>; ++i) lack[i] = -__builtin_expm1(x[i]);
+    return exp(x);
 }
 
 FASTGEN_INLINE Vec<double> log(Vec<double> x) {

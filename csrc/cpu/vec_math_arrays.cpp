@@ -19,6 +19,15 @@ FASTGEN_INLINE void map(const T* x, T* y, int64_t count, Function function) {
 void array_exp(const float* x, float* y, int64_t count) {
     map(x, y, count, [](Vec<float> v) { return exp(v); });
 }
+void array_exp_flushed(const float* x, float* y, int64_t count) {
+    map(x, y, count, [](Vec<float> v) { return exp_flushed(v); });
+}
+void array_lack(const float* x, float* y, int64_t count) {
+    map(x, y, count, [](Vec<float> v) {
+        exp_flushed(v, v);
+        return v;
+    });
+}
 void array_log(const float* x, float* y, int64_t count) {
     map(x, y, count, [](Vec<float> v) { return log(v); });
 }
@@ -30,6 +39,15 @@ void array_tanh(const float* x, float* y, int64_t count) {
 }
 void array_exp(const double* x, double* y, int64_t count) {
     map(x, y, count, [](Vec<double> v) { return exp(v); });
+}
+void array_exp_flushed(const double* x, double* y, int64_t count) {
+    map(x, y, count, [](Vec<double> v) { return exp_flushed(v); });
+}
+void array_lack(const double* x, double* y, int64_t count) {
+    map(x, y, count, [](Vec<double> v) {
+        exp_flushed(v, v);
+        return v;
+    });
 }
 void array_log(const double* x, double* y, int64_t count) {
     map(x, y, count, [](Vec<double> v) { return log(v); });

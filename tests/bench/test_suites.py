@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import crowded, masked_conv2d, sampling
+from bench import crowded, logistic_mixture_nll, masked_conv2d, sampling
 from bench.harness import gate, rows
 
 
@@ -24,14 +24,16 @@ def test_useful_flops_by_counting(height, width, kernel):
     assert masked_conv2d.useful_flops(mask, 5, height, width) == 2 * 5 * products
 
 
-@pytest.mark.parametrize("suite", [crowded, masked_conv2d, sampling], ids=lambda module: module.__name__)
+@pytest.mark.parametrize(
+    "suite", [crowded, logistic_mixture_nll, masked_conv2d, sampling], ids=lambda module: module.__name__
+)
 @pytest.mark.parametrize("quick", [True, False])
 def test_case_names_are_unique(suite, quick):
     names = [case.name for case in suite.cases(quick)]
     assert len(set(names)) == len(names)
 
 
-@pytest.mark.parametrize("suite", ["crowded", "masked_conv2d", "sampling"])
+@pytest.mark.parametrize("suite", ["crowded", "logistic_mixture_nll", "masked_conv2d", "sampling"])
 def test_quick_run(suite, tmp_path, monkeypatch, capsys):
     """The whole path but the tests of the operation, which run beside this one."""
     monkeypatch.setattr(gate, "run_tests", lambda paths, checkout: None)
