@@ -8,10 +8,17 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from fastgen.sampling.precision import weights_in
+
 
 @torch.no_grad()
 def bits_per_dim(
-    model: torch.nn.Module, images: Tensor, labels: Tensor | None = None, *, batch_size: int = 64
+    model: torch.nn.Module,
+    images: Tensor,
+    labels: Tensor | None = None,
+    *,
+    batch_size: int = 64,
+    precision: str = "fp32",
 ) -> float:
     """Negative log-likelihood in bits per image element, averaged over all elements of all images.
 
@@ -22,9 +29,10 @@ def bits_per_dim(
         images: uint8 levels [N, C, H, W], N >= 1.
         labels: int64 [N] for a conditional model.
         batch_size: images per forward pass.
+        precision: of the weights, as for `Sampler`.
 
     Raises:
-        ValueError: there is no image, or batch_size is below 1.
+        ValueError: there is no image, batch_size is below 1, or the precision is unknown.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
@@ -36,9 +44,10 @@ def bits_per_dim(
     model.eval()
     try:
         nats = 0.0
-        for i in range(0, len(images), batch_size):
-            batch_labels = None if labels is None else labels[i : i + batch_size].to(device)
-            nats += float(log_prob(images[i : i + batch_size].to(device), batch_labels).double().sum())
+        with weights_in(precision):
+            for i in range(0, len(images), batch_size):
+                batch_labels = None if labels is None else labels[i : i + batch_size].to(device)
+                nats += float(log_prob(images[i : i + batch_size].to(device), batch_labels).double().sum())
     finally:
         model.train(was_training)
     return -nats / (images.numel() * math.log(2))

@@ -17,6 +17,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="CKPT", help="a model or training checkpoint (.safetensors)")
     shared.add_data(parser)
     parser.add_argument("--split", choices=("val", "train", "all"), default="val", help="which part (default: val)")
+    parser.add_argument(
+        "--precision", choices=("fp32", "bf16"), default="fp32", help="of the weights, as for sampling (default: fp32)"
+    )
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="images at a time (default: 64)")
 
 
@@ -26,6 +29,7 @@ def run(options: argparse.Namespace) -> int:
 
     model = fastgen.load(options.checkpoint)
     data = shared.load_for(model, options.data, options.split)
-    bits = fastgen.bits_per_dim(model, data.images, shared.labels_for(model, data), batch_size=options.batch_size)
-    print(f"{bits:.4f} bits/dim on {len(data)} images ({options.split}) of {data.name}")
+    labels = shared.labels_for(model, data)
+    bits = fastgen.bits_per_dim(model, data.images, labels, batch_size=options.batch_size, precision=options.precision)
+    print(f"{bits:.5f} bits/dim on {len(data)} images ({options.split}) of {data.name}")
     return 0

@@ -47,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--keep", choices=("top", "bottom", "left", "right"), default="top", help="the given half (default: top)"
     )
     parser.add_argument("--columns", type=int, metavar="N", help="images per row of the grid (default: square)")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the weights (default: fp32)")
     parser.add_argument("--backend", default="auto", metavar="NAME", help="auto, cpu or reference (default: auto)")
     parser.add_argument("--max-batch", type=int, metavar="N", help="samples at a time (default: what fits the memory)")
     parser.add_argument("--audit", action="store_true", help="prove by a parallel forward pass; status 1 if it fails")
@@ -59,14 +60,14 @@ def run(options: argparse.Namespace) -> int:
     _check_output(options.output)
     model: Any = fastgen.load(options.checkpoint)
     labels, known, mask = _given(options, model)
-    sampler = fastgen.Sampler(model, backend=options.backend, max_batch=options.max_batch)
+    sampler = fastgen.Sampler(model, precision=options.precision, backend=options.backend, max_batch=options.max_batch)
     draw = {"seed": options.seed, "start": options.start, "labels": labels, "temperature": options.temperature}
     images = sampler.sample(options.n, **draw, known=known, mask=mask, progress=not options.quiet)
     _write(options, images, model.levels, labels)
     print(f"wrote {len(images)} samples to {options.output}")
     if not options.audit:
         return 0
-    report = fastgen.audit(model, images, **draw, mask=mask)
+    report = fastgen.audit(model, images, precision=options.precision, **draw, mask=mask)
     print(f"audit: {report.elements} elements, {report.mismatches} mismatches, {report.ties} ties")
     return 0 if report.ok else 1
 

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from fastgen.sampling.heads import Head
+from fastgen.sampling.precision import weights_in
 from fastgen.sampling.request import check_images, make_request
 from fastgen.sampling.subject import Subject, evaluating, make_subject
 from fastgen.sampling.uniforms import image_uniforms
@@ -47,6 +48,7 @@ def audit(
     image_shape: tuple[int, int, int] | None = None,
     head: Head | None = None,
     num_classes: int | None = None,
+    precision: str = "fp32",
     seed: int = 0,
     start: int = 0,
     labels: Tensor | int | None = None,
@@ -61,7 +63,7 @@ def audit(
     the cumulative probabilities of a float32 and a float64 forward pass.
 
     Args:
-        model, image_shape, head, num_classes: as for `Sampler`.
+        model, image_shape, head, num_classes, precision: as for `Sampler`.
         images: uint8 levels [n, C, H, W].
         seed, start, labels, temperature: as given to `Sampler.sample`.
         mask: bool [n, H, W] or [H, W]; pixels where it is True were given and are not checked.
@@ -87,7 +89,8 @@ def audit(
         uniforms = image_uniforms(seed, start + first, len(images[part]), (head.num_uniforms(channels), height, width))
         part_mask = None if request.mask is None else request.mask[part]
         part_labels = None if request.labels is None else request.labels[part]
-        found.add(subject, images[part], uniforms, part_mask, part_labels, temperature)
+        with weights_in(precision):
+            found.add(subject, images[part], uniforms, part_mask, part_labels, temperature)
     return AuditReport(found.elements, found.mismatches, found.ties, found.max_margin)
 
 

@@ -18,6 +18,7 @@ from fastgen.sampling.executors.reference import ReferenceExecutor
 from fastgen.sampling.heads import Head
 from fastgen.sampling.pack import compile_graph
 from fastgen.sampling.plan import Plan
+from fastgen.sampling.precision import check_precision
 from fastgen.sampling.request import Request, make_request
 from fastgen.sampling.subject import evaluating, host_defaults, make_subject
 from fastgen.sampling.trace import TRACE_BATCH, trace
@@ -79,8 +80,7 @@ class Sampler:
         self._subject = make_subject(model, image_shape, head, num_classes)
         if max_batch is not None and (isinstance(max_batch, bool) or not isinstance(max_batch, int) or max_batch < 1):
             raise ValueError(f"max_batch must be a positive integer, got {max_batch!r}")
-        if precision not in ("fp32", "bf16"):
-            raise ValueError(f"precision must be 'fp32' or 'bf16', got {precision!r}")
+        check_precision(precision)
         # "auto" leaves the choice to the environment and to an enclosing `with fastgen.backend(...)`.
         with contextlib.nullcontext() if backend == "auto" else backends.backend(backend):
             executor = backends.select("sample_plan")
