@@ -69,6 +69,10 @@ struct TapGemm {
     int64_t c_row_stride;
     int64_t rows;
     int64_t cols;  // B is read up to whole panels; init and c are touched only below cols
+    // What will be read next, such as the weights of the next product: products of 4 and more rows fetch it into
+    // the cache meanwhile.
+    const void* next = nullptr;
+    int64_t next_bytes = 0;
 };
 
 }  // namespace fastgen

@@ -96,6 +96,12 @@ FASTGEN_INLINE void keep_in_register(V& v) {
 #endif
 }
 
+// Stops the compiler from keeping what it has loaded from p, for want of registers.
+template <class T>
+FASTGEN_INLINE void load_again(const T*& p) {
+    asm("" : "+r"(p));
+}
+
 template <class M, class V>
 FASTGEN_INLINE V where(M mask, V a, V b) {
     return mask ? a : b;
