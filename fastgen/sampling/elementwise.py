@@ -6,15 +6,14 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from fastgen.sampling.graph import Condition, Constant, LayoutError, Pointwise, Ref
+from fastgen.sampling.graph import Condition, Constant, LayoutError, Pointwise, Ref, Stride
 from fastgen.sampling.rules import rule
 
 if TYPE_CHECKING:
@@ -28,21 +27,52 @@ def pointwise(tracer: Tracer, op: str, operands: Sequence[Tensor | float], shape
     if len(shape) == 4 and shape[0] == tracer.graph.batch:
         with contextlib.suppress(LayoutError):
             return pointwise_4d(tracer, op, codes)
-    for tensor in tensors:  # in the order of one operand's planes; the other may be a constant
+    for order in _orders(tracer, tensors, shape):
         with contextlib.suppress(LayoutError):
-            order, size = _plane_order(tracer, tensor.reshape(-1))
-            sorted_codes = [c.reshape(-1)[order].view(size) if isinstance(c, Tensor) else c for c in codes]
-            out = torch.empty(len(order), dtype=torch.int64)
-            out[order] = pointwise_4d(tracer, op, sorted_codes).reshape(-1)
+            sorted_codes = [c.reshape(-1)[order] if isinstance(c, Tensor) else c for c in codes]
+            out = torch.empty(order.numel(), dtype=torch.int64)
+            out[order] = pointwise_4d(tracer, op, sorted_codes)
             return out.view(*shape)
     raise LayoutError
 
 
-def pointwise_4d(tracer: Tracer, op: str, operands: Sequence[Tensor | float]) -> Tensor:
+def _orders(tracer: Tracer, tensors: Sequence[Tensor], shape: Sequence[int]) -> Iterator[Tensor]:
+    """Ways of seeing tensors of a shape as feature maps: indices [N, C, h, w] of their elements."""
+    for tensor in tensors:  # in the order of one operand's planes; the other may be a constant
+        with contextlib.suppress(LayoutError):
+            yield _plane_order(tracer, tensor.reshape(-1))
+    yield from arrangements(tracer.graph.batch, shape)
+
+
+def arrangements(batch: int, shape: Sequence[int]) -> Iterator[Tensor]:
+    """Indices [N, C, h, w] of the elements of a tensor in the layouts that feature maps are kept in: channels last,
+    positions in one dimension, or together with the samples in one. Squares come first: where zeros leave a choice,
+    they are the likelier.
+    """
+    index = torch.arange(math.prod(shape))
+    if len(shape) == 4 and shape[0] == batch:
+        yield index.view(*shape).permute(0, 3, 1, 2)
+    elif len(shape) in (2, 3) and index.numel() % (batch * shape[-1]) == 0:
+        channels_last = index.view(batch, -1, shape[-1]).transpose(1, 2)
+        channels_first = [index.view(*shape)] if len(shape) == 3 and shape[0] == batch else []
+        for tokens in (channels_last, *channels_first):
+            count = tokens.shape[2]
+            widths = sorted((w for w in range(1, count + 1) if count % w == 0), key=lambda w: abs(w - count // w))
+            yield from (tokens.unflatten(2, (-1, w)) for w in widths)
+
+
+def pointwise_4d(
+    tracer: Tracer, op: str, operands: Sequence[Tensor | Ref | float], multiple: Stride = (1, 1)
+) -> Tensor:
+    """Codes of op(operands), which are codes [N, C, h, w], at least one of them, frames of that size, or numbers.
+
+    The stride along an axis with one position is anybody's guess; it is made a multiple of `multiple`.
+    """
     refs = [tracer.recognise(o) if isinstance(o, Tensor) else o for o in operands]
     _, channels, height, width = next(o.shape for o in operands if isinstance(o, Tensor))
     frames = [r for r in refs if isinstance(r, Ref) and _depends_on_image(tracer, r)]
-    stride = (max((f.stride[0] for f in frames), default=1), max((f.stride[1] for f in frames), default=1))
+    sy, sx = (max((f.stride[axis] for f in frames), default=1) for axis in (0, 1))
+    stride = (math.lcm(sy, multiple[0]) if height == 1 else sy, math.lcm(sx, multiple[1]) if width == 1 else sx)
     at_stride = [tracer.graph.at_stride(r, stride, (height, width)) if isinstance(r, Ref) else r for r in refs]
     return tracer.add(Pointwise(tracer.module, channels, height, width, stride=stride, op=op, operands=at_stride))
 
@@ -51,8 +81,8 @@ def _depends_on_image(tracer: Tracer, ref: Ref) -> bool:
     return not all(tracer.graph.nodes[p].given for p in np.unique(ref.plane[ref.plane >= 0]))
 
 
-def _plane_order(tracer: Tracer, flat: Tensor) -> tuple[Tensor, tuple[int, int, int, int]]:
-    """The permutation that puts flat codes into the order (sample, channel, y, x) of their planes, and that size."""
+def _plane_order(tracer: Tracer, flat: Tensor) -> Tensor:
+    """The indices [N, C, h, w] that put flat codes into the order (sample, channel, y, x) of their planes."""
     plane, sample, channel, y, x = tracer.graph.decode(flat.numpy())
     if (plane < 0).any():
         raise LayoutError
@@ -60,7 +90,7 @@ def _plane_order(tracer: Tracer, flat: Tensor) -> tuple[Tensor, tuple[int, int, 
     area = size[0] * size[2] * size[3]
     if len(flat) % area:
         raise LayoutError
-    return torch.from_numpy(np.lexsort((x, y, channel, plane, sample))), (size[0], len(flat) // area, size[2], size[3])
+    return torch.from_numpy(np.lexsort((x, y, channel, plane, sample))).view(size)
 
 
 def rebuilt(tracer: Tracer, codes: Tensor) -> Tensor:
@@ -75,7 +105,7 @@ def rebuilt(tracer: Tracer, codes: Tensor) -> Tensor:
         sources = [int(p) for p in np.unique(plane[:, c]) if p >= 0]
         if sources and all(isinstance(nodes[p], Constant) for p in sources):
             constant.append(c)
-        elif len(sources) == 1 and isinstance(nodes[sources[0]], Condition) and codes[:, c].all():
+        elif len(sources) == 1 and isinstance(nodes[sources[0]], Condition):
             conditional.setdefault(sources[0], []).append(c)
     result = codes.clone()
     if constant:
@@ -103,12 +133,14 @@ def _new_condition(tracer: Tracer, codes: Tensor, source: int) -> Tensor:
     """
     node = tracer.graph.nodes[source]
     assert isinstance(node, Condition)
-    index = codes - node.start - torch.arange(len(codes)).view(-1, 1, 1, 1) * node.tensor[0].numel()
+    keep = codes > 0
+    sample = torch.arange(len(codes)).view(-1, 1, 1, 1)
+    index = torch.where(keep, codes - node.start - sample * node.tensor[0].numel(), 0)
     if not torch.equal(index[0], index[-1]):
         raise LayoutError
     channels, height, width = index.shape[1:]
     gathered = tracer.tape.gather(node.tensor, index[0])
-    return tracer.add(Condition(tracer.module, channels, height, width, tensor=gathered))
+    return torch.where(keep, tracer.add(Condition(tracer.module, channels, height, width, tensor=gathered)), 0)
 
 
 def blanked(tracer: Tracer, codes: Tensor) -> Ref:
@@ -118,30 +150,10 @@ def blanked(tracer: Tracer, codes: Tensor) -> Ref:
     keep = codes > 0
     if codes.dim() != 4 or not torch.equal(keep[0], keep[-1]):
         raise LayoutError
-    source = _complete(tracer, codes)
+    source = tracer.graph.recognise(codes, holes=True)
     _, channels, height, width = codes.shape
     mask = tracer.add(Constant(tracer.module, channels, height, width, data=keep[0].float()))
     return tracer.graph.recognise(pointwise_4d(tracer, "mul", [source, mask.expand(codes.shape)]))
-
-
-def _complete(tracer: Tracer, codes: Tensor) -> Tensor:
-    """The shifted window of planes that `codes` shows in part; LayoutError if there is none."""
-    _, channels, height, width = codes.shape
-    whole = torch.zeros_like(codes)
-    for c in range(channels):
-        filled = codes[0, c].nonzero()
-        if not len(filled):
-            continue
-        iy, ix = filled[0].tolist()
-        plane, _, channel, y, x = (int(v[0]) for v in tracer.graph.decode(codes[0, c, iy, ix].view(1).numpy()))
-        node = tracer.graph.nodes[plane]
-        own = tracer.graph.codes(node)[:, channel]
-        top, left = iy - y, ix - x  # where the plane's origin lies in this tensor
-        bottom, right = height - top - node.height, width - left - node.width
-        whole[:, c] = F.pad(own, (left, right, top, bottom)).expand(codes.shape[0], -1, -1)
-    if not torch.equal(torch.where(codes > 0, whole, 0), codes):
-        raise LayoutError
-    return whole
 
 
 def _emit(tracer: Tracer, shape: Sequence[int]) -> Callable[..., Tensor]:

@@ -300,9 +300,10 @@ class Graph:
             ref = replace(ref, **{name: source * self._ratios(ref, axis)[1]})
         return ref
 
-    def recognise(self, codes: Tensor) -> Ref:
+    def recognise(self, codes: Tensor, holes: bool = False) -> Ref:
         """Read int64 codes [N, C, h, w] back into one (plane, channel, dy, dx) per channel, or raise LayoutError.
 
+        With `holes`, elements inside a plane may have been replaced by zeros.
         Guess from the first non-zero element of each channel, rebuild the codes that the guess implies, compare all.
         """
         array = codes.numpy()
@@ -318,12 +319,13 @@ class Graph:
 
         ref = Ref(plane, np.where(plane < 0, 0, channel), rows.offset, columns.offset, (rows.stride, columns.stride))
         for start, stop in ref.segments():
-            self._verify(array, ref, rows, columns, start, stop)
+            self._verify(array[:, start:stop], ref, rows, columns, start, stop, holes)
         return ref
 
-    def _verify(self, array: np.ndarray, ref: Ref, rows: _Axis, columns: _Axis, start: int, stop: int) -> None:
+    def _verify(
+        self, part: np.ndarray, ref: Ref, rows: _Axis, columns: _Axis, start: int, stop: int, holes: bool
+    ) -> None:
         """Compare the codes of channels [start, stop), a segment, with what the frame implies."""
-        part = array[:, start:stop]
         if ref.plane[start] < 0:
             if part.any():
                 raise LayoutError
@@ -336,11 +338,11 @@ class Graph:
         origin = node.start + ref.channel[start:stop] * area
         implied = origin[:, None, None] + (y[:, None] * node.width + x)
         for codes in window:
-            if not np.array_equal(codes, implied):
+            if not np.array_equal(codes, np.where(codes, implied, 0) if holes else implied):
                 raise LayoutError
             if node.samples > 1:
                 implied += node.channels * area
-        if np.count_nonzero(part) != window.size:
+        if np.count_nonzero(part) != np.count_nonzero(window):
             raise LayoutError
 
     def _axis(

@@ -6,7 +6,9 @@ operators are in `fastgen.sampling.elementwise`, the registry in `fastgen.sampli
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -98,22 +100,33 @@ def _convolution_taps(
     tracer: Tracer, codes: Tensor, dense: Tensor, stride: Pair, padding: Pair, dilation: Pair, size: Pair
 ) -> tuple[Stride, list[Tap]]:
     """Stride of the output, and its taps."""
-    graph = tracer.graph
     if any(padding):
         codes = F.pad(codes, (padding[1], padding[1], padding[0], padding[0]))
-    offsets = [(ky, kx) for ky in range(dense.shape[0]) for kx in range(dense.shape[1]) if dense[ky, kx].any()]
-    try:
-        whole = _spatial(tracer, graph.recognise(codes), codes)
-        windows = [graph.every(graph.moved(whole, ky * dilation[0], kx * dilation[1]), stride) for ky, kx in offsets]
-    except LayoutError:  # a crop that is padded again is still a plain window as seen by most taps
-        windows = [
-            tracer.recognise(_window(codes, (ky * dilation[0], kx * dilation[1]), stride, size)) for ky, kx in offsets
-        ]
+    kernel = [(ky, kx) for ky in range(dense.shape[0]) for kx in range(dense.shape[1]) if dense[ky, kx].any()]
+    windows = _windows(tracer, codes, [(ky * dilation[0], kx * dilation[1]) for ky, kx in kernel], stride, size)
     frame = (max((w.stride[0] for w in windows), default=1), max((w.stride[1] for w in windows), default=1))
     taps = []
-    for (ky, kx), ref in zip(offsets, windows, strict=True):
-        taps += taps_of(graph.at_stride(ref, frame, size), dense[ky, kx])
+    for (ky, kx), ref in zip(kernel, windows, strict=True):
+        taps += taps_of(tracer.graph.at_stride(ref, frame, size), dense[ky, kx])
     return frame, taps
+
+
+def _windows(tracer: Tracer, codes: Tensor, offsets: list[Pair], stride: Pair, size: Pair) -> list[Ref]:
+    """What each tap sees."""
+    graph = tracer.graph
+
+    def of_whole(recognise: Callable[[Tensor], Ref]) -> list[Ref]:
+        whole = _spatial(tracer, recognise(codes), codes)
+        return [graph.every(graph.moved(whole, *offset), stride) for offset in offsets]
+
+    def each(recognise: Callable[[Tensor], Ref]) -> list[Ref]:
+        return [recognise(_window(codes, offset, stride, size)) for offset in offsets]
+
+    # A crop that is padded again is still a plain window as seen by most taps.
+    for attempt, recognise in ((of_whole, graph.recognise), (each, graph.recognise), (of_whole, tracer.recognise)):
+        with contextlib.suppress(LayoutError):
+            return attempt(recognise)
+    return each(tracer.recognise)
 
 
 def _window(codes: Tensor, offset: Pair, stride: Pair, size: Pair) -> Tensor:
@@ -127,10 +140,14 @@ def _transposed_taps(
 ) -> tuple[Stride, list[Tap]]:
     """Input row Y and kernel row k meet in output row y = Y * stride - padding + k * dilation."""
     graph = tracer.graph
+    # Outside a crop are zeros, whatever the plane holds there: recognise all that the kernel reaches.
+    top, left = (-(-(k - 1) * d // s) for k, d, s in zip(dense.shape[:2], dilation, stride, strict=True))
+    rows, columns = ((n - 1 + p) // s + 1 for n, p, s in zip(size, padding, stride, strict=True))
+    padded = F.pad(codes, (left, max(0, columns - codes.shape[3]), top, max(0, rows - codes.shape[2])))
     try:
-        whole = graph.finer(_spatial(tracer, graph.recognise(codes), codes), stride)
+        whole = graph.finer(graph.moved(_spatial(tracer, graph.recognise(padded), padded), top, left), stride)
     except LayoutError:
-        copy = elementwise.pointwise_4d(tracer, "copy", [codes])
+        copy = elementwise.pointwise_4d(tracer, "copy", [codes], multiple=stride)
         whole = graph.finer(graph.recognise(copy), stride)
     taps = []
     for ky in range(dense.shape[0]):
@@ -143,13 +160,24 @@ def _transposed_taps(
     return whole.stride, taps
 
 
-@rule("upsample_nearest2d")
+@rule("upsample_nearest2d", "_upsample_nearest_exact2d")
 def _upsample(tracer: Tracer, func: Any, args: tuple, kwargs: dict, outputs: list[Tensor]) -> None:
     codes = tracer.codes(args[0])
     factor = (outputs[0].shape[2] // codes.shape[2], outputs[0].shape[3] // codes.shape[3])
     if outputs[0].shape[2:] != (codes.shape[2] * factor[0], codes.shape[3] * factor[1]):
         raise tracer.unsupported("upsampling by a factor that is no integer")
+    if not _can_be_finer(tracer, codes, factor):
+        codes = elementwise.pointwise_4d(tracer, "copy", [codes], multiple=factor)
+        tracer.graph.finer(tracer.recognise(codes), factor)  # or say why not
     tracer.set_codes(outputs[0], codes.repeat_interleave(factor[0], 2).repeat_interleave(factor[1], 3))
+
+
+def _can_be_finer(tracer: Tracer, codes: Tensor, factor: Stride) -> bool:
+    try:
+        tracer.graph.finer(tracer.graph.recognise(codes), factor)
+    except LayoutError:
+        return False
+    return True
 
 
 def _spatial(tracer: Tracer, ref: Ref, codes: Tensor) -> Ref:
@@ -214,22 +242,31 @@ def _product(tracer: Tracer, func: Any, args: tuple, kwargs: dict, outputs: list
     if bias is not None and (tracer.depends(bias) or bias.dim() != 1):
         raise tracer.unsupported("a product plus a matrix that is no bias")
     rows = tracer.codes(x).reshape(-1, x.shape[-1])  # [N*h*w, K]
-    order, size = _raster_order(tracer, rows[:, :1])
-    grid = rows[order].view(*size, -1).permute(0, 3, 1, 2).contiguous()
-    ref = _spatial(tracer, tracer.recognise(grid), grid)
+    for order in _raster_orders(tracer, rows):
+        with contextlib.suppress(LayoutError):
+            grid = rows[order].permute(0, 3, 1, 2).contiguous()
+            ref = _spatial(tracer, tracer.recognise(grid), grid)
+            break
+    else:
+        raise LayoutError
     taps = taps_of(ref, weight.detach().to("cpu", torch.float32).contiguous())
-    node = Linear(tracer.module, weight.shape[1], *size[1:], stride=ref.stride, taps=taps, bias=_vector(bias))
+    height, width = grid.shape[2:]
+    node = Linear(tracer.module, weight.shape[1], height, width, stride=ref.stride, taps=taps, bias=_vector(bias))
     out = torch.empty(len(rows), weight.shape[1], dtype=torch.int64)
-    out[order] = tracer.add(node).permute(0, 2, 3, 1).reshape(out.shape)
+    out[order] = tracer.add(node).permute(0, 2, 3, 1)
     tracer.set_codes(outputs[0], out.view(outputs[0].shape))
 
 
-def _raster_order(tracer: Tracer, rows: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
-    """The permutation that puts codes [R, 1] of one channel into the order (sample, y, x), and (N, h, w)."""
-    plane, sample, _, y, x = tracer.graph.decode(rows[:, 0].numpy())
-    if (plane < 0).any() or len(set(plane.tolist())) != 1:
-        raise LayoutError
-    size = (len(set(sample.tolist())), len(set(y.tolist())), len(set(x.tolist())))
-    if math.prod(size) != len(rows) or size[0] != tracer.graph.batch:
-        raise LayoutError
-    return torch.from_numpy(np.lexsort((x, y, sample))), size
+def _raster_orders(tracer: Tracer, rows: Tensor) -> Iterator[Tensor]:
+    """Ways of seeing codes [N*h*w, K] as a feature map: indices [N, h, w] of rows. By a channel whose elements tell
+    their places; where there is none, because zeros were shifted in, by trial.
+    """
+    batch = tracer.graph.batch
+    for c in (rows > 0).all(0).nonzero().flatten().tolist():
+        plane, sample, _, y, x = tracer.graph.decode(rows[:, c].numpy())
+        size = (len(set(sample.tolist())), len(set(y.tolist())), len(set(x.tolist())))
+        if len(set(plane.tolist())) == 1 and math.prod(size) == len(rows) and size[0] == batch:
+            yield torch.from_numpy(np.lexsort((x, y, sample))).view(size)
+            break
+    if len(rows) % batch == 0:
+        yield from (index[:, 0] for index in elementwise.arrangements(batch, (len(rows), 1)))

@@ -31,6 +31,11 @@ def supported() -> list[str]:
     return sorted(_RULES)
 
 
+def named(func: Any) -> bool:
+    """Whether an ATen operator has a rule of its own."""
+    return func._schema.name.removeprefix("aten::") in _RULES
+
+
 def find(func: Any) -> Rule | None:
     """The rule of an ATen overload, or None."""
     schema = func._schema

@@ -232,10 +232,11 @@ class Tracer(TorchDispatchMode):
 
     def _lower(self, func: Any, args: tuple, kwargs: dict) -> Any:
         """Run a call that depends on the image, and its rule."""
-        with self:  # in inference mode composite operators come undecomposed
-            result = func.decompose(*args, **kwargs)
-        if result is not NotImplemented:
-            return result
+        if not rules.named(func):
+            with self:  # in inference mode composite operators come undecomposed
+                result = func.decompose(*args, **kwargs)
+            if result is not NotImplemented:
+                return result
         rule = rules.find(func)
         if rule is None:
             raise self.unsupported(f"operator {func} (supported: views, {', '.join(rules.supported())})")
