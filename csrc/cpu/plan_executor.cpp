@@ -174,7 +174,10 @@ public:
     void run(int64_t row_begin, int64_t row_end) {
         for (y_ = row_begin; y_ < row_end; ++y_) {
             locate_rows(0, plan_.row_steps);
-            for (int64_t i = 0; i < num_active_; ++i) run_row_step(active_[i]);
+            for (int64_t i = 0; i < num_active_; ++i) {
+                following_ = i + 1 < num_active_ ? &plan_.steps[active_[i + 1]] : nullptr;
+                run_row_step(active_[i]);
+            }
             wait();
             locate_rows(plan_.row_steps, plan_.num_steps);
             for (int64_t x = plan_.first_column; x < plan_.end_column; ++x) {
@@ -198,7 +201,8 @@ private:
         num_active_ = 0;
         for (int64_t s = begin; s < end; ++s) {
             const PlanStep& step = plan_.steps[s];
-            const int64_t row = frame_position(y_ - step.lag_y, step.stride_y, step.height, step.period_y, step.phase_y);
+            const int64_t row =
+                frame_position(y_ - step.lag_y, step.stride_y, step.height, step.period_y, step.phase_y);
             if (row < 0) continue;
             active_[num_active_++] = s;
             for (int64_t i = step.first_address; i < step.first_address + step.num_addresses; ++i) {
@@ -226,13 +230,14 @@ private:
     void run_pixel(int64_t x) {
         int64_t i = 0;
         for (int64_t d = 0; d < plan_.num_draws; ++d) {
-            for (; i < num_active_ && plan_.steps[active_[i]].rank == d; ++i) {
-                const PlanStep& step = plan_.steps[active_[i]];
-                const int64_t column =
-                    frame_position(x - step.lag_x, step.stride_x, step.width, step.period_x, step.phase_x);
-                if (column < 0) continue;
-                begin_step(active_[i]);
-                run_tiles(step, 1, [&](int64_t) { return Run{column, 0, batch_.count, true}; }, batch_.count);
+            int64_t column = -1;
+            for (i = next_in_pixel(i, x, &column); i < num_active_ && plan_.steps[active_[i]].rank == d;) {
+                const int64_t here = i;
+                const Run run{column, 0, batch_.count, true};
+                i = next_in_pixel(i + 1, x, &column);
+                following_ = i < num_active_ ? &plan_.steps[active_[i]] : nullptr;
+                begin_step(active_[here]);
+                run_tiles(plan_.steps[active_[here]], 1, [&](int64_t) { return run; }, batch_.count);
             }
             wait();
             if (y_ < 0 || x < 0 || x >= plan_.width) continue;
@@ -240,6 +245,16 @@ private:
             if (members_ > 1 && member_ == 0) team_.decide();
             wait();
         }
+    }
+
+    // The first of the active steps, from `i` on, that has work at column x of the image, and the column of its frame.
+    int64_t next_in_pixel(int64_t i, int64_t x, int64_t* column) const {
+        for (; i < num_active_; ++i) {
+            const PlanStep& step = plan_.steps[active_[i]];
+            *column = frame_position(x - step.lag_x, step.stride_x, step.width, step.period_x, step.phase_x);
+            if (*column >= 0) break;
+        }
+        return i;
     }
 
     void run_row_step(int64_t s) {
@@ -276,16 +291,17 @@ private:
     void run_tiles(const PlanStep& step, int64_t runs, RunOf run_of, int64_t most_rows) {
         if (most_rows <= 0) return;
         const int64_t panels = div_up(step.channels, kPanelColumns);
-        const int64_t groups = step.groups > 0 ? step.groups : 1;
-        const int64_t fitting = kTileColumns / (groups * kPanelColumns);
-        const int64_t widest = fitting > 0 ? fitting : 1;
-        const int64_t shares = panels < members_ ? panels : members_;  // as many column tiles for each member
-        const int64_t column_tiles = shares * div_up(div_up(panels, shares), widest);
+        const int64_t column_tiles = column_tiles_of(step);
         const int64_t row_tiles = div_up(most_rows, kTileRows);
         const int64_t tiles = column_tiles * runs * row_tiles;
         int64_t loaded = -1;
         Run run{};
         for (int64_t i = tiles * member_ / members_, end = tiles * (member_ + 1) / members_; i < end; ++i) {
+            hint_ = {};
+            if (i + 1 < end && (i + 1) % (runs * row_tiles) == 0)
+                hint_ = weights_of(step, (i + 1) / (runs * row_tiles));
+            if (i + 1 == end && following_)
+                hint_ = weights_of(*following_, column_tiles_of(*following_) * member_ / members_);
             const int64_t ct = i / (runs * row_tiles), r = i / row_tiles % runs, rt = i % row_tiles;
             if (r != loaded) run = run_of(loaded = r);
             const int64_t first_row = most_rows * rt / row_tiles;
@@ -295,6 +311,29 @@ private:
             const int64_t first_panel = panels * ct / column_tiles, end_panel = panels * (ct + 1) / column_tiles;
             tile(step, run, first_row, end_row - first_row, first_panel, end_panel - first_panel);
         }
+    }
+
+    // Into how many tiles the panels of a step are split: as many for each member.
+    int64_t column_tiles_of(const PlanStep& step) const {
+        const int64_t panels = div_up(step.channels, kPanelColumns);
+        const int64_t groups = step.groups > 0 ? step.groups : 1;
+        const int64_t fitting = kTileColumns / (groups * kPanelColumns);
+        const int64_t shares = panels < members_ ? panels : members_;
+        return shares * div_up(div_up(panels, shares), fitting > 0 ? fitting : 1);
+    }
+
+    struct Span {
+        const void* first;
+        int64_t bytes;
+    };
+
+    // The weights of a column tile of a step.
+    Span weights_of(const PlanStep& step, int64_t tile) const {
+        const int64_t panels = div_up(step.channels, kPanelColumns), tiles = column_tiles_of(step);
+        const int64_t first = panels * tile / tiles, end = panels * (tile + 1) / tiles;
+        const int64_t panel_bytes = step.groups * step.inner * kPanelColumns * 4;
+        return {static_cast<const char*>(plan_.weights) + step.weight * 4 + first * panel_bytes,
+                (end - first) * panel_bytes};
     }
 
     void tile(const PlanStep& step, const Run& run, int64_t first_row, int64_t rows, int64_t first_panel,
@@ -307,9 +346,11 @@ private:
         const auto target = [&](const PlanStore& store) {
             return operand(step, run, store.address, first_row, first_channel);
         };
-        if (step.num_instrs == 1 && program[0].op == PlanOp::acc && step.num_stores == 1) {  // the product is the result
+        if (step.num_instrs == 1 && program[0].op == PlanOp::acc &&
+            step.num_stores == 1) {  // the product is the result
             const Value result = target(stores[0]);
-            multiply(step, run, first_row, rows, first_panel, const_cast<float*>(result.p), result.row_stride, channels);
+            multiply(step, run, first_row, rows, first_panel, const_cast<float*>(result.p), result.row_stride,
+                     channels);
             return;
         }
         const int64_t product_columns = panels * step.groups * kPanelColumns;
@@ -410,6 +451,8 @@ private:
         gemm.c_row_stride = product_stride;
         gemm.rows = rows;
         gemm.cols = columns;
+        gemm.next = hint_.first;
+        gemm.next_bytes = hint_.bytes;
         tap_gemm(gemm);
     }
 
@@ -525,7 +568,9 @@ private:
     int64_t* ran_;          // epoch in which each step ran last
     float* probabilities_;  // of the levels
     int64_t num_active_ = 0;
-    int64_t epoch_ = 0;  // number of barriers passed
+    const PlanStep* following_ = nullptr;  // the step after the one at hand
+    Span hint_{};                          // weights that this thread needs after the tile at hand
+    int64_t epoch_ = 0;                    // number of barriers passed
     int64_t y_ = 0;
 };
 

@@ -66,8 +66,8 @@ enum class PlanOp : int64_t {
 
 struct PlanInstr {
     PlanOp op;
-    int64_t a, b;     // instructions of the same step; for acc, a is the group, for constant an index into the constants
-    int64_t buffer;   // scratch tile that takes the result
+    int64_t a, b;    // instructions of the same step; for acc, a is the group, for constant an index into the constants
+    int64_t buffer;  // scratch tile that takes the result
     int64_t address;  // of a load
     int64_t store;    // of the step's stores, the one that takes the result in place of the scratch tile; -1: none
 };
@@ -202,8 +202,8 @@ inline PlanScratch plan_scratch(const PlanTables& plan) {
 using PlanWorker = void (*)(const PlanTables& plan, const PlanBatch& batch, PlanTeam& team, int member, char* scratch,
                             int64_t row_begin, int64_t row_end);
 
-#define FASTGEN_DECLARE_PLAN_WORKER(ISA)                                                             \
-    namespace ISA {                                                                                  \
+#define FASTGEN_DECLARE_PLAN_WORKER(ISA)                                                            \
+    namespace ISA {                                                                                 \
     void plan_worker(const PlanTables&, const PlanBatch&, PlanTeam&, int, char*, int64_t, int64_t); \
     }
 FASTGEN_FOR_EACH_ISA(FASTGEN_DECLARE_PLAN_WORKER)

@@ -88,10 +88,10 @@ class Sampler:
             self._compile()
             if precision == "bf16":
                 self.plan.round_weights()
-        _check_finite(self.plan)
+            _check_finite(self.plan)
+            with host_defaults():
+                self._executor = executor(self.plan)
         self.max_batch = max_batch or _batch_that_fits(self.plan)
-        with host_defaults():
-            self._executor = executor(self.plan)
         if isinstance(self._executor, CpuExecutor):
             self.plan.drop_weights()
 

@@ -164,10 +164,12 @@ class _Tables:
         self.pixel_weight_bytes = sum(4 * w.numel() for s, w in weights if s.stage == Stage.PIXEL)
 
     def packed_weights(self) -> Tensor:
-        """All weights, 4 bytes each element."""
-        flat = [w.flatten().view(torch.int32) for w in self.weights]
-        self.weights = []
-        return torch.cat(flat or [torch.zeros(0, dtype=torch.int32)])
+        """All weights in one piece, 4 bytes each element; they leave the tables."""
+        flat = torch.empty(self.num_weights, dtype=torch.int32)
+        backends.native_cpu().use_large_pages(flat.data_ptr(), 4 * flat.numel())
+        for part in flat.split([w.numel() for w in self.weights]):
+            part.copy_(self.weights.pop(0).flatten().view(torch.int32))
+        return flat
 
     def integers(self) -> dict[str, Tensor]:
         plan = self.plan
