@@ -354,11 +354,12 @@ class Graph:
         planes = np.unique(plane[plane >= 0])
         strides = {p: 0 if self.nodes[p].given else self.nodes[p].stride[axis] for p in planes.tolist()}
         runs: dict[int, int] = {}  # of a coarser plane: the frame position behind the run of its first element
+        seen = np.count_nonzero(codes[np.arange(len(codes)), :, across], axis=1)
         frame = None
         for p, stride in strides.items():
             if not stride:
                 continue
-            c = int(np.argmax(plane == p))
+            c = int(np.argmax(np.where(plane == p, seen, -1)))  # the channel that tells most
             where = np.flatnonzero(codes[c, :, across[c]])
             positions = self.decode(codes[c, where, across[c]])[3 + axis]
             num, den = _steps(where, positions)

@@ -1,5 +1,5 @@
-"""Whole models in the styles of others, through the sampler: a prior over the codes of a VQ-VAE, the common PyTorch port
-of PixelCNN++, an hourglass.
+"""Whole models in the styles of others, through the sampler: a prior over the codes of a VQ-VAE, the common PyTorch
+port of PixelCNN++, an hourglass.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def test_prior_embeds_too_few_codes() -> None:
     given = {"image_shape": (1, 4, 4), "head": Categorical(CODES + 1, input_range=None), "num_classes": CLASSES}
     network = OneChannel(Prior())
     network.prior.output_conv[2] = nn.Conv2d(32, CODES + 1, 1)
-    with pytest.raises(ValueError, match="module 'prior.embedding' embeds 512 levels; .* has 513"):
+    with pytest.raises(ValueError, match=r"module 'prior\.embedding' embeds 512 levels; .* has 513"):
         Sampler(network, **given)
 
 

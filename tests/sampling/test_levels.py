@@ -97,6 +97,14 @@ def unshuffled(net: Body, x: Tensor, labels: Tensor) -> Tensor:
     return net.up(torch.relu(F.pixel_unshuffle(even, 2)))
 
 
+def unshuffled_shift(net: Body, x: Tensor, labels: Tensor) -> Tensor:
+    """In an image of six columns one is left of some channels: it does not tell their stride."""
+    shift = 3 if x.shape[3] > 3 else 0
+    shifted = fit(F.pad(x[:, :1], (shift, 0, 0, 0)), x)
+    even = F.pad(shifted, (0, x.shape[3] % 2, 0, x.shape[2] % 2))
+    return net.up(torch.relu(F.pixel_unshuffle(even, 2)) * net.channels.view(4, 1, 1))
+
+
 def cropped_then_upsampled(net: Body, x: Tensor, labels: Tensor) -> Tensor:
     """What was cut off is zero for the kernel that reaches over the edge, whatever the feature map holds there."""
     large = torch.sigmoid(net.third(F.pad(x, (3, 3, 3, 3))))
@@ -155,6 +163,7 @@ CASES = [
     repeated,
     every_second,
     unshuffled,
+    unshuffled_shift,
     cropped_then_upsampled,
     dilated_kernels,
     shifted_into_strides,
