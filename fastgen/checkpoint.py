@@ -66,8 +66,9 @@ def sample(model: torch.nn.Module | str | os.PathLike[str], n: int, *, seed: int
         model: a model, or the path of a checkpoint.
         n: number of images.
         seed: seed of the random numbers.
-        options: those of `fastgen.Sampler.sample` (start, labels, temperature, ...).  A conditional model that is
-            given no labels draws its classes in turn: sample i is of class ``i % num_classes``.
+        options: those of the model's ``sample``, or else of `fastgen.Sampler.sample` (start, labels, temperature, ...).
+            A conditional model that is given no labels draws its classes in turn: sample i is of class
+            ``i % num_classes``.
 
     Returns:
         uint8 levels [n, C, H, W].
@@ -80,7 +81,8 @@ def sample(model: torch.nn.Module | str | os.PathLike[str], n: int, *, seed: int
     if num_classes is not None and options.get("labels") is None:
         start = options.get("start", 0)
         options["labels"] = torch.arange(start, start + n) % num_classes
-    return Sampler(model).sample(n, seed=seed, **options)
+    draw = model.sample if isinstance(model, models.AdversarialModel) else Sampler(model).sample
+    return draw(n, seed=seed, **options)
 
 
 def load_state_dict_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:

@@ -7,10 +7,24 @@ from __future__ import annotations
 
 from fastgen.models import convert
 from fastgen.models.autoregressive import AutoregressiveModel, GatedPixelCNN, PixelCNN, PixelCNNpp
+from fastgen.models.gan import DCGAN, GAN, AdversarialModel
 
-__all__ = ["AutoregressiveModel", "GatedPixelCNN", "PixelCNN", "PixelCNNpp", "convert", "get", "names"]
+__all__ = [
+    "DCGAN",
+    "GAN",
+    "AdversarialModel",
+    "AutoregressiveModel",
+    "GatedPixelCNN",
+    "PixelCNN",
+    "PixelCNNpp",
+    "convert",
+    "get",
+    "names",
+]
 
-_MODELS = {model.name: model for model in (PixelCNN, GatedPixelCNN, PixelCNNpp)}
+Model = AutoregressiveModel | AdversarialModel
+
+_MODELS: dict[str, type[Model]] = {model.name: model for model in (PixelCNN, GatedPixelCNN, PixelCNNpp, GAN, DCGAN)}
 
 
 def names() -> list[str]:
@@ -18,7 +32,7 @@ def names() -> list[str]:
     return sorted(_MODELS)
 
 
-def get(name: str) -> type[AutoregressiveModel]:
+def get(name: str) -> type[Model]:
     """The class of a model by its registered name, e.g. ``get("gated_pixelcnn")(image_shape=(1, 28, 28))``.
 
     Raises:

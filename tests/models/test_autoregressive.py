@@ -181,10 +181,10 @@ def test_config_builds_the_same_model(cls):
 
 
 def test_registry():
-    assert models.names() == ["gated_pixelcnn", "pixelcnn", "pixelcnnpp"]
+    assert models.names() == ["dcgan", "gan", "gated_pixelcnn", "pixelcnn", "pixelcnnpp"]
     assert models.get("pixelcnn") is PixelCNN
     with pytest.raises(
-        ValueError, match="unknown model 'pixelrnn'; known models: gated_pixelcnn, pixelcnn, pixelcnnpp"
+        ValueError, match="unknown model 'pixelrnn'; known models: dcgan, gan, gated_pixelcnn, pixelcnn, pixelcnnpp"
     ):
         models.get("pixelrnn")
 

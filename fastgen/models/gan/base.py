@@ -1,0 +1,199 @@
+"""What all adversarial models share: levels, labels, and images as a function of (weights, seed, index, label)."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastgen.ops import philox
+
+CHUNK = 16  # samples per pass through the generator
+
+
+class AdversarialModel(torch.nn.Module):
+    """A generator and a discriminator; images are [-1, 1] for both, and levels outside.
+
+    Subclasses set ``generator(z, labels=None)``: latents [N, latent_dim], labels int64 [N] or None -> images
+    [N, C, H, W] in [-1, 1], and ``discriminator(x, labels=None)``: images -> [N], scores (logits), or reconstruction
+    errors where the discriminator is an autoencoder.  Both are modules of their own, for training and for export.
+
+    Args:
+        image_shape: (C, H, W).
+        levels: number of levels of an element, 2..256.
+        latent_dim: dimension of the latents, which are standard normal.
+        num_classes: number of classes that both networks are conditioned on, or None.
+        options: the other constructor arguments of the subclass, kept in `config`.
+
+    Attributes:
+        name: the registered name of the class.
+        config: the constructor arguments, JSON-able: ``type(model)(**model.config)`` builds the same architecture.
+    """
+
+    name: ClassVar[str]
+    generator: torch.nn.Module
+    discriminator: torch.nn.Module
+
+    def __init__(
+        self,
+        *,
+        image_shape: tuple[int, int, int],
+        levels: int,
+        latent_dim: int,
+        num_classes: int | None,
+        **options: Any,
+    ) -> None:
+        super().__init__()
+        if not isinstance(image_shape, (tuple, list)) or len(image_shape) != 3:
+            raise ValueError(f"image_shape: expected (channels, height, width), got {image_shape!r}")
+        channels, height, width = (positive("image_shape", size) for size in image_shape)
+        self.image_shape = (channels, height, width)
+        if isinstance(levels, bool) or not isinstance(levels, int) or not 2 <= levels <= 256:
+            raise ValueError(f"levels: expected an integer in 2..256, got {levels!r}")
+        self.levels = levels
+        self.latent_dim = positive("latent_dim", latent_dim)
+        self.num_classes = None if num_classes is None else positive("num_classes", num_classes)
+        self.config: dict[str, Any] = {
+            "image_shape": list(self.image_shape), "levels": levels, "latent_dim": latent_dim, **options
+        }  # fmt: skip
+        if num_classes is not None:
+            self.config["num_classes"] = num_classes
+
+    def forward(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
+        """The generator: latents [N, latent_dim], labels int64 [N] if conditional -> images [N, C, H, W] in [-1, 1]."""
+        return self.generator(z, labels)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Levels uint8 [N, C, H, W] -> [N, C, H, W] in [-1, 1], in the dtype and on the device of the weights."""
+        if not isinstance(images, Tensor) or images.dtype != torch.uint8:
+            raise TypeError(f"images: expected a uint8 tensor of levels, got {_describe(images)}")
+        if images.dim() != 4 or tuple(images.shape[1:]) != self.image_shape:
+            raise ValueError(f"images: expected shape [N, *{self.image_shape}], got {list(images.shape)}")
+        if self.levels < 256 and images.numel() and (largest := int(images.max())) >= self.levels:
+            raise ValueError(f"images: expected levels below {self.levels}, got {largest}")
+        return images.to(next(self.parameters())) * (2.0 / (self.levels - 1)) - 1.0
+
+    def decode(self, x: Tensor) -> Tensor:
+        """Images [N, C, H, W] in [-1, 1] -> the nearest levels, uint8; what lies outside is clamped.
+
+        Raises:
+            RuntimeError: a value is NaN or infinite.
+        """
+        if not torch.isfinite(x).all():
+            raise RuntimeError("the generator's images hold NaN or infinity: are its weights finite?")
+        return ((x + 1.0) * (0.5 * (self.levels - 1))).round().clamp(0, self.levels - 1).to(torch.uint8)
+
+    def latents(self, n: int, *, seed: int = 0, start: int = 0) -> Tensor:
+        """The latents that `sample` draws for the same arguments: float32 [n, latent_dim], on the CPU."""
+        return philox.normal(n, (self.latent_dim,), seed=seed, start=start)
+
+    def sample(
+        self,
+        n: int,
+        *,
+        seed: int = 0,
+        start: int = 0,
+        labels: Tensor | int | None = None,
+        progress: bool = False,
+    ) -> Tensor:
+        """Draws the images start .. start+n-1 of a seed, in eval mode.
+
+        An image is a function of (weights, seed, index, label), bit for bit: a convolution may round differently for
+        another batch size, so the generator always works on `CHUNK` samples at a time, sample i in place i % CHUNK of
+        its chunk, and what was not asked for is thrown away.  Another number of threads may change the last bit of
+        PyTorch's sums, and so, rarely, a level.
+
+        Args:
+            n: number of images.
+            seed: 0..2^64-1.
+            start: index of the first image.
+            labels: int64 [n] or one integer for all, for a conditional model.
+            progress: show a progress bar on stderr.
+
+        Returns:
+            uint8 levels [n, C, H, W], on the CPU.
+
+        Raises:
+            TypeError, ValueError: naming the argument, what was expected and what came.
+            RuntimeError: the weights are not finite.
+        """
+        z = self.latents(n, seed=seed, start=start)
+        place = start % CHUNK
+        if n and place:  # whole chunks: with the samples before
+            z = torch.cat((self.latents(place, seed=seed, start=start - place), z))
+        known = check_labels(labels, n, self.num_classes)
+        known = None if known is None else F.pad(known, (len(z) - n, 0))
+        return self.render(z, known, progress=progress)[len(z) - n :].clone()
+
+    @torch.no_grad()
+    def render(self, z: Tensor, labels: Tensor | int | None = None, *, progress: bool = False) -> Tensor:
+        """The images of given latents, in eval mode: float [N, latent_dim] -> uint8 levels [N, C, H, W], on the CPU.
+
+        In chunks, as in `sample`: ``render(latents(n, seed=s)) == sample(n, seed=s)``.  The other arguments and the
+        errors are those of `sample`.
+        """
+        from tqdm import tqdm
+
+        if not isinstance(z, Tensor) or not z.is_floating_point():
+            raise TypeError(f"z: expected a floating point tensor, got {_describe(z)}")
+        if z.dim() != 2 or z.shape[1] != self.latent_dim:
+            raise ValueError(f"z: expected shape [N, {self.latent_dim}], got {list(z.shape)}")
+        known = check_labels(labels, len(z), self.num_classes)
+        like = next(self.generator.parameters())
+        images = torch.empty(len(z), *self.image_shape, dtype=torch.uint8)
+        was_training = self.generator.training
+        self.generator.eval()
+        try:
+            for i in tqdm(range(0, len(z), CHUNK), unit=f"x{CHUNK} images", disable=not progress, leave=False):
+                part = z[i : i + CHUNK].to(like)
+                missing = CHUNK - len(part)
+                y = None if known is None else F.pad(known[i : i + CHUNK], (0, missing)).to(like.device)
+                x = self.generator(F.pad(part, (0, 0, 0, missing)), y)
+                images[i : i + CHUNK] = self.decode(x)[: len(part)].cpu()
+        finally:
+            self.generator.train(was_training)
+        return images
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{key}={value}" for key, value in self.config.items())
+
+
+def with_labels(x: Tensor, labels: Tensor | None, num_classes: int | None) -> Tensor:
+    """One-hot labels beside an input of a network (Mirza & Osindero 2014, section 3.2 and figure 1).
+
+    [N, C, ...] -> [N, C + num_classes, ...]: the class's channel holds ones; unchanged for an unconditional network.
+    """
+    if (labels is None) != (num_classes is None):
+        expected = "None" if num_classes is None else "class labels"
+        raise ValueError(f"labels: expected {expected} with num_classes={num_classes}")
+    if labels is None or num_classes is None:
+        return x
+    planes = F.one_hot(labels, num_classes).to(x.dtype)
+    return torch.cat((x, planes[(...,) + (None,) * (x.dim() - 2)].expand(-1, -1, *x.shape[2:])), dim=1)
+
+
+def check_labels(labels: Tensor | int | None, n: int, num_classes: int | None) -> Tensor | None:
+    """The labels of n samples as int64 [n], on the CPU; None for an unconditional model."""
+    from fastgen.sampling import request  # the sampler's rules are these models' rules
+
+    return request.check_labels(labels, n, num_classes)
+
+
+def positive(name: str, value: int) -> int:
+    """The argument itself, when it is an integer of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}: expected an integer of at least 1, got {value!r}")
+    return value
+
+
+def one_of(name: str, value: str, choices: tuple[str, ...]) -> str:
+    """The argument itself, when it is one of the choices."""
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+    return value
+
+
+def _describe(value: object) -> str:
+    return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__

@@ -1,0 +1,152 @@
+"""Deep convolutional GAN (Radford, Metz, Chintala 2016, 1511.06434), also conditional (Mirza & Osindero 2014)."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from fastgen.models.gan.base import AdversarialModel, one_of, positive, with_labels
+
+START = 4  # pixels a side of the generator's first and the discriminator's last feature map
+SLOPE = 0.2  # section 3
+WEIGHT_STD = 0.02  # section 3
+NORMS = ("batch", "layer", "none")
+DISCRIMINATORS = ("score", "autoencoder")
+
+
+class DCGAN(AdversarialModel):
+    """DCGAN after figure 1 and the guidelines of section 3.
+
+    Strided and transposed 4x4 convolutions instead of pooling; BatchNorm everywhere but at the generator's output and
+    the discriminator's input; ReLU and tanh in the generator, LeakyReLU of slope 0.2 in the discriminator; weights from
+    N(0, 0.02^2).  The feature maps double in number where they halve in size, down to 4x4.  A conditional model has
+    one-hot labels beside the latent and, as planes, beside the image.
+
+    ``generator.blocks[i]`` is ``Sequential(ConvTranspose2d, BatchNorm2d, ReLU)``, the last one without BatchNorm and
+    with Tanh.
+
+    Args:
+        image_shape: (C, S, S), S a power of two of at least 16: 64 as published, 32 with one layer less, ...
+        levels: number of levels, 2..256.
+        latent_dim: dimension of the latents, standard normal (the paper's are 100 uniform numbers).
+        num_filters: feature maps beside the image, 128 as published (so 1024 at 4x4 for 64 pixels).
+        num_classes: number of classes, or None for an unconditional model.
+        norm: of the discriminator: "batch"; "layer" or "none" for a gradient penalty, which is meant sample by sample
+            (Gulrajani et al. 2017, section 4).
+        discriminator: "score", or "autoencoder" for `losses.BEGANLoss`: the discriminator's layers as encoder, the
+            generator's, without BatchNorm, as decoder; its output is the mean absolute error of each image.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    name = "dcgan"
+
+    def __init__(
+        self,
+        *,
+        image_shape: tuple[int, int, int] = (3, 64, 64),
+        levels: int = 256,
+        latent_dim: int = 100,
+        num_filters: int = 128,
+        num_classes: int | None = None,
+        norm: str = "batch",
+        discriminator: str = "score",
+    ) -> None:
+        super().__init__(
+            image_shape=image_shape,
+            levels=levels,
+            latent_dim=latent_dim,
+            num_classes=num_classes,
+            num_filters=positive("num_filters", num_filters),
+            norm=one_of("norm", norm, NORMS),
+            discriminator=one_of("discriminator", discriminator, DISCRIMINATORS),
+        )
+        channels, height, width = self.image_shape
+        if height != width or height < 4 * START or height & (height - 1):
+            raise ValueError(f"image_shape: expected squares of 16, 32, 64, ... pixels a side, got {height}x{width}")
+        doublings = (height // START).bit_length() - 2
+        widths = [num_filters << i for i in range(doublings + 1)]  # from the image inwards
+        self.generator = Generator(channels, latent_dim, widths, num_classes)
+        if discriminator == "score":
+            self.discriminator = Discriminator(channels, widths, num_classes, norm)
+        else:
+            self.discriminator = Autoencoder(channels, latent_dim, widths, num_classes, norm)
+        self.apply(_initialize)
+
+
+class Generator(nn.Module):
+    """Latents [N, latent_dim] -> images [N, C, S, S] in [-1, 1]; ``widths``: feature maps from the image inwards."""
+
+    def __init__(self, channels: int, latent_dim: int, widths: list[int], num_classes: int | None) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.blocks = _upwards(channels, latent_dim + (num_classes or 0), widths, norm=True)
+
+    def forward(self, z: Tensor, labels: Tensor | None = None) -> Tensor:
+        return self.blocks(with_labels(z, labels, self.num_classes)[:, :, None, None])
+
+
+class Discriminator(nn.Module):
+    """Images [N, C, S, S] -> scores [N]."""
+
+    def __init__(self, channels: int, widths: list[int], num_classes: int | None, norm: str) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.blocks = _downwards(channels + (num_classes or 0), 1, widths, norm)
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        return self.blocks(with_labels(x, labels, self.num_classes)).flatten()
+
+
+class Autoencoder(nn.Module):
+    """Images [N, C, S, S] -> mean absolute error [N] of their reconstruction (Berthelot et al. 2017, equation 1)."""
+
+    def __init__(self, channels: int, latent_dim: int, widths: list[int], num_classes: int | None, norm: str) -> None:
+        super().__init__()
+        self.num_classes = num_classes
+        self.encoder = _downwards(channels + (num_classes or 0), latent_dim, widths, norm)
+        self.decoder = _upwards(channels, latent_dim, widths, norm=False)
+
+    def reconstruct(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        """Images -> images."""
+        return self.decoder(self.encoder(with_labels(x, labels, self.num_classes)))
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        return (x - self.reconstruct(x, labels)).abs().mean(dim=(1, 2, 3))
+
+
+def _upwards(channels: int, features: int, widths: list[int], norm: bool) -> nn.Sequential:
+    """[N, features, 1, 1] -> [N, channels, S, S] in [-1, 1]."""
+    blocks, inner = [], features
+    for i, width in enumerate(reversed(widths)):
+        conv = nn.ConvTranspose2d(inner, width, 4, 2 if i else 1, 1 if i else 0, bias=not norm)
+        blocks.append(nn.Sequential(conv, *([nn.BatchNorm2d(width)] if norm else []), nn.ReLU()))
+        inner = width
+    blocks.append(nn.Sequential(nn.ConvTranspose2d(inner, channels, 4, 2, 1), nn.Tanh()))
+    return nn.Sequential(*blocks)
+
+
+def _downwards(channels: int, features: int, widths: list[int], norm: str) -> nn.Sequential:
+    """[N, channels, S, S] -> [N, features, 1, 1]."""
+    blocks: list[nn.Module] = [nn.Sequential(nn.Conv2d(channels, widths[0], 4, 2, 1), nn.LeakyReLU(SLOPE))]
+    for inner, width in zip(widths, widths[1:], strict=False):
+        conv = nn.Conv2d(inner, width, 4, 2, 1, bias=norm == "none")
+        blocks.append(nn.Sequential(conv, *_norm(norm, width), nn.LeakyReLU(SLOPE)))
+    blocks.append(nn.Conv2d(widths[-1], features, START))
+    return nn.Sequential(*blocks)
+
+
+def _norm(kind: str, width: int) -> list[nn.Module]:
+    """Layer normalisation is over all the features of a sample, with a gain and a bias for each channel."""
+    if kind == "none":
+        return []
+    return [nn.BatchNorm2d(width) if kind == "batch" else nn.GroupNorm(1, width)]
+
+
+def _initialize(module: nn.Module) -> None:
+    if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+        nn.init.normal_(module.weight, 0.0, WEIGHT_STD)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, nn.BatchNorm2d):
+        nn.init.normal_(module.weight, 1.0, WEIGHT_STD)  # as in the authors' code
