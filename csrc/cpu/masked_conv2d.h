@@ -3,14 +3,9 @@
 
 #include <cstdint>
 
-namespace fastgen {
+#include "image.h"
 
-// A tensor [N, C, H, W]: its first element and the element strides of the dimensions.
-template <class T>
-struct Image {
-    const T* data;
-    int64_t n, c, h, w;
-};
+namespace fastgen {
 
 struct MaskedConv2d {
     int64_t batch, in_channels, out_channels, height, width;

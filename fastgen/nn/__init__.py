@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fastgen.nn.conv_transpose_bn_act import ConvTransposeBNAct
 from fastgen.nn.masked_conv2d import MaskedConv2d
 
-__all__ = ["MaskedConv2d"]
+__all__ = ["ConvTransposeBNAct", "MaskedConv2d"]

@@ -1,0 +1,193 @@
+// fastgen._cpu.ConvPlan and conv_bn_act_*: convolutions by phases with BatchNorm and activation in the epilogue.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <cmath>
+#include <cstring>
+#include <memory>
+
+#include "cpu/isa.h"
+#include "cpu/phase_plan.h"
+#include "cpu/tap_conv.h"
+
+FASTGEN_FOR_EACH_ISA(FASTGEN_DECLARE_TAP_CONV)
+
+namespace fastgen {
+namespace {
+
+template <class T>
+struct Kernels {
+    int64_t (*packed_size)(const ConvPlan&, const T*);
+    int64_t (*scratch_size)(const ConvPlan&, const TapConvCall<T>&);
+    void (*pack)(const ConvPlan&, const ConvWeight<T>&, T*, int64_t);
+    void (*run)(const ConvPlan&, const TapConvCall<T>&, T*);
+};
+
+template <class T>
+const Kernels<T>& kernels() {
+    static constexpr Kernels<T> table[] = {
+#define FASTGEN_KERNELS(ISA) {ISA::tap_conv_packed_size, ISA::tap_conv_scratch_size, ISA::tap_conv_pack, ISA::tap_conv},
+        FASTGEN_FOR_EACH_ISA(FASTGEN_KERNELS)
+#undef FASTGEN_KERNELS
+    };
+    return table[active_isa()];
+}
+
+using Pair = std::array<int64_t, 2>;
+using Strides = std::array<int64_t, 4>;
+
+template <class T>
+T* pointer(uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+template <class T>
+Image<T> image(uintptr_t data, const Strides& strides) {
+    return {pointer<const T>(data), strides[0], strides[1], strides[2], strides[3]};
+}
+
+struct Plan {
+    std::shared_ptr<const ConvPlan> conv;
+    bool transposed;
+
+    const ConvPlan& get() const { return *conv; }
+
+    int64_t out_channels() const { return conv->groups * conv->out_channels; }
+
+    // Plans of equal layout share packed weights.
+    std::array<int64_t, 7> layout() const {
+        const AxisPlan &y = conv->y, &x = conv->x;
+        return {transposed, y.out_step, y.phases, y.slots[0].base, x.out_step, x.phases, x.slots[0].base};
+    }
+};
+
+Plan make(bool transposed, int64_t groups, const Pair& channels, const Pair& in_size, const Pair& out_size,
+          const Pair& kernel, const Pair& stride, const Pair& padding, const Pair& dilation, int64_t lanes) {
+    const auto axis = [&](int i) {
+        return ConvAxis{in_size[i], out_size[i], kernel[i], stride[i], padding[i], dilation[i]};
+    };
+    return {make_conv_plan({transposed, groups, channels[0] / groups, channels[1] / groups, axis(0), axis(1)}, lanes),
+            transposed};
+}
+
+// The tensors [C] of a bias and a BatchNorm, or null.
+using ChannelTensors = std::array<uintptr_t, 5>;  // bias, mean, var, weight, bias of the BatchNorm
+
+// scale * z + shift is the BatchNorm of z + bias; in double, so that folding costs no accuracy.
+template <class T>
+void fold(const ChannelTensors& tensors, double eps, int64_t channels, T* scale, T* shift) {
+    const auto at = [&](int i, int64_t c, double missing) {
+        return tensors[i] ? static_cast<double>(pointer<const T>(tensors[i])[c]) : missing;
+    };
+    for (int64_t c = 0; c < channels; ++c) {
+        double factor = at(3, c, 1.0);
+        if (tensors[2]) factor /= std::sqrt(at(2, c, 0.0) + eps);
+        scale[c] = static_cast<T>(factor);
+        shift[c] = static_cast<T>((at(0, c, 0.0) - at(1, c, 0.0)) * factor + at(4, c, 0.0));
+    }
+}
+
+template <class T>
+constexpr int64_t kLine = 64 / sizeof(T);
+
+template <class T>
+int64_t line_up(int64_t elements) {
+    return (elements + kLine<T> - 1) / kLine<T> * kLine<T>;
+}
+
+template <class T>
+TapConvCall<T> call_of(int64_t batch, int64_t threads, uintptr_t input, const Strides& strides) {
+    return {batch, threads, image<T>(input, strides), nullptr, nullptr, nullptr, Activation::none, T(0), nullptr};
+}
+
+template <class T>
+int64_t scratch_size(const Plan& plan, int64_t batch, int64_t threads, const Strides& strides) {
+    return 2 * line_up<T>(plan.out_channels()) +
+           kernels<T>().scratch_size(plan.get(), call_of<T>(batch, threads, 0, strides));
+}
+
+template <class T>
+void pack(const Plan& plan, uintptr_t weight, const std::array<int64_t, 5>& strides, uintptr_t packed,
+          int64_t threads) {
+    kernels<T>().pack(plan.get(),
+                      {pointer<const T>(weight), strides[0], strides[1], strides[2], strides[3], strides[4]},
+                      pointer<T>(packed), threads);
+}
+
+template <class T>
+void run(const Plan& plan, int64_t batch, int64_t threads, uintptr_t input, const Strides& strides, uintptr_t packed,
+         const ChannelTensors& tensors, double eps, Activation activation, double parameter, uintptr_t output,
+         uintptr_t scratch) {
+    TapConvCall<T> call = call_of<T>(batch, threads, input, strides);
+    T* scale = pointer<T>(scratch);
+    T* shift = scale + line_up<T>(plan.out_channels());
+    fold(tensors, eps, plan.out_channels(), scale, shift);
+    call.packed = pointer<const T>(packed);
+    call.scale = scale;
+    call.shift = shift;
+    call.activation = activation;
+    call.parameter = static_cast<T>(parameter);
+    call.output = pointer<T>(output);
+    kernels<T>().run(plan.get(), call, shift + line_up<T>(plan.out_channels()));
+}
+
+// A hash of 512 cache lines spread evenly over the bytes, or of all of them where they are few.
+uint64_t fingerprint(uintptr_t data, int64_t bytes) {
+    constexpr int64_t kSamples = 512, kBytes = 64;
+    const int64_t words_per_sample = kBytes / 8, words = bytes / 8;
+    const int64_t samples = words / words_per_sample < kSamples ? 1 : kSamples;
+    const int64_t length = samples == 1 ? words : words_per_sample;
+    uint64_t hash = 0xcbf29ce484222325u;
+    const auto mix = [&](const char* from, size_t size) {
+        uint64_t word = 0;
+        std::memcpy(&word, from, size);
+        hash = (hash ^ word) * 0x100000001b3u;
+        hash ^= hash >> 29;
+    };
+    mix(pointer<const char>(data) + words * 8, bytes % 8);
+    for (int64_t s = 0; s < samples; ++s) {
+        const char* from = pointer<const char>(data) + (words - length) * s / (samples > 1 ? samples - 1 : 1) * 8;
+        for (int64_t i = 0; i < length; ++i) mix(from + i * 8, 8);
+    }
+    return hash;
+}
+
+template <class T>
+void define(pybind11::module_& module, const std::string& dtype) {
+    namespace py = pybind11;
+    using release = py::call_guard<py::gil_scoped_release>;
+    module.def(("conv_packed_size_" + dtype).c_str(),
+               [](const Plan& plan) { return kernels<T>().packed_size(plan.get(), nullptr); }, py::arg("plan"));
+    module.def(("conv_pack_" + dtype).c_str(), pack<T>, py::arg("plan"), py::arg("weight"), py::arg("strides"),
+               py::arg("packed"), py::arg("threads"), release(),
+               "strides: of group, input channel, output channel, kernel row, kernel column");
+    module.def(("conv_scratch_size_" + dtype).c_str(), scratch_size<T>, py::arg("plan"), py::arg("batch"),
+               py::arg("threads"), py::arg("strides"));
+    module.def(("conv_bn_act_" + dtype).c_str(), run<T>, py::arg("plan"), py::arg("batch"), py::arg("threads"),
+               py::arg("input"), py::arg("strides"), py::arg("packed"), py::arg("tensors"), py::arg("eps"),
+               py::arg("activation"), py::arg("parameter"), py::arg("output"), py::arg("scratch"), release());
+}
+
+}  // namespace
+
+void bind_conv_transpose2d_bn_act(pybind11::module_& module) {
+    namespace py = pybind11;
+    py::class_<Plan>(module, "ConvPlan", "How a convolution of one size is cut into products.")
+        .def(py::init(&make), py::arg("transposed"), py::arg("groups"), py::arg("channels"), py::arg("in_size"),
+             py::arg("out_size"), py::arg("kernel"), py::arg("stride"), py::arg("padding"), py::arg("dilation"),
+             py::arg("lanes"))
+        .def_property_readonly("layout", &Plan::layout);
+    py::enum_<Activation>(module, "Activation")
+        .value("none", Activation::none)
+        .value("relu", Activation::relu)
+        .value("leaky_relu", Activation::leaky_relu)
+        .value("elu", Activation::elu)
+        .value("tanh", Activation::tanh)
+        .value("sigmoid", Activation::sigmoid);
+    module.def("fingerprint", &fingerprint, py::arg("data"), py::arg("bytes"));
+    define<float>(module, "float32");
+    define<double>(module, "float64");
+}
+
+}  // namespace fastgen

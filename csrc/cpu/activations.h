@@ -1,0 +1,75 @@
+// Activation functions and their derivatives on vectors, as torch.nn.functional defines them. A NaN stays one.
+#pragma once
+
+#include <cstdint>
+
+namespace fastgen {
+
+enum class Activation : int32_t { none, relu, leaky_relu, elu, tanh, sigmoid };
+
+}  // namespace fastgen
+
+#ifdef FASTGEN_ISA
+#include "vec_math.h"
+
+namespace fastgen::FASTGEN_ISA {
+
+template <Activation A>
+struct ActivationTag {
+    static constexpr Activation value = A;
+};
+
+// Calls body with the tag of an activation.
+template <class Body>
+FASTGEN_INLINE void with_activation(Activation activation, const Body& body) {
+    switch (activation) {
+        case Activation::none:
+            return body(ActivationTag<Activation::none>{});
+        case Activation::relu:
+            return body(ActivationTag<Activation::relu>{});
+        case Activation::leaky_relu:
+            return body(ActivationTag<Activation::leaky_relu>{});
+        case Activation::elu:
+            return body(ActivationTag<Activation::elu>{});
+        case Activation::tanh:
+            return body(ActivationTag<Activation::tanh>{});
+        case Activation::sigmoid:
+            return body(ActivationTag<Activation::sigmoid>{});
+    }
+}
+
+// `parameter` is the negative slope of a leaky ReLU and the alpha of an ELU.
+template <Activation A, class V>
+FASTGEN_INLINE V activate(V x, V parameter) {
+    if constexpr (A == Activation::relu) return max(V{}, x);
+    if constexpr (A == Activation::leaky_relu) return where(x > V{}, x, x * parameter);
+    // e^x - 1 = tanh(x / 2) (e^x + 1), without its cancellation near zero.
+    if constexpr (A == Activation::elu) {
+        const V e = exp(x);
+        const V negative = tanh(x * (V{} + 0.5f)) * (e + 1.0f);
+        return where(x > V{}, x, where(x < V{} - 30.0f, V{} - 1.0f, negative) * parameter);
+    }
+    if constexpr (A == Activation::tanh) return tanh(x);
+    if constexpr (A == Activation::sigmoid) return sigmoid(x);
+    return x;
+}
+
+template <Activation A, class V>
+FASTGEN_INLINE V activation_gradient(V x, V parameter) {
+    const V one = V{} + 1.0f;
+    if constexpr (A == Activation::relu) return where(x <= V{}, V{}, one);
+    if constexpr (A == Activation::leaky_relu) return where(x > V{}, one, parameter);
+    if constexpr (A == Activation::elu) return where(x > V{}, one, parameter * exp(x));
+    if constexpr (A == Activation::tanh) {
+        const V y = tanh(x);
+        return one - y * y;
+    }
+    if constexpr (A == Activation::sigmoid) {
+        const V y = sigmoid(x);
+        return y * (one - y);
+    }
+    return one;
+}
+
+}  // namespace fastgen::FASTGEN_ISA
+#endif

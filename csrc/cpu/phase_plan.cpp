@@ -1,0 +1,167 @@
+#include "phase_plan.h"
+
+#include <algorithm>
+#include <limits>
+#include <map>
+#include <vector>
+
+namespace fastgen {
+namespace {
+
+constexpr int64_t kNone = std::numeric_limits<int64_t>::min();
+constexpr int64_t kMaxCells = 8;  // phases side by side come from up to this many positions
+
+int64_t floor_div(int64_t a, int64_t b) { return a / b - (a % b != 0 && (a < 0) != (b < 0)); }
+
+struct Slot {
+    int64_t base;
+    std::vector<int64_t> offsets, kernel;
+    std::vector<AxisSpan> spans;
+};
+
+struct Axis {
+    int64_t in_step, out_step, phases;
+    std::vector<Slot> slots;
+};
+
+class AxisBuilder {
+public:
+    AxisBuilder(const ConvAxis& axis, bool transposed) : axis_(axis), transposed_(transposed) {}
+
+    Axis phase_by_phase() const {
+        const int64_t step = transposed_ ? axis_.stride : 1;
+        Axis result{in_step(step), step, 1, {}};
+        for (int64_t phase = 0; phase < step; ++phase) result.slots.push_back(slot(phase, step, 1));
+        return result;
+    }
+
+    // All outputs of `cells` positions side by side, with the base that reads least.
+    Axis side_by_side(int64_t cells) const {
+        const int64_t step = cells * (transposed_ ? axis_.stride : 1);
+        Axis best{in_step(step), step, step, {}};
+        for (int64_t shift = 0; shift < step; ++shift) {
+            Slot candidate = slot(-shift, step, step);
+            if (best.slots.empty() || work(candidate) < work(best.slots[0])) best.slots.assign(1, candidate);
+        }
+        return best;
+    }
+
+    static int64_t work(const Slot& slot) {
+        int64_t sum = 0;
+        for (const AxisSpan& span : slot.spans) sum += (span.last - span.first) * (span.tap_end - span.tap_begin);
+        return sum;
+    }
+
+    static int64_t work(const Axis& axis) {
+        int64_t sum = 0;
+        for (const Slot& slot : axis.slots) sum += work(slot);
+        return sum;
+    }
+
+private:
+    int64_t in_step(int64_t out_step) const { return transposed_ ? out_step / axis_.stride : out_step * axis_.stride; }
+
+    int64_t source(int64_t y, int64_t k) const {
+        if (!transposed_) return y * axis_.stride - axis_.padding + k * axis_.dilation;
+        const int64_t at = y + axis_.padding - k * axis_.dilation;
+        return at % axis_.stride == 0 ? at / axis_.stride : kNone;
+    }
+
+    Slot slot(int64_t base, int64_t step, int64_t phases) const {
+        std::map<int64_t, std::vector<int64_t>> taps;  // offset -> kernel element of each phase
+        for (int64_t phase = 0; phase < phases; ++phase) {
+            for (int64_t k = 0; k < axis_.kernel; ++k) {
+                const int64_t at = source(base + phase, k);
+                if (at != kNone) taps.try_emplace(at, phases, -1).first->second[phase] = k;
+            }
+        }
+        Slot result{base, {}, {}, {}};
+        for (const auto& [offset, kernel] : taps) {
+            result.offsets.push_back(offset);
+            result.kernel.insert(result.kernel.end(), kernel.begin(), kernel.end());
+        }
+        add_spans(result, first_cell(base, step, phases), floor_div(axis_.out_size - 1 - base, step) + 1,
+                  in_step(step));
+        return result;
+    }
+
+    // The first cell one of whose outputs exists.
+    static int64_t first_cell(int64_t base, int64_t step, int64_t phases) {
+        return -floor_div(base + phases - 1, step);
+    }
+
+    void add_spans(Slot& slot, int64_t first, int64_t last, int64_t in_step) const {
+        const auto& offsets = slot.offsets;
+        for (int64_t cell = first; cell < last; ++cell) {
+            const auto begin = std::lower_bound(offsets.begin(), offsets.end(), -cell * in_step);
+            const auto end = std::lower_bound(begin, offsets.end(), axis_.in_size - cell * in_step);
+            const AxisSpan span{cell, cell + 1, begin - offsets.begin(), end - offsets.begin()};
+            AxisSpan* previous = slot.spans.empty() ? nullptr : &slot.spans.back();
+            if (previous && previous->tap_begin == span.tap_begin && previous->tap_end == span.tap_end) {
+                previous->last = span.last;
+            } else {
+                slot.spans.push_back(span);
+            }
+        }
+    }
+
+    ConvAxis axis_;
+    bool transposed_;
+};
+
+std::vector<Axis> candidates(const ConvAxis& axis, bool transposed, int64_t out_channels, int64_t lanes) {
+    const AxisBuilder builder(axis, transposed);
+    std::vector<Axis> result{builder.phase_by_phase()};
+    const int64_t stride = transposed ? axis.stride : 1;
+    for (int64_t cells = stride > 1 ? 1 : 2; cells <= kMaxCells; ++cells) {
+        // Wider products gain nothing, and smaller images have no such cells.
+        if (cells * stride * out_channels > 2 * lanes || cells * stride > axis.out_size) break;
+        result.push_back(builder.side_by_side(cells));
+    }
+    return result;
+}
+
+struct Owner {
+    Axis y, x;
+    std::vector<AxisSlot> y_slots, x_slots;
+    ConvPlan plan;
+};
+
+AxisPlan view(const ConvAxis& axis, const Axis& built, std::vector<AxisSlot>& slots) {
+    for (const Slot& slot : built.slots) {
+        slots.push_back({slot.base, static_cast<int64_t>(slot.offsets.size()), slot.offsets.data(), slot.kernel.data(),
+                         slot.spans.data(), static_cast<int64_t>(slot.spans.size())});
+    }
+    return {axis.in_size,
+            axis.out_size,
+            built.in_step,
+            built.out_step,
+            built.phases,
+            slots.data(),
+            static_cast<int64_t>(slots.size())};
+}
+
+}  // namespace
+
+std::shared_ptr<const ConvPlan> make_conv_plan(const ConvShape& shape, int64_t lanes) {
+    const auto owner = std::make_shared<Owner>();
+    int64_t least = std::numeric_limits<int64_t>::max();
+    const auto x_candidates = candidates(shape.x, shape.transposed, shape.out_channels, lanes);
+    for (const Axis& y : candidates(shape.y, shape.transposed, shape.out_channels, lanes)) {
+        for (const Axis& x : x_candidates) {
+            const int64_t columns = y.phases * x.phases * shape.out_channels;
+            const int64_t vectors = (columns + lanes - 1) / lanes;
+            const int64_t work = AxisBuilder::work(y) * AxisBuilder::work(x) * vectors;
+            if (work < least) {
+                least = work;
+                owner->y = y;
+                owner->x = x;
+            }
+        }
+    }
+    owner->plan = {shape.groups, shape.in_channels, shape.out_channels, view(shape.y, owner->y, owner->y_slots),
+                   view(shape.x, owner->x, owner->x_slots)};
+    return {owner, &owner->plan};
+}
+
+}  // namespace fastgen

@@ -1,0 +1,493 @@
+// fastgen: per-isa
+// Convolutions by phases on the tap-GEMM; the plan is that of phase_plan.h, the formula that of tap_conv.h.
+//
+// A product has a row for each cell of a rectangle of cells that read the same taps, and a column for each output
+// channel of a phase (or of all phases, side by side). Its rows are read where they are, along x, if they are many; on
+// small maps the rows of all lines and images of the rectangle are gathered, so that 4x4 maps fill the registers too.
+// Either way the result is a tile in the first-level cache, from which the epilogue writes each row to its place:
+// scale, shift, activation.
+//
+// The work is cut into items of some images and lines, and, where these are few, of columns. Every output is one chain of
+// sums whatever the cut: threads and batch do not change the bits.
+
+#include "tap_conv.h"
+
+#include <omp.h>
+
+#include "tap_gemm.h"
+#include "vec.h"
+
+namespace fastgen::FASTGEN_ISA {
+namespace {
+
+FASTGEN_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+FASTGEN_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+FASTGEN_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
+
+template <class T>
+FASTGEN_INLINE int64_t aligned(int64_t elements) {
+    return panels_of<T>(elements) * kPanel<T>;
+}
+
+constexpr int64_t kTileRows = 56;   // of a product: four times the tallest tile in registers
+constexpr int64_t kTallPanels = 4;  // panels of a product of many rows: the tile stays in the first-level cache
+constexpr int64_t kFlatPanels = 8;  // of a product of few rows, which wants wide tiles
+constexpr int64_t kFlatRows = 14;   // up to which a product is flat
+constexpr int64_t kDirectRows = 7;  // enough rows of one line to read them where they are
+constexpr int64_t kGatherBytes = 256 << 10;  // of gathered rows: a part of the second-level cache
+constexpr int64_t kItemCells = 256;          // of an item: enough rows for the gathered rectangles of small maps
+
+struct Cell {
+    int64_t n, y, x;
+};
+
+// The cells of a rectangle in all images of the item, in order.
+struct Rectangle {
+    int64_t y0, y1, x0, x1;
+
+    FASTGEN_INLINE int64_t index(int64_t n0, const Cell& cell) const {
+        return ((cell.n - n0) * (y1 - y0) + cell.y - y0) * (x1 - x0) + cell.x - x0;
+    }
+    FASTGEN_INLINE Cell at(int64_t n0, int64_t index) const {
+        const int64_t line = index / (x1 - x0);
+        return {n0 + line / (y1 - y0), y0 + line % (y1 - y0), x0 + index % (x1 - x0)};
+    }
+    FASTGEN_INLINE void advance(Cell& cell) const {
+        if (++cell.x < x1) return;
+        cell.x = x0;
+        if (++cell.y < y1) return;
+        cell.y = y0;
+        ++cell.n;
+    }
+};
+
+template <class T>
+struct TapConv {
+    const ConvPlan& plan;
+    const TapConvCall<T>& call;
+    T* scratch;
+
+    FASTGEN_INLINE int64_t phases() const { return plan.y.phases * plan.x.phases; }
+    FASTGEN_INLINE int64_t columns() const { return phases() * plan.out_channels; }
+    FASTGEN_INLINE int64_t panels() const { return panels_of<T>(columns()); }
+    FASTGEN_INLINE int64_t slots() const { return plan.y.num_slots * plan.x.num_slots; }
+    FASTGEN_INLINE int64_t units() const { return plan.groups * slots() * panels(); }
+    FASTGEN_INLINE int64_t all_in() const { return plan.groups * plan.in_channels; }
+    FASTGEN_INLINE int64_t all_out() const { return plan.groups * plan.out_channels; }
+
+    static int64_t most_taps(const AxisPlan& axis) {
+        int64_t most = 0;
+        for (int64_t s = 0; s < axis.num_slots; ++s) most = max_of(most, axis.slots[s].taps);
+        return most;
+    }
+    FASTGEN_INLINE int64_t most_taps() const { return most_taps(plan.y) * most_taps(plan.x); }
+
+    // Elements of one panel of the packed weights of a pair of slots.
+    FASTGEN_INLINE int64_t panel_size(const AxisSlot& sy, const AxisSlot& sx) const {
+        return sy.taps * sx.taps * plan.in_channels * kPanel<T>;
+    }
+
+    // Where the packed weights of a pair of slots start.
+    int64_t packed_offset(int64_t group, int64_t slot) const {
+        int64_t sum = 0, offset = 0;
+        for (int64_t s = 0; s < slots(); ++s) {
+            if (s == slot) offset = sum;
+            sum += panels() * panel_size(plan.y.slots[s / plan.x.num_slots], plan.x.slots[s % plan.x.num_slots]);
+        }
+        return slot == slots() ? sum * plan.groups : group * sum + offset;
+    }
+
+    void pack(const ConvWeight<T>& weight, T* packed) const {
+#pragma omp parallel for schedule(static) num_threads(call.threads)
+        for (int64_t unit = 0; unit < units(); ++unit) {
+            const int64_t group = unit / panels() / slots(), slot = unit / panels() % slots(), panel = unit % panels();
+            const AxisSlot& sy = plan.y.slots[slot / plan.x.num_slots];
+            const AxisSlot& sx = plan.x.slots[slot % plan.x.num_slots];
+            pack_panel(weight, group, sy, sx, panel, packed + packed_offset(group, slot) + panel * panel_size(sy, sx));
+        }
+    }
+
+    void pack_panel(const ConvWeight<T>& weight, int64_t group, const AxisSlot& sy, const AxisSlot& sx, int64_t panel,
+                    T* to) const {
+        const int64_t taps = sy.taps * sx.taps;
+        for (int64_t tap = 0; tap < taps; ++tap) {
+            const T* from[kPanel<T>];  // of each column, null where it does not read the tap
+            for (int64_t j = 0; j < kPanel<T>; ++j) {
+                const int64_t column = panel * kPanel<T> + j;
+                from[j] = nullptr;
+                if (column >= columns()) continue;
+                const int64_t phase = column / plan.out_channels, o = column % plan.out_channels;
+                const int64_t ky = sy.kernel[tap / sx.taps * plan.y.phases + phase / plan.x.phases];
+                const int64_t kx = sx.kernel[tap % sx.taps * plan.x.phases + phase % plan.x.phases];
+                if (ky < 0 || kx < 0) continue;
+                from[j] = weight.data + group * weight.group + o * weight.out_channel + ky * weight.kernel_y +
+                          kx * weight.kernel_x;
+            }
+            for (int64_t c = 0; c < plan.in_channels; ++c, to += kPanel<T>) {
+                for (int64_t j = 0; j < kPanel<T>; ++j) to[j] = from[j] ? from[j][c * weight.in_channel] : T(0);
+            }
+        }
+    }
+
+    // Items
+
+    // Cells begin at 0; side by side, one may stick out at either end.
+    FASTGEN_INLINE int64_t cells(const AxisPlan& axis) const { return ceil_div(axis.out_size, axis.out_step) + 1; }
+    FASTGEN_INLINE int64_t item_images() const {
+        return max_of(1, min_of(call.batch, kItemCells / (cells(plan.y) * cells(plan.x))));
+    }
+    FASTGEN_INLINE int64_t item_lines() const {  // of cells
+        return min_of(cells(plan.y), max_of(1, kItemCells / cells(plan.x)));
+    }
+    FASTGEN_INLINE int64_t image_blocks() const { return ceil_div(call.batch, item_images()); }
+    FASTGEN_INLINE int64_t bands() const { return ceil_div(cells(plan.y), item_lines()); }
+    FASTGEN_INLINE int64_t splits() const {
+        const int64_t items = image_blocks() * bands();
+        return items >= 2 * call.threads ? 1 : min_of(units(), ceil_div(2 * call.threads, items));
+    }
+
+    // Scratch: scale and shift of every column; then for each thread the taps of a product, its tile, gathered rows, and
+    // the item's input where its channels are not neighbours.
+
+    FASTGEN_INLINE int64_t affine_size() const { return 2 * plan.groups * panels() * kPanel<T>; }
+    FASTGEN_INLINE int64_t taps_size() const { return aligned<T>(ceil_div(most_taps() * sizeof(Tap<T>), sizeof(T))); }
+    FASTGEN_INLINE int64_t tile_size() const { return kTileRows * kTallPanels * kPanel<T>; }
+    FASTGEN_INLINE int64_t gather_size() const {
+        return max_of(kGatherBytes / sizeof(T), kFlatRows * gather_stride(most_taps() * plan.in_channels));
+    }
+    FASTGEN_INLINE int64_t staged_lines() const {
+        int64_t first = 0, last = 0;
+        for (int64_t s = 0; s < plan.y.num_slots; ++s) {
+            const AxisSlot& slot = plan.y.slots[s];
+            if (slot.taps == 0) continue;
+            first = min_of(first, slot.offsets[0]);
+            last = max_of(last, slot.offsets[slot.taps - 1]);
+        }
+        return min_of(plan.y.in_size, item_lines() * plan.y.in_step + last - first);
+    }
+    FASTGEN_INLINE int64_t staged_size() const {
+        return aligned<T>(item_images() * staged_lines() * plan.x.in_size * all_in());
+    }
+    FASTGEN_INLINE bool staged() const { return call.input.c != 1 && all_in() > 1; }
+    FASTGEN_INLINE int64_t thread_size() const {
+        return taps_size() + tile_size() + gather_size() + (staged() ? staged_size() : 0);
+    }
+    FASTGEN_INLINE int64_t scratch_size() const { return affine_size() + call.threads * thread_size(); }
+
+    // Gathered rows start on cache lines and not a power of two apart, which would put them all into one cache set.
+    FASTGEN_INLINE int64_t gather_stride(int64_t depth) const {
+        const int64_t lines = panels_of<T>(depth);
+        return (lines + (lines % 2 == 0)) * kPanel<T>;
+    }
+
+    void spread_affine() const {
+        for (int64_t group = 0; group < plan.groups; ++group) {
+            T* scale = scratch + 2 * group * panels() * kPanel<T>;
+            T* shift = scale + panels() * kPanel<T>;
+            for (int64_t j = 0; j < panels() * kPanel<T>; ++j) {
+                const int64_t o = group * plan.out_channels + j % plan.out_channels;
+                scale[j] = call.scale ? call.scale[o] : T(1);
+                shift[j] = call.shift ? call.shift[o] : T(0);
+            }
+        }
+    }
+
+    void run() const {
+        spread_affine();
+        const int64_t items = image_blocks() * bands() * splits();
+#pragma omp parallel num_threads(call.threads)
+        {
+            T* own = scratch + affine_size() + omp_get_thread_num() * thread_size();
+#pragma omp for schedule(dynamic)
+            for (int64_t i = 0; i < items; ++i) {
+                const int64_t split = i % splits(), band = i / splits() % bands(), block = i / splits() / bands();
+                Item item{*this, own};
+                item.n0 = call.batch * block / image_blocks();
+                item.n1 = call.batch * (block + 1) / image_blocks();
+                item.y0 = cells(plan.y) * band / bands();
+                item.y1 = cells(plan.y) * (band + 1) / bands();
+                item.source = call.input;
+                if (staged()) item.stage();
+                item.units(units() * split / splits(), units() * (split + 1) / splits());
+            }
+        }
+    }
+
+    struct Item {
+        const TapConv& conv;
+        T* own;
+        int64_t n0 = 0, n1 = 0, y0 = 0, y1 = 0;  // images n0..n1-1, lines of cells y0..y1-1
+        Image<T> source{};                       // channels are neighbours
+
+        FASTGEN_INLINE Tap<T>* taps() const { return reinterpret_cast<Tap<T>*>(own); }
+        FASTGEN_INLINE T* tile() const { return own + conv.taps_size(); }
+        FASTGEN_INLINE T* gathered() const { return tile() + conv.tile_size(); }
+        FASTGEN_INLINE T* staged() const { return gathered() + conv.gather_size(); }
+
+        struct Lines {
+            T* data;
+            int64_t first, width, channels;
+            FASTGEN_INLINE T* at(int64_t y, int64_t c) const { return data + (y - first) * width * channels + c; }
+            FASTGEN_INLINE int64_t step() const { return channels; }
+            FASTGEN_INLINE int64_t run() const { return channels; }
+        };
+
+        // Copies the lines that the item reads.
+        void stage() {
+            const AxisPlan& y = conv.plan.y;
+            int64_t first = y.in_size, last = 0;
+            for (int64_t s = 0; s < y.num_slots; ++s) {
+                const AxisSlot& slot = y.slots[s];
+                for (int64_t i = 0; i < slot.num_spans; ++i) {
+                    const AxisSpan& span = slot.spans[i];
+                    const int64_t begin = max_of(span.first, y0), end = min_of(span.last, y1);
+                    if (begin >= end || span.tap_begin == span.tap_end) continue;
+                    first = min_of(first, begin * y.in_step + slot.offsets[span.tap_begin]);
+                    last = max_of(last, (end - 1) * y.in_step + slot.offsets[span.tap_end - 1] + 1);
+                }
+            }
+            if (first >= last) return;
+            const int64_t width = conv.plan.x.in_size, channels = conv.all_in(),
+                          size = (last - first) * width * channels;
+            for (int64_t n = n0; n < n1; ++n) {
+                fetch_rows(source, n, first, last, width, channels,
+                           Lines{staged() + (n - n0) * size, first, width, channels});
+            }
+            source = {staged() - n0 * size - first * width * channels, size, 1, width * channels, channels};
+        }
+
+        void units(int64_t begin, int64_t end) const {
+            const int64_t panels = conv.panels(), per_group = conv.slots() * panels;
+            while (begin < end) {
+                const int64_t next = min_of(end, begin / panels * panels + panels);
+                const int64_t slot = begin % per_group / panels, x_slots = conv.plan.x.num_slots;
+                const SlotPair pair{*this, conv.plan.y.slots[slot / x_slots], conv.plan.x.slots[slot % x_slots],
+                                    begin / per_group, slot};
+                pair.run(begin % panels, begin % panels + next - begin);
+                begin = next;
+            }
+        }
+    };
+
+    // One group of channels and a slot of either axis: a set of products with the same weights.
+    struct SlotPair {
+        const Item& item;
+        const AxisSlot& sy;
+        const AxisSlot& sx;
+        int64_t group, slot;
+
+        FASTGEN_INLINE const ConvPlan& plan() const { return item.conv.plan; }
+
+        void run(int64_t panel_begin, int64_t panel_end) const {
+            for (int64_t i = 0; i < sy.num_spans; ++i) {
+                AxisSpan y = sy.spans[i];
+                y.first = max_of(y.first, item.y0);
+                y.last = min_of(y.last, item.y1);
+                if (y.first >= y.last) continue;
+                for (int64_t j = 0; j < sx.num_spans; ++j) {
+                    const AxisSpan& x = sx.spans[j];
+                    const bool several = (item.n1 - item.n0) * (y.last - y.first) > 1;
+                    const bool depth = y.tap_begin < y.tap_end && x.tap_begin < x.tap_end;
+                    if (several && depth && x.last - x.first < kDirectRows)
+                        gathered(y, x, panel_begin, panel_end);
+                    else
+                        direct(y, x, panel_begin, panel_end);
+                }
+            }
+        }
+
+        FASTGEN_INLINE int64_t blocks(int64_t panels, int64_t rows) const {
+            return ceil_div(panels, rows > kFlatRows ? kTallPanels : kFlatPanels);
+        }
+
+        FASTGEN_INLINE const T* weights(int64_t panel) const {
+            return item.conv.call.packed + item.conv.packed_offset(group, slot) + panel * panel_stride();
+        }
+        FASTGEN_INLINE int64_t panel_stride() const { return item.conv.panel_size(sy, sx); }
+
+        FASTGEN_INLINE const T* source(int64_t n, int64_t y, int64_t x) const {
+            const Image<T>& image = item.source;
+            return image.data + n * image.n + y * image.h + x * image.w + group * plan().in_channels;
+        }
+
+        // The taps that a row of cells reads from cell (n, y, x) on; what is contiguous in memory is one tap.
+        int64_t list_taps(const AxisSpan& y, const AxisSpan& x, const Cell& cell, const T* b) const {
+            const int64_t channels = plan().in_channels;
+            Tap<T>* taps = item.taps();
+            int64_t count = 0;
+            for (int64_t ty = y.tap_begin; ty < y.tap_end; ++ty) {
+                for (int64_t tx = x.tap_begin; tx < x.tap_end; ++tx) {
+                    const T* a = source(cell.n, cell.y * plan().y.in_step + sy.offsets[ty],
+                                        cell.x * plan().x.in_step + sx.offsets[tx]);
+                    if (tx > x.tap_begin && a == taps[count - 1].a + taps[count - 1].k) {
+                        taps[count - 1].k += channels;
+                        continue;
+                    }
+                    taps[count++] = {a, item.source.w * plan().x.in_step, 1, channels,
+                                     b + (ty * sx.taps + tx) * channels * kPanel<T>};
+                }
+            }
+            return count;
+        }
+
+        void product(int64_t taps, int64_t rows, int64_t panels) const {
+            T* tile = item.tile();
+            const int64_t width = panels * kPanel<T>;
+            tap_gemm({item.taps(), taps, panel_stride(), kPanel<T>, nullptr, 0, tile, width, rows, width});
+        }
+
+        void direct(const AxisSpan& y, const AxisSpan& x, int64_t panel_begin, int64_t panel_end) const {
+            const int64_t pieces = ceil_div(x.last - x.first, kTileRows);
+            const int64_t count = blocks(panel_end - panel_begin, ceil_div(x.last - x.first, pieces));
+            for (int64_t block = 0; block < count; ++block) {
+                const int64_t begin = panel_begin + (panel_end - panel_begin) * block / count;
+                const int64_t end = panel_begin + (panel_end - panel_begin) * (block + 1) / count;
+                for (int64_t n = item.n0; n < item.n1; ++n) {
+                    for (int64_t line = y.first; line < y.last; ++line) {
+                        for (int64_t piece = 0; piece < pieces; ++piece) {
+                            const int64_t first = x.first + (x.last - x.first) * piece / pieces;
+                            const int64_t last = x.first + (x.last - x.first) * (piece + 1) / pieces;
+                            const Cell cell{n, line, first};
+                            product(list_taps(y, x, cell, weights(begin)), last - first, end - begin);
+                            const Rectangle rows{y.first, y.last, x.first, x.last};
+                            epilogue(rows, rows.index(item.n0, cell), last - first, begin, end);
+                        }
+                    }
+                }
+            }
+        }
+
+        void gathered(const AxisSpan& y, const AxisSpan& x, int64_t panel_begin, int64_t panel_end) const {
+            const Rectangle cells{y.first, y.last, x.first, x.last};
+            const int64_t depth = (y.tap_end - y.tap_begin) * (x.tap_end - x.tap_begin) * plan().in_channels;
+            const int64_t stride = item.conv.gather_stride(depth), capacity = item.conv.gather_size() / stride;
+            const int64_t rows = (item.n1 - item.n0) * (y.last - y.first) * (x.last - x.first);
+            const int64_t most = min_of(kTileRows, max_of(kFlatRows, capacity / kFlatRows * kFlatRows));
+            const int64_t pieces = ceil_div(rows, most);
+            for (int64_t piece = 0; piece < pieces; ++piece) {
+                const int64_t first = rows * piece / pieces, last = rows * (piece + 1) / pieces;
+                gather(y, x, cells, first, last - first, stride);
+                const int64_t count = blocks(panel_end - panel_begin, last - first);
+                for (int64_t block = 0; block < count; ++block) {
+                    const int64_t begin = panel_begin + (panel_end - panel_begin) * block / count;
+                    const int64_t end = panel_begin + (panel_end - panel_begin) * (block + 1) / count;
+                    product(list_gathered(y, x, stride, weights(begin)), last - first, end - begin);
+                    epilogue(cells, first, last - first, begin, end);
+                }
+            }
+        }
+
+        // Copies what `rows` cells from number `first` on read.
+        void gather(const AxisSpan& y, const AxisSpan& x, const Rectangle& cells, int64_t first, int64_t rows,
+                    int64_t stride) const {
+            Cell cell = cells.at(item.n0, first);
+            const int64_t channels = plan().in_channels;
+            for (int64_t r = 0; r < rows; ++r, cells.advance(cell)) {
+                T* to = item.gathered() + r * stride;
+                for (int64_t ty = y.tap_begin; ty < y.tap_end; ++ty) {
+                    const int64_t line = cell.y * plan().y.in_step + sy.offsets[ty];
+                    for (int64_t tx = x.tap_begin; tx < x.tap_end; ++tx, to += channels) {
+                        copy(source(cell.n, line, cell.x * plan().x.in_step + sx.offsets[tx]), channels, to);
+                    }
+                }
+            }
+        }
+
+        // Gathered rows hold the taps one after the other; a line of taps is a slice of the weights.
+        int64_t list_gathered(const AxisSpan& y, const AxisSpan& x, int64_t stride, const T* b) const {
+            const int64_t depth = (x.tap_end - x.tap_begin) * plan().in_channels;
+            int64_t count = 0;
+            for (int64_t ty = y.tap_begin; ty < y.tap_end; ++ty, ++count) {
+                item.taps()[count] = {item.gathered() + count * depth, stride, 1, depth,
+                                      b + (ty * sx.taps + x.tap_begin) * plan().in_channels * kPanel<T>};
+            }
+            return count;
+        }
+
+        void epilogue(const Rectangle& cells, int64_t first, int64_t rows, int64_t panel_begin,
+                      int64_t panel_end) const {
+            with_activation(item.conv.call.activation, [&](auto tag) __attribute__((always_inline)) {
+                finish<decltype(tag)::value>(cells, first, rows, panel_begin, panel_end);
+            });
+        }
+
+        template <Activation A>
+        void finish(const Rectangle& cells, int64_t first, int64_t rows, int64_t panel_begin, int64_t panel_end) const {
+            const TapConv& conv = item.conv;
+            const int64_t width = (panel_end - panel_begin) * kPanel<T>, column = panel_begin * kPanel<T>;
+            const T* scale = conv.scratch + 2 * group * conv.panels() * kPanel<T> + column;
+            const T* shift = scale + conv.panels() * kPanel<T>;
+            const Vec<T> parameter = broadcast(conv.call.parameter);
+            const bool one_phase = conv.phases() == 1;
+            const int64_t columns = min_of(width, conv.columns() - column);
+            Cell cell = cells.at(item.n0, first);
+            for (int64_t r = 0; r < rows; ++r, cells.advance(cell)) {
+                T* from = item.tile() + r * width;
+                T* to = from;
+                if (one_phase)
+                    to = output(cell.n, cell.y * plan().y.out_step + sy.base, cell.x * plan().x.out_step + sx.base) +
+                         column;
+                int64_t j = 0;
+                for (; j + kLanes<T> <= columns; j += kLanes<T>)
+                    store(to + j, activate<A>(fma(load(from + j), load(scale + j), load(shift + j)), parameter));
+                if (j < columns) {
+                    const Vec<T> value = activate<A>(fma(load(from + j), load(scale + j), load(shift + j)), parameter);
+                    store_n(to + j, value, static_cast<int>(columns - j));
+                }
+                if (!one_phase) scatter(cell, from, column, columns);
+            }
+        }
+
+        FASTGEN_INLINE T* output(int64_t n, int64_t y, int64_t x) const {
+            return item.conv.call.output + ((n * plan().y.out_size + y) * plan().x.out_size + x) * item.conv.all_out() +
+                   group * plan().out_channels;
+        }
+
+        // Writes columns column..column+columns-1 of the phases side by side to their places.
+        void scatter(const Cell& cell, const T* from, int64_t column, int64_t columns) const {
+            const int64_t channels = plan().out_channels, x_phases = plan().x.phases;
+            const int64_t y0 = cell.y * plan().y.out_step + sy.base, x0 = cell.x * plan().x.out_step + sx.base;
+            const int64_t run = plan().groups == 1 ? x_phases * channels : channels;  // columns that stay together
+            for (int64_t done = 0; done < columns;) {
+                const int64_t at = column + done, start = at % run, phase = at / channels;
+                const int64_t count = min_of(run - start, columns - done);
+                const int64_t y = y0 + phase / x_phases, x = x0 + phase % x_phases;
+                if (y >= 0 && y < plan().y.out_size) {
+                    // Columns from the line's first output to its last.
+                    const int64_t skip = max_of(0, -x * channels - at % channels);
+                    const int64_t end = min_of(count, (plan().x.out_size - x) * channels - at % channels);
+                    if (skip < end) {
+                        T* to = output(cell.n, y, x) + at % channels;
+                        for (int64_t j = skip; j < end; ++j) to[j] = from[done + j];
+                    }
+                }
+                done += count;
+            }
+        }
+    };
+};
+
+}  // namespace
+
+#define FASTGEN_DEFINE_TAP_CONV(T)                                                                      \
+    int64_t tap_conv_packed_size(const ConvPlan& plan, const T*) {                                      \
+        const TapConvCall<T> call{};                                                                    \
+        const TapConv<T> conv{plan, call, nullptr};                                                     \
+        return conv.packed_offset(0, conv.slots());                                                     \
+    }                                                                                                   \
+    int64_t tap_conv_scratch_size(const ConvPlan& plan, const TapConvCall<T>& call) {                   \
+        return TapConv<T>{plan, call, nullptr}.scratch_size();                                          \
+    }                                                                                                   \
+    void tap_conv_pack(const ConvPlan& plan, const ConvWeight<T>& weight, T* packed, int64_t threads) { \
+        TapConvCall<T> call{};                                                                          \
+        call.threads = threads;                                                                         \
+        TapConv<T>{plan, call, nullptr}.pack(weight, packed);                                           \
+    }                                                                                                   \
+    void tap_conv(const ConvPlan& plan, const TapConvCall<T>& call, T* scratch) {                       \
+        TapConv<T>{plan, call, scratch}.run();                                                          \
+    }
+
+FASTGEN_DEFINE_TAP_CONV(float)
+FASTGEN_DEFINE_TAP_CONV(double)
+
+}  // namespace fastgen::FASTGEN_ISA

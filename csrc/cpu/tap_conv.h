@@ -1,0 +1,50 @@
+// Convolutions and transposed convolutions on the tap-GEMM, see phase_plan.h and tap_conv.cpp:
+//
+//     output[n, o, y, x] = activation( scale[o] * z + shift[o] ),    z = sum over taps, channels of  input * weight
+#pragma once
+
+#include <cstdint>
+
+#include "activations.h"
+#include "image.h"
+#include "phase_plan.h"
+
+namespace fastgen {
+
+// Weights of any layout, by element strides: the channels count within a group.
+template <class T>
+struct ConvWeight {
+    const T* data;
+    int64_t group, in_channel, out_channel, kernel_y, kernel_x;
+};
+
+template <class T>
+struct TapConvCall {
+    int64_t batch, threads;
+    Image<T> input;
+    const T* packed;
+    const T* scale;  // [groups * out_channels], null for ones
+    const T* shift;  // the same, null for zeros
+    Activation activation;
+    T parameter;  // of the activation
+    T* output;    // dense [N, H, W, groups * out_channels]
+};
+
+}  // namespace fastgen
+
+// tap_conv_packed_size: elements of `packed`; tap_conv_scratch_size: of `scratch`. Both buffers start on a cache line.
+#define FASTGEN_DECLARE_TAP_CONV_OF(T)                                                                 \
+    int64_t tap_conv_packed_size(const ConvPlan& plan, const T*);                                      \
+    int64_t tap_conv_scratch_size(const ConvPlan& plan, const TapConvCall<T>& call);                   \
+    void tap_conv_pack(const ConvPlan& plan, const ConvWeight<T>& weight, T* packed, int64_t threads); \
+    void tap_conv(const ConvPlan& plan, const TapConvCall<T>& call, T* scratch);
+
+#define FASTGEN_DECLARE_TAP_CONV(ISA)   \
+    namespace fastgen::ISA {            \
+    FASTGEN_DECLARE_TAP_CONV_OF(float)  \
+    FASTGEN_DECLARE_TAP_CONV_OF(double) \
+    }
+
+#ifdef FASTGEN_ISA
+FASTGEN_DECLARE_TAP_CONV(FASTGEN_ISA)
+#endif

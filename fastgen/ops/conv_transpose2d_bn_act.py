@@ -1,0 +1,496 @@
+"""Transposed convolution, BatchNorm and activation in one: the block that generators and decoders are made of.
+
+A. Radford, L. Metz, S. Chintala, "Unsupervised Representation Learning with Deep Convolutional Generative Adversarial
+Networks", ICLR 2016, section 3.  S. Ioffe, C. Szegedy, "Batch Normalization", ICML 2015, algorithms 1 and 2.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fastgen import backends
+from fastgen.ops.packed_weights import packed_weight
+
+ACTIVATIONS = ("none", "relu", "leaky_relu", "elu", "tanh", "sigmoid")
+
+_MIN_THREAD_WORK = 1_000_000  # multiply-adds: below, waking a thread costs more than it saves
+
+
+def conv_transpose2d_bn_act(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    bn_weight: Tensor | None = None,
+    bn_bias: Tensor | None = None,
+    *,
+    stride: int | Sequence[int] = 1,
+    padding: int | Sequence[int] = 0,
+    output_padding: int | Sequence[int] = 0,
+    groups: int = 1,
+    dilation: int | Sequence[int] = 1,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+    activation: str = "none",
+    negative_slope: float = 0.01,
+    alpha: float = 1.0,
+) -> Tensor:
+    """``activation(batch_norm(conv_transpose2d(input, weight, bias, ...), ...))``.
+
+    Args:
+        input: [N, Cin, H, W], any strides.
+        weight: [Cin, Cout / groups, kh, kw], of the dtype of the input; so are the others.
+        bias: [Cout] or None, of the convolution.
+        running_mean, running_var: [Cout], statistics of the BatchNorm; both or none.
+        bn_weight, bn_bias: [Cout] or None, scale and shift of the BatchNorm.  Without statistics, bn_weight and bn_bias
+            there is no BatchNorm.
+        stride, padding, output_padding, groups, dilation: as in `torch.nn.functional.conv_transpose2d`.
+        training, momentum, eps: as in `torch.nn.functional.batch_norm`: `training` normalises by the batch and
+            updates the running statistics.  It has no effect without a BatchNorm.
+        activation: "none", "relu", "leaky_relu" (with negative_slope), "elu" (with alpha), "tanh" or "sigmoid".
+
+    Returns:
+        [N, Cout, H', W'] with ``H' = (H - 1) * stride - 2 * padding + dilation * (kh - 1) + output_padding + 1``,
+        channels-last in memory where a native kernel computed it.
+
+    float32 and float64 run natively on the CPU, other dtypes and autocast through plain PyTorch.  Where no gradient is
+    wanted, bias, BatchNorm and activation are applied while the convolution writes its result, and nothing else is
+    stored.  Packed weights are kept from call to call; see `fastgen.ops.packed_weights` for how changed weights are
+    noticed.  Second derivatives need ``with fastgen.backend("reference")``.
+
+    Raises:
+        TypeError: an argument is not a tensor or the dtypes differ.
+        ValueError: a shape or an option is not as above; training on a single value per channel.
+    """
+    tensors = (input, weight, bias, running_mean, running_var, bn_weight, bn_bias)
+    geometry = (_pair("stride", stride), _pair("padding", padding), _pair("output_padding", output_padding))
+    batch_norm = running_mean is not None or bn_weight is not None or bn_bias is not None
+    training = training and batch_norm
+    parameter = alpha if activation == "elu" else negative_slope
+    args = (*tensors, *geometry, groups, _pair("dilation", dilation), training, eps, activation, parameter)
+    _check(*args)
+    autocast = torch.is_autocast_enabled(input.device.type)
+    if torch.compiler.is_compiling():
+        plain = autocast
+    else:
+        plain = backends.select("conv_transpose2d_bn_act", *args) is _forward_reference
+    if plain:
+        return conv_transpose2d_bn_act_reference(*args, momentum=momentum)
+    wants_grad = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    if not training and not wants_grad:
+        return torch.ops.fastgen.conv_transpose2d_bn_act(*args)
+    output, mean, var = _Block.apply(*args)
+    if training and running_mean is not None and running_var is not None:
+        _update(running_mean, running_var, mean, var, output.numel() // output.shape[1], momentum)
+    return output
+
+
+def conv_transpose2d_bn_act_reference(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    output_padding: Sequence[int],
+    groups: int,
+    dilation: Sequence[int],
+    training: bool,
+    eps: float,
+    activation: str,
+    parameter: float,
+    momentum: float = 0.1,
+) -> Tensor:
+    """The definition, in plain PyTorch; `parameter` is the slope of leaky_relu or the alpha of elu."""
+    output = F.conv_transpose2d(input, weight, bias, stride, padding, output_padding, groups, dilation)
+    if training or running_mean is not None:
+        output = F.batch_norm(output, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps)
+    return _activate(output, activation, parameter)
+
+
+def _activate(x: Tensor, activation: str, parameter: float) -> Tensor:
+    if activation == "leaky_relu":
+        return F.leaky_relu(x, parameter)
+    if activation == "elu":
+        return F.elu(x, parameter)
+    return x if activation == "none" else getattr(torch, activation)(x)
+
+
+def _update(running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, count: int, momentum: float) -> None:
+    """As `torch.nn.functional.batch_norm` does, with the unbiased variance."""
+    with torch.no_grad():
+        running_mean.lerp_(mean, momentum)
+        running_var.lerp_(var * (count / (count - 1)), momentum)
+
+
+class _Block(torch.autograd.Function):
+    """Keeps the result of the convolution for the backward pass; the activation's input is computed again from it."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        input, weight, bias, _, _, bn_weight, bn_bias, *options = args
+        output, conv, mean, var = torch.ops.fastgen.conv_transpose2d_bn_act_saving(*args)
+        ctx.save_for_backward(input, weight, bn_weight, bn_bias, conv, mean, var)
+        ctx.options = (*options, bias is not None)
+        ctx.mark_non_differentiable(mean, var)
+        return output, mean, var
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        for_input, for_weight, for_bias, _, _, for_bn_weight, for_bn_bias = ctx.needs_input_grad[:7]
+        grads = torch.ops.fastgen.conv_transpose2d_bn_act_backward(
+            grad, *ctx.saved_tensors, *ctx.options[:-1], [for_input, for_weight]
+        )
+        wanted = (for_input, for_weight, for_bias, for_bn_weight, for_bn_bias)
+        first, second, third, fourth, fifth = (g if want else None for g, want in zip(grads, wanted, strict=True))
+        return first, second, third, None, None, fourth, fifth, *(None,) * 9
+
+
+# Checks, shared by the real and the fake implementations
+
+
+class _Options(NamedTuple):
+    """The arguments after the tensors, in the order of the schemas."""
+
+    stride: Sequence[int]
+    padding: Sequence[int]
+    output_padding: Sequence[int]
+    groups: int
+    dilation: Sequence[int]
+    training: bool
+    eps: float
+    activation: str
+    parameter: float
+
+
+def _pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
+    pair = tuple(value) if isinstance(value, Sequence) else (value, value)
+    if len(pair) == 2:
+        return pair
+    raise ValueError(f"{name} must be an integer or two (height, width), got {value!r}")
+
+
+def _check(input: Tensor, weight: Tensor, *rest: Any) -> None:
+    channel_names = ("bias", "running_mean", "running_var", "bn_weight", "bn_bias")
+    channels = dict(zip(channel_names, rest, strict=False))
+    options = _Options(*rest[5:])
+    for name, value in {"input": input, "weight": weight, **channels}.items():
+        if not isinstance(value, Tensor) and not (name in channels and value is None):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    _check_options(options)
+    if weight.dim() != 4 or 0 in weight.shape:
+        raise ValueError(
+            f"weight must be [Cin, Cout / groups, kh, kw] without empty dimensions, got {list(weight.shape)}"
+        )
+    if weight.shape[0] % options.groups:
+        raise ValueError(f"groups must divide the {weight.shape[0]} input channels, got {options.groups}")
+    if input.dim() != 4 or 0 in input.shape[1:]:
+        raise ValueError(f"input must be [N, Cin, H, W] without empty dimensions but N, got {list(input.shape)}")
+    if input.shape[1] != weight.shape[0]:
+        raise ValueError(f"input must have {weight.shape[0]} channels as the weight has, got {input.shape[1]}")
+    shape = _output_shape(input.shape, weight.shape, options)
+    if shape[2] < 1 or shape[3] < 1:
+        raise ValueError(f"the output would be {shape[2]} x {shape[3]}: padding {options.padding} is too large for it")
+    for name, value in channels.items():
+        if value is not None and tuple(value.shape) != (shape[1],):
+            raise ValueError(f"{name} must be [{shape[1]}], got {list(value.shape)}")
+    _check_batch_norm(channels, options, shape)
+    _check_same(input, {"weight": weight, **channels})
+
+
+def _check_options(options: _Options) -> None:
+    for name, least in (("stride", 1), ("padding", 0), ("output_padding", 0), ("dilation", 1)):
+        if min(getattr(options, name)) < least:
+            raise ValueError(f"{name} must be at least {least}, got {getattr(options, name)}")
+    if options.groups < 1:
+        raise ValueError(f"groups must be at least 1, got {options.groups}")
+    for extra, stride, dilation in zip(options.output_padding, options.stride, options.dilation, strict=True):
+        if extra >= max(stride, dilation):
+            raise ValueError(f"output_padding must be less than stride or dilation, got {options.output_padding}")
+    if options.activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {options.activation!r}")
+
+
+def _check_batch_norm(channels: dict[str, Tensor | None], options: _Options, shape: Sequence[int]) -> None:
+    given = [channels[name] is not None for name in ("running_mean", "running_var", "bn_weight", "bn_bias")]
+    if given[0] != given[1]:
+        raise ValueError("running_mean and running_var must be given together")
+    if any(given[2:]) and not given[0] and not options.training:
+        raise ValueError("a BatchNorm without running_mean and running_var must be training")
+    if options.training and shape[0] * shape[2] * shape[3] == 1:
+        raise ValueError(f"training needs more than one value per channel, got an output of {list(shape)}")
+
+
+def _check_same(input: Tensor, others: dict[str, Tensor | None]) -> None:
+    """One floating dtype (autocast may still bring different ones together) and one device."""
+    autocast = torch.is_autocast_enabled(input.device.type)
+    for name, value in others.items():
+        if value is None:
+            continue
+        if value.device != input.device:
+            raise ValueError(f"{name} must be on the device of the input, {input.device}, got {value.device}")
+        if value.dtype != input.dtype and not autocast:
+            raise TypeError(f"{name} must have the dtype of the input, {input.dtype}, got {value.dtype}")
+    if not input.dtype.is_floating_point:
+        raise TypeError(f"input must be of a floating dtype, got {input.dtype}")
+
+
+def _output_shape(input: Sequence[int], weight: Sequence[int], options: _Options) -> tuple[int, int, int, int]:
+    height, width = (
+        (input[2 + i] - 1) * options.stride[i]
+        - 2 * options.padding[i]
+        + options.dilation[i] * (weight[2 + i] - 1)
+        + options.output_padding[i]
+        + 1
+        for i in range(2)
+    )
+    return input[0], weight[1] * options.groups, height, width
+
+
+# Implementations
+
+
+def _forward_reference(*args: Any) -> Tensor:
+    return _saving_reference(*args)[0]
+
+
+def _saving_reference(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Output, result of the convolution, and the mean and (biased) variance that it is normalised by.
+
+    Without a BatchNorm the statistics are empty; without an activation, too, so is the second.
+    """
+    options = _Options(*rest)
+    conv = F.conv_transpose2d(input, weight, bias, *options[:5])
+    conv = conv.contiguous(memory_format=torch.channels_last)
+    if options.training:
+        var, mean = torch.var_mean(conv, (0, 2, 3), correction=0)
+    elif running_mean is not None and running_var is not None:
+        mean, var = running_mean.clone(), running_var.clone()
+    else:
+        empty = input.new_empty(0)
+        if options.activation == "none":
+            return conv, empty, empty.clone(), empty.clone()
+        return _activate(conv, options.activation, options.parameter), conv, empty, empty.clone()
+    output = F.batch_norm(conv, mean, var, bn_weight, bn_bias, False, 0.0, options.eps)
+    output = output.clone() if output is conv else output
+    return _activate(output, options.activation, options.parameter), conv, mean, var
+
+
+def _backward_reference(
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    conv: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of input, weight, bias, bn_weight and bn_bias; of the first two, empty ones where not needed."""
+    options, needs = _Options(*rest[:-1]), rest[-1]
+    view = (1, -1, 1, 1)
+    scale = grad.new_ones(grad.shape[1]) if bn_weight is None else bn_weight
+    normalised = conv
+    if mean.numel():
+        normalised = (conv - mean.view(view)) * (var + options.eps).rsqrt().view(view)
+        before = normalised * scale.view(view)
+        before = before if bn_bias is None else before + bn_bias.view(view)
+        grad = grad * _activation_gradient(before, options.activation, options.parameter)
+    elif conv.numel() or options.activation != "none":
+        grad = grad * _activation_gradient(conv, options.activation, options.parameter)
+    grad_bn_bias = grad.sum((0, 2, 3))
+    grad_bn_weight = (grad * normalised).sum((0, 2, 3)) if conv.numel() else torch.zeros_like(grad_bn_bias)
+    if options.training and grad.numel():
+        count = grad.numel() // grad.shape[1]
+        grad = grad - grad_bn_bias.view(view) / count - normalised * grad_bn_weight.view(view) / count
+    if mean.numel():
+        grad = grad * (scale * (var + options.eps).rsqrt()).view(view)
+    grads = torch.ops.aten.convolution_backward(
+        grad,
+        input,
+        weight,
+        None,
+        options.stride,
+        options.padding,
+        options.dilation,
+        True,
+        options.output_padding,
+        options.groups,
+        [*needs, False],
+    )
+    grad_input = grads[0].contiguous(memory_format=torch.channels_last) if needs[0] else input.new_empty(0)
+    grad_weight = grads[1].contiguous() if needs[1] else input.new_empty(0)
+    return grad_input, grad_weight, grad.sum((0, 2, 3)), grad_bn_weight, grad_bn_bias
+
+
+def _activation_gradient(x: Tensor, activation: str, parameter: float) -> Tensor:
+    one = torch.ones_like(x)
+    if activation in ("relu", "leaky_relu"):
+        return torch.where(x > 0, one, 0.0 if activation == "relu" else parameter)
+    if activation == "elu":
+        return torch.where(x > 0, one, parameter * x.exp())
+    if activation == "none":
+        return one
+    y = _activate(x, activation, parameter)
+    return 1 - y * y if activation == "tanh" else y * (1 - y)
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(
+    transposed: bool,
+    groups: int,
+    channels: tuple[int, int],
+    in_size: tuple[int, int],
+    out_size: tuple[int, int],
+    kernel: tuple[int, int],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    dilation: tuple[int, int],
+    dtype: torch.dtype,
+) -> Any:
+    lanes = 64 // dtype.itemsize  # of a panel of the tap-GEMM
+    native = backends.native_cpu()
+    return native.ConvPlan(transposed, groups, channels, in_size, out_size, kernel, stride, padding, dilation, lanes)
+
+
+def _threads(input: Tensor, weight: Tensor) -> int:
+    work = input.numel() * weight.numel() // weight.shape[0]
+    return max(1, min(torch.get_num_threads(), work // _MIN_THREAD_WORK))
+
+
+def _run(
+    plan: Any, image: Tensor, packed: Tensor, output: Tensor, threads: int, tensors: Sequence[Tensor | None], *act: Any
+) -> None:
+    """`tensors` and `act` as `conv_bn_act` of csrc/bindings/bind_conv_transpose2d_bn_act.cpp takes them."""
+    native, dtype = backends.native_cpu(), str(image.dtype).removeprefix("torch.")
+    eps, activation, parameter = act or (0.0, "none", 0.0)
+    tensors = [None if tensor is None else tensor.contiguous() for tensor in tensors]
+    pointers = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
+    strides = image.stride()
+    size = getattr(native, f"conv_scratch_size_{dtype}")(plan, image.shape[0], threads, strides)
+    scratch = image.new_empty(size)
+    getattr(native, f"conv_bn_act_{dtype}")(
+        plan, image.shape[0], threads, image.data_ptr(), strides, packed.data_ptr(), pointers,
+        eps, getattr(native.Activation, activation), parameter, output.data_ptr(), scratch.data_ptr(),
+    )  # fmt: skip
+
+
+def _forward_plan(input: Tensor, weight: Tensor, shape: Sequence[int], options: _Options) -> Any:
+    sizes = ((weight.shape[0], shape[1]), tuple(input.shape[2:]), tuple(shape[2:]), tuple(weight.shape[2:]))
+    geometry = (tuple(options.stride), tuple(options.padding), tuple(options.dilation))
+    return _plan(True, options.groups, *sizes, *geometry, input.dtype)
+
+
+def _forward_cpu(input: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    tensors, options = rest[:5], _Options(*rest[5:])
+    shape = _output_shape(input.shape, weight.shape, options)
+    output = _channels_last(input, shape)
+    if output.numel():
+        plan, threads = _forward_plan(input, weight, shape, options), _threads(input, weight)
+        packed = packed_weight(weight, plan, options.groups, threads)
+        _run(plan, input, packed, output, threads, tensors, options.eps, options.activation, options.parameter)
+    return output
+
+
+def _channels_last(like: Tensor, shape: Sequence[int]) -> Tensor:
+    return torch.empty(tuple(shape), dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+
+
+def _why_not_cpu(*args: Any) -> str | None:
+    first = args[0]
+    if first.dtype not in (torch.float32, torch.float64):
+        return f"it takes float32 and float64, got {first.dtype}"
+    if torch.is_autocast_enabled(first.device.type):
+        return "autocast is on"
+    if first.layout is not torch.strided:
+        return f"it takes strided tensors, got {first.layout}"
+    return None
+
+
+# Registration
+
+_TENSORS = "Tensor input, Tensor weight, Tensor? bias, Tensor? running_mean, Tensor? running_var, Tensor? bn_weight, Tensor? bn_bias"  # noqa: E501
+_OPTIONS = "SymInt[2] stride, SymInt[2] padding, SymInt[2] output_padding, SymInt groups, SymInt[2] dilation, bool training, float eps, str activation, float parameter"  # noqa: E501
+_SAVED = (
+    "Tensor grad, Tensor input, Tensor weight, Tensor? bn_weight, Tensor? bn_bias, Tensor conv, Tensor mean, Tensor var"
+)
+_SCHEMAS = {
+    "conv_transpose2d_bn_act": f"({_TENSORS}, {_OPTIONS}) -> Tensor",
+    "conv_transpose2d_bn_act_saving": f"({_TENSORS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    "conv_transpose2d_bn_act_backward": f"({_SAVED}, {_OPTIONS}, bool[2] needs) -> "
+    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
+}
+_library = torch.library.Library("fastgen", "FRAGMENT")
+
+
+def _register(name: str, check: Any, reference: Any, cpu: Any, empty: Any) -> None:
+    """One check for the real and the fake implementation; `empty` allocates what the fake one returns."""
+
+    def real(*args: Any) -> Any:
+        check(*args)
+        return backends.select(name, *args)(*args)
+
+    def fake(*args: Any) -> Any:
+        check(*args)
+        return empty(*args)
+
+    backends.register(name, "reference", reference)
+    backends.register(name, "cpu", cpu, why_not=_why_not_cpu)
+    _library.define(name + _SCHEMAS[name], tags=torch.Tag.pt2_compliant_tag)
+    _library.impl(name, real, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastgen::{name}", fake, lib=_library)
+
+
+def _forward_empty(input: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    return _channels_last(input, _output_shape(input.shape, weight.shape, _Options(*rest[5:])))
+
+
+def _saving_empty(input: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    output, options = _forward_empty(input, weight, *rest), _Options(*rest[5:])
+    channels = output.shape[1] if options.training or rest[1] is not None else 0
+    conv = torch.empty_like(output) if channels or options.activation != "none" else input.new_empty(0)
+    return output, conv, input.new_empty(channels), input.new_empty(channels)
+
+
+def _backward_empty(grad: Tensor, input: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    needs = rest[-1]
+    grad_input = _channels_last(input, input.shape) if needs[0] else input.new_empty(0)
+    grad_weight = input.new_empty(weight.shape) if needs[1] else input.new_empty(0)
+    return grad_input, grad_weight, *(input.new_empty(grad.shape[1]) for _ in range(3))
+
+
+def _check_backward(grad: Tensor, input: Tensor, weight: Tensor, *rest: Any) -> None:
+    options = _Options(*rest[5:-1])
+    shape = _output_shape(input.shape, weight.shape, options)
+    if tuple(grad.shape) != shape:
+        raise ValueError(f"grad must be {list(shape)}, got {list(grad.shape)}")
+
+
+_register("conv_transpose2d_bn_act", _check, _forward_reference, _forward_cpu, _forward_empty)
+_register("conv_transpose2d_bn_act_saving", _check, _saving_reference, _saving_reference, _saving_empty)
+_register(
+    "conv_transpose2d_bn_act_backward", _check_backward, _backward_reference, _backward_reference, _backward_empty
+)

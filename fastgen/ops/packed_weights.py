@@ -1,0 +1,60 @@
+"""Convolution weights in the layout of the native kernels, packed once and kept as long as the weight lives.
+
+A pack is served only while it is known to be that of the weight: same tensor object, memory, strides and version
+counter (which every in-place operation of PyTorch advances: optimiser steps, `load_state_dict`, initialisers), and the
+same fingerprint, a hash of 512 cache lines spread evenly over the weights (all of them below 32 KiB). The fingerprint
+is for writes past the version counter, as through ``weight.data`` or a NumPy view: it sees those that touch the whole
+tensor, and may miss one that changes a few elements of a large one; follow such a write by
+``torch.autograd.graph.increment_version(weight)``.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from fastgen import backends
+
+_MAX_LAYOUTS = 8  # kept of one weight; layouts differ between forward, backward, and very small and other images
+
+
+class _Entry(NamedTuple):
+    state: tuple[Any, ...]
+    packs: dict[tuple[int, ...], Tensor]
+
+
+_entries = WeakTensorKeyDictionary()
+
+
+def packed_weight(weight: Tensor, plan: Any, groups: int, threads: int, *, input_gradient: bool = False) -> Tensor:
+    """`weight` [Cin, Cout / groups, kh, kw] of a transposed convolution, packed for the plan of its forward pass or for
+    that of its input gradient.
+    """
+    if weight.is_inference():  # has no version counter
+        return _pack(weight, plan, groups, threads, input_gradient)
+    native = backends.native_cpu()
+    pointer, strides = weight.data_ptr(), weight.stride()
+    span = 1 + sum(stride * (size - 1) for stride, size in zip(strides, weight.shape, strict=True))
+    state = (pointer, strides, weight._version, native.fingerprint(pointer, span * weight.element_size()))
+    entry = _entries.get(weight)
+    if entry is None or entry.state != state:
+        entry = _entries[weight] = _Entry(state, {})
+    key = (native.isa(), *plan.layout)
+    packed = entry.packs.get(key)
+    if packed is None:
+        if len(entry.packs) >= _MAX_LAYOUTS:
+            entry.packs.clear()
+        packed = entry.packs[key] = _pack(weight, plan, groups, threads, input_gradient)
+    return packed
+
+
+def _pack(weight: Tensor, plan: Any, groups: int, threads: int, input_gradient: bool) -> Tensor:
+    native, dtype = backends.native_cpu(), str(weight.dtype).removeprefix("torch.")
+    packed = weight.new_empty(getattr(native, f"conv_packed_size_{dtype}")(plan), requires_grad=False)
+    first, second, y, x = weight.stride()
+    channels = (second, first) if input_gradient else (first, second)
+    strides = (weight.shape[0] // groups * first, *channels, y, x)
+    getattr(native, f"conv_pack_{dtype}")(plan, weight.data_ptr(), strides, packed.data_ptr(), threads)
+    return packed

@@ -1,0 +1,343 @@
+"""The fused block: plain PyTorch in float64, every option, layouts, threads, stale weights, gradients."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import fastgen
+from fastgen import backends, ops
+
+module = importlib.import_module("fastgen.ops.conv_transpose2d_bn_act")  # the package has the function of this name
+
+
+class Case(NamedTuple):
+    shape: tuple[int, int, int, int]  # N, Cin, H, W
+    out: int
+    kernel: tuple[int, int]
+    options: Mapping[str, Any] = MappingProxyType({})
+
+    @property
+    def groups(self):
+        return self.options.get("groups", 1)
+
+    def tensors(self, dtype=torch.float32, bias=True, norm=True):
+        """input, weight, bias, running_mean, running_var, bn_weight, bn_bias."""
+        channels = self.shape[1]
+        x = torch.randn(self.shape, dtype=dtype)
+        weight = torch.randn(channels, self.out // self.groups, *self.kernel, dtype=dtype)
+        vectors = [torch.randn(self.out, dtype=dtype) for _ in range(4)]
+        var = torch.rand(self.out, dtype=dtype) + 0.5
+        bias = vectors[0] if bias else None
+        return [x, weight, bias, *((vectors[1], var, *vectors[2:]) if norm else (None,) * 4)]
+
+
+CASES = {
+    "one of all": Case((1, 1, 1, 1), 1, (1, 1)),
+    "k3s1p1": Case((2, 5, 7, 11), 19, (3, 3), {"padding": 1}),
+    "k4s2p1": Case((3, 17, 5, 6), 33, (4, 4), {"stride": 2, "padding": 1}),
+    "k2s2": Case((2, 6, 3, 5), 20, (2, 2), {"stride": 2}),
+    "k3s2p1op1": Case((2, 6, 5, 4), 12, (3, 3), {"stride": 2, "padding": 1, "output_padding": 1}),
+    "k4s1p0 of 1x1": Case((5, 10, 1, 1), 24, (4, 4)),
+    "last layer": Case((2, 16, 9, 7), 3, (4, 4), {"stride": 2, "padding": 1}),
+    "last layer k3s1": Case((2, 8, 9, 13), 3, (3, 3), {"padding": 1}),
+    "one channel": Case((2, 4, 8, 8), 1, (5, 5), {"stride": 2, "padding": 2, "output_padding": 1}),
+    "4x4 map": Case((9, 32, 4, 4), 64, (4, 4), {"stride": 2, "padding": 1}),
+    "groups": Case((2, 12, 5, 6), 18, (3, 3), {"stride": 2, "groups": 3}),
+    "depthwise": Case((2, 6, 5, 6), 6, (4, 4), {"stride": 2, "padding": 1, "groups": 6}),
+    "dilation": Case((2, 4, 5, 6), 6, (3, 2), {"dilation": (2, 3), "padding": (1, 0)}),
+    "dilation, stride": Case((2, 4, 5, 6), 6, (3, 3), {"dilation": (2, 3), "stride": (3, 2), "padding": 2}),
+    "stride above kernel": Case((2, 4, 3, 4), 6, (2, 1), {"stride": (3, 4), "output_padding": (2, 3)}),
+    "sides differ": Case((2, 4, 3, 7), 17, (4, 3), {"stride": (2, 1), "padding": (1, 0)}),
+    "padding crops": Case((2, 4, 5, 5), 7, (3, 3), {"padding": 3}),
+    "kernel larger than image": Case((2, 4, 2, 3), 5, (7, 9), {"stride": 2, "padding": 3}),
+    "wide": Case((1, 3, 2, 130), 5, (4, 4), {"stride": 2, "padding": 1}),
+    "several items": Case((5, 8, 24, 23), 18, (4, 4), {"stride": 2, "padding": 1}),
+    "deep": Case((2, 150, 3, 3), 40, (3, 3), {"stride": 2}),
+}
+ACTIVATIONS = {
+    "none": lambda x: x,
+    "relu": F.relu,
+    "leaky_relu": lambda x: F.leaky_relu(x, -0.3),
+    "elu": lambda x: F.elu(x, 1.7),
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+}
+
+all_cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+all_activations = pytest.mark.parametrize("activation", ACTIVATIONS)
+
+
+def plain(case, tensors, activation="none", training=False, momentum=0.1):
+    """The definition, in the dtype of the tensors."""
+    x, weight, bias, mean, var, bn_weight, bn_bias = tensors
+    output = F.conv_transpose2d(x, weight, bias, **case.options)
+    if mean is not None:
+        output = F.batch_norm(output, mean, var, bn_weight, bn_bias, training, momentum, 0.8)
+    return ACTIVATIONS[activation](output)
+
+
+def native(case, tensors, activation="none", **more):
+    more = {"negative_slope": -0.3, "alpha": 1.7, "eps": 0.8, **more}
+    with fastgen.backend("cpu"):
+        return ops.conv_transpose2d_bn_act(*tensors, **case.options, activation=activation, **more)
+
+
+def doubles(tensors):
+    return [None if tensor is None else tensor.double() for tensor in tensors]
+
+
+def rms(tensor):
+    return float(tensor.square().mean().sqrt())
+
+
+def assert_as_accurate(ours, theirs, truth, what=""):
+    error, bound = rms(ours - truth), max(2 * rms(theirs - truth), 2**-23 * rms(truth))
+    assert error <= bound, f"{what}: error {error:.2e}, plain PyTorch {rms(theirs - truth):.2e}"
+
+
+@all_cases
+def test_float32_is_as_accurate_as_pytorch(case):
+    tensors = case.tensors()
+    assert_as_accurate(native(case, tensors), plain(case, tensors), plain(case, doubles(tensors)))
+
+
+@all_activations
+@pytest.mark.parametrize("name", ["k4s2p1", "last layer", "groups"])
+def test_activations_are_as_accurate_as_pytorch(name, activation):
+    case = CASES[name]
+    tensors = case.tensors()
+    truth = plain(case, doubles(tensors), activation)
+    assert_as_accurate(native(case, tensors, activation), plain(case, tensors, activation), truth)
+
+
+@all_cases
+@pytest.mark.parametrize("isa", backends.native_cpu().isas())
+def test_float64_on_every_instruction_set(case, isa):
+    tensors = case.tensors(torch.float64)
+    backends.native_cpu().set_isa(isa)
+    try:
+        actual = native(case, tensors, "elu")
+    finally:
+        backends.native_cpu().set_isa("")
+    torch.testing.assert_close(actual, plain(case, tensors, "elu"), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("norm", [True, False], ids=["norm", "no norm"])
+def test_without_parts(bias, norm):
+    for name in ("k4s2p1", "last layer"):
+        tensors = CASES[name].tensors(torch.float64, bias, norm)
+        expected = plain(CASES[name], tensors, "leaky_relu")
+        torch.testing.assert_close(native(CASES[name], tensors, "leaky_relu"), expected)
+
+
+def test_norm_without_scale_and_shift():
+    case = CASES["k4s2p1"]
+    tensors = [*case.tensors(torch.float64)[:5], None, None]
+    torch.testing.assert_close(native(case, tensors, "relu"), plain(case, tensors, "relu"))
+
+
+@pytest.mark.parametrize("name", ["k4s2p1", "last layer", "dilation, stride", "groups", "wide"])
+def test_against_loops(name):
+    case = CASES[name]
+    x, weight, bias, *_ = tensors = case.tensors(torch.float64, norm=False)
+    output = native(case, tensors)
+    pair = {key: module._pair(key, value) for key, value in case.options.items() if key != "groups"}
+    (sy, sx), (py, px) = pair.get("stride", (1, 1)), pair.get("padding", (0, 0))
+    dy, dx = pair.get("dilation", (1, 1))
+    expected = bias.view(1, -1, 1, 1).expand(output.shape).clone()
+    out_part, in_part = case.out // case.groups, case.shape[1] // case.groups
+    for iy, ix, ky, kx in itertools.product(*map(range, (*x.shape[2:], *case.kernel))):
+        y, x_ = iy * sy - py + ky * dy, ix * sx - px + kx * dx
+        if 0 <= y < output.shape[2] and 0 <= x_ < output.shape[3]:
+            for g in range(case.groups):
+                inputs = slice(g * in_part, (g + 1) * in_part)
+                part = x[:, inputs, iy, ix] @ weight[inputs, :, ky, kx]
+                expected[:, g * out_part : (g + 1) * out_part, y, x_] += part
+    torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["k4s2p1", "last layer", "4x4 map", "deep"])
+def test_bits_are_the_same_on_every_fused_instruction_set(name):
+    case, native_cpu = CASES[name], backends.native_cpu()
+    tensors, results = case.tensors(), []
+    try:
+        for isa in native_cpu.isas():
+            if isa != "baseline":
+                native_cpu.set_isa(isa)
+                results.append(native(case, tensors, "tanh"))
+    finally:
+        native_cpu.set_isa("")
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+@pytest.mark.parametrize("name", ["k4s2p1", "last layer", "4x4 map", "several items", "groups", "one of all"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_bits_do_not_depend_on_threads(name, dtype, monkeypatch):
+    monkeypatch.setattr(module, "_MIN_THREAD_WORK", 1)
+    case = CASES[name]
+    tensors = case.tensors(dtype)
+    one = native(case, tensors, "relu")
+    for threads in (2, 3, 7, 19):
+        torch.set_num_threads(threads)
+        assert torch.equal(native(case, tensors, "relu"), one), threads
+
+
+@pytest.mark.parametrize("name", ["4x4 map", "several items", "last layer", "k4s1p0 of 1x1"])
+def test_bits_do_not_depend_on_the_batch(name):
+    case = CASES[name]
+    x, *rest = case.tensors()
+    output = native(case, [x, *rest], "relu")
+    for n in range(case.shape[0]):
+        assert torch.equal(native(case, [x[n : n + 1], *rest], "relu")[0], output[n])
+
+
+LAYOUTS = {
+    "contiguous": lambda t: t.contiguous(),
+    "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last),
+    "transposed": lambda t: t.transpose(2, 3).contiguous().transpose(2, 3),
+    "sliced": lambda t: torch.stack((t, -t), dim=-1).flatten(3)[..., ::2],
+    "channels sliced": lambda t: torch.cat((t, -t), dim=1).contiguous(memory_format=torch.channels_last)[
+        :, : t.shape[1]
+    ],
+    "offset": lambda t: torch.cat((torch.zeros(1), t.flatten()))[1:].view(t.shape),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["k4s2p1", "last layer", "4x4 map", "several items", "groups"])
+def test_layouts_give_the_same_bits(name, layout):
+    x, weight, *rest = CASES[name].tensors()
+    expected = native(CASES[name], [x, weight, *rest], "relu")
+    arrange = LAYOUTS[layout]
+    actual = native(CASES[name], [arrange(x), arrange(weight), *rest], "relu")
+    assert torch.equal(actual, expected)
+    assert actual.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_expanded_inputs():
+    case = Case((3, 4, 5, 6), 6, (4, 4), {"stride": 2})
+    x = torch.randn(1, 1, 5, 6, dtype=torch.float64).expand(3, 4, 5, 6)
+    weight = torch.randn(1, 6, 4, 4, dtype=torch.float64).expand(4, 6, 4, 4)
+    vector = torch.ones(1, dtype=torch.float64).expand(6)
+    tensors = [x, weight, *(vector,) * 5]
+    torch.testing.assert_close(native(case, tensors), plain(case, tensors))
+
+
+def test_nan_stays_nan():
+    case = CASES["k2s2"]
+    x, *rest = case.tensors()
+    x[0, 0, 1, 2] = float("nan")
+    for activation in ACTIVATIONS:
+        output = native(case, [x, *rest], activation)
+        assert output[0, :, 2:4, 4:6].isnan().all()
+        assert output.isnan().sum() == 4 * case.out
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_empty_batch(backend):
+    case = Case((0, 4, 5, 6), 6, (4, 4), {"stride": 2})
+    tensors = case.tensors()
+    for tensor in tensors[:3]:
+        tensor.requires_grad_()
+    with fastgen.backend(backend):
+        output = ops.conv_transpose2d_bn_act(*tensors, stride=2, activation="relu")
+        output.sum().backward()
+    assert output.shape == (0, 6, 12, 14)
+    assert tensors[0].grad.shape == tensors[0].shape
+    assert (tensors[1].grad == 0).all()
+    assert (tensors[2].grad == 0).all()
+
+
+class Stale(NamedTuple):
+    case: Case
+    tensors: list[torch.Tensor]
+
+    def check(self):
+        with torch.no_grad():
+            actual, expected = native(self.case, self.tensors), plain(self.case, doubles(self.tensors))
+        torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def _optimiser_step(weight):
+    weight.grad = torch.randn_like(weight)
+    torch.optim.SGD([weight], lr=0.5).step()
+
+
+def _set_data(weight):
+    weight.data = torch.randn_like(weight)
+
+
+def _no_grad_edit(weight):
+    with torch.no_grad():
+        weight[0, 0, 0, 0] += 100.0
+
+
+def _inference_mode_edit(weight):
+    with torch.inference_mode():
+        weight.mul_(3.0)
+
+
+CHANGES = {
+    "optimiser": _optimiser_step,
+    "no_grad": _no_grad_edit,
+    "inference mode": _inference_mode_edit,
+    "data replaced": _set_data,
+    "data in place": lambda weight: weight.data.mul_(2.0),
+    "numpy": lambda weight: weight.detach().numpy().__imul__(2.0),
+    "init": torch.nn.init.normal_,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+@pytest.mark.parametrize("name", ["k4s2p1", "deep"])
+def test_changed_weights_are_packed_again(name, change):
+    case = CASES[name]
+    tensors = case.tensors(norm=False)
+    tensors[1] = torch.nn.Parameter(tensors[1])
+    stale = Stale(case, tensors)
+    stale.check()
+    for _ in range(2):
+        change(tensors[1])
+        stale.check()
+
+
+def test_changed_norm_is_used():
+    case = CASES["k4s2p1"]
+    stale = Stale(case, case.tensors())
+    for tensor in [None, *stale.tensors[2:]]:
+        if tensor is not None:
+            tensor.data.add_(1.0)
+        expected, actual = plain(case, doubles(stale.tensors)), native(case, stale.tensors)
+        torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_weights_are_packed_once_and_forgotten(monkeypatch):
+    packed = importlib.import_module("fastgen.ops.packed_weights")
+    packs = []
+    pack = packed._pack
+    monkeypatch.setattr(packed, "_pack", lambda *args: packs.append("") or pack(*args))
+    case, before = CASES["k4s2p1"], len(packed._entries)
+    tensors = case.tensors()
+    for batch in (3, 1, 2):
+        native(case, [tensors[0][:batch], *tensors[1:]])
+    assert (len(packs), len(packed._entries)) == (1, before + 1)
+    del tensors
+    assert len(packed._entries) == before
+
+
+def test_inference_tensors():
+    case = CASES["k4s2p1"]
+    with torch.inference_mode():
+        tensors = case.tensors(torch.float64)
+        for _ in range(2):
+            torch.testing.assert_close(native(case, tensors, "relu"), plain(case, tensors, "relu"))
+            tensors[1].mul_(2.0)
