@@ -143,7 +143,7 @@ def settle_output(graph: Graph) -> None:
     """Make the output one whole plane, channel by channel in place."""
     assert graph.output is not None
     image = next(n for n in graph.nodes if isinstance(n, Image))
-    out = graph.output = graph.at_stride(graph.output, image.stride, (image.height, image.width))
+    out = graph.output
     node = graph.nodes[max(int(out.plane[0]), 0)]
     count = len(out.plane)
     whole = isinstance(node, Linear | Pointwise) and count == node.channels and not out.breaks().any()

@@ -321,7 +321,8 @@ def trace(module: nn.Module, image: Tensor, labels: Tensor | None = None) -> tup
         )
     try:
         with host_defaults():
-            tracer.graph.output = tracer.recognise(tracer.codes(output))
+            found = tracer.recognise(tracer.codes(output))
+            tracer.graph.output = tracer.graph.at_stride(found, (1, 1), (output.shape[2], output.shape[3]))
     except LayoutError:
         raise UnsupportedModel("the network's output is not made of shifted windows of feature maps") from None
     return tracer.graph, tracer.tape

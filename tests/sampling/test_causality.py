@@ -142,6 +142,9 @@ def test_unsupported_operator_is_named(layer: nn.Module, named: str) -> None:
 def test_output_of_the_wrong_shape() -> None:
     with pytest.raises(UnsupportedModel, match="height and width"):
         Sampler(nn.Conv2d(1, LEVELS, 3), (1, 6, 6), Categorical(LEVELS))
+    strided = nn.Conv2d(1, LEVELS, 3, stride=2, padding=4)  # every second pixel, in an image's size
+    with pytest.raises(UnsupportedModel, match="output is not made of shifted windows"):
+        Sampler(strided, (1, 6, 6), Categorical(LEVELS))
     module = nn.Module()
     module.forward = lambda x: (x, x)
     with pytest.raises(UnsupportedModel, match="got tuple"):
