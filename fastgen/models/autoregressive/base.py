@@ -132,6 +132,8 @@ def _image_shape(shape: tuple[int, int, int]) -> tuple[int, int, int]:
 
 def _head(name: str, levels: int, num_mixtures: int | None) -> Head:
     if name == "categorical":
+        if not isinstance(levels, int) or not 2 <= levels <= 256:  # images are bytes
+            raise ValueError(f"levels must be an integer in 2..256, got {levels!r}")
         return Categorical(levels)
     if name == "bernoulli":
         if levels != 2:
