@@ -44,7 +44,7 @@ FASTGEN_INLINE Vec<float> exp(Vec<float> x) {
 FASTGEN_INLINE Vec<float> exp_flushed(Vec<float> x, Vec<float>& lack) {
     Vec<int32_t> shifted;
     const Vec<float> p = exp_parts(max(broadcast(-88.0f), x), shifted);  // -88: n = -127, and so scale = 0
-    const Vec<float> scale = (Vec<float>)((shifted << 23) + 0x3f800000);
+    const Vec<float> scale = (Vec<float>)((shifted - (0x4b400000 - 127)) << 23);
     lack = fma(-p, scale, broadcast(1.0f) - scale);
     return fma(p, scale, scale);
 }
@@ -86,7 +86,7 @@ FASTGEN_INLINE Vec<float> tanh(Vec<float> x) {
 // 2/3 + 2/5 s^2 + 2/7 s^4 + ... and minimax; ln 2 in two parts. Denormal arguments are first scaled by 2^23.
 FASTGEN_INLINE Vec<float> log(Vec<float> x) {
     const Vec<int32_t> denormal = x < broadcast(1.17549435e-38f);
-    const Vec<int32_t> bits = (Vec<int32_t>)where(denormal, x * broadcast(8388608.0f), x);
+    const Vec<int32_t> bits = (Vec<int32_t>)abs(where(denormal, x * broadcast(8388608.0f), x));
     const Vec<int32_t> exponent = (bits - 0x3f3504f3) >> 23;  // bits of sqrt(1/2)
     const Vec<float> f = (Vec<float>)(bits - (exponent << 23)) - broadcast(1.0f);
     const Vec<float> n = __builtin_convertvector(exponent - (denormal & 23), Vec<float>);
