@@ -27,6 +27,7 @@ from torch import Tensor
 
 from ..ops import philox
 from . import arrays, builtin, cifar, folder, idx
+from .resize import cover
 from .source import Source
 
 SPLITS = ("train", "val", "all")
@@ -71,6 +72,7 @@ def load(
     split: str = "train",
     size: int | tuple[int, int] | None = None,
     levels: int | None = None,
+    resize: bool = False,
     progress: bool = False,
 ) -> Dataset:
     """Load one split of a data set.
@@ -81,8 +83,10 @@ def load(
         split: "train" or "val" (fixed, nine to one, see the module's docstring), or "all".
         size: side in pixels, or (height, width). Image folders: every image is scaled so that it covers this size and
             its centre is cut out. ``patches``: side of the patches, default 32. Elsewhere it must be the size of the
-            images.
+            images, unless ``resize``.
         levels: requantise to this number of levels, 2..256; default: as stored.
+        resize: images of another size than ``size`` are scaled to it like those of image folders; they then have
+            256 levels.
         progress: show a progress bar while image folders are read.
 
     Returns:
@@ -99,13 +103,16 @@ def load(
     if levels is not None:
         _check_integer("levels", levels, 2, 256)
     source = _read(spec, size, progress)
-    if size is not None and tuple(source.images.shape[2:]) != size:
+    if size is not None and tuple(source.images.shape[2:]) != size and not resize:
         raise ValueError(
             f"size must be that of the images of {spec}, {_by(source.images.shape[2:])}, got {_by(size)}; "
             "only image folders are resized"
         )
     images, labels = source.images, source.labels
-    images, levels = _requantise(images, source.levels, levels)
+    stored = source.levels
+    if size is not None and tuple(images.shape[2:]) != size:
+        images, stored = cover(images, stored or 256, size), 256
+    images, levels = _requantise(images, stored, levels)
     if split != "all":
         validation = source.validation if source.validation is not None else validation_mask(len(images), str(spec))
         chosen = validation if split == "val" else ~validation

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -57,14 +57,14 @@ def _step(line: str) -> float:
 
 
 class ProgressBar:
-    """Share of the budget, step, running bits/dim of training (exponential mean), best bits/dim of validation."""
+    """Share of the budget, the step, and a text about running (exponential) means of the steps' figures."""
 
     def __init__(self, enabled: bool) -> None:
         from tqdm import tqdm
 
         bar_format = "{percentage:3.0f}%|{bar}| {elapsed}<{remaining}{postfix}"
         self._bar = tqdm(total=1.0, disable=not enabled, bar_format=bar_format)
-        self._running: float | None = None
+        self._means: dict[str, float] = {}
 
     def __enter__(self) -> ProgressBar:
         return self
@@ -72,10 +72,13 @@ class ProgressBar:
     def __exit__(self, *exception: object) -> None:
         self._bar.close()
 
-    def update(self, used: float, step: int, bits: float, best: float | None) -> None:
-        self._running = bits if self._running is None else 0.98 * self._running + 0.02 * bits
-        validation = "" if best is None else f", best validation {best:.3f}"
-        self._bar.set_postfix_str(f"step {step}, {self._running:.3f} bits/dim{validation}", refresh=False)
+    def update(
+        self, used: float, step: int, figures: dict[str, float], text: Callable[[dict[str, float]], str]
+    ) -> None:
+        """``text`` is made of the means of the figures."""
+        for name, value in figures.items():
+            self._means[name] = 0.98 * self._means.get(name, value) + 0.02 * value
+        self._bar.set_postfix_str(f"step {step}, {text(self._means)}", refresh=False)
         self._bar.update(min(1.0, used) - self._bar.n)
 
 

@@ -9,7 +9,8 @@ import torch
 
 from fastgen import data, models
 from fastgen.training.config import TrainConfig
-from fastgen.training.trainer import SampleGrid, TrainResult, train
+from fastgen.training.run import SampleGrid
+from fastgen.training.trainer import TrainResult, train
 
 # What a model is trained with where `TrainConfig` has other defaults.
 OPTIONS: dict[str, dict[str, Any]] = {

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fastgen import checkpoint
 from fastgen.checkpoint import TRAINING_PREFIX
-from fastgen.training.config import FIXED, TrainConfig
+from fastgen.training.config import RunConfig, TrainConfig
 
 MODEL, AVERAGE, ADAM = (TRAINING_PREFIX + part for part in ("model/", "average/", "adam/"))
 
@@ -75,6 +75,10 @@ class State:
             self.best_bits, self.best_step = bits, self.step
             self._best = _copy(self.average)
 
+    def adopt(self) -> None:
+        """Puts the best weights into the model."""
+        self.model.load_state_dict(self.best())
+
     def best(self) -> dict[str, Tensor]:
         """The best weights; before any validation, the current average."""
         return _copy(self.average) if self._best is None else self._best
@@ -84,8 +88,7 @@ class State:
         tensors = dict(self.best())
         tensors |= {MODEL + name: tensor for name, tensor in self.model.state_dict().items()}
         tensors |= {AVERAGE + name: tensor for name, tensor in self.average.state_dict().items()}
-        for name, parameter in self.model.named_parameters():
-            tensors |= {f"{ADAM}{name}/{key}": value for key, value in self.optimizer.state[parameter].items()}
+        tensors |= optimizer_tensors(self.model, self.optimizer)
         training = {
             "step": self.step,
             "seconds": self.seconds,
@@ -102,15 +105,10 @@ class State:
         Raises:
             ValueError: the file is not a training checkpoint, or one of another model, configuration or data size.
         """
-        tensors, metadata = checkpoint.read(path)
-        if "training" not in metadata:
-            raise ValueError(f"{path}: holds a model, but no training run to resume")
-        training = metadata["training"]
-        self._check_same_run(path, metadata["fastgen"], training, num_images)
-        self.model.load_state_dict(_part(tensors, MODEL))
-        self.average.load_state_dict(_part(tensors, AVERAGE))
-        for name, parameter in self.model.named_parameters():
-            self.optimizer.state[parameter] = _adam_state(_part(tensors, f"{ADAM}{name}/"), parameter)
+        tensors, training = read_run(path, self.model, self.config, num_images)
+        self.model.load_state_dict(part(tensors, MODEL))
+        self.average.load_state_dict(part(tensors, AVERAGE))
+        restore_optimizer(self.model, self.optimizer, tensors)
         self.step, self.seconds = training["step"], training["seconds"]
         self.best_bits, self.best_step = training["best_bits"], training["best_step"]
         if self.best_bits is not None:
@@ -118,22 +116,51 @@ class State:
             best = {name: tensor for name, tensor in tensors.items() if not name.startswith(TRAINING_PREFIX)}
             self._best = {name: tensor.to(device) for name, tensor in best.items()}
 
-    def _check_same_run(self, path: Path, model: Any, training: dict[str, Any], num_images: int) -> None:
-        if model != (mine := checkpoint.describe(self.model)):
-            raise ValueError(f"{path}: cannot resume: the checkpoint is of {model}, this run trains {mine}")
-        saved = training["config"] | {"number of training images": training["num_images"]}
-        wanted = self.config.as_dict() | {"number of training images": num_images}
-        for name in (*FIXED, "number of training images"):
-            if saved[name] != wanted[name]:
-                raise ValueError(f"{path}: cannot resume: {name} was {saved[name]}, this run has {wanted[name]}")
+
+def read_run(
+    path: Path, model: torch.nn.Module, config: RunConfig, num_images: int
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors of a training checkpoint, and its metadata about the training.
+
+    Raises:
+        ValueError: the file is not a training checkpoint, or one of another model, configuration or data size.
+    """
+    tensors, metadata = checkpoint.read(path)
+    if "training" not in metadata:
+        raise ValueError(f"{path}: holds a model, but no training run to resume")
+    training = metadata["training"]
+    if metadata["fastgen"] != (mine := checkpoint.describe(model)):
+        raise ValueError(f"{path}: cannot resume: the checkpoint is of {metadata['fastgen']}, this run trains {mine}")
+    saved = training["config"] | {"number of training images": training["num_images"]}
+    wanted = config.as_dict() | {"number of training images": num_images}
+    for name in (*config.FIXED, "number of training images"):
+        if saved[name] != wanted[name]:
+            raise ValueError(f"{path}: cannot resume: {name} was {saved[name]}, this run has {wanted[name]}")
+    return tensors, training
+
+
+def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """The state of an Adam optimiser of the model's parameters, by names for a checkpoint."""
+    return {
+        f"{ADAM}{name}/{key}": value
+        for name, parameter in model.named_parameters()
+        for key, value in optimizer.state[parameter].items()
+    }
+
+
+def restore_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Takes over what `optimizer_tensors` gave."""
+    for name, parameter in model.named_parameters():
+        optimizer.state[parameter] = _adam_state(part(tensors, f"{ADAM}{name}/"), parameter)
+
+
+def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with a prefix, without it."""
+    return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _copy(model: torch.nn.Module) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
-
-
-def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name[len(prefix) :]: tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
 def _adam_state(saved: dict[str, Tensor], parameter: Tensor) -> dict[str, Tensor]:

@@ -19,7 +19,7 @@ from fastgen import checkpoint, training
 from fastgen.metrics import bits_per_dim
 from fastgen.models import GatedPixelCNN, PixelCNN, PixelCNNpp
 from fastgen.training import TrainConfig
-from fastgen.training.trainer import batch_indices
+from fastgen.training.batches import batch_indices
 
 STEPS = 11  # of 4 per epoch
 FILES = ["checkpoint.safetensors", "log.jsonl", "model.safetensors"]
