@@ -1,6 +1,6 @@
 # Everything happens in this checkout: the environment in .venv, build products and caches in build/.
 PYTHON ?= python3
-SUITES ?= masked_conv2d sampling
+SUITES ?= masked_conv2d logistic_mixture_nll sampling crowded
 NATIVE_TESTS ?= tests/ops tests/nn tests/sampling
 
 VENV := .venv
