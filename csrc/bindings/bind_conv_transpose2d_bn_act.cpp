@@ -1,4 +1,5 @@
-// fastgen._cpu.ConvPlan and conv_bn_act_*: convolutions by phases with BatchNorm and activation in the epilogue.
+// fastgen._cpu.ConvPlan and conv_bn_act_*: convolutions by phases with BatchNorm and activation in the epilogue;
+// channel_* and conv_transpose_weight_gradient_*: the rest of a training step.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -7,11 +8,13 @@
 #include <cstring>
 #include <memory>
 
+#include "cpu/conv_transpose2d_bn_act.h"
 #include "cpu/isa.h"
 #include "cpu/phase_plan.h"
 #include "cpu/tap_conv.h"
 
 FASTGEN_FOR_EACH_ISA(FASTGEN_DECLARE_TAP_CONV)
+FASTGEN_FOR_EACH_ISA(FASTGEN_DECLARE_CONV_TRANSPOSE2D_BN_ACT)
 
 namespace fastgen {
 namespace {
@@ -22,12 +25,30 @@ struct Kernels {
     int64_t (*scratch_size)(const ConvPlan&, const TapConvCall<T>&);
     void (*pack)(const ConvPlan&, const ConvWeight<T>&, T*, int64_t);
     void (*run)(const ConvPlan&, const TapConvCall<T>&, T*);
+    int64_t (*pass_scratch_size)(const ChannelPass<T>&);
+    void (*statistics)(const ChannelPass<T>&, T*, T*, T*);
+    void (*forward)(const ChannelPass<T>&, T*, T*);
+    void (*reductions)(const ChannelPass<T>&, T*, T*, T*);
+    void (*backward)(const ChannelPass<T>&, const T*, const T*, T*, T*);
+    int64_t (*weight_scratch_size)(const ConvTransposeShape&, const T*);
+    void (*weight_gradient)(const ConvTransposeShape&, const Image<T>&, const T*, T*, T*);
 };
 
 template <class T>
 const Kernels<T>& kernels() {
     static constexpr Kernels<T> table[] = {
-#define FASTGEN_KERNELS(ISA) {ISA::tap_conv_packed_size, ISA::tap_conv_scratch_size, ISA::tap_conv_pack, ISA::tap_conv},
+#define FASTGEN_KERNELS(ISA)                  \
+    {ISA::tap_conv_packed_size,               \
+     ISA::tap_conv_scratch_size,              \
+     ISA::tap_conv_pack,                      \
+     ISA::tap_conv,                           \
+     ISA::channel_pass_scratch_size,          \
+     ISA::channel_statistics,                 \
+     ISA::channel_forward,                    \
+     ISA::channel_reductions,                 \
+     ISA::channel_backward,                   \
+     ISA::conv_transpose_weight_scratch_size, \
+     ISA::conv_transpose_weight_gradient},
         FASTGEN_FOR_EACH_ISA(FASTGEN_KERNELS)
 #undef FASTGEN_KERNELS
     };
@@ -132,6 +153,110 @@ void run(const Plan& plan, int64_t batch, int64_t threads, uintptr_t input, cons
     kernels<T>().run(plan.get(), call, shift + line_up<T>(plan.out_channels()));
 }
 
+// The first part of a pass's scratch holds vectors of the channels.
+enum ChannelVector : int64_t { kScale, kShift, kMean, kInverseStd, kGradMean, kGradNormalisedMean, kVectors };
+
+template <class T>
+T* channel_vector(uintptr_t scratch, int64_t channels, int64_t i) {
+    return pointer<T>(scratch) + i * line_up<T>(channels);
+}
+
+template <class T>
+int64_t channel_scratch_size(int64_t positions, int64_t channels) {
+    ChannelPass<T> pass{};
+    pass.positions = positions;
+    pass.channels = channels;
+    return kVectors * line_up<T>(channels) + kernels<T>().pass_scratch_size(pass);
+}
+
+template <class T>
+ChannelPass<T> channel_pass(const Pair& size, int64_t threads, uintptr_t conv, const ChannelTensors& tensors,
+                            double eps, uintptr_t scratch) {
+    const int64_t channels = size[1];
+    const auto vector = [&](int64_t i) { return channel_vector<T>(scratch, channels, i); };
+    fold({0, tensors[1], tensors[2], tensors[3], tensors[4]}, eps, channels, vector(kScale), vector(kShift));
+    const T *mean = pointer<const T>(tensors[1]), *var = pointer<const T>(tensors[2]);
+    for (int64_t c = 0; c < channels; ++c) {
+        vector(kMean)[c] = mean ? mean[c] : T(0);
+        vector(kInverseStd)[c] = static_cast<T>(var ? 1 / std::sqrt(var[c] + eps) : 1);
+    }
+    return {size[0],
+            channels,
+            threads,
+            pointer<const T>(conv),
+            nullptr,
+            vector(kScale),
+            vector(kShift),
+            vector(kMean),
+            vector(kInverseStd),
+            Activation::none,
+            T(0)};
+}
+
+template <class T>
+void statistics(const Pair& size, int64_t threads, uintptr_t conv, uintptr_t mean, uintptr_t var, uintptr_t scratch) {
+    ChannelPass<T> pass{};
+    pass.positions = size[0];
+    pass.channels = size[1];
+    pass.threads = threads;
+    pass.conv = pointer<const T>(conv);
+    kernels<T>().statistics(pass, pointer<T>(mean), pointer<T>(var), channel_vector<T>(scratch, size[1], kVectors));
+}
+
+template <class T>
+void channel_forward(const Pair& size, int64_t threads, uintptr_t conv, const ChannelTensors& tensors, double eps,
+                     Activation activation, double parameter, uintptr_t output, uintptr_t scratch) {
+    ChannelPass<T> pass = channel_pass<T>(size, threads, conv, tensors, eps, scratch);
+    pass.activation = activation;
+    pass.parameter = static_cast<T>(parameter);
+    kernels<T>().forward(pass, pointer<T>(output), channel_vector<T>(scratch, size[1], kVectors));
+}
+
+// Writes the gradients of the convolution's result, and of shift and scale of the BatchNorm.
+template <class T>
+void channel_backward(const Pair& size, int64_t threads, uintptr_t conv, uintptr_t grad, const ChannelTensors& tensors,
+                      double eps, Activation activation, double parameter, bool batch_statistics, uintptr_t result,
+                      uintptr_t grad_sum, uintptr_t grad_normalised_sum, uintptr_t scratch) {
+    const int64_t channels = size[1];
+    ChannelPass<T> pass = channel_pass<T>(size, threads, conv, tensors, eps, scratch);
+    pass.grad = pointer<const T>(grad);
+    pass.activation = activation;
+    pass.parameter = static_cast<T>(parameter);
+    T* rest = channel_vector<T>(scratch, channels, kVectors);
+    T *first = pointer<T>(grad_sum), *second = pointer<T>(grad_normalised_sum);
+    kernels<T>().reductions(pass, first, second, rest);
+    T* grad_mean = channel_vector<T>(scratch, channels, kGradMean);
+    T* grad_normalised_mean = channel_vector<T>(scratch, channels, kGradNormalisedMean);
+    for (int64_t c = 0; c < channels; ++c) {
+        grad_mean[c] = batch_statistics ? first[c] / static_cast<T>(size[0]) : T(0);
+        grad_normalised_mean[c] = batch_statistics ? second[c] / static_cast<T>(size[0]) : T(0);
+    }
+    kernels<T>().backward(pass, grad_mean, grad_normalised_mean, pointer<T>(result), rest);
+}
+
+ConvTransposeShape weight_shape(int64_t batch, int64_t threads, int64_t groups, const Pair& channels,
+                                const Pair& in_size, const Pair& out_size, const Pair& kernel, const Pair& stride,
+                                const Pair& padding, const Pair& dilation) {
+    return {batch,
+            threads,
+            groups,
+            channels[0] / groups,
+            channels[1] / groups,
+            {in_size[0], in_size[1]},
+            {out_size[0], out_size[1]},
+            {kernel[0], kernel[1]},
+            {stride[0], stride[1]},
+            {padding[0], padding[1]},
+            {dilation[0], dilation[1]}};
+}
+
+template <class T>
+void weight_gradient(const ConvTransposeShape& shape, uintptr_t input, const Strides& strides, uintptr_t grad,
+                     uintptr_t result, uintptr_t scratch) {
+    kernels<T>().weight_gradient(shape, image<T>(input, strides), pointer<const T>(grad), pointer<T>(result),
+                                 pointer<T>(scratch));
+}
+
 // A hash of 512 cache lines spread evenly over the bytes, or of all of them where they are few.
 uint64_t fingerprint(uintptr_t data, int64_t bytes) {
     constexpr int64_t kSamples = 512, kBytes = 64;
@@ -167,6 +292,22 @@ void define(pybind11::module_& module, const std::string& dtype) {
     module.def(("conv_bn_act_" + dtype).c_str(), run<T>, py::arg("plan"), py::arg("batch"), py::arg("threads"),
                py::arg("input"), py::arg("strides"), py::arg("packed"), py::arg("tensors"), py::arg("eps"),
                py::arg("activation"), py::arg("parameter"), py::arg("output"), py::arg("scratch"), release());
+    module.def(("channel_scratch_size_" + dtype).c_str(), channel_scratch_size<T>, py::arg("positions"),
+               py::arg("channels"));
+    module.def(("channel_statistics_" + dtype).c_str(), statistics<T>, py::arg("size"), py::arg("threads"),
+               py::arg("conv"), py::arg("mean"), py::arg("var"), py::arg("scratch"), release());
+    module.def(("channel_forward_" + dtype).c_str(), channel_forward<T>, py::arg("size"), py::arg("threads"),
+               py::arg("conv"), py::arg("tensors"), py::arg("eps"), py::arg("activation"), py::arg("parameter"),
+               py::arg("output"), py::arg("scratch"), release());
+    module.def(("channel_backward_" + dtype).c_str(), channel_backward<T>, py::arg("size"), py::arg("threads"),
+               py::arg("conv"), py::arg("grad"), py::arg("tensors"), py::arg("eps"), py::arg("activation"),
+               py::arg("parameter"), py::arg("batch_statistics"), py::arg("result"), py::arg("grad_sum"),
+               py::arg("grad_normalised_sum"), py::arg("scratch"), release());
+    module.def(("conv_transpose_weight_scratch_size_" + dtype).c_str(),
+               [](const ConvTransposeShape& shape) { return kernels<T>().weight_scratch_size(shape, nullptr); },
+               py::arg("shape"));
+    module.def(("conv_transpose_weight_gradient_" + dtype).c_str(), weight_gradient<T>, py::arg("shape"),
+               py::arg("input"), py::arg("strides"), py::arg("grad"), py::arg("result"), py::arg("scratch"), release());
 }
 
 }  // namespace
@@ -178,6 +319,10 @@ void bind_conv_transpose2d_bn_act(pybind11::module_& module) {
              py::arg("out_size"), py::arg("kernel"), py::arg("stride"), py::arg("padding"), py::arg("dilation"),
              py::arg("lanes"))
         .def_property_readonly("layout", &Plan::layout);
+    py::class_<ConvTransposeShape>(module, "ConvTransposeShape", "Sizes of a weight gradient.")
+        .def(py::init(&weight_shape), py::arg("batch"), py::arg("threads"), py::arg("groups"), py::arg("channels"),
+             py::arg("in_size"), py::arg("out_size"), py::arg("kernel"), py::arg("stride"), py::arg("padding"),
+             py::arg("dilation"));
     py::enum_<Activation>(module, "Activation")
         .value("none", Activation::none)
         .value("relu", Activation::relu)

@@ -64,7 +64,7 @@ class ConvTransposeBNAct(torch.nn.Sequential):
             self.append(_activation(activation, negative_slope, alpha))
 
     def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
-        """`output_size` (H', W') chooses among the sizes that the stride leaves open, as in `torch.nn.ConvTranspose2d`."""
+        """`output_size` (H', W') chooses among the sizes that the stride leaves open, as in `ConvTranspose2d`."""
         if not _is_fusible(self):
             return self._in_turn(input, output_size)
         conv: Any

@@ -6,9 +6,8 @@ Networks", ICLR 2016, section 3.  S. Ioffe, C. Szegedy, "Batch Normalization", I
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,11 +15,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastgen import backends
-from fastgen.ops.packed_weights import packed_weight
+from fastgen.ops import conv_transpose2d_bn_act_cpu as cpu
+from fastgen.ops.conv_transpose2d_bn_act_cpu import Options, channels_last, output_shape
 
 ACTIVATIONS = ("none", "relu", "leaky_relu", "elu", "tanh", "sigmoid")
-
-_MIN_THREAD_WORK = 1_000_000  # multiply-adds: below, waking a thread costs more than it saves
 
 
 def conv_transpose2d_bn_act(
@@ -162,20 +160,6 @@ class _Block(torch.autograd.Function):
 # Checks, shared by the real and the fake implementations
 
 
-class _Options(NamedTuple):
-    """The arguments after the tensors, in the order of the schemas."""
-
-    stride: Sequence[int]
-    padding: Sequence[int]
-    output_padding: Sequence[int]
-    groups: int
-    dilation: Sequence[int]
-    training: bool
-    eps: float
-    activation: str
-    parameter: float
-
-
 def _pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
     pair = tuple(value) if isinstance(value, Sequence) else (value, value)
     if len(pair) == 2:
@@ -186,7 +170,7 @@ def _pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
 def _check(input: Tensor, weight: Tensor, *rest: Any) -> None:
     channel_names = ("bias", "running_mean", "running_var", "bn_weight", "bn_bias")
     channels = dict(zip(channel_names, rest, strict=False))
-    options = _Options(*rest[5:])
+    options = Options(*rest[5:])
     for name, value in {"input": input, "weight": weight, **channels}.items():
         if not isinstance(value, Tensor) and not (name in channels and value is None):
             raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
@@ -201,7 +185,7 @@ def _check(input: Tensor, weight: Tensor, *rest: Any) -> None:
         raise ValueError(f"input must be [N, Cin, H, W] without empty dimensions but N, got {list(input.shape)}")
     if input.shape[1] != weight.shape[0]:
         raise ValueError(f"input must have {weight.shape[0]} channels as the weight has, got {input.shape[1]}")
-    shape = _output_shape(input.shape, weight.shape, options)
+    shape = output_shape(input.shape, weight.shape, options)
     if shape[2] < 1 or shape[3] < 1:
         raise ValueError(f"the output would be {shape[2]} x {shape[3]}: padding {options.padding} is too large for it")
     for name, value in channels.items():
@@ -211,7 +195,7 @@ def _check(input: Tensor, weight: Tensor, *rest: Any) -> None:
     _check_same(input, {"weight": weight, **channels})
 
 
-def _check_options(options: _Options) -> None:
+def _check_options(options: Options) -> None:
     for name, least in (("stride", 1), ("padding", 0), ("output_padding", 0), ("dilation", 1)):
         if min(getattr(options, name)) < least:
             raise ValueError(f"{name} must be at least {least}, got {getattr(options, name)}")
@@ -224,7 +208,7 @@ def _check_options(options: _Options) -> None:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {options.activation!r}")
 
 
-def _check_batch_norm(channels: dict[str, Tensor | None], options: _Options, shape: Sequence[int]) -> None:
+def _check_batch_norm(channels: dict[str, Tensor | None], options: Options, shape: Sequence[int]) -> None:
     given = [channels[name] is not None for name in ("running_mean", "running_var", "bn_weight", "bn_bias")]
     if given[0] != given[1]:
         raise ValueError("running_mean and running_var must be given together")
@@ -248,18 +232,6 @@ def _check_same(input: Tensor, others: dict[str, Tensor | None]) -> None:
         raise TypeError(f"input must be of a floating dtype, got {input.dtype}")
 
 
-def _output_shape(input: Sequence[int], weight: Sequence[int], options: _Options) -> tuple[int, int, int, int]:
-    height, width = (
-        (input[2 + i] - 1) * options.stride[i]
-        - 2 * options.padding[i]
-        + options.dilation[i] * (weight[2 + i] - 1)
-        + options.output_padding[i]
-        + 1
-        for i in range(2)
-    )
-    return input[0], weight[1] * options.groups, height, width
-
-
 # Implementations
 
 
@@ -281,7 +253,7 @@ def _saving_reference(
 
     Without a BatchNorm the statistics are empty; without an activation, too, so is the second.
     """
-    options = _Options(*rest)
+    options = Options(*rest)
     conv = F.conv_transpose2d(input, weight, bias, *options[:5])
     conv = conv.contiguous(memory_format=torch.channels_last)
     if options.training:
@@ -310,7 +282,7 @@ def _backward_reference(
     *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of input, weight, bias, bn_weight and bn_bias; of the first two, empty ones where not needed."""
-    options, needs = _Options(*rest[:-1]), rest[-1]
+    options, needs = Options(*rest[:-1]), rest[-1]
     view = (1, -1, 1, 1)
     scale = grad.new_ones(grad.shape[1]) if bn_weight is None else bn_weight
     normalised = conv
@@ -358,78 +330,6 @@ def _activation_gradient(x: Tensor, activation: str, parameter: float) -> Tensor
     return 1 - y * y if activation == "tanh" else y * (1 - y)
 
 
-@functools.lru_cache(maxsize=1024)
-def _plan(
-    transposed: bool,
-    groups: int,
-    channels: tuple[int, int],
-    in_size: tuple[int, int],
-    out_size: tuple[int, int],
-    kernel: tuple[int, int],
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    dilation: tuple[int, int],
-    dtype: torch.dtype,
-) -> Any:
-    lanes = 64 // dtype.itemsize  # of a panel of the tap-GEMM
-    native = backends.native_cpu()
-    return native.ConvPlan(transposed, groups, channels, in_size, out_size, kernel, stride, padding, dilation, lanes)
-
-
-def _threads(input: Tensor, weight: Tensor) -> int:
-    work = input.numel() * weight.numel() // weight.shape[0]
-    return max(1, min(torch.get_num_threads(), work // _MIN_THREAD_WORK))
-
-
-def _run(
-    plan: Any, image: Tensor, packed: Tensor, output: Tensor, threads: int, tensors: Sequence[Tensor | None], *act: Any
-) -> None:
-    """`tensors` and `act` as `conv_bn_act` of csrc/bindings/bind_conv_transpose2d_bn_act.cpp takes them."""
-    native, dtype = backends.native_cpu(), str(image.dtype).removeprefix("torch.")
-    eps, activation, parameter = act or (0.0, "none", 0.0)
-    tensors = [None if tensor is None else tensor.contiguous() for tensor in tensors]
-    pointers = [0 if tensor is None else tensor.data_ptr() for tensor in tensors]
-    strides = image.stride()
-    size = getattr(native, f"conv_scratch_size_{dtype}")(plan, image.shape[0], threads, strides)
-    scratch = image.new_empty(size)
-    getattr(native, f"conv_bn_act_{dtype}")(
-        plan, image.shape[0], threads, image.data_ptr(), strides, packed.data_ptr(), pointers,
-        eps, getattr(native.Activation, activation), parameter, output.data_ptr(), scratch.data_ptr(),
-    )  # fmt: skip
-
-
-def _forward_plan(input: Tensor, weight: Tensor, shape: Sequence[int], options: _Options) -> Any:
-    sizes = ((weight.shape[0], shape[1]), tuple(input.shape[2:]), tuple(shape[2:]), tuple(weight.shape[2:]))
-    geometry = (tuple(options.stride), tuple(options.padding), tuple(options.dilation))
-    return _plan(True, options.groups, *sizes, *geometry, input.dtype)
-
-
-def _forward_cpu(input: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-    tensors, options = rest[:5], _Options(*rest[5:])
-    shape = _output_shape(input.shape, weight.shape, options)
-    output = _channels_last(input, shape)
-    if output.numel():
-        plan, threads = _forward_plan(input, weight, shape, options), _threads(input, weight)
-        packed = packed_weight(weight, plan, options.groups, threads)
-        _run(plan, input, packed, output, threads, tensors, options.eps, options.activation, options.parameter)
-    return output
-
-
-def _channels_last(like: Tensor, shape: Sequence[int]) -> Tensor:
-    return torch.empty(tuple(shape), dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
-
-
-def _why_not_cpu(*args: Any) -> str | None:
-    first = args[0]
-    if first.dtype not in (torch.float32, torch.float64):
-        return f"it takes float32 and float64, got {first.dtype}"
-    if torch.is_autocast_enabled(first.device.type):
-        return "autocast is on"
-    if first.layout is not torch.strided:
-        return f"it takes strided tensors, got {first.layout}"
-    return None
-
-
 # Registration
 
 _TENSORS = "Tensor input, Tensor weight, Tensor? bias, Tensor? running_mean, Tensor? running_var, Tensor? bn_weight, Tensor? bn_bias"  # noqa: E501
@@ -446,7 +346,7 @@ _SCHEMAS = {
 _library = torch.library.Library("fastgen", "FRAGMENT")
 
 
-def _register(name: str, check: Any, reference: Any, cpu: Any, empty: Any) -> None:
+def _register(name: str, check: Any, reference: Any, native: Any, empty: Any) -> None:
     """One check for the real and the fake implementation; `empty` allocates what the fake one returns."""
 
     def real(*args: Any) -> Any:
@@ -458,18 +358,18 @@ def _register(name: str, check: Any, reference: Any, cpu: Any, empty: Any) -> No
         return empty(*args)
 
     backends.register(name, "reference", reference)
-    backends.register(name, "cpu", cpu, why_not=_why_not_cpu)
+    backends.register(name, "cpu", native, why_not=cpu.why_not)
     _library.define(name + _SCHEMAS[name], tags=torch.Tag.pt2_compliant_tag)
     _library.impl(name, real, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastgen::{name}", fake, lib=_library)
 
 
 def _forward_empty(input: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-    return _channels_last(input, _output_shape(input.shape, weight.shape, _Options(*rest[5:])))
+    return channels_last(input, output_shape(input.shape, weight.shape, Options(*rest[5:])))
 
 
 def _saving_empty(input: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    output, options = _forward_empty(input, weight, *rest), _Options(*rest[5:])
+    output, options = _forward_empty(input, weight, *rest), Options(*rest[5:])
     channels = output.shape[1] if options.training or rest[1] is not None else 0
     conv = torch.empty_like(output) if channels or options.activation != "none" else input.new_empty(0)
     return output, conv, input.new_empty(channels), input.new_empty(channels)
@@ -477,20 +377,18 @@ def _saving_empty(input: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ..
 
 def _backward_empty(grad: Tensor, input: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     needs = rest[-1]
-    grad_input = _channels_last(input, input.shape) if needs[0] else input.new_empty(0)
+    grad_input = channels_last(input, input.shape) if needs[0] else input.new_empty(0)
     grad_weight = input.new_empty(weight.shape) if needs[1] else input.new_empty(0)
     return grad_input, grad_weight, *(input.new_empty(grad.shape[1]) for _ in range(3))
 
 
 def _check_backward(grad: Tensor, input: Tensor, weight: Tensor, *rest: Any) -> None:
-    options = _Options(*rest[5:-1])
-    shape = _output_shape(input.shape, weight.shape, options)
+    options = Options(*rest[5:-1])
+    shape = output_shape(input.shape, weight.shape, options)
     if tuple(grad.shape) != shape:
         raise ValueError(f"grad must be {list(shape)}, got {list(grad.shape)}")
 
 
-_register("conv_transpose2d_bn_act", _check, _forward_reference, _forward_cpu, _forward_empty)
-_register("conv_transpose2d_bn_act_saving", _check, _saving_reference, _saving_reference, _saving_empty)
-_register(
-    "conv_transpose2d_bn_act_backward", _check_backward, _backward_reference, _backward_reference, _backward_empty
-)
+_register("conv_transpose2d_bn_act", _check, _forward_reference, cpu.forward, _forward_empty)
+_register("conv_transpose2d_bn_act_saving", _check, _saving_reference, cpu.saving, _saving_empty)
+_register("conv_transpose2d_bn_act_backward", _check_backward, _backward_reference, cpu.backward, _backward_empty)

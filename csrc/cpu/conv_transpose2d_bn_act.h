@@ -1,0 +1,56 @@
+// Training of the fused block beyond its convolutions (tap_conv.h): BatchNorm and activation, forward and backward, and
+// the gradient of the weights. The formulas are in conv_transpose2d_bn_act.cpp.
+#pragma once
+
+#include <cstdint>
+
+#include "activations.h"
+#include "image.h"
+
+namespace fastgen {
+
+// Passes over dense [positions][channels] arrays, with vectors of one value per channel.
+template <class T>
+struct ChannelPass {
+    int64_t positions, channels, threads;
+    const T* conv;
+    const T* grad;  // of the output
+    const T* scale;
+    const T* shift;
+    const T* mean;
+    const T* inverse_std;
+    Activation activation;
+    T parameter;
+};
+
+struct ConvTransposeShape {
+    int64_t batch, threads;
+    int64_t groups, in_channels, out_channels;  // channels of one group
+    int64_t in_size[2], out_size[2], kernel[2], stride[2], padding[2], dilation[2];
+};
+
+}  // namespace fastgen
+
+// Scratch sizes count elements of T; scratch starts on a cache line. The weight gradient takes an input whose channels
+// are neighbours and a dense [N, H', W', C] gradient with readable memory for one more cache line behind it, and writes a
+// contiguous [Cin, Cout / groups, kh, kw].
+#define FASTGEN_DECLARE_CONV_TRANSPOSE2D_BN_ACT_OF(T)                                                               \
+    int64_t channel_pass_scratch_size(const ChannelPass<T>& pass);                                                  \
+    void channel_statistics(const ChannelPass<T>& pass, T* mean, T* var, T* scratch);                               \
+    void channel_forward(const ChannelPass<T>& pass, T* output, T* scratch);                                        \
+    void channel_reductions(const ChannelPass<T>& pass, T* grad_sum, T* grad_normalised_sum, T* scratch);           \
+    void channel_backward(const ChannelPass<T>& pass, const T* grad_mean, const T* grad_normalised_mean, T* result, \
+                          T* scratch);                                                                              \
+    int64_t conv_transpose_weight_scratch_size(const ConvTransposeShape& shape, const T*);                          \
+    void conv_transpose_weight_gradient(const ConvTransposeShape& shape, const Image<T>& input, const T* grad,      \
+                                        T* result, T* scratch);
+
+#define FASTGEN_DECLARE_CONV_TRANSPOSE2D_BN_ACT(ISA)   \
+    namespace fastgen::ISA {                           \
+    FASTGEN_DECLARE_CONV_TRANSPOSE2D_BN_ACT_OF(float)  \
+    FASTGEN_DECLARE_CONV_TRANSPOSE2D_BN_ACT_OF(double) \
+    }
+
+#ifdef FASTGEN_ISA
+FASTGEN_DECLARE_CONV_TRANSPOSE2D_BN_ACT(FASTGEN_ISA)
+#endif

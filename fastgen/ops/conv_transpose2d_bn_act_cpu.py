@@ -1,0 +1,216 @@
+"""`conv_transpose2d_bn_act` by the kernels of csrc/cpu: what of the arguments becomes which native call."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastgen import backends
+from fastgen.ops.packed_weights import packed_weight
+
+_MIN_THREAD_WORK = 1_000_000  # multiply-adds: below, waking a thread costs more than it saves
+_SLACK = 64  # bytes behind a gradient that the kernels may read
+
+Tensors = Sequence["Tensor | None"]  # bias, running_mean, running_var, bn_weight, bn_bias
+
+
+class Options(NamedTuple):
+    """The arguments of the operators after the tensors."""
+
+    stride: Sequence[int]
+    padding: Sequence[int]
+    output_padding: Sequence[int]
+    groups: int
+    dilation: Sequence[int]
+    training: bool
+    eps: float
+    activation: str
+    parameter: float  # the slope of leaky_relu or the alpha of elu
+
+
+def output_shape(input: Sequence[int], weight: Sequence[int], options: Options) -> tuple[int, int, int, int]:
+    height, width = (
+        (input[2 + i] - 1) * options.stride[i]
+        - 2 * options.padding[i]
+        + options.dilation[i] * (weight[2 + i] - 1)
+        + options.output_padding[i]
+        + 1
+        for i in range(2)
+    )
+    return input[0], weight[1] * options.groups, height, width
+
+
+def channels_last(like: Tensor, shape: Sequence[int]) -> Tensor:
+    return torch.empty(tuple(shape), dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+
+
+def why_not(*args: Any) -> str | None:
+    first = args[0]
+    if first.dtype not in (torch.float32, torch.float64):
+        return f"it takes float32 and float64, got {first.dtype}"
+    if torch.is_autocast_enabled(first.device.type):
+        return "autocast is on"
+    if first.layout is not torch.strided:
+        return f"it takes strided tensors, got {first.layout}"
+    return None
+
+
+def forward(input: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    tensors, options = rest[:5], Options(*rest[5:])
+    block = _Block.of(input, weight, options)
+    output = channels_last(input, block.output)
+    if output.numel():
+        block.convolve(input, weight, tensors, output, options.eps, options.activation, options.parameter)
+    return output
+
+
+def saving(input: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    bias, running_mean, running_var, *norm = rest[:5]
+    options = Options(*rest[5:])
+    block = _Block.of(input, weight, options)
+    conv = channels_last(input, block.output)
+    if conv.numel():
+        block.convolve(input, weight, (bias, None, None, None, None), conv)
+    statistics = options.training or running_mean is not None
+    if not statistics and options.activation == "none":
+        return conv, input.new_empty(0), input.new_empty(0), input.new_empty(0)
+    mean, var = (input.new_zeros(conv.shape[1] if statistics else 0) for _ in range(2))
+    output = torch.empty_like(conv)
+    if options.training and conv.numel():
+        scratch = block.channel_scratch()
+        size = block.positions, conv.shape[1]
+        block.call("channel_statistics", size, block.threads, conv, mean, var, scratch)
+    elif statistics and not options.training:
+        mean.copy_(running_mean)
+        var.copy_(running_var)
+    if conv.numel():
+        block.pass_over("channel_forward", conv, (), (mean, var, *norm), options, output)
+    return output, conv, mean, var
+
+
+def backward(
+    grad: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    conv: Tensor,
+    mean: Tensor,
+    var: Tensor,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    options, (for_input, for_weight) = Options(*rest[:-1]), rest[-1]
+    block = _Block.of(input, weight, options)
+    channels = grad.shape[1]
+    grad_input = channels_last(input, input.shape) if for_input else input.new_empty(0)
+    grad_weight = torch.zeros(weight.shape, dtype=input.dtype) if for_weight else input.new_empty(0)
+    sums = [input.new_zeros(channels) for _ in range(2)]
+    if grad.numel():
+        grad = grad.contiguous(memory_format=torch.channels_last)
+        grad_conv = input.new_empty(grad.numel() + _SLACK // grad.element_size())
+        conv = conv if conv.numel() else grad  # where there was neither BatchNorm nor activation
+        norm = (mean, var, bn_weight, bn_bias)
+        block.pass_over("channel_backward", conv, (grad,), norm, options, options.training, grad_conv, *sums)
+        if for_weight:
+            block.weight_gradient(input, grad_conv, grad_weight, options)
+        if for_input:
+            block.input_gradient(weight, grad_conv, grad_input)
+    grad_bias = sums[0]
+    if options.training:
+        grad_bias = torch.zeros_like(sums[0])  # a bias ahead of batch statistics changes nothing
+    elif mean.numel():
+        scale = (var + options.eps).rsqrt()
+        grad_bias = sums[0] * (scale if bn_weight is None else scale * bn_weight)
+    return grad_input, grad_weight, grad_bias, sums[1], sums[0].clone()
+
+
+class _Block:
+    """The sizes of one call and its native functions."""
+
+    def __init__(self, output: tuple[int, ...], geometry: tuple[Any, ...], dtype: torch.dtype, threads: int):
+        self.output, self.dtype, self.threads = output, dtype, threads
+        self.geometry = geometry  # groups, channels, in_size, out_size, kernel, stride, padding, dilation
+        self.positions = output[0] * output[2] * output[3]
+        self.type = str(dtype).removeprefix("torch.")
+
+    @classmethod
+    def of(cls, input: Tensor, weight: Tensor, options: Options) -> _Block:
+        output = output_shape(input.shape, weight.shape, options)
+        sizes = ((weight.shape[0], output[1]), tuple(input.shape[2:]), output[2:], tuple(weight.shape[2:]))
+        steps = (tuple(options.stride), tuple(options.padding), tuple(options.dilation))
+        work = input.numel() * weight.numel() // weight.shape[0]
+        threads = max(1, min(torch.get_num_threads(), work // _MIN_THREAD_WORK))
+        return cls(output, (options.groups, *sizes, *steps), input.dtype, threads)
+
+    def call(self, name: str, *args: Any) -> Any:
+        """Tensors go as addresses; one that is missing or empty as 0."""
+        function = getattr(backends.native_cpu(), f"{name}_{self.type}")
+        return function(*(_address(arg) if arg is None or isinstance(arg, Tensor) else arg for arg in args))
+
+    def convolve(self, input: Tensor, weight: Tensor, tensors: Tensors, output: Tensor, *act: Any) -> None:
+        plan = _plan(True, *self.geometry, self.dtype)
+        packed = packed_weight(weight, plan, self.geometry[0], self.threads)
+        self.run(plan, input, input.stride(), packed, tensors, output, *act)
+
+    def input_gradient(self, weight: Tensor, grad: Tensor, output: Tensor) -> None:
+        """An ordinary convolution of the gradient, with the roles of the channels exchanged."""
+        groups, channels, in_size, out_size, *steps = self.geometry
+        plan = _plan(False, groups, channels[::-1], out_size, in_size, *steps, self.dtype)
+        packed = packed_weight(weight, plan, groups, self.threads, input_gradient=True)
+        self.run(plan, grad, _dense_strides(self.output), packed, (None,) * 5, output)
+
+    def run(
+        self, plan: Any, image: Tensor, strides: Sequence[int], packed: Tensor, tensors: Tensors, output: Tensor,
+        eps: float = 0.0, activation: str = "none", parameter: float = 0.0,
+    ) -> None:  # fmt: skip
+        size = (self.output[0], self.threads)
+        scratch = image.new_empty(self.call("conv_scratch_size", plan, *size, strides))
+        tensors = [_dense(tensor) for tensor in tensors]
+        addresses = [_address(tensor) for tensor in tensors]
+        kind = getattr(backends.native_cpu().Activation, activation)
+        self.call("conv_bn_act", plan, *size, image, strides, packed, addresses, eps, kind, parameter, output, scratch)
+
+    def channel_scratch(self) -> Tensor:
+        return torch.empty(self.call("channel_scratch_size", self.positions, self.output[1]), dtype=self.dtype)
+
+    def pass_over(
+        self, name: str, conv: Tensor, more: Sequence[Tensor], norm: Tensors, options: Options, *results: Any
+    ) -> None:
+        """`norm`: mean, var, bn_weight, bn_bias."""
+        norm = [_dense(tensor) for tensor in norm]
+        addresses = [0, *(_address(tensor) for tensor in norm)]
+        kind = getattr(backends.native_cpu().Activation, options.activation)
+        size, scratch = (self.positions, self.output[1]), self.channel_scratch()
+        act = (options.eps, kind, options.parameter)
+        self.call(name, size, self.threads, conv, *more, addresses, *act, *results, scratch)
+
+    def weight_gradient(self, input: Tensor, grad: Tensor, result: Tensor, options: Options) -> None:
+        shape = backends.native_cpu().ConvTransposeShape(self.output[0], self.threads, *self.geometry)
+        input = input.contiguous(memory_format=torch.channels_last)
+        scratch = input.new_empty(self.call("conv_transpose_weight_scratch_size", shape))
+        self.call("conv_transpose_weight_gradient", shape, input, _dense_strides(input.shape), grad, result, scratch)
+
+
+@functools.lru_cache(maxsize=1024)
+def _plan(transposed: bool, *args: Any) -> Any:
+    *geometry, dtype = args
+    lanes = 64 // dtype.itemsize  # of a panel of the tap-GEMM
+    return backends.native_cpu().ConvPlan(transposed, *geometry, lanes)
+
+
+def _dense_strides(shape: Sequence[int]) -> tuple[int, int, int, int]:
+    """Of [N, C, H, W], channels last."""
+    _, channels, height, width = shape
+    return height * width * channels, 1, width * channels, channels
+
+
+def _dense(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None or tensor.numel() == 0 else tensor.data_ptr()

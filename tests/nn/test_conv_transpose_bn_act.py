@@ -1,0 +1,168 @@
+from __future__ import annotations
+
+import copy
+import itertools
+import pickle
+
+import pytest
+import torch
+
+from fastgen import nn, ops
+
+ACTIVATIONS = {
+    "none": None,
+    "relu": torch.nn.ReLU(),
+    "leaky_relu": torch.nn.LeakyReLU(0.2),
+    "elu": torch.nn.ELU(0.5),
+    "tanh": torch.nn.Tanh(),
+    "sigmoid": torch.nn.Sigmoid(),
+}
+
+
+def pair(activation="relu", batch_norm=True, **options):
+    """The layer and the Sequential that it replaces, with the same parameters."""
+    options = {"stride": 2, "padding": 1, "bias": False, **options}
+    norm_options = {
+        name: options.pop(name) for name in ("momentum", "affine", "track_running_stats") if name in options
+    }
+    more = {"negative_slope": 0.2, "alpha": 0.5, **norm_options}
+    layer = nn.ConvTransposeBNAct(5, 7, 4, **options, batch_norm=batch_norm, activation=activation, **more)
+    members = [torch.nn.ConvTranspose2d(5, 7, 4, **options)]
+    if batch_norm:
+        members.append(torch.nn.BatchNorm2d(7, **norm_options))
+    if activation != "none":
+        members.append(copy.deepcopy(ACTIVATIONS[activation]))
+    plain = torch.nn.Sequential(*members)
+    plain.load_state_dict(layer.state_dict())
+    return layer.double(), plain.double()
+
+
+def train_and_compare(layer, plain, steps=3):
+    optimisers = [torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9) for model in (layer, plain)]
+    for _ in range(steps):
+        x = torch.randn(3, 5, 4, 6, dtype=torch.float64)
+        for model, optimiser in zip((layer, plain), optimisers, strict=True):
+            optimiser.zero_grad()
+            model(x).sin().sum().backward()
+            optimiser.step()
+    for (name, ours), theirs in zip(layer.state_dict().items(), plain.state_dict().values(), strict=True):
+        torch.testing.assert_close(ours, theirs, msg=name)
+    with torch.no_grad():
+        torch.testing.assert_close(layer.eval()(x), plain.eval()(x))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("batch_norm", [True, False], ids=["norm", "no norm"])
+def test_trains_as_the_sequential(activation, batch_norm):
+    train_and_compare(*pair(activation, batch_norm))
+
+
+@pytest.mark.parametrize("momentum", [None, 0.3])
+def test_momentum(momentum):
+    train_and_compare(*pair(momentum=momentum))
+
+
+@pytest.mark.parametrize(("affine", "track"), itertools.product((True, False), repeat=2))
+def test_norm_options(affine, track):
+    train_and_compare(*pair(affine=affine, track_running_stats=track))
+
+
+@pytest.mark.parametrize("batch_norm", [True, False], ids=["norm", "no norm"])
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+def test_state_dicts_load_both_ways(batch_norm, bias):
+    layer, plain = pair(batch_norm=batch_norm, bias=bias)
+    for tensor in plain.state_dict().values():
+        tensor.add_(1)
+    layer.load_state_dict(plain.state_dict())
+    assert list(layer.state_dict()) == list(plain.state_dict())
+    assert all(map(torch.equal, layer.state_dict().values(), plain.state_dict().values()))
+
+
+def test_starts_like_the_sequential():
+    torch.manual_seed(3)
+    layer = nn.ConvTransposeBNAct(3, 6, 3)
+    torch.manual_seed(3)
+    assert torch.equal(layer[0].weight, torch.nn.ConvTranspose2d(3, 6, 3).weight)
+
+
+def test_loaded_weights_are_used():
+    (layer, _), (_, other) = pair(), pair()
+    x = torch.randn(2, 5, 4, 4, dtype=torch.float64)
+    layer.eval()(x)
+    layer.load_state_dict(other.state_dict())
+    torch.testing.assert_close(layer(x), other.eval()(x))
+    layer.float()
+    torch.testing.assert_close(layer(x.float()), other(x).float(), rtol=1e-4, atol=1e-5)
+
+
+def test_one_member_in_training_mode():
+    layer, plain = pair()
+    x = torch.randn(2, 5, 4, 4, dtype=torch.float64)
+    for model in (layer, plain):
+        model.eval()[1].train()
+    torch.testing.assert_close(layer(x), plain(x))
+    torch.testing.assert_close(layer[1].running_var, plain[1].running_var)
+
+
+def test_output_size():
+    layer, plain = pair()
+    x = torch.randn(2, 5, 4, 4, dtype=torch.float64)
+    expected = plain[2](plain[1](plain[0](x, (9, 8))))
+    torch.testing.assert_close(layer(x, output_size=(9, 8)), expected)
+    with pytest.raises(ValueError, match="output size"):
+        layer(x, output_size=(12, 8))
+
+
+def test_foreign_members_and_hooks_are_respected():
+    layer, plain = pair(batch_norm=False)
+    x = torch.randn(2, 5, 4, 4, dtype=torch.float64)
+    expected = plain(x)
+    layer[0].register_forward_hook(lambda module, args, output: output * 2)
+    torch.testing.assert_close(layer(x), expected * 2)
+    changed, _ = pair()
+    changed[1] = torch.nn.InstanceNorm2d(7)
+    torch.testing.assert_close(changed(x), torch.nn.Sequential(*changed)(x))
+
+
+def test_parametrised_weights_are_computed_each_time():
+    layer, _ = pair(batch_norm=False)
+    torch.nn.utils.parametrizations.weight_norm(layer[0])
+    x = torch.randn(2, 5, 4, 4, dtype=torch.float64)
+    for _ in range(2):
+        torch.testing.assert_close(layer(x), torch.nn.Sequential(*layer)(x))
+        with torch.no_grad():
+            layer[0].parametrizations.weight.original0.mul_(2)
+
+
+def test_copies_pickles_and_slices():
+    layer, plain = pair()
+    x = torch.randn(2, 5, 4, 4, dtype=torch.float64)
+    expected = plain.eval()(x)
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        torch.testing.assert_close(other.eval()(x), expected)
+    torch.testing.assert_close(layer.eval()[:2](x), plain[:2](x))
+
+
+def test_is_the_operation():
+    layer = nn.ConvTransposeBNAct(5, 7, 3, (2, 1), activation="tanh", eps=0.8).eval()
+    x = torch.randn(2, 5, 4, 4)
+    norm = layer[1]
+    tensors = (layer[0].weight, layer[0].bias, norm.running_mean, norm.running_var, norm.weight, norm.bias)
+    expected = ops.conv_transpose2d_bn_act(x, *tensors, stride=(2, 1), activation="tanh", eps=0.8)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), expected)
+
+
+def test_compiles():
+    layer, _ = pair()
+    x = torch.randn(2, 5, 4, 4, dtype=torch.float64)
+    compiled = torch.compile(layer.eval(), fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert torch.equal(compiled(x), layer(x))
+
+
+def test_errors():
+    with pytest.raises(ValueError, match=r"activation must be one of none, relu.*got 'gelu'"):
+        nn.ConvTransposeBNAct(3, 6, 3, activation="gelu")
+    with pytest.raises(ValueError, match="more than one value per channel"):
+        nn.ConvTransposeBNAct(3, 6, 1)(torch.ones(1, 3, 1, 1))
