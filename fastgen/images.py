@@ -110,9 +110,9 @@ def captioned(panels: Sequence[tuple[str, np.ndarray]], columns: int = 2) -> np.
 
     if not panels:
         raise ValueError("panels must not be empty")
-    font = _font()
+    letters = font()
     measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
-    text_sizes = [measure.multiline_textbbox((0, 0), text, font=font)[2:] for text, _ in panels]
+    text_sizes = [measure.multiline_textbbox((0, 0), text, font=letters)[2:] for text, _ in panels]
     caption_height = int(max(height for _, height in text_sizes)) + 6
     widths = [max(int(size[0]) + 1, picture.shape[1]) for size, (_, picture) in zip(text_sizes, panels, strict=True)]
     column_widths = [max(widths[c::columns]) for c in range(min(columns, len(panels)))]
@@ -133,12 +133,12 @@ def captioned(panels: Sequence[tuple[str, np.ndarray]], columns: int = 2) -> np.
         row, column = divmod(i, columns)
         x = MARGIN + sum(column_widths[:column]) + MARGIN * column
         y = MARGIN + sum(row_heights[:row]) + MARGIN * row
-        draw.multiline_text((x, y), text, fill=(0, 0, 0), font=font)
+        draw.multiline_text((x, y), text, fill=(0, 0, 0), font=letters)
         canvas.paste(Image.fromarray(picture), (x, y + caption_height))
     return np.asarray(canvas)
 
 
-def _font() -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
+def font() -> ImageFont.ImageFont | ImageFont.FreeTypeFont:
     from PIL import ImageFont
 
     try:

@@ -28,6 +28,8 @@ def run(options: argparse.Namespace) -> int:
     from fastgen.cli import shared
 
     model = fastgen.load(options.checkpoint)
+    if not hasattr(model, "log_prob"):
+        raise ValueError(f"{options.checkpoint}: a {model.name} has no likelihood to evaluate")
     data = shared.load_for(model, options.data, options.split)
     labels = shared.labels_for(model, data)
     bits = fastgen.bits_per_dim(model, data.images, labels, batch_size=options.batch_size, precision=options.precision)

@@ -23,6 +23,10 @@ EXAMPLES = """examples:
   fastgen sample model.safetensors -n 16 --known digits --keep top -o completions.png
 """
 SUFFIXES = (".png", ".npy", ".npz")
+# options of the sampler of pixel models, with their defaults
+SAMPLER_OPTIONS = {
+    "temperature": 1.0, "known": None, "precision": "fp32", "backend": "auto", "max_batch": None, "audit": False
+}  # fmt: skip
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,19 +43,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="L[,L...]",
         help="classes, one for all or one for each sample (default: all classes in turn)",
     )
-    parser.add_argument(
+    parser.add_argument("--columns", type=int, metavar="N", help="images per row of the grid (default: square)")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    group = parser.add_argument_group("pixel models")
+    group.add_argument(
         "--temperature", type=float, default=1.0, metavar="T", help="below 1: more likely images (default: 1)"
     )
-    parser.add_argument("--known", metavar="SPEC", help="complete the validation images of this data set")
-    parser.add_argument(
+    group.add_argument("--known", metavar="SPEC", help="complete the validation images of this data set")
+    group.add_argument(
         "--keep", choices=("top", "bottom", "left", "right"), default="top", help="the given half (default: top)"
     )
-    parser.add_argument("--columns", type=int, metavar="N", help="images per row of the grid (default: square)")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the weights (default: fp32)")
-    parser.add_argument("--backend", default="auto", metavar="NAME", help="auto, cpu or reference (default: auto)")
-    parser.add_argument("--max-batch", type=int, metavar="N", help="samples at a time (default: what fits the memory)")
-    parser.add_argument("--audit", action="store_true", help="prove by a parallel forward pass; status 1 if it fails")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    group.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the weights (default: fp32)")
+    group.add_argument("--backend", default="auto", metavar="NAME", help="auto, cpu or reference (default: auto)")
+    group.add_argument("--max-batch", type=int, metavar="N", help="samples at a time (default: what fits the memory)")
+    group.add_argument("--audit", action="store_true", help="prove by a parallel forward pass; status 1 if it fails")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -59,6 +64,8 @@ def run(options: argparse.Namespace) -> int:
 
     _check_output(options.output)
     model: Any = fastgen.load(options.checkpoint)
+    if isinstance(model, fastgen.models.AdversarialModel):
+        return _sample_generator(options, model)
     labels, known, mask = _given(options, model)
     sampler = fastgen.Sampler(model, precision=options.precision, backend=options.backend, max_batch=options.max_batch)
     draw = {"seed": options.seed, "start": options.start, "labels": labels, "temperature": options.temperature}
@@ -70,6 +77,17 @@ def run(options: argparse.Namespace) -> int:
     report = fastgen.audit(model, images, precision=options.precision, **draw, mask=mask)
     print(f"audit: {report.elements} elements, {report.mismatches} mismatches, {report.ties} ties")
     return 0 if report.ok else 1
+
+
+def _sample_generator(options: argparse.Namespace, model: Any) -> int:
+    for name, default in SAMPLER_OPTIONS.items():
+        if getattr(options, name) != default:
+            raise ValueError(f"{model.name} has no option --{name.replace('_', '-')}: it does not draw pixel by pixel")
+    labels, _, _ = _given(options, model)
+    images = model.sample(options.n, seed=options.seed, start=options.start, labels=labels, progress=not options.quiet)
+    _write(options, images, model.levels, labels)
+    print(f"wrote {len(images)} samples to {options.output}")
+    return 0
 
 
 def _check_output(path: Path) -> None:

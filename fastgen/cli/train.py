@@ -1,8 +1,9 @@
-"""Train an autoregressive model on images.
+"""Train a model on images: an autoregressive one on its likelihood, gan and dcgan against a discriminator.
 
 The folder given by --out gets checkpoint.safetensors (to go on from with --resume), log.jsonl (a line per validation),
-sample grids, and at the end model.safetensors with the best weights.  A run that is killed loses at most the steps
-since its last checkpoint; Ctrl-C writes one first.
+sample grids, and at the end model.safetensors with the best weights, or, of a generator, the averaged ones; adversarial
+runs also draw curves.png.  A run that is killed loses at most the steps since its last checkpoint; Ctrl-C writes one
+first.
 """
 
 from __future__ import annotations
@@ -22,9 +23,12 @@ EXAMPLES = """examples:
   fastgen train pixelcnn --data patches --levels 32 --steps 40000 --out runs/patches --resume
   fastgen train pixelcnnpp --data digits --num-filters 32 --num-blocks 1 --dropout 0.2 --lr 3e-3 --minutes 3
   fastgen train pixelcnnpp --data patches --num-filters 32 --num-blocks 2 --steps 20000
+  fastgen train dcgan --data digits --num-filters 32 --batch-size 64 --ema-decay 0.99 --minutes 5
+  fastgen train dcgan --loss wgan-gp --data photos/ --size 64 --steps 50000
 """
 DEFAULT_STEPS = 10_000
 GRID = 64
+DCGAN_SIZE = 32  # where --size is not given
 
 # option -> (type, help) of what is handed to the model's constructor when it is given
 MODEL_OPTIONS: dict[str, tuple[Any, str]] = {
@@ -33,32 +37,49 @@ MODEL_OPTIONS: dict[str, tuple[Any, str]] = {
     "num_features": (int, "feature maps of the first output layer (pixelcnn)"),
     "kernel_size": (int, "odd size of the kernels after the first layer (gated_pixelcnn)"),
     "num_mixtures": (int, "logistic components per pixel (pixelcnnpp)"),
-    "dropout": (float, "share of features dropped in training (pixelcnnpp)"),
+    "dropout": (float, "share of features dropped in training (pixelcnnpp, gan)"),
     "head": (str, "categorical, bernoulli for two levels, or logistic_mixture (pixelcnnpp)"),
+    "latent_dim": (int, "dimension of the latents (gan, dcgan)"),
 }
 METAVARS = {int: "N", float: "P", str: "NAME"}
 # option -> (field of TrainConfig, help)
 TRAINING_OPTIONS = {
     "batch_size": ("batch_size", "images per step"),
-    "lr": ("learning_rate", "peak learning rate of AdamW; warm-up, then half a cosine to zero"),
-    "warmup": ("warmup", "fraction of the run that warms up"),
-    "weight_decay": ("weight_decay", "decoupled weight decay"),
-    "clip_norm": ("clip_norm", "largest gradient norm"),
+    "lr": (
+        "learning_rate",
+        "learning rate: of AdamW, the peak after a warm-up and before half a cosine to zero; of GANs, constant",
+    ),
+    "warmup": ("warmup", "fraction of the run that warms up (not gan, dcgan)"),
+    "weight_decay": ("weight_decay", "decoupled weight decay (not gan, dcgan)"),
+    "clip_norm": ("clip_norm", "largest gradient norm (not gan, dcgan)"),
     "ema_decay": ("ema_decay", "decay of the moving average of the weights, which is what is kept"),
-    "validate_every": ("validate_every", "steps between validations"),
+    "validate_every": ("validate_every", "steps between validations (not gan, dcgan)"),
     "sample_every": ("sample_every", "steps between sample grids"),
     "checkpoint_every": ("checkpoint_every", "steps between checkpoints"),
     "seed": ("seed", "of the weights and of the order of the images"),
+}
+ADVERSARIAL_OPTIONS = {
+    "loss": ("loss", "what generator and discriminator minimise"),
+    "critic_steps": ("critic_steps", "steps of the discriminator for one of the generator"),
+    "beta1": ("beta1", "Adam's decay of the mean gradient"),
+    "beta2": ("beta2", "Adam's decay of the mean square gradient"),
+    "log_every": ("log_every", "steps between lines of the log"),
 }
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from fastgen import models
-    from fastgen.training import TrainConfig, recipes
+    from fastgen.training import LOSSES, GANConfig, TrainConfig, recipes
 
     parser.add_argument("model", metavar="MODEL", choices=models.names(), help=f"one of {', '.join(models.names())}")
     shared.add_data(parser)
-    parser.add_argument("--size", type=int, metavar="PIXELS", help="side that image folders and patches are cut to")
+    parser.add_argument(
+        "--size",
+        type=int,
+        metavar="PIXELS",
+        help="side that image folders and patches are cut to, and for gan and dcgan (default: "
+        f"{DCGAN_SIZE}) all images are scaled to",
+    )
     parser.add_argument("--levels", type=int, metavar="K", help="requantise to K levels, 2..256 (default: as stored)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the run (default: runs/MODEL-DATA)")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
@@ -71,44 +92,94 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("model (defaults: as published)")
     for name, (kind, text) in MODEL_OPTIONS.items():
         group.add_argument(_flag(name), type=kind, metavar=METAVARS[kind], help=text)
-    defaults = {f.name: f.default for f in dataclasses.fields(TrainConfig)}
-    group = parser.add_argument_group("training")
-    for name, (field, text) in TRAINING_OPTIONS.items():
+    by_loss = {f"--loss {name}": recipe.training for name, recipe in LOSSES.items()}
+    plain = {field.name: field.default for field in dataclasses.fields(GANConfig)}
+    different = {name: value for name, value in plain.items() if value != getattr(TrainConfig, name, value)}
+    others = recipes.OPTIONS | {"gan, dcgan": different} | by_loss
+    _add_training(parser.add_argument_group("training"), TRAINING_OPTIONS, TrainConfig, others)
+    group = parser.add_argument_group("training of gan and dcgan")
+    _add_training(group, ADVERSARIAL_OPTIONS, GANConfig, by_loss, {"loss": tuple(LOSSES)})
+
+
+def _add_training(
+    group: Any,
+    options: dict[str, tuple[str, str]],
+    config: Any,
+    others: dict[str, dict[str, Any]],
+    choices: dict[str, tuple[str, ...]] | None = None,
+) -> None:
+    """Options that are fields of a configuration, each with its default, and with the defaults of others."""
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    for name, (field, text) in options.items():
         default = defaults[field]
-        others = "".join(f"; {model}: {own[field]}" for model, own in recipes.OPTIONS.items() if field in own)
-        group.add_argument(_flag(name), type=type(default), metavar="N", help=f"{text} (default: {default}{others})")
+        more = "".join(f"; {other}: {own[field]}" for other, own in others.items() if field in own)
+        allowed = (choices or {}).get(name)
+        help_text = f"{text}{': ' + ', '.join(allowed) if allowed else ''} (default: {default}{more})"
+        metavar = "NAME" if allowed else "N"
+        group.add_argument(_flag(name), type=type(default), choices=allowed, metavar=metavar, help=help_text)
 
 
 def run(options: argparse.Namespace) -> int:
+    from fastgen import models
+
+    kind = models.get(options.model)
+    return (_train_adversarial if issubclass(kind, models.AdversarialModel) else _train_likelihood)(options, kind)
+
+
+def _train_likelihood(options: argparse.Namespace, kind: type) -> int:
     import torch
 
-    from fastgen import data, models
+    from fastgen import data
     from fastgen.training import TrainConfig, initialize, recipes, train
 
-    given = {field: getattr(options, name) for name, (field, _) in TRAINING_OPTIONS.items()}
-    fields = recipes.OPTIONS.get(options.model, {}) | {key: value for key, value in given.items() if value is not None}
-    steps = DEFAULT_STEPS if options.steps is None and options.minutes is None else options.steps
-    seconds = None if options.minutes is None else 60 * options.minutes
-    config = TrainConfig(max_steps=steps, max_seconds=seconds, **fields)
+    own = recipes.OPTIONS.get(options.model, {})
+    config = TrainConfig(**own | _training_arguments(options, TrainConfig))
     train_data, val_data = (
         data.load(options.data, split=split, size=options.size, levels=options.levels, progress=not options.quiet)
         for split in ("train", "val")
     )
-    kind = models.get(options.model)
-    arguments = _model_arguments(options, kind, train_data)
+    arguments = _model_arguments(options, kind, train_data, {})
     torch.manual_seed(config.seed)
-    model = kind(**arguments)
+    model: Any = kind(**arguments)
     if not options.resume:
         initialize(model, train_data, config)
-    out = options.out or Path("runs") / f"{options.model}-{Path(options.data).stem}"
+    result = _train(options, model, train_data, train, val_data, config)
+    print(f"{result.bits_per_dim:.4f} bits/dim, validation, at step {result.best_step} of {result.steps}")
+    print(f"wrote {_folder(options) / 'model.safetensors'}")
+    return 0
+
+
+def _train_adversarial(options: argparse.Namespace, kind: type) -> int:
+    import torch
+
+    from fastgen import data
+    from fastgen.training import LOSSES, GANConfig, train_gan
+
+    given = _training_arguments(options, GANConfig)
+    loss = given.pop("loss", GANConfig.loss)
+    config = GANConfig.of(loss, **given)
+    size = DCGAN_SIZE if options.size is None and options.model == "dcgan" else options.size
+    progress = not options.quiet
+    train_data = data.load(options.data, size=size, levels=options.levels, resize=True, progress=progress)
+    arguments = _model_arguments(options, kind, train_data, LOSSES[loss].model.get(options.model, {}))
+    torch.manual_seed(config.seed)
+    model: Any = kind(**arguments)
+    result = _train(options, model, train_data, train_gan, config)
+    print(f"{result.steps} steps in {result.seconds:.0f} s")
+    print(f"wrote {_folder(options) / 'model.safetensors'}")
+    return 0
+
+
+def _train(options: argparse.Namespace, model: Any, train_data: Any, function: Any, *arguments: Any) -> Any:
+    """``function(model, train_data, *arguments)`` with what all kinds of training take."""
+    out = _folder(options)
     out.mkdir(parents=True, exist_ok=True)
     print(f"{options.model} with {sum(p.numel() for p in model.parameters()):,} parameters on {train_data}")
     try:
-        result = train(
+        return function(
             model,
             train_data,
-            val_data,
-            config,
+            *arguments,
             out=out,
             resume=options.resume,
             progress=not options.quiet,
@@ -117,9 +188,10 @@ def run(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print(f"stopped; go on with --resume --out {out}")
         raise
-    print(f"{result.bits_per_dim:.4f} bits/dim, validation, at step {result.best_step} of {result.steps}")
-    print(f"wrote {out / 'model.safetensors'}")
-    return 0
+
+
+def _folder(options: argparse.Namespace) -> Path:
+    return options.out or Path("runs") / f"{options.model}-{Path(options.data).stem}"
 
 
 def save_grid(model: Any, path: Path) -> None:
@@ -133,16 +205,32 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _model_arguments(options: argparse.Namespace, kind: type, train_data: Any) -> dict[str, Any]:
-    """The constructor's arguments: what the data say, and what was asked for."""
+def _training_arguments(options: argparse.Namespace, config: Any) -> dict[str, Any]:
+    """The limits and the options that were given, as fields of a configuration."""
+    steps = DEFAULT_STEPS if options.steps is None and options.minutes is None else options.steps
+    seconds = None if options.minutes is None else 60 * options.minutes
+    arguments: dict[str, Any] = {"max_steps": steps, "max_seconds": seconds}
+    takes = {field.name for field in dataclasses.fields(config)}
+    for name, (field, _) in (TRAINING_OPTIONS | ADVERSARIAL_OPTIONS).items():
+        value = getattr(options, name)
+        if value is not None:
+            if field not in takes:
+                raise ValueError(f"{options.model} has no option {_flag(name)}")
+            arguments[field] = value
+    return arguments
+
+
+def _model_arguments(options: argparse.Namespace, kind: type, train_data: Any, own: dict[str, Any]) -> dict[str, Any]:
+    """The constructor's arguments: what the data say, what belongs to the loss (``own``), and what was asked for."""
     takes = inspect.signature(kind).parameters
     arguments: dict[str, Any] = {"image_shape": train_data.image_shape, "levels": train_data.levels}
+    if "num_classes" in takes and train_data.num_classes is not None and not options.unconditional:
+        arguments["num_classes"] = train_data.num_classes
+    arguments |= own
     for name in MODEL_OPTIONS:
         value = getattr(options, name)
         if value is not None:
             if name not in takes:
                 raise ValueError(f"{options.model} has no option {_flag(name)}")
             arguments[name] = value
-    if "num_classes" in takes and train_data.num_classes is not None and not options.unconditional:
-        arguments["num_classes"] = train_data.num_classes
     return arguments

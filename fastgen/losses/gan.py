@@ -7,6 +7,7 @@ Each loss is a module with the same methods, so that a training loop need not kn
     d.backward(); optimizer_d.step(); loss.constrain(D)
     g = loss.generator(D(G(z)))
     g.backward(); optimizer_g.step()
+    loss.update(D(real), D(G(z)))                                              # the scores that are at hand
 
 Scores are what the last layer gives, [N] or any other shape, without a sigmoid; results are means over them, 0-d
 tensors of their dtype.  x are real images, G(z) generated ones, s(.) scores, and D = sigmoid(s) where a probability is
@@ -24,7 +25,7 @@ from torch import Tensor
 
 
 class AdversarialLoss(torch.nn.Module):
-    """What all losses here have; `penalty` and `constrain` do nothing unless a loss says so."""
+    """What all losses here have; `penalty`, `constrain` and `update` do nothing unless a loss says so."""
 
     def discriminator(self, real: Tensor, fake: Tensor) -> Tensor:
         """What the discriminator minimises, from its scores of real and of generated images."""
@@ -40,6 +41,10 @@ class AdversarialLoss(torch.nn.Module):
 
     def constrain(self, critic: torch.nn.Module) -> None:
         """What is done to the discriminator after its step."""
+
+    def update(self, real: Tensor, fake: Tensor) -> dict[str, float]:
+        """Moves the loss's own state after a step, by the scores of that step; returns figures worth a look."""
+        return {}
 
 
 class NonSaturatingLoss(AdversarialLoss):
@@ -192,11 +197,11 @@ class BEGANLoss(AdversarialLoss):
         return fake.mean()
 
     @torch.no_grad()
-    def update(self, real: Tensor, fake: Tensor) -> float:
-        """Moves k by the errors of real and generated images; returns `convergence` of them."""
+    def update(self, real: Tensor, fake: Tensor) -> dict[str, float]:
+        """Moves k by the errors of real and generated images; returns the new k and `convergence`."""
         balance = self.gamma * real.double().mean() - fake.double().mean()
         self.k.add_(self.lambda_k * balance.to(self.k.device)).clamp_(0.0, 1.0)
-        return self.convergence(real, fake)
+        return {"k": float(self.k), "convergence": self.convergence(real, fake)}
 
     @torch.no_grad()
     def convergence(self, real: Tensor, fake: Tensor) -> float:

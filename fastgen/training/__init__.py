@@ -1,4 +1,4 @@
-"""Training of likelihood models: `train` (one function, one `TrainConfig`) and ready recipes.
+"""Training of likelihood models: `train` (one function, one `TrainConfig`) and ready recipes; of GANs: `train_gan`.
 
 ::
 
@@ -16,6 +16,9 @@
     result = training.recipes.demo_digits(seconds=60.0, seed=0, out=None, progress=True)
     result.model          # GatedPixelCNN, 8x8, 17 levels, conditional on 10 classes
 
+    config = training.GANConfig.of("wgan-gp", max_steps=20000)   # the loss, and what its paper trains it with
+    result = training.train_gan(model, train_data, config, out="runs/b")    # models.DCGAN(norm="layer", ...)
+
 Data are objects with ``.images`` uint8 [N, C, H, W] and ``.labels`` int64 [N] or None (`fastgen.data.Dataset`).
 ``out`` gets ``checkpoint.safetensors`` (a `fastgen.load`-able model plus the state of training), ``log.jsonl``, and at
 the end ``model.safetensors``; with ``out=None`` nothing is written.
@@ -25,6 +28,17 @@ from __future__ import annotations
 
 from fastgen.training import recipes
 from fastgen.training.config import TrainConfig
+from fastgen.training.gan import LOSSES, GANConfig, GANResult, train_gan
 from fastgen.training.trainer import TrainResult, initialize, train
 
-__all__ = ["TrainConfig", "TrainResult", "initialize", "recipes", "train"]
+__all__ = [
+    "LOSSES",
+    "GANConfig",
+    "GANResult",
+    "TrainConfig",
+    "TrainResult",
+    "initialize",
+    "recipes",
+    "train",
+    "train_gan",
+]

@@ -45,6 +45,11 @@ class Log:
                 file.write(json.dumps(figures | means) + "\n")
 
 
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The lines that a `Log` wrote; one that was cut short is left out."""
+    return [json.loads(line) for line in _lines(path) if _step(line) < float("inf")]
+
+
 def _lines(path: Path) -> list[str]:
     return path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
 

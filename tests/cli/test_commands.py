@@ -51,6 +51,41 @@ def test_train_then_resume_then_eval_and_sample(model: str, here: Path, capsys: 
     assert Image.open("s.png").format == "PNG"
 
 
+@pytest.mark.parametrize(
+    "model",
+    [
+        "gan",
+        "gan --size 12 --unconditional --loss began",
+        "dcgan --num-filters 4 --latent-dim 5",
+        "dcgan --num-filters 4 --size 16 --loss wgan-gp",
+    ],
+)
+def test_train_a_generator_then_resume_and_sample(model: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train = f"train {model} --data digits --out run --quiet --batch-size 4 --critic-steps 1 --log-every 1".split()
+    assert main([*train, "--steps", "2", "--sample-every", "1"]) == 0
+    written = {p.name for p in Path("run").iterdir()}
+    assert written == {
+        *("checkpoint.safetensors", "model.safetensors", "log.jsonl", "curves.png"),
+        *("samples-000001.png", "samples-000002.png"),
+    }
+    assert main([*train, "--steps", "3", "--resume"]) == 0
+    assert "3 steps in" in capsys.readouterr().out
+    loaded = fastgen.load("run/model.safetensors")
+    assert loaded.num_classes == (None if "began" in model else 10)
+    assert main(["sample", "run/model.safetensors", "-n", "5", "--start", "2", "-o", "s.npy", "--quiet"]) == 0
+    expected = fastgen.sample("run/model.safetensors", 5, start=2)
+    assert np.array_equal(np.load("s.npy"), expected.numpy())
+
+
+def test_train_a_generator_on_a_folder_of_images(here: Path) -> None:
+    Path("photos").mkdir()
+    for i in range(5):
+        Image.new("RGB", (40 + i, 30), (50 * i, 90, 10)).save(f"photos/{i}.png")
+    options = "--num-filters 4 --size 16 --steps 1 --batch-size 2 --quiet"
+    assert main(f"train dcgan --data photos {options}".split()) == 0
+    assert fastgen.load("runs/dcgan-photos/model.safetensors").image_shape == (3, 16, 16)
+
+
 def test_sample_formats_hold_the_samplers_images(here: Path) -> None:
     path = checkpoint(here, num_classes=10)
     options = ["-n", "6", "--seed", "3", "--start", "4", "--temperature", "0.8", "--quiet"]
@@ -124,13 +159,23 @@ BAD = [
     ("train gated_pixelcnn --data digits --kernel-size 2 --quiet", "kernel_size: expected an odd integer"),
     ("train pixelcnn --data digits --kernel-size 3 --quiet", "pixelcnn has no option --kernel-size"),
     ("train pixelcnn --data digits --num-filters 2 --num-blocks 1 --num-features 2 --quiet --resume", "checkpoint"),
+    ("train pixelcnn --data digits --loss hinge --quiet", "pixelcnn has no option --loss"),
+    ("train dcgan --data digits --warmup 0.1 --quiet", "dcgan has no option --warmup"),
+    ("train dcgan --data digits --kernel-size 3 --quiet", "dcgan has no option --kernel-size"),
+    ("train dcgan --data digits --size 24 --quiet", "expected squares of 16, 32, 64, ... pixels a side, got 24x24"),
+    ("train dcgan --data digits --critic-steps 0 --quiet", "critic_steps: expected an integer of at least 1, got 0"),
+    ("sample {g} --temperature 0.5", "gan has no option --temperature: it does not draw pixel by pixel"),
+    ("sample {g} --audit", "gan has no option --audit"),
+    ("sample {g} -n -1", "n must be in 0.."),
+    ("eval {g} --data digits", "g.safetensors: a gan has no likelihood to evaluate"),
 ]
 
 
 @pytest.mark.parametrize(("command", "message"), BAD, ids=[command for command, _ in BAD])
 def test_bad_input(command: str, message: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One line on stderr, exit code 2, no file written."""
-    paths = {"m": checkpoint(here), "broken": str(here / "broken.safetensors")}
+    paths = {"m": checkpoint(here), "broken": str(here / "broken.safetensors"), "g": str(here / "g.safetensors")}
+    fastgen.save(models.GAN(image_shape=(1, 8, 8), levels=17, num_filters=5), paths["g"])
     Path(paths["broken"]).write_bytes(Path(paths["m"]).read_bytes()[:100])
     before = {p for p in here.rglob("*") if p.is_file()}
     assert main(command.format(**paths).split()) == 2

@@ -81,6 +81,8 @@ def test_without_a_penalty_there_is_none(name):
     if not isinstance(loss, losses.WassersteinLoss):
         loss.constrain(critic)
         assert all(map(torch.equal, before, critic.parameters()))
+    if not isinstance(loss, losses.BEGANLoss):
+        assert loss.update(*scores()) == {}
 
 
 def test_log_losses_are_binary_cross_entropies():
@@ -198,9 +200,10 @@ def test_wasserstein_gp_weighs_the_penalty():
 def test_began_moves_k_towards_the_equilibrium():
     loss = losses.BEGANLoss(gamma=0.5, lambda_k=0.1)
     real, fake = torch.tensor([1.0, 3.0]), torch.tensor([0.2, 0.4])
-    measure = loss.update(real, fake)
+    figures = loss.update(real, fake)
     assert math.isclose(loss.k, 0.1 * (0.5 * 2 - 0.3), rel_tol=1e-6)
-    assert math.isclose(measure, 2 + abs(0.5 * 2 - 0.3), rel_tol=1e-6)
+    assert figures["k"] == loss.k
+    assert math.isclose(figures["convergence"], 2 + abs(0.5 * 2 - 0.3), rel_tol=1e-6)
     torch.testing.assert_close(loss.discriminator(real, fake), torch.tensor(2 - 0.07 * 0.3))
     for _ in range(30):
         loss.update(real, fake)

@@ -21,7 +21,7 @@ SMALL = {
     "dcgan-layer": ("dcgan", {"image_shape": (3, 16, 16), "num_filters": 5, "norm": "layer", "levels": 2}),
     "dcgan-autoencoder": (
         "dcgan",
-        {"image_shape": (1, 16, 16), "num_filters": 3, "num_classes": 3, "discriminator": "autoencoder"},
+        {"image_shape": (1, 16, 16), "num_filters": 3, "discriminator": "autoencoder"},
     ),
 }
 KINDS = pytest.mark.parametrize("kind", SMALL)
@@ -167,11 +167,11 @@ def test_maxout():
 @pytest.mark.parametrize("kind", ["gan-autoencoder", "dcgan-autoencoder"])
 def test_an_autoencoder_scores_by_its_error(kind):
     model = build(kind)
-    x, labels = torch.rand(3, *model.image_shape) * 2 - 1, labels_of(model, 3)
-    reconstructed = model.discriminator.reconstruct(x, labels)
+    x = torch.rand(3, *model.image_shape) * 2 - 1
+    reconstructed = model.discriminator.reconstruct(x)
     assert reconstructed.shape == x.shape
     expected = torch.stack([(a - b).abs().mean() for a, b in zip(x, reconstructed, strict=True)])
-    torch.testing.assert_close(model.discriminator(x, labels), expected)
+    torch.testing.assert_close(model.discriminator(x), expected)
 
 
 def test_scores_of_an_image_do_not_depend_on_others_without_batch_norm():
@@ -218,6 +218,7 @@ def test_double_precision():
         (lambda: build(num_classes=0), "num_classes: expected an integer of at least 1, got 0"),
         (lambda: build(norm="instance"), "norm: expected one of batch, layer, none, got 'instance'"),
         (lambda: build(discriminator="u-net"), "discriminator: expected one of score, autoencoder, got 'u-net'"),
+        (lambda: build("gan-autoencoder", num_classes=2), "num_classes: expected None with an autoencoder"),
         (lambda: build("gan", dropout=1), "dropout: expected a number of at least 0 and below 1, got 1"),
         (lambda: build().sample(-1), r"n must be in 0"),
         (lambda: build().sample(1, seed=-1), r"seed must be in 0"),
@@ -229,7 +230,7 @@ def test_double_precision():
         (lambda: build().encode(torch.zeros(2, 3, 8, 8, dtype=torch.uint8)), "images: expected shape"),
         (lambda: build("dcgan-layer").encode(torch.full((1, 3, 16, 16), 2).byte()), "expected levels below 2, got 2"),
     ],
-    ids=range(20),
+    ids=range(21),
 )
 def test_bad_values(act, text):
     with pytest.raises(ValueError, match=text):

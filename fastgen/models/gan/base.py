@@ -25,6 +25,7 @@ class AdversarialModel(torch.nn.Module):
         levels: number of levels of an element, 2..256.
         latent_dim: dimension of the latents, which are standard normal.
         num_classes: number of classes that both networks are conditioned on, or None.
+        discriminator: "score" or "autoencoder".
         options: the other constructor arguments of the subclass, kept in `config`.
 
     Attributes:
@@ -43,6 +44,7 @@ class AdversarialModel(torch.nn.Module):
         levels: int,
         latent_dim: int,
         num_classes: int | None,
+        discriminator: str,
         **options: Any,
     ) -> None:
         super().__init__()
@@ -55,9 +57,16 @@ class AdversarialModel(torch.nn.Module):
         self.levels = levels
         self.latent_dim = positive("latent_dim", latent_dim)
         self.num_classes = None if num_classes is None else positive("num_classes", num_classes)
+        one_of("discriminator", discriminator, ("score", "autoencoder"))
+        if discriminator == "autoencoder" and num_classes is not None:
+            raise ValueError(f"num_classes: expected None with an autoencoder as discriminator, got {num_classes}")
         self.config: dict[str, Any] = {
-            "image_shape": list(self.image_shape), "levels": levels, "latent_dim": latent_dim, **options
-        }  # fmt: skip
+            "image_shape": list(self.image_shape),
+            "levels": levels,
+            "latent_dim": latent_dim,
+            "discriminator": discriminator,
+            **options,
+        }
         if num_classes is not None:
             self.config["num_classes"] = num_classes
 

@@ -10,7 +10,6 @@ START = 4  # pixels a side of the generator's first and the discriminator's last
 SLOPE = 0.2  # section 3
 WEIGHT_STD = 0.02  # section 3
 NORMS = ("batch", "layer", "none")
-DISCRIMINATORS = ("score", "autoencoder")
 
 
 class DCGAN(AdversarialModel):
@@ -33,7 +32,8 @@ class DCGAN(AdversarialModel):
         norm: of the discriminator: "batch"; "layer" or "none" for a gradient penalty, which is meant sample by sample
             (Gulrajani et al. 2017, section 4).
         discriminator: "score", or "autoencoder" for `losses.BEGANLoss`: the discriminator's layers as encoder, the
-            generator's, without BatchNorm, as decoder; its output is the mean absolute error of each image.
+            generator's, without BatchNorm, as decoder; its output is the mean absolute error of each image.  That
+            says nothing about a label, so such a model cannot be conditional.
 
     Raises:
         ValueError: an argument is out of range.
@@ -59,7 +59,7 @@ class DCGAN(AdversarialModel):
             num_classes=num_classes,
             num_filters=positive("num_filters", num_filters),
             norm=one_of("norm", norm, NORMS),
-            discriminator=one_of("discriminator", discriminator, DISCRIMINATORS),
+            discriminator=discriminator,
         )
         channels, height, width = self.image_shape
         if height != width or height < 4 * START or height & (height - 1):
@@ -70,7 +70,7 @@ class DCGAN(AdversarialModel):
         if discriminator == "score":
             self.discriminator = Discriminator(channels, widths, num_classes, norm)
         else:
-            self.discriminator = Autoencoder(channels, latent_dim, widths, num_classes, norm)
+            self.discriminator = Autoencoder(channels, latent_dim, widths, norm)
         self.apply(_initialize)
 
 
@@ -101,18 +101,17 @@ class Discriminator(nn.Module):
 class Autoencoder(nn.Module):
     """Images [N, C, S, S] -> mean absolute error [N] of their reconstruction (Berthelot et al. 2017, equation 1)."""
 
-    def __init__(self, channels: int, latent_dim: int, widths: list[int], num_classes: int | None, norm: str) -> None:
+    def __init__(self, channels: int, latent_dim: int, widths: list[int], norm: str) -> None:
         super().__init__()
-        self.num_classes = num_classes
-        self.encoder = _downwards(channels + (num_classes or 0), latent_dim, widths, norm)
+        self.encoder = _downwards(channels, latent_dim, widths, norm)
         self.decoder = _upwards(channels, latent_dim, widths, norm=False)
 
-    def reconstruct(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+    def reconstruct(self, x: Tensor) -> Tensor:
         """Images -> images."""
-        return self.decoder(self.encoder(with_labels(x, labels, self.num_classes)))
+        return self.decoder(self.encoder(x))
 
-    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
-        return (x - self.reconstruct(x, labels)).abs().mean(dim=(1, 2, 3))
+    def forward(self, x: Tensor, labels: None = None) -> Tensor:
+        return (x - self.reconstruct(x)).abs().mean(dim=(1, 2, 3))
 
 
 def _upwards(channels: int, features: int, widths: list[int], norm: bool) -> nn.Sequential:

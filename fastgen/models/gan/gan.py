@@ -7,9 +7,8 @@ import math
 
 from torch import Tensor, nn
 
-from fastgen.models.gan.base import AdversarialModel, one_of, positive, with_labels
+from fastgen.models.gan.base import AdversarialModel, positive, with_labels
 
-DISCRIMINATORS = ("score", "autoencoder")
 PIECES = 5  # linear pieces of a maxout unit, as in the authors' code
 UNITS_PER_MAXOUT = 5  # of the generator for each maxout unit of the discriminator: 1200 and 240
 
@@ -31,7 +30,8 @@ class GAN(AdversarialModel):
         num_classes: number of classes, or None for an unconditional model.
         dropout: share of hidden units that the discriminator drops in training.
         discriminator: "score", or "autoencoder" for `losses.BEGANLoss`: perceptrons as encoder and as decoder, without
-            dropout; its output is the mean absolute error of each image.
+            dropout; its output is the mean absolute error of each image.  That says nothing about a label, so such a
+            model cannot be conditional.
 
     Raises:
         ValueError: an argument is out of range.
@@ -59,7 +59,7 @@ class GAN(AdversarialModel):
             num_filters=positive("num_filters", num_filters),
             num_blocks=positive("num_blocks", num_blocks),
             dropout=dropout,
-            discriminator=one_of("discriminator", discriminator, DISCRIMINATORS),
+            discriminator=discriminator,
         )
         if isinstance(dropout, bool) or not isinstance(dropout, int | float) or not 0 <= dropout < 1:
             raise ValueError(f"dropout: expected a number of at least 0 and below 1, got {dropout!r}")
@@ -69,7 +69,7 @@ class GAN(AdversarialModel):
             maxout = [max(1, num_filters // UNITS_PER_MAXOUT)] * num_blocks
             self.discriminator = Discriminator(self.image_shape, maxout, num_classes, dropout)
         else:
-            self.discriminator = Autoencoder(self.image_shape, latent_dim, hidden, num_classes)
+            self.discriminator = Autoencoder(self.image_shape, latent_dim, hidden)
 
 
 class Generator(nn.Module):
@@ -107,21 +107,18 @@ class Discriminator(nn.Module):
 class Autoencoder(nn.Module):
     """Images [N, C, H, W] -> mean absolute error [N] of their reconstruction (Berthelot et al. 2017, equation 1)."""
 
-    def __init__(
-        self, image_shape: tuple[int, int, int], latent_dim: int, hidden: list[int], num_classes: int | None
-    ) -> None:
+    def __init__(self, image_shape: tuple[int, int, int], latent_dim: int, hidden: list[int]) -> None:
         super().__init__()
-        self.num_classes = num_classes
         pixels = math.prod(image_shape)
-        self.encoder = nn.Sequential(*_perceptron([pixels + (num_classes or 0), *hidden, latent_dim]))
+        self.encoder = nn.Sequential(*_perceptron([pixels, *hidden, latent_dim]))
         self.decoder = nn.Sequential(*_perceptron([latent_dim, *hidden, pixels]), nn.Tanh())
 
-    def reconstruct(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+    def reconstruct(self, x: Tensor) -> Tensor:
         """Images -> images."""
-        return self.decoder(self.encoder(with_labels(x.flatten(1), labels, self.num_classes))).view_as(x)
+        return self.decoder(self.encoder(x.flatten(1))).view_as(x)
 
-    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
-        return (x - self.reconstruct(x, labels)).abs().mean(dim=(1, 2, 3))
+    def forward(self, x: Tensor, labels: None = None) -> Tensor:
+        return (x - self.reconstruct(x)).abs().mean(dim=(1, 2, 3))
 
 
 class Maxout(nn.Module):
