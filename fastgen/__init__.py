@@ -12,7 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastgen import data, losses, metrics, models, nn, ops, sampling, training
+    from fastgen import data, latent, losses, metrics, models, nn, ops, sampling, training
     from fastgen.backends import backend
     from fastgen.checkpoint import load, sample, save
     from fastgen.metrics import bits_per_dim
@@ -26,6 +26,7 @@ __all__ = [
     "backend",
     "bits_per_dim",
     "data",
+    "latent",
     "load",
     "losses",
     "metrics",

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-COMMANDS = ("demo", "train", "sample", "eval", "info", "bench")
+COMMANDS = ("demo", "train", "sample", "latent", "eval", "info", "bench")
 USER_ERRORS = (ValueError, TypeError, RuntimeError, OSError)
 DEBUG = "FASTGEN_DEBUG"
 
@@ -40,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
 
     parser = argparse.ArgumentParser(
         prog="fastgen",
-        description="Fast generation from autoregressive image models.",
+        description="Fast generation of images: training, sampling and measuring of generative models.",
         epilog=f"'fastgen COMMAND --help' says more. {DEBUG}=1 shows the traceback of an error.",
     )
     parser.add_argument("--version", action="version", version=f"fastgen {__version__}")
