@@ -264,6 +264,8 @@ struct WeightGradient {
         return min_of(ceil_div(shape.threads, products()), shape.in_channels);
     }
     FASTGEN_INLINE int64_t lines() const { return shape.batch * shape.in_size[0]; }
+    // 1x1 maps: the sum of a product runs over images instead.
+    FASTGEN_INLINE bool lines_are_dots() const { return shape.in_size[0] == 1 && shape.in_size[1] == 1; }
     FASTGEN_INLINE int64_t block_lines() const { return max_of(1, kBlockPositions / shape.in_size[1]); }
     FASTGEN_INLINE int64_t sums_size() const { return products() * shape.in_channels * columns(); }
     FASTGEN_INLINE int64_t taps_size() const {
@@ -290,19 +292,23 @@ struct WeightGradient {
             const int64_t per_row = g.side_by_side() ? 1 : s.kernel[1];
             const int64_t ky = product / per_row % s.kernel[0], group = product / per_row / s.kernel[0];
             const int64_t row0 = s.in_channels * part / g.parts(), row1 = s.in_channels * (part + 1) / g.parts();
+            const int64_t image = s.out_size[0] * s.out_size[1] * g.all_out();
+            const bool dots = g.lines_are_dots();
             int64_t count = 0;
             for (int64_t line = first; line < last && x0 < x1; ++line) {
                 const int64_t n = line / s.in_size[0], y = line % s.in_size[0], to = g.target(0, y, ky);
                 if (to < 0 || to >= s.out_size[0]) continue;
                 const T* a =
                     g.input.data + n * g.input.n + y * g.input.h + x0 * g.input.w + group * s.in_channels + row0;
-                const T* b = g.grad + ((n * s.out_size[0] + to) * s.out_size[1] + g.target(1, x0, kx0)) * g.all_out() +
+                const T* b = g.grad + n * image + (to * s.out_size[1] + g.target(1, x0, kx0)) * g.all_out() +
                              group * s.out_channels;
-                taps[count++] = {a, 1, g.input.w, x1 - x0, b};
+                taps[count++] = {a, 1, dots ? g.input.n : g.input.w, dots ? last - first : x1 - x0, b};
+                if (dots) break;
             }
             if (count == 0) return;
+            const int64_t b_stride = dots ? image : s.stride[1] * g.all_out();
             T* c = g.sums(product) + row0 * g.columns() + (g.side_by_side() ? kx0 * s.out_channels : 0);
-            tap_gemm({taps, count, kPanel<T>, s.stride[1] * g.all_out(), c, g.columns(), c, g.columns(), row1 - row0,
+            tap_gemm({taps, count, kPanel<T>, b_stride, c, g.columns(), c, g.columns(), row1 - row0,
                       (kx1 - kx0) * s.out_channels});
         }
 

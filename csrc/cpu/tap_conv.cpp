@@ -35,6 +35,7 @@ constexpr int64_t kFlatPanels = 8;  // of a product of few rows, which wants wid
 constexpr int64_t kFlatRows = 14;   // up to which a product is flat
 constexpr int64_t kDirectRows = 7;  // enough rows of one line to read them where they are
 constexpr int64_t kGatherBytes = 256 << 10;  // of gathered rows: a part of the second-level cache
+constexpr int64_t kPackTaps = 16;            // packed together
 constexpr int64_t kItemCells = 256;          // of an item: enough rows for the gathered rectangles of small maps
 
 struct Cell {
@@ -109,24 +110,36 @@ struct TapConv {
 
     void pack_panel(const ConvWeight<T>& weight, int64_t group, const AxisSlot& sy, const AxisSlot& sx, int64_t panel,
                     T* to) const {
-        const int64_t taps = sy.taps * sx.taps;
-        for (int64_t tap = 0; tap < taps; ++tap) {
-            const T* from[kPanel<T>];  // of each column, null where it does not read the tap
-            for (int64_t j = 0; j < kPanel<T>; ++j) {
-                const int64_t column = panel * kPanel<T> + j;
-                from[j] = nullptr;
-                if (column >= columns()) continue;
-                const int64_t phase = column / plan.out_channels, o = column % plan.out_channels;
-                const int64_t ky = sy.kernel[tap / sx.taps * plan.y.phases + phase / plan.x.phases];
-                const int64_t kx = sx.kernel[tap % sx.taps * plan.x.phases + phase % plan.x.phases];
-                if (ky < 0 || kx < 0) continue;
-                from[j] = weight.data + group * weight.group + o * weight.out_channel + ky * weight.kernel_y +
-                          kx * weight.kernel_x;
+        // Several taps at once: they are neighbours in memory.
+        for (int64_t tap = 0; tap < sy.taps * sx.taps; tap += kPackTaps) {
+            const int64_t taps = min_of(kPackTaps, sy.taps * sx.taps - tap);
+            const T* from[kPackTaps][kPanel<T>];  // of each column, null where it does not read the tap
+            for (int64_t t = 0; t < taps; ++t) {
+                for (int64_t j = 0; j < kPanel<T>; ++j)
+                    from[t][j] = first_weight(weight, group, sy, sx, tap + t, panel, j);
             }
-            for (int64_t c = 0; c < plan.in_channels; ++c, to += kPanel<T>) {
-                for (int64_t j = 0; j < kPanel<T>; ++j) to[j] = from[j] ? from[j][c * weight.in_channel] : T(0);
+            T* first = to + tap * plan.in_channels * kPanel<T>;
+            for (int64_t c = 0; c < plan.in_channels; ++c) {
+                for (int64_t t = 0; t < taps; ++t) {
+                    T* row = first + (t * plan.in_channels + c) * kPanel<T>;
+                    for (int64_t j = 0; j < kPanel<T>; ++j)
+                        row[j] = from[t][j] ? from[t][j][c * weight.in_channel] : T(0);
+                }
             }
         }
+    }
+
+    // The weight of input channel 0 for column j of a panel, through a tap.
+    const T* first_weight(const ConvWeight<T>& weight, int64_t group, const AxisSlot& sy, const AxisSlot& sx,
+                          int64_t tap, int64_t panel, int64_t j) const {
+        const int64_t column = panel * kPanel<T> + j;
+        if (column >= columns()) return nullptr;
+        const int64_t phase = column / plan.out_channels, o = column % plan.out_channels;
+        const int64_t ky = sy.kernel[tap / sx.taps * plan.y.phases + phase / plan.x.phases];
+        const int64_t kx = sx.kernel[tap % sx.taps * plan.x.phases + phase % plan.x.phases];
+        if (ky < 0 || kx < 0) return nullptr;
+        return weight.data + group * weight.group + o * weight.out_channel + ky * weight.kernel_y +
+               kx * weight.kernel_x;
     }
 
     // Items
@@ -348,9 +361,11 @@ struct TapConv {
                             const int64_t first = x.first + (x.last - x.first) * piece / pieces;
                             const int64_t last = x.first + (x.last - x.first) * (piece + 1) / pieces;
                             const Cell cell{n, line, first};
+                            const Rectangle cells{y.first, y.last, x.first, x.last};
+                            const int64_t index = cells.index(item.n0, cell);
+                            prefetch(cells, index, last - first, begin, end);
                             product(list_taps(y, x, cell, weights(begin)), last - first, end - begin);
-                            const Rectangle rows{y.first, y.last, x.first, x.last};
-                            epilogue(rows, rows.index(item.n0, cell), last - first, begin, end);
+                            epilogue(cells, index, last - first, begin, end);
                         }
                     }
                 }
@@ -371,6 +386,7 @@ struct TapConv {
                 for (int64_t block = 0; block < count; ++block) {
                     const int64_t begin = panel_begin + (panel_end - panel_begin) * block / count;
                     const int64_t end = panel_begin + (panel_end - panel_begin) * (block + 1) / count;
+                    prefetch(cells, first, last - first, begin, end);
                     product(list_gathered(y, x, stride, weights(begin)), last - first, end - begin);
                     epilogue(cells, first, last - first, begin, end);
                 }
@@ -415,26 +431,43 @@ struct TapConv {
         void finish(const Rectangle& cells, int64_t first, int64_t rows, int64_t panel_begin, int64_t panel_end) const {
             const TapConv& conv = item.conv;
             const int64_t width = (panel_end - panel_begin) * kPanel<T>, column = panel_begin * kPanel<T>;
+            const int64_t columns = min_of(width, conv.columns() - column);
             const T* scale = conv.scratch + 2 * group * conv.panels() * kPanel<T> + column;
             const T* shift = scale + conv.panels() * kPanel<T>;
             const Vec<T> parameter = broadcast(conv.call.parameter);
             const bool one_phase = conv.phases() == 1;
-            const int64_t columns = min_of(width, conv.columns() - column);
             Cell cell = cells.at(item.n0, first);
-            for (int64_t r = 0; r < rows; ++r, cells.advance(cell)) {
+            for (int64_t r = 0; r < rows; ++r) {
                 T* from = item.tile() + r * width;
                 T* to = from;
-                if (one_phase)
-                    to = output(cell.n, cell.y * plan().y.out_step + sy.base, cell.x * plan().x.out_step + sx.base) +
-                         column;
-                int64_t j = 0;
-                for (; j + kLanes<T> <= columns; j += kLanes<T>)
-                    store(to + j, activate<A>(fma(load(from + j), load(scale + j), load(shift + j)), parameter));
-                if (j < columns) {
-                    const Vec<T> value = activate<A>(fma(load(from + j), load(scale + j), load(shift + j)), parameter);
-                    store_n(to + j, value, static_cast<int>(columns - j));
+                if (one_phase) {
+                    to = output_of(cell) + column;
+                    cells.advance(cell);
                 }
-                if (!one_phase) scatter(cell, from, column, columns);
+                const auto value = [&](int64_t j) __attribute__((always_inline)) {
+                    return activate<A>(fma(load(from + j), load(scale + j), load(shift + j)), parameter);
+                };
+                int64_t j = 0;
+                for (; j + kLanes<T> <= columns; j += kLanes<T>) store(to + j, value(j));
+                if (j < columns) store_n(to + j, value(j), static_cast<int>(columns - j));
+            }
+            if (!one_phase) scatter(cells, first, rows, width, column, columns);
+        }
+
+        // Of a single phase.
+        FASTGEN_INLINE T* output_of(const Cell& cell) const {
+            return output(cell.n, cell.y * plan().y.out_step + sy.base, cell.x * plan().x.out_step + sx.base);
+        }
+
+        // The lines that the epilogue writes arrive while the product is computed.
+        void prefetch(const Rectangle& cells, int64_t first, int64_t rows, int64_t panel_begin,
+                      int64_t panel_end) const {
+            if (item.conv.phases() > 1) return;
+            Cell cell = cells.at(item.n0, first);
+            for (int64_t r = 0; r < rows; ++r, cells.advance(cell)) {
+                const T* to = output_of(cell);
+                for (int64_t panel = panel_begin; panel < panel_end; ++panel)
+                    __builtin_prefetch(to + panel * kPanel<T>, 1);
             }
         }
 
@@ -444,24 +477,29 @@ struct TapConv {
         }
 
         // Writes columns column..column+columns-1 of the phases side by side to their places.
-        void scatter(const Cell& cell, const T* from, int64_t column, int64_t columns) const {
-            const int64_t channels = plan().out_channels, x_phases = plan().x.phases;
-            const int64_t y0 = cell.y * plan().y.out_step + sy.base, x0 = cell.x * plan().x.out_step + sx.base;
-            const int64_t run = plan().groups == 1 ? x_phases * channels : channels;  // columns that stay together
-            for (int64_t done = 0; done < columns;) {
-                const int64_t at = column + done, start = at % run, phase = at / channels;
-                const int64_t count = min_of(run - start, columns - done);
-                const int64_t y = y0 + phase / x_phases, x = x0 + phase % x_phases;
-                if (y >= 0 && y < plan().y.out_size) {
-                    // Columns from the line's first output to its last.
-                    const int64_t skip = max_of(0, -x * channels - at % channels);
-                    const int64_t end = min_of(count, (plan().x.out_size - x) * channels - at % channels);
-                    if (skip < end) {
-                        T* to = output(cell.n, y, x) + at % channels;
-                        for (int64_t j = skip; j < end; ++j) to[j] = from[done + j];
-                    }
+        void scatter(const Rectangle cells, int64_t first, int64_t rows, int64_t width, int64_t column,
+                     int64_t columns) const {
+            // Copies, because the compiler must assume that a store changes the plan.
+            const AxisPlan py = plan().y, px = plan().x;
+            const int64_t channels = plan().out_channels, all_channels = item.conv.all_out();
+            const int64_t run = plan().groups == 1 ? px.phases * channels : channels;  // columns that stay together
+            for (int64_t done = 0, count; done < columns; done += count) {
+                const int64_t at = column + done, phase = at / channels, channel = at % channels;
+                count = min_of(run - at % run, columns - done);
+                const int64_t y0 = sy.base + phase / px.phases, x0 = sx.base + phase % px.phases;
+                const T* from = item.tile() + done;
+                T* output = item.conv.call.output + group * channels + channel;
+                Cell cell = cells.at(item.n0, first);
+                for (int64_t r = 0; r < rows; ++r, cells.advance(cell), from += width) {
+                    const int64_t y = cell.y * py.out_step + y0, x = cell.x * px.out_step + x0;
+                    if (y < 0 || y >= py.out_size) continue;
+                    // From the line's first output to its last.
+                    const int64_t begin = max_of(0, -x * channels - channel);
+                    const int64_t end = min_of(count, (px.out_size - x) * channels - channel);
+                    T* to = output + ((cell.n * py.out_size + y) * px.out_size + x) * all_channels;
+                    for (int64_t j = begin; j < end; j += kLanes<T>)
+                        store_n(to + j, load(from + j), static_cast<int>(min_of(kLanes<T>, end - j)));
                 }
-                done += count;
             }
         }
     };

@@ -62,7 +62,7 @@ def test_momentum(momentum):
     train_and_compare(*pair(momentum=momentum))
 
 
-@pytest.mark.parametrize(("affine", "track"), itertools.product((True, False), repeat=2))
+@pytest.mark.parametrize(("affine", "track"), [*itertools.product((True, False), repeat=2)])
 def test_norm_options(affine, track):
     train_and_compare(*pair(affine=affine, track_running_stats=track))
 
