@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import crowded, logistic_mixture_nll, masked_conv2d, sampling
+from bench import conv_transpose2d_bn_act, crowded, logistic_mixture_nll, masked_conv2d, sampling
 from bench.harness import gate, rows
 
 
@@ -25,7 +25,9 @@ def test_useful_flops_by_counting(height, width, kernel):
 
 
 @pytest.mark.parametrize(
-    "suite", [crowded, logistic_mixture_nll, masked_conv2d, sampling], ids=lambda module: module.__name__
+    "suite",
+    [conv_transpose2d_bn_act, crowded, logistic_mixture_nll, masked_conv2d, sampling],
+    ids=lambda module: module.__name__,
 )
 @pytest.mark.parametrize("quick", [True, False])
 def test_case_names_are_unique(suite, quick):
@@ -33,7 +35,9 @@ def test_case_names_are_unique(suite, quick):
     assert len(set(names)) == len(names)
 
 
-@pytest.mark.parametrize("suite", ["crowded", "logistic_mixture_nll", "masked_conv2d", "sampling"])
+@pytest.mark.parametrize(
+    "suite", ["conv_transpose2d_bn_act", "crowded", "logistic_mixture_nll", "masked_conv2d", "sampling"]
+)
 def test_quick_run(suite, tmp_path, monkeypatch, capsys):
     """The whole path but the tests of the operation, which run beside this one."""
     monkeypatch.setattr(gate, "run_tests", lambda paths, checkout: None)
