@@ -13,11 +13,6 @@
 #include <thread>
 #include <vector>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#include <unistd.h>
-#endif
-
 #include "cpu/isa.h"
 #include "cpu/plan_executor.h"
 
@@ -199,23 +194,9 @@ private:
     PlanTables tables_{};
 };
 
-// Asks for large pages for memory that is about to be filled: streaming weights of tens of megabytes through small ones
-// misses the TLB. A hint: where the system does not take it, all works as before.
-void use_large_pages(uintptr_t data, int64_t bytes) {
-#if defined(MADV_HUGEPAGE)
-    const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE));
-    const uintptr_t first = (data + page - 1) / page * page, end = (data + static_cast<uintptr_t>(bytes)) / page * page;
-    if (first < end) madvise(reinterpret_cast<void*>(first), end - first, MADV_HUGEPAGE);
-#else
-    (void)data, (void)bytes;
-#endif
-}
-
 }  // namespace
 
 void bind_plan_executor(py::module_& module) {
-    module.def("use_large_pages", &use_large_pages, py::arg("data"), py::arg("bytes"),
-               "Ask for large pages for `bytes` of memory at `data`, before they are filled.");
     py::class_<PlanExecutor>(module, "PlanExecutor",
                              "Runs a sampling plan; see csrc/cpu/plan_executor.h for the tables.")
         .def(py::init<const std::string&, const std::map<std::string, Table>&, const std::map<std::string, Floats>&,

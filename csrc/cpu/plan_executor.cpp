@@ -47,31 +47,17 @@ float log_of(float x) { return __builtin_logf(x); }
 float sqrt_of(float x) { return __builtin_sqrtf(x); }
 float erf_of(float x) { return __builtin_erff(x); }
 
-// e^x - 1 as 2^n (e^r - 1) + (2^n - 1), with the reduction and the polynomial of exp; the second part is exact, and zero
-// near x = 0.
-FASTGEN_INLINE Vec<float> expm1(Vec<float> x) {
-    x = min(broadcast(89.0f), max(broadcast(-105.0f), x));
-    const Vec<float> magic = broadcast(12582912.0f);
-    const Vec<float> shifted = fma(x, broadcast(1.44269504f), magic);
-    const Vec<float> n = shifted - magic;
-    Vec<float> r = fma(n, broadcast(-0.693145752f), x);
-    r = fma(n, broadcast(-1.42860677e-6f), r);
-
-    Vec<float> p = broadcast(0.00138145406f);
-    p = fma(p, r, broadcast(0.00836874545f));
-    p = fma(p, r, broadcast(0.0416683890f));
-    p = fma(p, r, broadcast(0.166665211f));
-    p = fma(p, r, broadcast(0.49999994f));
-    p = fma(p * r, r, r);
-
-    const Vec<int32_t> exponent = (Vec<int32_t>)shifted - (Vec<int32_t>)magic;
-    const Vec<int32_t> half = exponent >> 1;
-    const Vec<float> scale = (Vec<float>)((half + 127) << 23);
-    const Vec<float> rest = (Vec<float>)((exponent - half + 127) << 23);
-    return fma(p * scale, rest, fma(scale, rest, broadcast(-1.0f)));
+FASTGEN_INLINE Vec<float> expm1_of_minus_abs(Vec<float> x) {
+    Vec<float> lack;
+    exp_flushed(-abs(x), lack);
+    return -lack;
 }
 
-FASTGEN_INLINE Vec<float> expm1_of_minus_abs(Vec<float> x) { return expm1(-abs(x)); }
+// Above zero as e^x (1 - e^-x), which does not cancel.
+FASTGEN_INLINE Vec<float> expm1(Vec<float> x) {
+    const Vec<float> below = expm1_of_minus_abs(x);
+    return where(x > Vec<float>{}, exp(x) * -below, below);
+}
 
 FASTGEN_INLINE Vec<float> positive_or(Vec<float> x, Vec<float> other) { return where(x > Vec<float>{}, x, other); }
 
@@ -353,6 +339,7 @@ private:
                      channels);
             return;
         }
+        fetch_operands(step, run, first_row, rows, first_channel, panels);
         const int64_t product_columns = panels * step.groups * kPanelColumns;
         if (step.groups > 0) {
             multiply(step, run, first_row, rows, first_panel, product_, product_columns, product_columns);
@@ -378,6 +365,23 @@ private:
             const Value result = target(stores[i]);
             if (value.p != result.p) write(value, const_cast<float*>(result.p), result.row_stride, rows, channels);
         }
+    }
+
+    // What the program reads and writes arrives while the product is computed.
+    void fetch_operands(const PlanStep& step, const Run& run, int64_t first_row, int64_t rows, int64_t first_channel,
+                        int64_t panels) {
+        const auto fetch = [&](int64_t address) {
+            const Value value = operand(step, run, address, first_row, first_channel);
+            for (int64_t r = 0; r < rows; ++r) {
+                for (int64_t j = 0; j < panels; ++j) {
+                    __builtin_prefetch(value.p + r * value.row_stride + j * value.panel_stride, 0, 2);
+                }
+            }
+        };
+        for (int64_t i = step.first_instr; i < step.first_instr + step.num_instrs; ++i) {
+            if (plan_.instrs[i].op == PlanOp::load) fetch(plan_.instrs[i].address);
+        }
+        for (int64_t i = step.first_store; i < step.first_store + step.num_stores; ++i) fetch(plan_.stores[i].address);
     }
 
     // Where the rows of a run, from `first_row` on, and channels, from `first_channel` on, of an address are.

@@ -11,6 +11,7 @@
 // it has all groups of them in consecutive panels.
 #pragma once
 
+#include <chrono>
 #include <cstdint>
 
 #include "fastgen_build.h"
@@ -153,8 +154,9 @@ struct alignas(64) PlanArrival {
 //
 // A team works as long as all its threads run at the same time. Where they do not, because something else wants the
 // processors, a barrier costs a time slice of the scheduler, a thousand times what a step costs, and one thread alone
-// is faster. So waits of such a length are counted; once a pixel, before a barrier, member 0 decides whether there were
-// a few, and after the barrier all members find the answer in disbanded(): then member 0 goes on alone.
+// is faster. So waits of such a length are added up; once a pixel, before a barrier, member 0 decides whether they take
+// a large part of the time, and after the barrier all members find the answer in disbanded(): then member 0 goes on
+// alone.
 class PlanTeam {
 public:
     PlanTeam(int size, PlanArrival* arrivals) : size_(size), arrivals_(arrivals) {}
@@ -166,7 +168,8 @@ public:
 private:
     const int size_;
     PlanArrival* const arrivals_;
-    alignas(64) int late_ = 0;
+    const std::chrono::steady_clock::time_point begin_ = std::chrono::steady_clock::now();
+    alignas(64) std::chrono::steady_clock::rep late_ = 0;  // time spent in long waits
     bool disbanded_ = false;
 };
 

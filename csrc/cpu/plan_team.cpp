@@ -10,9 +10,10 @@
 namespace fastgen {
 namespace {
 
-constexpr int kSpins = 2000;  // some 50 microseconds, longer than any step of a small batch
-constexpr auto kLate = std::chrono::microseconds(500);
-constexpr int kLateWaits = 3;
+constexpr int kSpins = 2000;                            // some 50 microseconds, longer than any step of a small batch
+constexpr auto kLate = std::chrono::microseconds(500);  // a wait that only the scheduler can have caused
+constexpr auto kTolerated = std::chrono::milliseconds(10);  // a processor may have to wake up first
+constexpr int kTolerableShare = 4;                          // a quarter of the time
 
 }  // namespace
 
@@ -31,10 +32,15 @@ void PlanTeam::wait(int member) {
         if (arrived()) continue;
         const auto start = std::chrono::steady_clock::now();
         while (!arrived()) std::this_thread::yield();
-        if (std::chrono::steady_clock::now() - start > kLate) __atomic_add_fetch(&late_, 1, __ATOMIC_RELAXED);
+        const auto waited = std::chrono::steady_clock::now() - start;
+        if (waited > kLate) __atomic_add_fetch(&late_, waited.count(), __ATOMIC_RELAXED);
     }
 }
 
-void PlanTeam::decide() { disbanded_ = __atomic_load_n(&late_, __ATOMIC_RELAXED) >= kLateWaits; }
+void PlanTeam::decide() {
+    const std::chrono::steady_clock::duration late(__atomic_load_n(&late_, __ATOMIC_RELAXED));
+    if (late <= kTolerated) return;
+    disbanded_ = late > kTolerated + (std::chrono::steady_clock::now() - begin_) / kTolerableShare;
+}
 
 }  // namespace fastgen

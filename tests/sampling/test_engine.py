@@ -103,6 +103,8 @@ def test_sample_depends_on_seed_and_index_alone(name: str, needed: int, monkeypa
     n = 23
     labels = None if model.num_classes is None else torch.arange(n) % model.num_classes
 
+    monkeypatch.setattr(cpu, "processors", lambda: 8)
+
     def draw(threads: int, max_batch: int, start: int = 0, count: int = n) -> torch.Tensor:
         torch.set_num_threads(threads)
         part = None if labels is None else labels[start : start + count]

@@ -75,7 +75,7 @@ from fastgen.sampling import Sampler
 from fastgen.sampling.executors import cpu
 sampler = Sampler(models.GatedPixelCNN(image_shape=(1, 4, 5), levels=4, num_filters=4, num_blocks=1), backend="cpu")
 sampler.sample(2)
-cpu.torch.get_num_threads = lambda: 64
+cpu.torch.get_num_threads = cpu.processors = lambda: 64
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (used + (60 << 20),) * 2)
 try:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import mmap
+import os
 import time
 from collections.abc import Sequence
 
@@ -17,7 +20,7 @@ from fastgen.sampling.schedule import Stage
 
 PANEL = 16  # columns that are packed together
 OPS = {op: i for i, op in enumerate(("acc", "load", "const", *PRIMITIVES))}  # enum PlanOp
-ALONE_SECONDS = 0.25  # how long groups are left to one thread each after a team could not keep together
+ALONE_SECONDS = 0.1  # how long groups are left to one thread each after a team could not keep together
 CHUNKS = 8  # calls per batch: between them the progress bar moves and Ctrl-C is heard
 # Samples that a thread needs so that multiplying by the weights of the pixel stage takes longer than fetching them, by
 # the bytes of these weights: a core's own cache keeps up with one, the shared cache and memory need more
@@ -29,8 +32,13 @@ CORE_BYTES_PER_SECOND = 5e10
 CORE_FLOPS = 1e11
 
 
+def processors() -> int:
+    """How many this process may use; more threads would wait for each other."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class CpuExecutor:
-    """Plans on the CPU in float32, with `torch.get_num_threads()` threads."""
+    """Plans on the CPU in float32, with `torch.get_num_threads()` threads, but at most one for each processor."""
 
     def __init__(self, plan: Plan):
         self.plan = plan
@@ -52,7 +60,7 @@ class CpuExecutor:
         """Levels [count, C, H, W]; `params`, float32 [count, parameters, H, W], takes what they are drawn from."""
         plan = self.plan
         levels = torch.zeros(batch.count, *plan.image_shape, dtype=torch.int32)
-        groups, team = self.split(batch.count, torch.get_num_threads())
+        groups, team = self.split(batch.count, min(torch.get_num_threads(), processors()))
         spaces = [self._workspace(batch, first, count) for first, count in groups]
         scratch = torch.empty(len(groups) * team * self._native.scratch() + 64, dtype=torch.uint8)
         known = None if batch.known is None else batch.known.to(torch.int32).contiguous()
@@ -165,8 +173,7 @@ class _Tables:
 
     def packed_weights(self) -> Tensor:
         """All weights in one piece, 4 bytes each element; they leave the tables."""
-        flat = torch.empty(self.num_weights, dtype=torch.int32)
-        backends.native_cpu().use_large_pages(flat.data_ptr(), 4 * flat.numel())
+        flat = _in_large_pages(self.num_weights)
         for part in flat.split([w.numel() for w in self.weights]):
             part.copy_(self.weights.pop(0).flatten().view(torch.int32))
         return flat
@@ -293,6 +300,17 @@ class _Tables:
         """[K, groups * width] -> [panels * groups, rows, PANEL] of float32, or of int32 words of two bfloat16."""
         packed = _pack_columns(weight, layout)
         return packed if self.depth == 1 else _pair_rows(packed, [t.count for t in step.taps])
+
+
+def _in_large_pages(count: int) -> Tensor:
+    """A new int32 tensor, in large pages where the system has them: streaming tens of megabytes through small ones
+    misses the TLB.
+    """
+    memory = mmap.mmap(-1, 4 * max(count, 1))
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a hint
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.int32)[:count]
 
 
 def _round_up(n: int) -> int:
