@@ -99,11 +99,10 @@ def test_one_known_image_for_all_samples() -> None:
 def test_sample_depends_on_seed_and_index_alone(name: str, needed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fastgen.sampling.executors.cpu.SAMPLES_PER_THREAD", ((1 << 60, needed),))
     monkeypatch.setattr("fastgen.sampling.executors.cpu.TEAM_STEP_SECONDS", 0)  # however small the steps
+    monkeypatch.setattr("fastgen.sampling.executors.cpu.processors", lambda: 8)  # however few there are
     model, _ = make_model(name)
     n = 23
     labels = None if model.num_classes is None else torch.arange(n) % model.num_classes
-
-    monkeypatch.setattr(cpu, "processors", lambda: 8)
 
     def draw(threads: int, max_batch: int, start: int = 0, count: int = n) -> torch.Tensor:
         torch.set_num_threads(threads)
