@@ -32,12 +32,15 @@ def bits_per_dim(
         precision: of the weights, as for `Sampler`.
 
     Raises:
+        TypeError: the model has no likelihood.
         ValueError: there is no image, batch_size is below 1, or the precision is unknown.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
     if images.numel() == 0:
         raise ValueError(f"images: bits per dimension need at least one image, got shape {list(images.shape)}")
+    if not hasattr(model, "log_prob"):
+        raise TypeError(f"model: expected one with a likelihood (log_prob), got {type(model).__name__}")
     log_prob = cast(Any, model).log_prob
     device = next(model.parameters()).device
     was_training = model.training

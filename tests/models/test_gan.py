@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from fastgen import Sampler, checkpoint, models
+from fastgen import Sampler, bits_per_dim, checkpoint, models
 from fastgen.models.gan.base import CHUNK
 from fastgen.models.gan.gan import Maxout
+from fastgen.nn import ConvTransposeBNAct
 
 SMALL = {
     "gan": ("gan", {"image_shape": (3, 5, 4), "num_filters": 13}),
@@ -140,6 +141,20 @@ def test_published_dcgan(size, widths):
     assert {m.negative_slope for m in model.modules() if isinstance(m, nn.LeakyReLU)} == {0.2}
 
 
+def test_the_blocks_of_dcgan_are_fused_blocks_by_another_name():
+    """Their state dicts load into `nn.ConvTransposeBNAct`, which gives the same images."""
+    model = build()
+    fused = nn.Sequential()
+    for conv, *rest in model.generator.blocks:
+        shape = (conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding)
+        activation = "relu" if len(rest) == 2 else "tanh"
+        last = len(rest) == 1
+        fused.append(ConvTransposeBNAct(*shape, bias=last, batch_norm=not last, activation=activation))
+    fused.load_state_dict(model.generator.blocks.state_dict())
+    z = model.latents(3)
+    torch.testing.assert_close(fused.eval()(z[:, :, None, None]), model(z), rtol=1e-5, atol=1e-5)
+
+
 def test_dcgan_starts_from_narrow_normal_weights():
     model = models.DCGAN(image_shape=(3, 32, 32), num_filters=32)
     for module in model.modules():
@@ -245,8 +260,9 @@ def test_bad_values(act, text):
         (lambda: build().render(torch.zeros(2, 7).long()), "z: expected a floating point tensor, got torch.int64"),
         (lambda: build().encode(torch.zeros(2, 3, 16, 16)), "images: expected a uint8 tensor of levels"),
         (lambda: Sampler(build()), "head must be"),
+        (lambda: bits_per_dim(build(), torch.zeros(1, 3, 16, 16).byte()), "one with a likelihood .*, got DCGAN"),
     ],
-    ids=range(5),
+    ids=range(6),
 )
 def test_bad_types(act, text):
     with pytest.raises(TypeError, match=text):
