@@ -76,20 +76,36 @@ def conv_transpose2d_bn_act(
     parameter = alpha if activation == "elu" else negative_slope
     args = (*tensors, *geometry, groups, _pair("dilation", dilation), training, eps, activation, parameter)
     _check(*args)
-    autocast = torch.is_autocast_enabled(input.device.type)
-    if torch.compiler.is_compiling():
-        plain = autocast
+    compiling = torch.compiler.is_compiling()
+    if compiling:
+        plain = torch.is_autocast_enabled(input.device.type)
     else:
-        plain = backends.select("conv_transpose2d_bn_act", *args) is _forward_reference
+        function = backends.select("conv_transpose2d_bn_act", *args)
+        plain = function is _forward_reference
     if plain:
         return conv_transpose2d_bn_act_reference(*args, momentum=momentum)
     wants_grad = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
     if not training and not wants_grad:
+        if not compiling and _is_unobserved(tensors):
+            return function(*args)
         return torch.ops.fastgen.conv_transpose2d_bn_act(*args)
     output, mean, var = _Block.apply(*args)
     if training and running_mean is not None and running_var is not None:
         _update(running_mean, running_var, mean, var, output.numel() // output.shape[1], momentum)
     return output
+
+
+def _is_unobserved(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether the dispatcher would only pass the call on: no tracing, no mode, no transform, no tensor subclass.
+
+    For small layers the way through it costs as much as the arithmetic.
+    """
+    return (
+        torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and not torch.jit.is_tracing()
+        and all(tensor is None or type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
+    )
 
 
 def conv_transpose2d_bn_act_reference(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -139,12 +140,9 @@ class _Block:
 
     @classmethod
     def of(cls, input: Tensor, weight: Tensor, options: Options) -> _Block:
-        output = output_shape(input.shape, weight.shape, options)
-        sizes = ((weight.shape[0], output[1]), tuple(input.shape[2:]), output[2:], tuple(weight.shape[2:]))
-        steps = (tuple(options.stride), tuple(options.padding), tuple(options.dilation))
-        work = input.numel() * weight.numel() // weight.shape[0]
-        threads = max(1, min(torch.get_num_threads(), work // _MIN_THREAD_WORK))
-        return cls(output, (options.groups, *sizes, *steps), input.dtype, threads)
+        steps = (options.stride, options.padding, options.output_padding, options.dilation)
+        sizes = (tuple(input.shape), tuple(weight.shape), options.groups, *(tuple(step) for step in steps))
+        return _block(*sizes, input.dtype, torch.get_num_threads())
 
     def call(self, name: str, *args: Any) -> Any:
         """Tensors go as addresses; one that is missing or empty as 0."""
@@ -167,12 +165,12 @@ class _Block:
         self, plan: Any, image: Tensor, strides: Sequence[int], packed: Tensor, tensors: Tensors, output: Tensor,
         eps: float = 0.0, activation: str = "none", parameter: float = 0.0,
     ) -> None:  # fmt: skip
-        size = (self.output[0], self.threads)
-        scratch = image.new_empty(self.call("conv_scratch_size", plan, *size, strides))
+        native, size = backends.native_cpu(), (self.output[0], self.threads)
+        scratch = image.new_empty(getattr(native, f"conv_scratch_size_{self.type}")(plan, *size, strides))
         tensors = [_dense(tensor) for tensor in tensors]
         addresses = [_address(tensor) for tensor in tensors]
-        kind = getattr(backends.native_cpu().Activation, activation)
-        self.call("conv_bn_act", plan, *size, image, strides, packed, addresses, eps, kind, parameter, output, scratch)
+        act = (eps, getattr(native.Activation, activation), parameter)
+        self.call("conv_bn_act", plan, *size, image, strides, packed, addresses, *act, output, scratch)
 
     def channel_scratch(self) -> Tensor:
         return torch.empty(self.call("channel_scratch_size", self.positions, self.output[1]), dtype=self.dtype)
@@ -196,6 +194,26 @@ class _Block:
 
 
 @functools.lru_cache(maxsize=1024)
+def _block(
+    input: tuple[int, ...],
+    weight: tuple[int, ...],
+    groups: int,
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    output_padding: tuple[int, int],
+    dilation: tuple[int, int],
+    dtype: torch.dtype,
+    threads: int,
+) -> _Block:
+    output = output_shape(
+        input, weight, Options(stride, padding, output_padding, groups, dilation, False, 0.0, "none", 0.0)
+    )
+    geometry = (groups, (weight[0], output[1]), input[2:], output[2:], weight[2:], stride, padding, dilation)
+    work = math.prod(input) * math.prod(weight[1:])
+    return _Block(output, geometry, dtype, max(1, min(threads, work // _MIN_THREAD_WORK)))
+
+
+@functools.lru_cache(maxsize=1024)
 def _plan(transposed: bool, *args: Any) -> Any:
     *geometry, dtype = args
     lanes = 64 // dtype.itemsize  # of a panel of the tap-GEMM
@@ -209,7 +227,7 @@ def _dense_strides(shape: Sequence[int]) -> tuple[int, int, int, int]:
 
 
 def _dense(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
+    return tensor if tensor is None or tensor.is_contiguous() else tensor.contiguous()
 
 
 def _address(tensor: Tensor | None) -> int:

@@ -7,12 +7,14 @@ import itertools
 import logging
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses import FakeTensorMode
 from torch.library import opcheck
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastgen
 from fastgen import backends, ops
@@ -188,6 +190,7 @@ def test_bits_are_the_same_on_every_fused_instruction_set(name):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_bits_do_not_depend_on_threads(name, dtype, monkeypatch):
     monkeypatch.setattr(cpu, "_MIN_THREAD_WORK", 1)
+    cpu._block.cache_clear()
     case = CASES[name]
     tensors = case.tensors(dtype)
     one = native(case, tensors, "relu")
@@ -339,6 +342,24 @@ def test_weights_are_packed_once_and_forgotten(monkeypatch):
     assert len(packed._entries) == before
 
 
+def test_modes_and_transforms_see_the_operator():
+    class Names(TorchDispatchMode):
+        seen: ClassVar[list[str]] = []
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.seen.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    case = CASES["k4s2p1"]
+    tensors = case.tensors()
+    with Names():
+        output = native(case, tensors)
+    assert "fastgen.conv_transpose2d_bn_act.default" in Names.seen
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(tensor) for tensor in tensors]
+        assert ops.conv_transpose2d_bn_act(*fakes, **case.options).shape == output.shape
+
+
 def test_inference_tensors():
     case = CASES["k4s2p1"]
     with torch.inference_mode():
@@ -450,6 +471,7 @@ def test_statistics_far_from_zero():
 @pytest.mark.parametrize("name", ["k4s2p1", "last layer", "several items", "groups"])
 def test_training_bits_do_not_depend_on_threads_or_layout(name, monkeypatch):
     monkeypatch.setattr(cpu, "_MIN_THREAD_WORK", 1)
+    cpu._block.cache_clear()
     case = CASES[name]
     tensors = case.tensors()
     grad = grad_for(case, tensors)
