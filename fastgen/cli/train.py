@@ -23,7 +23,7 @@ EXAMPLES = """examples:
   fastgen train pixelcnn --data patches --levels 32 --steps 40000 --out runs/patches --resume
   fastgen train pixelcnnpp --data digits --num-filters 32 --num-blocks 1 --dropout 0.2 --lr 3e-3 --minutes 3
   fastgen train pixelcnnpp --data patches --num-filters 32 --num-blocks 2 --steps 20000
-  fastgen train dcgan --data digits --num-filters 32 --batch-size 64 --ema-decay 0.99 --minutes 5
+  fastgen train dcgan --data digits --num-filters 32 --batch-size 64 --lr 5e-4 --ema-decay 0.99 --minutes 5
   fastgen train dcgan --loss wgan-gp --data photos/ --size 64 --steps 50000
 """
 DEFAULT_STEPS = 10_000

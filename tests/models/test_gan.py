@@ -163,6 +163,14 @@ def test_dcgan_starts_from_narrow_normal_weights():
             assert 0.018 < module.weight.std() < 0.022
 
 
+def test_an_autoencoder_hands_its_signal_on():
+    """At the start the code has about the size of the image, whatever the depth."""
+    model = models.DCGAN(image_shape=(3, 64, 64), num_filters=8, discriminator="autoencoder", norm="none")
+    code = model.discriminator.encoder(torch.randn(4, 3, 64, 64))
+    assert 0.3 < code.std() < 3
+    assert 0.1 < model.discriminator.decoder(torch.randn(4, 100, 1, 1)).std() < 1
+
+
 def test_published_gan():
     with torch.device("meta"):
         model = models.GAN()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor, nn
 
 from fastgen.models.gan.base import AdversarialModel, one_of, positive, with_labels
@@ -71,7 +73,8 @@ class DCGAN(AdversarialModel):
             self.discriminator = Discriminator(channels, widths, num_classes, norm)
         else:
             self.discriminator = Autoencoder(channels, latent_dim, widths, norm)
-        self.apply(_initialize)
+        self.generator.apply(_initialize)
+        self.discriminator.apply(_initialize if discriminator == "score" else _initialize_autoencoder)
 
 
 class Generator(nn.Module):
@@ -140,6 +143,18 @@ def _norm(kind: str, width: int) -> list[nn.Module]:
     if kind == "none":
         return []
     return [nn.BatchNorm2d(width) if kind == "batch" else nn.GroupNorm(1, width)]
+
+
+def _initialize_autoencoder(module: nn.Module) -> None:
+    """He et al. 2015 (1502.01852), equation 10: of weights from N(0, 0.02^2) no signal is left after six layers."""
+    if not isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+        return
+    taps = math.prod(module.kernel_size)
+    if isinstance(module, nn.ConvTranspose2d):  # those that reach one output; the first one's input is one pixel
+        taps = taps // math.prod(module.stride) if module.stride[0] > 1 else 1
+    nn.init.normal_(module.weight, 0.0, math.sqrt(2.0 / (taps * module.in_channels)))
+    if module.bias is not None:
+        nn.init.zeros_(module.bias)
 
 
 def _initialize(module: nn.Module) -> None:
