@@ -286,7 +286,7 @@ def _set_data(weight):
 
 def _no_grad_edit(weight):
     with torch.no_grad():
-        weight[0, 0, 0, 0] += 100.0
+        weight.view(-1)[50] += 100.0  # not in the fingerprint of a large weight: the version counter must tell
 
 
 def _inference_mode_edit(weight):
