@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import random
+import signal
 from collections.abc import Callable
 from typing import Any
 
@@ -55,6 +56,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure() -> None:
+    # A shell that starts a command in the background has it ignore Ctrl-C; tests of interrupted runs need it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     asked = os.environ.get("FASTGEN_SANITIZE")
     if asked and backends.native_cpu().sanitize != asked:
         found = backends.native_cpu().__file__
