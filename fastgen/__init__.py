@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastgen import data, latent, losses, metrics, models, nn, ops, sampling, training
+    from fastgen.acceleration import accelerate
     from fastgen.backends import backend
     from fastgen.checkpoint import load, sample, save
     from fastgen.metrics import bits_per_dim
@@ -22,6 +23,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Sampler",
+    "accelerate",
     "audit",
     "backend",
     "bits_per_dim",
@@ -40,6 +42,7 @@ __all__ = [
 ]
 _HOMES = {
     "Sampler": "sampling",
+    "accelerate": "acceleration",
     "audit": "sampling",
     "backend": "backends",
     "bits_per_dim": "metrics",

@@ -10,6 +10,7 @@ tensor, and may miss one that changes a few elements of a large one; follow such
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -34,20 +35,32 @@ def packed_weight(weight: Tensor, plan: Any, groups: int, threads: int, *, input
     """
     if weight.is_inference():  # has no version counter
         return _pack(weight, plan, groups, threads, input_gradient)
-    native = backends.native_cpu()
-    pointer, strides = weight.data_ptr(), weight.stride()
-    span = 1 + sum(stride * (size - 1) for stride, size in zip(strides, weight.shape, strict=True))
-    state = (pointer, strides, weight._version, native.fingerprint(pointer, span * weight.element_size()))
+    state = tensor_state(weight)
     entry = _entries.get(weight)
     if entry is None or entry.state != state:
         entry = _entries[weight] = _Entry(state, {})
-    key = (native.isa(), *plan.layout)
+    key = (backends.native_cpu().isa(), *plan.layout)
     packed = entry.packs.get(key)
     if packed is None:
         if len(entry.packs) >= _MAX_LAYOUTS:
             entry.packs.clear()
         packed = entry.packs[key] = _pack(weight, plan, groups, threads, input_gradient)
     return packed
+
+
+def tensor_state(tensor: Tensor) -> tuple[Any, ...]:
+    """What differs once a tensor (not one of inference mode) was written to; the fingerprint, on the CPU alone."""
+    pointer, strides = tensor.data_ptr(), tensor.stride()
+    fingerprint = _fingerprint()
+    if fingerprint is None or tensor.device.type != "cpu":
+        return pointer, strides, tensor._version
+    span = 1 + sum(stride * (size - 1) for stride, size in zip(strides, tensor.shape, strict=True))
+    return pointer, strides, tensor._version, fingerprint(pointer, span * tensor.element_size())
+
+
+@functools.cache
+def _fingerprint() -> Any:
+    return None if backends.import_error("_cpu") else backends.native_cpu().fingerprint
 
 
 def _pack(weight: Tensor, plan: Any, groups: int, threads: int, input_gradient: bool) -> Tensor:

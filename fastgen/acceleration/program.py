@@ -1,0 +1,147 @@
+"""A forward that runs rewritten code as long as the module is what it was when the code was written."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import warnings
+from collections.abc import Iterable
+from types import CodeType, FunctionType, MethodType, ModuleType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, fx
+
+from fastgen.acceleration.tracing import state, unchanged
+
+_log = logging.getLogger("fastgen")
+
+
+class Source(NamedTuple):
+    """Generated code; `names` are its globals, modules by their names as only these can be pickled."""
+
+    text: str
+    names: dict[str, Any]
+    modules: dict[str, str]
+
+    @classmethod
+    def of(cls, graph: fx.Graph) -> Source:
+        code = graph.python_code("self")
+        names = {name: value for name, value in code.globals.items() if not isinstance(value, ModuleType)}
+        modules = {name: value.__name__ for name, value in code.globals.items() if isinstance(value, ModuleType)}
+        return cls(code.src, names, modules)
+
+    def function(self) -> Any:
+        scope = {**self.names, **{name: _module(path) for name, path in self.modules.items()}}
+        code: CodeType = compile(self.text, "<fastgen.accelerate>", "exec")
+        exec(code, scope)
+        return scope["forward"]
+
+
+def _module(path: str) -> ModuleType:
+    import importlib
+
+    return importlib.import_module(path)
+
+
+class Program:
+    """Its `forward` stands in the ``__dict__`` of a module whose class, members and parameters are left as they are.
+
+    `sources` has code for sets of arguments that are tensors, the others being at their defaults. Calls that no code is
+    for, and all calls once a watched module has changed (training mode, hooks, other members or attributes), run the
+    forward of the module's class.
+    """
+
+    _forward: Any
+
+    def __new__(cls, *_: Any) -> Program:
+        program = super().__new__(cls)  # with code of its own, as torch.compile limits how often a code is compiled
+        code = cls.run.__code__.replace(co_name="forward")
+        program._forward = FunctionType(code, cls.run.__globals__, "forward")
+        return program
+
+    def __init__(self, root: torch.nn.Module, sources: dict[tuple[str, ...], Source]) -> None:
+        self.root = root
+        self.sources = sources
+        parameters = list(inspect.signature(type(root).forward).parameters.values())[1:]
+        self.defaults = {parameter.name: parameter.default for parameter in parameters}
+        self.positional = sum(parameter.kind is not parameter.KEYWORD_ONLY for parameter in parameters)
+        self.modes: list[tuple[torch.nn.Module, bool]] = []
+        self.states: list[tuple[torch.nn.Module, dict[str, Any]]] = []
+        self.told = False
+        self._compile()
+
+    def watch(self, modules: Iterable[torch.nn.Module]) -> None:
+        """From now on these must stay as they are."""
+        modules = list(modules)
+        self.modes = [(module, module.training) for module in modules]
+        self.states = [(module, state(module)) for module in modules]
+
+    @property
+    def forward(self) -> MethodType:
+        return MethodType(self._forward, self)
+
+    @classmethod
+    def of(cls, module: torch.nn.Module) -> Program | None:
+        found = getattr(module.__dict__.get("forward"), "__self__", None)
+        return found if isinstance(found, Program) else None
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        tensors = self._tensors(args, kwargs)
+        function = None if tensors is None else self.functions.get(tuple(tensors))
+        if function is None or tensors is None:
+            return type(self.root).forward(self.root, *args, **kwargs)
+        if torch.compiler.is_compiling():
+            if all(module.training is mode for module, mode in self.modes):
+                return function(self.root, *tensors.values())
+            return type(self.root).forward(self.root, *args, **kwargs)
+        if not self._holds():
+            self._tell("has changed since (training mode, hooks, members or attributes)")
+            return type(self.root).forward(self.root, *args, **kwargs)
+        try:
+            return function(self.root, *tensors.values())
+        except Exception as error:
+            problem = error
+        result = type(self.root).forward(self.root, *args, **kwargs)  # or the error that the user knows
+        self._tell(f"failed where the original did not: {problem}", warn=True)
+        return result
+
+    def _tensors(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor] | None:
+        """The arguments that are tensors, or None if another one is not at its default."""
+        if len(args) > self.positional:
+            return None
+        given = dict(zip(self.defaults, args, strict=False))
+        for name, value in kwargs.items():
+            if name in given or name not in self.defaults:
+                return None
+            given[name] = value
+        tensors = {}
+        for name, default in self.defaults.items():
+            value = given.get(name, default)
+            if isinstance(value, Tensor):
+                tensors[name] = value
+            elif value is not default or default is inspect.Parameter.empty:
+                return None
+        return tensors
+
+    def _holds(self) -> bool:
+        if torch.nn.modules.module._has_any_global_hook():
+            return False
+        return all(unchanged(module, before) for module, before in self.states)
+
+    def _tell(self, what: str, warn: bool = False) -> None:
+        if not self.told:
+            text = f"accelerated {type(self.root).__name__} {what}; its own forward runs"
+            warnings.warn(text, RuntimeWarning, stacklevel=4) if warn else _log.info(text)
+        self.told = True
+
+    def _compile(self) -> None:
+        self.functions = {names: source.function() for names, source in self.sources.items()}
+        self._forward.__signature__ = inspect.signature(type(self.root).forward)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("functions", "_forward")}
+
+    def __setstate__(self, kept: dict[str, Any]) -> None:
+        self.__dict__.update(kept)
+        self._compile()

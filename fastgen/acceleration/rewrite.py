@@ -1,0 +1,116 @@
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
+
+from fastgen.acceleration.chains import fuse
+from fastgen.acceleration.layout import keep_contiguous
+from fastgen.acceleration.pickling import make_picklable
+from fastgen.acceleration.program import Program, Source
+from fastgen.acceleration.report import Entry, Report
+from fastgen.acceleration.tracing import Untraceable, is_torch_layer, trace, variants
+
+
+def accelerate(module: nn.Module) -> nn.Module:
+    """A copy of a module in eval mode that computes the same, convolution, norm and activation in one.
+
+    The copy is of the same class, with the same members, parameters, state dict and methods; only the forward of what
+    could be traced is replaced, by code that calls `fastgen.ops.conv_transpose2d_bn_act` where a transposed convolution
+    is followed by a BatchNorm or InstanceNorm with running statistics and an activation (each of them optional), and
+    that folds the norm into the weights of an ordinary convolution. Modules, functions and methods are recognised
+    alike, through any number of containers. Weights may be changed afterwards (optimiser, ``load_state_dict``,
+    ``.to()``); packed and folded weights follow.
+
+    Left alone is whatever is not known to be equal: norms on batch statistics, dropout in training mode, hooks, weights
+    that are computed in forward, intermediate results that are used elsewhere. What cannot be traced (control flow on
+    data, ``no_grad`` inside) keeps its own forward, its submodules are looked at one by one.
+
+    Where the copy is no longer what it was, the forward of the class runs: after ``.train()``, until ``.eval()``, and
+    for good where a hook, a member or an attribute of a fused module was added or changed. So does it for arguments
+    that are neither tensors nor defaults.
+
+    Args:
+        module: any module; it is not modified, and shares no memory with the copy.
+
+    Returns:
+        The copy, with ``fastgen_report``, a `Report` of what was fused, what was not, and why. Results of fused blocks
+        are contiguous where the module's own code, or the caller, sees them.
+
+    Raises:
+        TypeError: not a module, or one of ``torch.compile``, which comes after.
+    """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
+    if type(module).__name__ == "OptimizedModule":
+        raise TypeError("module was made by torch.compile: accelerate the module first, then compile it")
+    result = _copy(module)
+    report = Report()
+    programs = list(_programs(result, report))
+    for program, _ in programs:
+        program.root.__dict__["forward"] = program.forward
+    result.fastgen_report = report  # type: ignore[assignment]
+    for program, watched in programs:
+        program.watch(program.root.get_submodule(path) for path in watched)
+    return result
+
+
+def _copy(module: nn.Module) -> nn.Module:
+    """A deep copy without programs; computed tensors, which weight norm leaves as attributes, are copied as values."""
+    attributes = [value for part in module.modules() for value in part.__dict__.values() if isinstance(value, Tensor)]
+    memo = {id(tensor): tensor.detach().clone() for tensor in attributes if not tensor.is_leaf}
+    result = copy.deepcopy(module, memo)
+    for part in result.modules():
+        if Program.of(part) is not None:
+            del part.__dict__["forward"]
+        if parametrize.is_parametrized(part):
+            make_picklable(part)
+    return result
+
+
+def _programs(root: nn.Module, report: Report) -> Iterator[tuple[Program, set[str]]]:
+    """Programs for the root and every container in it, for each may be called alone, with the paths to watch."""
+    reasons: dict[str, str] = {}
+    for path, part in root.named_modules():
+        if not is_torch_layer(part) and any(_may_convolve(inner) for inner in part.modules()):
+            yield from _program(part, path, report, reasons)
+    reached = report.paths()
+    for path, part in root.named_modules():
+        if isinstance(part, _ConvNd) and path not in reached:
+            if type(part) is nn.ConvTranspose2d and not part.training:
+                yield from _program(part, path, report, reasons)
+            if path not in report.paths():
+                parent = max((p for p in reasons if not p or path.startswith(p + ".")), key=len, default=None)
+                why = (
+                    "never called in forward"
+                    if parent is None
+                    else f"called by {parent or 'the module'}: {reasons[parent]}"
+                )
+                report.skipped.append(Entry(path, type(part).__name__, why))
+
+
+def _may_convolve(module: nn.Module) -> bool:
+    own = module.parameters(recurse=False)
+    return isinstance(module, _ConvNd) or any(not is_lazy(weight) and weight.dim() == 4 for weight in own)
+
+
+def _program(part: nn.Module, path: str, report: Report, reasons: dict[str, str]) -> Iterator[tuple[Program, set[str]]]:
+    sources: dict[tuple[str, ...], Source] = {}
+    watched: set[str] = {""}
+    try:
+        for names in variants(part):
+            traced = trace(part, names)
+            found, bypassed = fuse(traced, path)
+            keep_contiguous(traced)
+            report.merge(found)
+            if found.fused:
+                sources[names] = Source.of(traced.graph)
+                watched |= traced.inlined | bypassed
+    except Untraceable as reason:
+        reasons[path] = str(reason)
+    if sources:
+        yield Program(part, sources), watched

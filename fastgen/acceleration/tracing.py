@@ -1,0 +1,366 @@
+"""Symbolic tracing of a module's forward into a graph that does the same, or an honest refusal.
+
+`torch.fx` traces more than it can keep its word for: it takes ``x is None`` and ``isinstance(x, Tensor)`` for what they
+are of a placeholder, freezes random numbers and side effects at what they were during the trace, forgets in-place
+additions and ``no_grad``. The tracer here records all of that faithfully or refuses. A submodule that it cannot look
+into becomes one node, and the rest of the parent is still traced.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import random
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+from torch.fx.proxy import Attribute
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from fastgen.acceleration import blocks
+
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
+
+# Take sizes, and so symbols, in places where PyTorch looks for numbers alone.
+_FACTORIES = "zeros ones full empty eye arange linspace tensor rand randn randint randperm normal".split()
+
+
+class Untraceable(Exception):
+    """The forward cannot be recorded faithfully; the text says why."""
+
+
+@dataclass
+class Trace:
+    """A graph of the forward, whose placeholders are the arguments that are tensors.
+
+    `inlined` holds the paths of the submodules whose forward is part of the graph, `opaque` those that are one node and
+    why.
+    """
+
+    graph: fx.Graph
+    modules: dict[str, torch.nn.Module]
+    inlined: set[str] = field(default_factory=set)
+    opaque: dict[str, str] = field(default_factory=dict)
+
+
+def trace(module: torch.nn.Module, tensors: Sequence[str]) -> Trace:
+    """Traces ``module.forward`` with the arguments named in `tensors` as tensors and all others at their defaults.
+
+    Raises:
+        Untraceable: with the reason.
+    """
+    if "forward" in module.__dict__:
+        raise Untraceable("its forward was replaced on the instance")
+    skeleton = copy.deepcopy(module, {id(tensor): tensor for tensor in _tensors(module)})
+    before = {part: state(part) for part in skeleton.modules()}
+    tracer = _Tracer(tensors)
+    noise = _random_state()
+    try:
+        with warnings.catch_warnings(), torch.enable_grad(), _Recorder(tracer):
+            warnings.simplefilter("ignore")
+            tracer.ambient = _ambient()
+            graph = tracer.trace(skeleton)
+    except Exception as error:
+        raise Untraceable(describe(error)) from error
+    finally:
+        drew = _random_state() != noise
+        _restore_random_state(noise)
+    if drew:
+        raise Untraceable("it draws random numbers outside PyTorch's functions")
+    if any(not unchanged(part, was) for part, was in before.items()):
+        raise Untraceable("it changes attributes of its modules")
+    if any(_writes_to_own_tensor(node) for node in graph.nodes):
+        raise Untraceable("it changes its parameters or buffers")
+    return Trace(graph, dict(skeleton.named_modules()), tracer.inlined, tracer.opaque)
+
+
+def describe(error: Exception) -> str:
+    """One line."""
+    text = str(error).strip().split("\n")[0] or type(error).__name__
+    if "control flow" in text:
+        return "control flow that depends on data"
+    return text if isinstance(error, fx.proxy.TraceError) else f"{type(error).__name__} while tracing: {text}"
+
+
+def has_hooks(module: torch.nn.Module) -> bool:
+    return any(getattr(module, name) for name in _HOOKS)
+
+
+def state(module: torch.nn.Module) -> dict[str, Any]:
+    """The attributes of a module, without what its parameters and buffers hold; for `unchanged`."""
+    kept = ("_parameters", "_buffers")
+    return {
+        name: copy.copy(value) if isinstance(value, list | dict | set) and name not in kept else value
+        for name, value in module.__dict__.items()
+    }
+
+
+def unchanged(module: torch.nn.Module, before: dict[str, Any]) -> bool:
+    try:
+        return bool(module.__dict__ == before)
+    except Exception:  # arrays that were replaced do not compare to one truth value
+        return False
+
+
+def _tensors(module: torch.nn.Module) -> list[Tensor]:
+    attributes = [value for part in module.modules() for value in part.__dict__.values() if isinstance(value, Tensor)]
+    return [*module.parameters(), *module.buffers(), *attributes]
+
+
+def _ambient() -> tuple[Any, ...]:
+    """What context managers change and a graph does not record."""
+    autocast = [torch.is_autocast_enabled(device) for device in ("cpu", "cuda")]
+    return (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast)
+
+
+def _random_state() -> tuple[Any, ...]:
+    state: Any = np.random.get_state()  # noqa: NPY002
+    name, keys, *rest = state
+    return random.getstate(), (name, keys.tobytes(), *rest), bytes(torch.get_rng_state().numpy())
+
+
+def _restore_random_state(was: tuple[Any, ...]) -> None:
+    random.setstate(was[0])
+    name, keys, *rest = was[1]
+    np.random.set_state((name, np.frombuffer(keys, np.uint32), *rest))  # noqa: NPY002
+    torch.set_rng_state(torch.frombuffer(bytearray(was[2]), dtype=torch.uint8))
+
+
+def _writes_to_own_tensor(node: fx.Node) -> bool:
+    in_place = node.target in (blocks.iadd, blocks.isub, blocks.imul, blocks.itruediv) or (
+        node.op == "call_method" and str(node.target).endswith("_")
+    )
+    return in_place and isinstance(node.args[0], fx.Node) and node.args[0].op == "get_attr"
+
+
+class _Symbol(fx.Proxy):
+    """A value of the graph, which Python code sees as the tensor that it stands for, where it is known to be one."""
+
+    _OWN = ("tracer", "node", "root", "attr", "_node")
+
+    def _is_tensor(self) -> bool:
+        return not isinstance(self, Attribute) and (
+            self.node.op in ("placeholder", "get_attr") or self.node.target is blocks.tensor
+        )
+
+    def _seen_class(self) -> type:
+        """For ``isinstance``, which asks for it where the type itself does not match; so do checks of PyTorch."""
+        caller = sys._getframe(1)
+        if caller.f_globals.get("__name__", "").startswith(("torch.", __name__)):
+            return type(self)
+        if self._is_tensor():
+            return Tensor
+        if "isinstance" not in caller.f_code.co_names:
+            return type(self)
+        raise fx.proxy.TraceError("it asks for the type of a computed value")
+
+    __class__ = property(_seen_class)
+
+    def __getattr__(self, name: str) -> Any:
+        if self._is_tensor() and not hasattr(Tensor, name):
+            raise AttributeError(f"'Tensor' object has no attribute '{name}'")
+        return _Attribute(self, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in self._OWN:
+            raise fx.proxy.TraceError(f"it sets the attribute {name!r} of a tensor")
+        object.__setattr__(self, name, value)
+
+    def __getitem__(self, index: Any) -> Any:
+        self._refuse_parts()
+        return super().__getitem__(index)  # type: ignore[misc]
+
+    def __iter__(self) -> Any:
+        self._refuse_parts()
+        opcode = _opcode(sys._getframe(1))
+        if opcode.opname != "UNPACK_SEQUENCE":
+            return self.tracer.iter(self)
+        return iter([self[i] for i in range(opcode.argval)])
+
+    def _refuse_parts(self) -> None:
+        """Of a module that is one node, as nothing shows whether they are those of a tensor."""
+        if not isinstance(self, Attribute) and self.node.target is blocks.tensor:
+            raise fx.proxy.TraceError(f"it takes parts of what {self.node.args[0]} returns, which cannot be traced")
+
+    def _in_place(self, function: Callable[..., Any], other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    def __iadd__(self, other: Any) -> Any:
+        return self._in_place(blocks.iadd, other)
+
+    def __isub__(self, other: Any) -> Any:
+        return self._in_place(blocks.isub, other)
+
+    def __imul__(self, other: Any) -> Any:
+        return self._in_place(blocks.imul, other)
+
+    def __itruediv__(self, other: Any) -> Any:
+        return self._in_place(blocks.itruediv, other)
+
+    def _refuse_in_place(self, other: Any) -> Any:
+        raise fx.proxy.TraceError("it changes a tensor by an operator that is not recorded")
+
+    __ifloordiv__ = __imod__ = __ipow__ = __iand__ = __ior__ = __ixor__ = __imatmul__ = _refuse_in_place
+    __ilshift__ = __irshift__ = _refuse_in_place
+
+
+class _Attribute(_Symbol, Attribute):
+    """An attribute or method of a symbol."""
+
+
+def _opcode(frame: Any) -> Any:
+    import dis
+
+    return next(i for i in dis.get_instructions(frame.f_code) if i.offset == frame.f_lasti)
+
+
+class _Recorder(TorchFunctionMode):
+    """Records the functions that no symbol would: those that make tensors."""
+
+    def __init__(self, tracer: _Tracer) -> None:
+        super().__init__()
+        self.tracer = tracer
+        self.originals = {name: getattr(torch, name) for name in _FACTORIES}
+
+    def __enter__(self) -> Any:
+        for name, original in self.originals.items():
+            setattr(torch, name, functools.partial(self._make, original))
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        for name, original in self.originals.items():
+            setattr(torch, name, original)
+        super().__exit__(*error)
+
+    def _make(self, function: Any, *args: Any, **kwargs: Any) -> Any:
+        if any(isinstance(leaf, fx.Proxy) for leaf in tree_leaves((args, kwargs))):
+            return self.tracer.create_proxy("call_function", function, args, kwargs)
+        return function(*args, **kwargs)
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if function is torch._C._set_grad_enabled:
+            return function(*args, **kwargs)
+        leaves = tree_leaves((args, kwargs))
+        if any(isinstance(leaf, fx.Proxy) for leaf in leaves):
+            return fx.Proxy.__torch_function__(function, types, args, kwargs)
+        if any(isinstance(leaf, Tensor) for leaf in leaves) or torch.overrides.is_tensor_method_or_property(function):
+            raise fx.proxy.TraceError("it computes with tensors that are neither inputs, parameters nor buffers")
+        return self.tracer.create_proxy("call_function", function, args, kwargs)
+
+
+class _Tracer(fx.Tracer):
+    proxy_buffer_attributes = True
+
+    def __init__(self, tensors: Sequence[str]) -> None:
+        super().__init__()
+        self.tensors = tensors
+        self.ambient: tuple[Any, ...] = ()
+        self.inlined: set[str] = set()
+        self.opaque: dict[str, str] = {}
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return _Symbol(node, self)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        if _ambient() != self.ambient:
+            raise fx.proxy.TraceError("it switches gradients or autocast on or off")
+        return super().create_node(*args, **kwargs)
+
+    def create_arg(self, a: Any) -> Any:
+        if isinstance(a, fx.Proxy):
+            return a.node
+        if isinstance(a, Tensor) and not isinstance(a, torch.nn.Parameter) and not self._path_of_tensor(a):
+            raise fx.proxy.TraceError("it uses a tensor that is no input, parameter or buffer")
+        if isinstance(a, list | tuple | dict) and not _is_plain_container(a):
+            raise fx.proxy.TraceError(f"it makes a {type(a).__name__}, which is not recorded")
+        return super().create_arg(a)
+
+    def _path_of_tensor(self, tensor: Tensor) -> bool:
+        return tensor in self.tensor_attrs or any(tensor is buffer for buffer in self.root.buffers())
+
+    def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
+        symbols = {name: self.create_proxy("placeholder", name, (), {}) for name in self.tensors}
+
+        def forward(root: Any) -> Any:
+            return root_fn(root, **symbols)
+
+        forward.__annotations__ = {}
+        return forward, [self.root]
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        return super().getattr(attr, attr_val, {})  # a node of a submodule that was given up must not come back
+
+    def is_leaf_module(self, m: torch.nn.Module, module_qualified_name: str) -> bool:
+        return is_torch_layer(m) or m.__module__.startswith("fastgen.nn.")
+
+    def call_module(
+        self, m: torch.nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        path = self.path_of_module(m)
+        if self.is_leaf_module(m, path):
+            return self.create_proxy("call_module", path, args, kwargs)
+        if has_hooks(m):
+            self.opaque[path] = "has hooks"
+        elif "forward" in m.__dict__:
+            self.opaque[path] = "its forward was replaced on the instance"
+        else:
+            last = next(iter(reversed(self.graph.nodes)), None)
+            try:
+                result = forward(*args, **kwargs)
+                self.inlined.add(path)
+                return result
+            except Exception as error:
+                self.opaque[path] = describe(error)
+                self._forget_after(last)
+        return self.create_proxy("call_function", blocks.tensor, (self._call(path, args, kwargs),), {})
+
+    def _call(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return self.create_proxy("call_module", path, args, kwargs)
+
+    def _forget_after(self, last: fx.Node | None) -> None:
+        for node in reversed(self.graph.nodes):
+            if node is last:
+                break
+            self.graph.erase_node(node)
+
+
+def is_torch_layer(module: torch.nn.Module) -> bool:
+    """A layer of PyTorch, which is one node."""
+    return type(module).__module__.startswith(("torch.nn.", "torch.ao.nn.")) and not isinstance(
+        module, torch.nn.Sequential
+    )
+
+
+def _is_plain_container(value: Any) -> bool:
+    kind = type(value)
+    return kind in (list, tuple, dict) or kind.__module__.startswith("torch.fx") or hasattr(kind, "_fields")
+
+
+def variants(module: torch.nn.Module) -> list[tuple[str, ...]]:
+    """The sets of arguments that may be tensors: the required ones, and none, one or all of those that default to None.
+
+    Raises:
+        Untraceable: the forward takes any number of arguments.
+    """
+    parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
+    if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
+        raise Untraceable("its forward takes *args or **kwargs")
+    required = {p.name for p in parameters if p.default is p.empty}
+    optional = [p.name for p in parameters if p.default is None]
+    choices = dict.fromkeys([(), *((name,) for name in optional), tuple(optional)])
+    return [tuple(p.name for p in parameters if p.name in required or p.name in given) for given in choices]
