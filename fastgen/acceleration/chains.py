@@ -118,7 +118,7 @@ class _Chain:
     def _pass_identities(self) -> None:
         while len(self.nodes[-1].users) == 1:
             user = next(iter(self.nodes[-1].users))
-            if not _is_identity(user, self.trace):
+            if not is_identity(user, self.trace):
                 return
             self.nodes.append(user)
 
@@ -294,7 +294,7 @@ def _activation(node: fx.Node, trace: Trace) -> _Link | None:
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 
 
-def _is_identity(node: fx.Node, trace: Trace) -> bool:
+def is_identity(node: fx.Node, trace: Trace) -> bool:
     """Dropout and the like in eval."""
     if node.op == "call_module":
         module = trace.modules[str(node.target)]
@@ -357,8 +357,8 @@ def _what(node: fx.Node, trace: Trace) -> str:
 
 
 def _name(node: fx.Node, trace: Trace, prefix: str) -> tuple[str, str]:
-    """Where and what, for the report; a function is where its weight is."""
-    path = str(node.target) if node.op == "call_module" else node.name
+    """Where and what, for the report; a function is where its weight is, else where it is called."""
+    path = str(node.target) if node.op == "call_module" else node.meta["caller"]
     for argument in node.args[1:2]:
         if node.op == "call_function" and isinstance(argument, fx.Node) and argument.op == "get_attr":
             path = str(argument.target)

@@ -15,12 +15,12 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from fastgen.acceleration import blocks
+from fastgen.acceleration.chains import is_identity
 from fastgen.acceleration.tracing import Trace
 
 _LAYERS = (
     nn.modules.conv._ConvNd,
     nn.modules.batchnorm._NormBase,
-    nn.modules.dropout._DropoutNd,
     nn.modules.pooling._AvgPoolNd,
     nn.modules.padding._ConstantPadNd,
     nn.modules.padding._ReflectionPadNd,
@@ -33,7 +33,7 @@ _FUNCTIONS = {
     *(operator.add, operator.sub, operator.mul, operator.truediv, operator.neg, operator.getitem),
     *(torch.add, torch.sub, torch.mul, torch.div, torch.cat, torch.concat, torch.tanh, torch.sigmoid, torch.relu),
     *(F.conv2d, F.conv_transpose2d, F.batch_norm, F.instance_norm, F.relu, F.leaky_relu, F.elu, F.pad, F.interpolate),
-    *(F.dropout, F.avg_pool2d, F.gelu, F.silu, F.softplus, F.hardtanh),
+    *(F.avg_pool2d, F.gelu, F.silu, F.softplus, F.hardtanh),
 }
 _METHODS = {"add", "sub", "mul", "div", "add_", "mul_", "tanh", "sigmoid", "relu", "clamp", "chunk", "detach", "float"}
 _REORDERING = {torch.flatten, torch.reshape, "flatten", "reshape", "mean", "sum", "contiguous", "size", "dim"}
@@ -53,6 +53,9 @@ def keep_contiguous(trace: Trace) -> None:
 
 
 def _takes_any(node: fx.Node, trace: Trace) -> bool:
+    """Dropout does not: it draws in the order of memory."""
+    if is_identity(node, trace):
+        return True
     if node.op == "call_module":
         return isinstance(trace.modules[str(node.target)], _LAYERS)
     return node.op in ("call_function", "call_method") and node.target in (_FUNCTIONS | _METHODS)

@@ -42,7 +42,7 @@ def accelerate(module: nn.Module) -> nn.Module:
         are contiguous where the module's own code, or the caller, sees them.
 
     Raises:
-        TypeError: not a module, or one of ``torch.compile``, which comes after.
+        TypeError: not a module, one that `copy.deepcopy` refuses, or one of ``torch.compile``, which comes after.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}")
@@ -63,7 +63,10 @@ def _copy(module: nn.Module) -> nn.Module:
     """A deep copy without programs; computed tensors, which weight norm leaves as attributes, are copied as values."""
     attributes = [value for part in module.modules() for value in part.__dict__.values() if isinstance(value, Tensor)]
     memo = {id(tensor): tensor.detach().clone() for tensor in attributes if not tensor.is_leaf}
-    result = copy.deepcopy(module, memo)
+    try:
+        result = copy.deepcopy(module, memo)
+    except Exception as error:
+        raise TypeError(f"module cannot be copied: {error}") from error
     for part in result.modules():
         if Program.of(part) is not None:
             del part.__dict__["forward"]

@@ -9,6 +9,7 @@ into becomes one node, and the rest of the parent is still traced.
 from __future__ import annotations
 
 import copy
+import dis
 import functools
 import inspect
 import random
@@ -102,7 +103,7 @@ def has_hooks(module: torch.nn.Module) -> bool:
 
 def state(module: torch.nn.Module) -> dict[str, Any]:
     """The attributes of a module, without what its parameters and buffers hold; for `unchanged`."""
-    kept = ("_parameters", "_buffers")
+    kept = ("_parameters", "_buffers", "_state_dict_hooks", "_load_state_dict_pre_hooks")
     return {
         name: copy.copy(value) if isinstance(value, list | dict | set) and name not in kept else value
         for name, value in module.__dict__.items()
@@ -110,8 +111,13 @@ def state(module: torch.nn.Module) -> dict[str, Any]:
 
 
 def unchanged(module: torch.nn.Module, before: dict[str, Any]) -> bool:
+    """Whether all of these attributes are as they were; there may be new ones, but for another forward."""
+    now = module.__dict__
     try:
-        return bool(module.__dict__ == before)
+        return bool(now == before) or (
+            ("forward" in now) == ("forward" in before)
+            and all(name in now and (now[name] is value or now[name] == value) for name, value in before.items())
+        )
     except Exception:  # arrays that were replaced do not compare to one truth value
         return False
 
@@ -171,8 +177,10 @@ class _Symbol(fx.Proxy):
     __class__ = property(_seen_class)
 
     def __getattr__(self, name: str) -> Any:
-        if self._is_tensor() and not hasattr(Tensor, name):
-            raise AttributeError(f"'Tensor' object has no attribute '{name}'")
+        if not hasattr(Tensor, name):
+            if self._is_tensor():
+                raise AttributeError(f"'Tensor' object has no attribute '{name}'")
+            raise fx.proxy.TraceError(f"it asks a computed value for {name!r}")
         return _Attribute(self, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -186,10 +194,18 @@ class _Symbol(fx.Proxy):
 
     def __iter__(self) -> Any:
         self._refuse_parts()
-        opcode = _opcode(sys._getframe(1))
+        opcode = _following(sys._getframe(1))[0]
         if opcode.opname != "UNPACK_SEQUENCE":
             return self.tracer.iter(self)
         return iter([self[i] for i in range(opcode.argval)])
+
+    def __bool__(self) -> bool:
+        """Of ``assert value`` and ``if value: raise ...``, taken to hold and checked at each call."""
+        truth = _truth_without_raising(_following(sys._getframe(1)))
+        if truth is None:
+            return self.tracer.to_bool(self)
+        self.tracer.create_proxy("call_function", blocks.expect, (self, truth), {})
+        return truth
 
     def _refuse_parts(self) -> None:
         """Of a module that is one node, as nothing shows whether they are those of a tensor."""
@@ -222,10 +238,19 @@ class _Attribute(_Symbol, Attribute):
     """An attribute or method of a symbol."""
 
 
-def _opcode(frame: Any) -> Any:
-    import dis
+def _following(frame: Any) -> list[dis.Instruction]:
+    """The instructions of a function from the present one on."""
+    return [step for step in dis.get_instructions(frame.f_code) if step.offset >= frame.f_lasti]
 
-    return next(i for i in dis.get_instructions(frame.f_code) if i.offset == frame.f_lasti)
+
+def _truth_without_raising(steps: list[dis.Instruction]) -> bool | None:
+    """The truth value that skips a block which does nothing but raise, where that is what it decides."""
+    jump = next((step for step in steps[:2] if step.opname.startswith("POP_JUMP")), None)
+    if jump is None or not jump.opname.endswith(("IF_TRUE", "IF_FALSE")):
+        return None
+    body = [step.opname for step in steps if jump.offset < step.offset < jump.argval]
+    leaves = [name for name in body if "JUMP" in name or name.startswith(("RETURN", "YIELD", "FOR_", "SEND", "RAISE"))]
+    return jump.opname.endswith("IF_TRUE") if leaves == ["RAISE_VARARGS"] == body[-1:] else None
 
 
 class _Recorder(TorchFunctionMode):
@@ -270,6 +295,7 @@ class _Tracer(fx.Tracer):
         super().__init__()
         self.tensors = tensors
         self.ambient: tuple[Any, ...] = ()
+        self.caller = ""
         self.inlined: set[str] = set()
         self.opaque: dict[str, str] = {}
 
@@ -279,7 +305,9 @@ class _Tracer(fx.Tracer):
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         if _ambient() != self.ambient:
             raise fx.proxy.TraceError("it switches gradients or autocast on or off")
-        return super().create_node(*args, **kwargs)
+        node = super().create_node(*args, **kwargs)
+        node.meta["caller"] = self.caller
+        return node
 
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, fx.Proxy):
@@ -319,7 +347,8 @@ class _Tracer(fx.Tracer):
         elif "forward" in m.__dict__:
             self.opaque[path] = "its forward was replaced on the instance"
         else:
-            last = next(iter(reversed(self.graph.nodes)), None)
+            last, caller = next(iter(reversed(self.graph.nodes)), None), self.caller
+            self.caller = path
             try:
                 result = forward(*args, **kwargs)
                 self.inlined.add(path)
@@ -327,6 +356,8 @@ class _Tracer(fx.Tracer):
             except Exception as error:
                 self.opaque[path] = describe(error)
                 self._forget_after(last)
+            finally:
+                self.caller = caller
         return self.create_proxy("call_function", blocks.tensor, (self._call(path, args, kwargs),), {})
 
     def _call(self, path: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

@@ -316,6 +316,27 @@ class NoisyDecoder(nn.Module):
         return self.up(x) * grid + torch.randn(8, 8, dtype=x.dtype) * 0.1
 
 
+class Checking(nn.Module):
+    """Checks its input, and changes results in place that have another name as well."""
+
+    def __init__(self):
+        super().__init__()
+        self.up = block(3, 3)
+
+    def forward(self, x, other=None):
+        assert x.dim() == 4, "images"
+        if x.shape[1] != 3:
+            raise ValueError(f"three channels, got {x.shape[1]}")
+        if not isinstance(x, torch.Tensor) or not hasattr(x, "dtype") or hasattr(x, "channels"):
+            return None
+        n, channels, height, width = x.shape
+        x = self.up(x)
+        skip = x
+        x += 1  # seen by skip
+        x *= torch.arange(1, 3 + 1, dtype=x.dtype).view(1, -1, 1, 1)
+        return {"sum": skip + x.view(n, -1).sum(), "shape": (channels, height, width)}, other is None
+
+
 def z(*shape, n=3):
     return torch.randn(n, *shape)
 

@@ -1,0 +1,485 @@
+"""What must not be fused, or not be believed of a trace: the result is the original's, and the report says why."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import random
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fastgen
+
+from .networks import Checking, block, prepared
+
+pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")  # of code that fails where the original does not
+
+
+def same(network, *inputs, seed=None):
+    """Accelerates, compares two calls, and returns the result."""
+    fast = fastgen.accelerate(network)
+    for _ in range(2):
+        for x in inputs:
+            if seed is not None:
+                torch.manual_seed(seed)
+            expected = network(x.clone())
+            if seed is not None:
+                torch.manual_seed(seed)
+            torch.testing.assert_close(fast(x.clone()), expected, rtol=1e-4, atol=1e-5)
+    return fast
+
+
+def reasons(fast):
+    return {entry.path: entry.reason for entry in fast.fastgen_report.skipped}
+
+
+def image(channels=3, size=5):
+    return torch.randn(2, channels, size, size)
+
+
+def whats(fast):
+    return [entry.what for entry in fast.fastgen_report.fused]
+
+
+@torch.no_grad()
+def test_norms_in_training_mode():
+    network = prepared(nn.Sequential(*block(3, 4), *block(4, 2)))
+    network[1].train()
+    fast = same(network, image())
+    assert reasons(fast) == {"1": "in training mode: it normalises by its batch"}
+    assert whats(fast) == ["ConvTranspose2d", "ConvTranspose2d + BatchNorm2d + ReLU"]
+
+
+@torch.no_grad()
+def test_all_in_training_mode():
+    fast = same(prepared(block(3, 4)).train(), image())
+    assert not fast.fastgen_report.fused
+    assert reasons(fast) == {"0": "in training mode"}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("functional", [False, True])
+def test_random_dropout(functional):
+    class Noisy(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.dropout, self.relu = nn.ConvTranspose2d(3, 4, 4, 2, 1), nn.Dropout(0.5), nn.ReLU()
+
+        def forward(self, x):
+            x = self.up(x)
+            return self.relu(F.dropout(x, 0.5) if functional else self.dropout(x))
+
+    network = Noisy().eval()
+    network.dropout.train()
+    fast = same(network, image(), seed=3)
+    assert whats(fast) == ["ConvTranspose2d"]
+    assert not torch.equal(fast(image()), fast(image()))
+
+
+class Trembling(nn.Module):
+    def forward(self, weight):
+        return weight + torch.randn_like(weight)
+
+
+@torch.no_grad()
+def test_weights_that_change():
+    network = prepared(block(3, 4))
+    nn.utils.parametrize.register_parametrization(network[0], "weight", Trembling(), unsafe=True)
+    network.eval()
+    fast = same(network, image(), seed=3)
+    assert reasons(fast) == {"0": "parametrised by something other than weight_norm or spectral_norm"}
+    network = prepared(block(3, 4))
+    nn.utils.parametrizations.spectral_norm(network[0]).eval()
+    network[0].parametrizations.weight[0].train()
+    assert reasons(same(network, image())) == {"0": "its spectral norm is in training mode"}
+    assert network[0].parametrizations.weight[0].training
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("place", ["0", "1", "2", ""])
+def test_hooks(place):
+    network = nn.Sequential(nn.Sequential(), prepared(block(3, 4)))
+    where = f"1.{place}".rstrip(".")
+    network.get_submodule(where).register_forward_hook(lambda module, args, output: output + 1)
+    fast = same(network.eval(), image())
+    if place:
+        assert "has hooks" in reasons(fast).values()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("place", ["0", "1", "2", ""])
+def test_hooks_that_come_later(place):
+    network = prepared(block(3, 4))
+    fast = same(network, image())
+    seen = []
+    for module in (network, fast):
+        module.get_submodule(place).register_forward_hook(lambda module, args, output: seen.append(output))
+    x = image()
+    torch.testing.assert_close(fast(x), network(x))
+    torch.testing.assert_close(seen[0], seen[1])
+
+
+@torch.no_grad()
+def test_hooks_on_all_modules():
+    fast, seen = same(prepared(block(3, 4)), image()), []
+    handle = nn.modules.module.register_module_forward_hook(lambda module, args, output: seen.append(type(module)))
+    try:
+        fast(image())
+    finally:
+        handle.remove()
+    assert seen == [nn.ConvTranspose2d, nn.BatchNorm2d, nn.ReLU, nn.Sequential]
+
+
+@torch.no_grad()
+def test_changes_that_come_later():
+    x = image()
+    for change in (
+        lambda m: m.__setitem__(1, nn.GroupNorm(2, 4)),
+        lambda m: setattr(m[0], "stride", (1, 1)),
+        lambda m: setattr(m[1], "eps", 0.5),
+        lambda m: m.append(nn.Tanh()),
+        lambda m: setattr(m[0], "bias", None),
+        lambda m: setattr(m[2], "forward", torch.tanh),
+        lambda m: m[0].weight.data.mul_(2),
+        lambda m: nn.init.ones_(m[0].weight),
+        lambda m: setattr(m, "label", "anything"),
+    ):
+        network = prepared(block(3, 4, bias=True))
+        fast = same(network, x)
+        change(network)
+        change(fast)
+        torch.testing.assert_close(fast(x), network(x), rtol=1e-4, atol=1e-5)
+    assert fast.forward.__self__._holds()  # a new attribute changes nothing
+
+
+@torch.no_grad()
+def test_attributes_that_forward_decides_by():
+    class Fading(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.alpha = block(3, 3), 1.0
+
+        def forward(self, x):
+            y = self.up(x)
+            return y if self.alpha >= 1 else self.alpha * y + (1 - self.alpha) * F.interpolate(x, scale_factor=2)
+
+    network = prepared(Fading())
+    fast, x = same(network, image()), image()
+    network.alpha = fast.alpha = 0.3
+    torch.testing.assert_close(fast(x), network(x))
+
+
+class EqualizedConv(nn.ConvTranspose2d):
+    def forward(self, input):
+        return F.conv_transpose2d(input, self.weight * 0.5, self.bias, self.stride, self.padding)
+
+
+class Doubled(nn.BatchNorm2d):
+    def forward(self, input):
+        return 2 * super().forward(input)
+
+
+LEFT = {
+    "computed weights": (lambda: EqualizedConv(3, 4, 4, 2, 1), "its weights are computed in forward"),
+    "reflection": (lambda: nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), "padding_mode is 'reflect'"),
+    "three-dimensional": (lambda: nn.Conv3d(2, 4, 1), "not a plain two-dimensional convolution"),
+    "lazy": (lambda: nn.LazyConvTranspose2d(4, 3), "not a plain two-dimensional convolution"),
+    "half": (lambda: nn.ConvTranspose2d(3, 4, 3).bfloat16(), "its tensors are not of one floating dtype and device"),
+    "alone": (lambda: nn.Conv2d(3, 4, 3), "stands alone: there is nothing to fuse it with"),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", LEFT)
+def test_convolutions_left_alone(name):
+    make, reason = LEFT[name]
+    norm = {"three-dimensional": nn.BatchNorm3d, "alone": nn.Identity}.get(name, nn.BatchNorm2d)
+    network = nn.Sequential(make(), norm(4), nn.ReLU() if name != "alone" else nn.Flatten()).eval()
+    fast = fastgen.accelerate(network)
+    assert not fast.fastgen_report.fused
+    assert reason in reasons(fast)["0"]
+    x = torch.randn(1, 2, 3, 4, 5) if name == "three-dimensional" else image()
+    if name == "lazy":
+        fast(x)  # initialises
+        network = copy.deepcopy(fast)
+    if name != "half":  # BatchNorm takes no mixture either
+        torch.testing.assert_close(fast(x), network(x))
+
+
+NORMS = {
+    "statistics of the batch": (lambda: nn.BatchNorm2d(4, track_running_stats=False), "it has no running statistics"),
+    "statistics of the instance": (lambda: nn.InstanceNorm2d(4), "it normalises by its input"),
+    "a subclass": (lambda: Doubled(4), None),
+    "group": (lambda: nn.GroupNorm(2, 4), None),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", NORMS)
+def test_norms_left_alone(name):
+    make, reason = NORMS[name]
+    network = prepared(nn.Sequential(nn.ConvTranspose2d(3, 4, 4, 2, 1), make(), nn.ReLU()))
+    fast = same(network, image())
+    assert whats(fast) == ["ConvTranspose2d"]
+    assert reason is None or reasons(fast)["1"].startswith(reason)
+
+
+@torch.no_grad()
+def test_other_activations():
+    fast = same(prepared(block(3, 4, nn.GELU())), image())
+    assert whats(fast) == ["ConvTranspose2d + BatchNorm2d"]
+    assert reasons(fast) == {"2": "no fused form of this activation"}
+
+
+@torch.no_grad()
+def test_results_that_are_used_elsewhere():
+    class Reused(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.bn = nn.ConvTranspose2d(3, 4, 4, 2, 1), nn.BatchNorm2d(4)
+
+        def forward(self, x):
+            before = self.up(x)
+            normed = self.bn(before)
+            return torch.relu(normed) + before.mean(), normed
+
+    fast = same(prepared(Reused()), image())
+    assert whats(fast) == ["ConvTranspose2d"]
+    assert reasons(fast)["bn"] == "what it takes is used elsewhere too"
+
+
+# Forwards that a trace must not be believed of.
+
+
+class Body(nn.Module):
+    """Up-sampling by a factor of two, with layers as attributes."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.bn = nn.ConvTranspose2d(3, 3, 4, 2, 1), nn.BatchNorm2d(3)
+        self.alone = block(3, 3)
+        self.last, self.seen, self.calls = None, [], 0
+        self.plain = torch.full((1,), 2.0)
+        self.register_buffer("steps", torch.zeros(()))
+
+    def body(self, x):
+        return F.relu(self.bn(self.up(x)))
+
+
+class SwitchesGradients(Body):
+    def forward(self, x):
+        with torch.no_grad():
+            x = self.body(x)
+        return self.alone(x)
+
+
+class SwitchesAutocast(Body):
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            x = self.body(x)
+        return self.alone(x.float())
+
+
+class KeepsResults(Body):
+    def forward(self, x):
+        self.last = self.body(x)
+        return self.alone(self.last)
+
+
+class CollectsResults(Body):
+    def forward(self, x):
+        self.seen.append(x)
+        return self.alone(self.body(x))
+
+
+class Counts(Body):
+    def forward(self, x):
+        self.calls += 1
+        return self.alone(self.body(x)) * self.calls
+
+
+class CountsInABuffer(Body):
+    def forward(self, x):
+        self.steps += 1
+        return self.alone(self.body(x)) * self.steps
+
+
+class DrawsInPython(Body):
+    def forward(self, x):
+        return self.alone(self.body(x)) if random.random() < 2 else x
+
+
+class AsksForTheType(Body):
+    def forward(self, x):
+        x = self.body(x)
+        return self.alone(x) if isinstance(x, torch.Tensor) else x
+
+
+class PlainTensor(Body):
+    def forward(self, x):
+        return self.alone(self.body(x)) * (self.plain + 1)
+
+
+class Straight(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.round()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient
+
+
+class CustomFunction(Body):
+    def forward(self, x):
+        return self.alone(Straight.apply(self.body(x)))
+
+
+class AnyArguments(Body):
+    def forward(self, *args):
+        return self.alone(self.body(*args))
+
+
+UNBELIEVED = {
+    SwitchesGradients: "it switches gradients or autocast on or off",
+    SwitchesAutocast: "it switches gradients or autocast on or off",
+    KeepsResults: "it changes attributes of its modules",
+    CollectsResults: "it changes attributes of its modules",
+    Counts: "it changes attributes of its modules",
+    CountsInABuffer: "it changes its parameters or buffers",
+    DrawsInPython: "it draws random numbers outside PyTorch's functions",
+    AsksForTheType: "it asks for the type of a computed value",
+    PlainTensor: "it computes with tensors that are neither inputs, parameters nor buffers",
+    CustomFunction: "it switches gradients or autocast on or off",
+    AnyArguments: "its forward takes *args or **kwargs",
+}
+
+
+@pytest.mark.parametrize("kind", UNBELIEVED)
+def test_forwards_that_are_not_replaced(kind):
+    torch.manual_seed(0)
+    network = prepared(kind())
+    before, state = random.getstate(), torch.get_rng_state()
+    fast = fastgen.accelerate(network)
+    assert random.getstate() == before and torch.equal(torch.get_rng_state(), state)
+    assert whats(fast) == ["ConvTranspose2d + BatchNorm2d + ReLU", "conv_transpose2d"]  # of what is called inside
+    assert fast.seen == [] and fast.last is None and fast.calls == 0
+    gradients = []
+    for module in (network, fast):
+        x = torch.linspace(-2, 2, 2 * 3 * 4 * 4).view(2, 3, 4, 4).requires_grad_()
+        y = module(x)
+        y.square().sum().backward()
+        gradients.append((y.detach(), x.grad if x.grad is not None else torch.zeros(())))
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-4)
+    assert len(fast.seen) == len(network.seen) and fast.calls == network.calls
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", UNBELIEVED)
+def test_the_report_says_why(kind):
+    class Inside(kind):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(3, 3, 3)  # cannot be accelerated by itself
+
+    assert UNBELIEVED[kind] in reasons(fastgen.accelerate(prepared(Inside())))["conv"]
+
+
+@torch.no_grad()
+def test_what_is_faithfully_recorded():
+    network = prepared(Checking())
+    fast = fastgen.accelerate(network)
+    assert "forward" in fast.__dict__
+    for args in [(image(),), (image(), image())]:
+        torch.testing.assert_close(fast(*args), network(*args))
+    for wrong in (image(4), torch.randn(3, 5, 5)):
+        with pytest.raises((ValueError, AssertionError)) as expected:
+            network(wrong)
+        with pytest.raises(type(expected.value)) as found:
+            fast(wrong)
+        assert str(found.value).split("\n")[0] == str(expected.value).split("\n")[0]
+
+
+class Maybe(nn.Module):
+    """Cannot be traced, and does not always return a tensor."""
+
+    def forward(self, x):
+        return None if bool(x.mean() > 0) else x
+
+
+@torch.no_grad()
+def test_parts_that_do_not_return_a_tensor():
+    class Asking(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.maybe, self.up = Maybe(), nn.ConvTranspose2d(3, 4, 4, 2, 1)
+
+        def forward(self, x):
+            found = self.maybe(x)
+            return torch.relu(self.up(x if found is None else 2 * found))
+
+    network, x = prepared(Asking()), image().abs()
+    fast = fastgen.accelerate(network)
+    torch.testing.assert_close(fast(-x), network(-x))
+    with pytest.warns(RuntimeWarning, match="accelerated Asking failed where the original did not"):
+        torch.testing.assert_close(fast(x), network(x))
+
+
+@torch.no_grad()
+def test_images_without_a_batch():
+    network = nn.Sequential(nn.ConvTranspose2d(3, 4, 4), nn.InstanceNorm2d(4, track_running_stats=True), nn.ReLU())
+    fast, x = fastgen.accelerate(prepared(network)), torch.randn(3, 5, 5)
+    with pytest.warns(RuntimeWarning):
+        torch.testing.assert_close(fast(x), network(x))
+
+
+@torch.no_grad()
+def test_autocast_channels_last_empty_and_half():
+    network, x = prepared(nn.Sequential(*block(3, 4), nn.Conv2d(4, 3, 3), nn.BatchNorm2d(3))), image()
+    fast = same(network, x, x[:0], x.contiguous(memory_format=torch.channels_last), x[:, :, ::2, 1:])
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(fast(x), network(x), rtol=0.1, atol=0.1)
+    torch.testing.assert_close(fast.bfloat16()(x.bfloat16()), network.bfloat16()(x.bfloat16()), rtol=0.1, atol=0.1)
+
+
+@torch.no_grad()
+def test_other_weights_for_one_call():
+    network, x = prepared(block(3, 4)), image()
+    fast = same(network, x)
+    other = {name: value + 0.5 for name, value in network.state_dict().items()}
+    expected = torch.func.functional_call(network, other, (x,))
+    torch.testing.assert_close(torch.func.functional_call(fast, other, (x,)), expected, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_traced_by_others():
+    network, x = prepared(nn.Sequential(block(3, 4), nn.Conv2d(4, 3, 3), nn.Tanh())), image()
+    fast = fastgen.accelerate(network)
+    for traced in (
+        torch.jit.trace(fast, (x,)),
+        torch.fx.symbolic_trace(fast),
+        torch.export.export(fast, (x,)).module(),
+    ):
+        with contextlib.suppress(NotImplementedError):
+            torch.testing.assert_close(traced(x), network(x), rtol=1e-4, atol=1e-5)
+
+
+def test_second_derivatives_of_ordinary_convolutions():
+    network = prepared(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.LeakyReLU(0.2), nn.Conv2d(4, 1, 3)))
+    norms = []
+    for module in (network, fastgen.accelerate(network)):
+        x = torch.linspace(-1, 1, 75).view(1, 3, 5, 5).requires_grad_()
+        (gradient,) = torch.autograd.grad(module(x).sum(), x, create_graph=True)
+        gradient.square().sum().backward()
+        norms.append([gradient, module[0].weight.grad])
+    torch.testing.assert_close(norms[1], norms[0])
+
+
+def test_modules_that_cannot_be_copied():
+    network = block(3, 4)
+    network.stream = open(__file__)  # noqa: SIM115
+    with network.stream, pytest.raises(TypeError, match="module cannot be copied: cannot pickle"):
+        fastgen.accelerate(network)
