@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastgen import backends
 from fastgen.ops import conv_transpose2d_bn_act_cpu as cpu
@@ -63,7 +62,7 @@ def conv_transpose2d_bn_act(
     float32 and float64 run natively on the CPU, other dtypes and autocast through plain PyTorch.  Where no gradient is
     wanted, bias, BatchNorm and activation are applied while the convolution writes its result, and nothing else is
     stored.  Packed weights are kept from call to call; see `fastgen.ops.packed_weights` for how changed weights are
-    noticed.  Second derivatives need ``with fastgen.backend("reference")``.
+    noticed.  A backward pass that is itself to be differentiated (``create_graph=True``) runs in plain PyTorch.
 
     Raises:
         TypeError: an argument is not a tensor or the dtypes differ.
@@ -156,21 +155,33 @@ class _Block(torch.autograd.Function):
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
         input, weight, bias, _, _, bn_weight, bn_bias, *options = args
         output, conv, mean, var = torch.ops.fastgen.conv_transpose2d_bn_act_saving(*args)
-        ctx.save_for_backward(input, weight, bn_weight, bn_bias, conv, mean, var)
-        ctx.options = (*options, bias is not None)
+        ctx.save_for_backward(bias, input, weight, bn_weight, bn_bias, conv, mean, var)
+        ctx.options = options
         ctx.mark_non_differentiable(mean, var)
         return output, mean, var
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+            return _differentiable_backward(ctx, grad)
         for_input, for_weight, for_bias, _, _, for_bn_weight, for_bn_bias = ctx.needs_input_grad[:7]
         grads = torch.ops.fastgen.conv_transpose2d_bn_act_backward(
-            grad, *ctx.saved_tensors, *ctx.options[:-1], [for_input, for_weight]
+            grad, *ctx.saved_tensors[1:], *ctx.options, [for_input, for_weight]
         )
         wanted = (for_input, for_weight, for_bias, for_bn_weight, for_bn_bias)
         first, second, third, fourth, fifth = (g if want else None for g, want in zip(grads, wanted, strict=True))
         return first, second, third, None, None, fourth, fifth, *(None,) * 9
+
+
+def _differentiable_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients as functions of `grad` and of the saved tensors: plain PyTorch's, from a second forward pass."""
+    bias, input, weight, bn_weight, bn_bias, _, mean, var = ctx.saved_tensors
+    running = (mean, var) if mean.numel() and not Options(*ctx.options).training else (None, None)
+    tensors: tuple[Any, ...] = (input, weight, bias, *running, bn_weight, bn_bias)
+    output = conv_transpose2d_bn_act_reference(*tensors, *ctx.options)
+    wanted = [tensor for tensor, need in zip(tensors, ctx.needs_input_grad, strict=False) if need]
+    grads = iter(torch.autograd.grad(output, wanted, grad, create_graph=True, allow_unused=True))
+    return tuple(next(grads) if need else None for need in ctx.needs_input_grad)
 
 
 # Checks, shared by the real and the fake implementations

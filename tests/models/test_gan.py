@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import json
 
 import pytest
 import torch
 from torch import nn
 
-from fastgen import Sampler, bits_per_dim, checkpoint, models
-from fastgen.models.gan.base import CHUNK
+from fastgen import Sampler, bits_per_dim, checkpoint, models, ops
+from fastgen.models.gan.base import CHUNK, with_labels
 from fastgen.models.gan.gan import Maxout
-from fastgen.nn import ConvTransposeBNAct
 
 SMALL = {
     "gan": ("gan", {"image_shape": (3, 5, 4), "num_filters": 13}),
@@ -141,18 +141,41 @@ def test_published_dcgan(size, widths):
     assert {m.negative_slope for m in model.modules() if isinstance(m, nn.LeakyReLU)} == {0.2}
 
 
-def test_the_blocks_of_dcgan_are_fused_blocks_by_another_name():
-    """Their state dicts load into `nn.ConvTransposeBNAct`, which gives the same images."""
-    model = build()
-    fused = nn.Sequential()
-    for conv, *rest in model.generator.blocks:
-        shape = (conv.in_channels, conv.out_channels, conv.kernel_size, conv.stride, conv.padding)
-        activation = "relu" if len(rest) == 2 else "tanh"
-        last = len(rest) == 1
-        fused.append(ConvTransposeBNAct(*shape, bias=last, batch_norm=not last, activation=activation))
-    fused.load_state_dict(model.generator.blocks.state_dict())
-    z = model.latents(3)
-    torch.testing.assert_close(fused.eval()(z[:, :, None, None]), model(z), rtol=1e-5, atol=1e-5)
+def plain_blocks(model):
+    """The generator's blocks as one writes them in PyTorch, with the same weights."""
+    blocks = nn.Sequential(*(nn.Sequential(*copy.deepcopy(list(block))) for block in model.generator.blocks))
+    blocks.load_state_dict(model.generator.blocks.state_dict())
+    return blocks
+
+
+@pytest.mark.parametrize("kind", ["dcgan", "dcgan-conditional"])
+def test_the_generator_is_fused_and_equal_to_plain_modules(kind, monkeypatch):
+    model, calls = build(kind), []
+    fused = ops.conv_transpose2d_bn_act
+    monkeypatch.setattr(ops, "conv_transpose2d_bn_act", lambda *args, **more: calls.append(1) or fused(*args, **more))
+    plain = plain_blocks(model)
+    assert plain.state_dict().keys() == model.generator.blocks.state_dict().keys()
+    z, labels = model.latents(CHUNK, seed=3), labels_of(model, CHUNK)
+    x = plain(with_labels(z, labels, model.num_classes)[:, :, None, None])
+    images = model.sample(CHUNK, seed=3, labels=labels)
+    assert len(calls) == len(plain)
+    assert (images.int() - model.decode(x).int()).abs().max() <= 1
+    model.generator.blocks.load_state_dict({name: 0.5 * t for name, t in plain.state_dict().items()})
+    plain.load_state_dict(model.generator.blocks.state_dict())
+    x = plain(with_labels(z, labels, model.num_classes)[:, :, None, None])
+    torch.testing.assert_close(model(z, labels), x, rtol=1e-5, atol=1e-5)
+
+
+def test_a_training_step_of_the_generator_is_that_of_plain_modules():
+    model = build().double().train()
+    plain = plain_blocks(model)
+    z = model.latents(6).double()
+    for x in (model(z), plain(z[:, :, None, None])):
+        x.pow(3).sum().backward()
+    for (name, ours), theirs in zip(model.generator.blocks.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, msg=name)
+    for ours, theirs in zip(model.generator.blocks.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_dcgan_starts_from_narrow_normal_weights():

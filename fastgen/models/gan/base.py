@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastgen._arguments import check_labels
 from fastgen.ops import philox
 
 CHUNK = 16  # samples per pass through the generator
@@ -181,13 +182,6 @@ def with_labels(x: Tensor, labels: Tensor | None, num_classes: int | None) -> Te
         return x
     planes = F.one_hot(labels, num_classes).to(x.dtype)
     return torch.cat((x, planes[(...,) + (None,) * (x.dim() - 2)].expand(-1, -1, *x.shape[2:])), dim=1)
-
-
-def check_labels(labels: Tensor | int | None, n: int, num_classes: int | None) -> Tensor | None:
-    """The labels of n samples as int64 [n], on the CPU; None for an unconditional model."""
-    from fastgen.sampling import request  # the sampler's rules are these models' rules
-
-    return request.check_labels(labels, n, num_classes)
 
 
 def positive(name: str, value: int) -> int:

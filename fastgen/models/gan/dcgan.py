@@ -7,6 +7,7 @@ import math
 from torch import Tensor, nn
 
 from fastgen.models.gan.base import AdversarialModel, one_of, positive, with_labels
+from fastgen.nn import ConvTransposeBNAct
 
 START = 4  # pixels a side of the generator's first and the discriminator's last feature map
 SLOPE = 0.2  # section 3
@@ -22,8 +23,8 @@ class DCGAN(AdversarialModel):
     N(0, 0.02^2).  The feature maps double in number where they halve in size, down to 4x4.  A conditional model has
     one-hot labels beside the latent and, as planes, beside the image.
 
-    ``generator.blocks[i]`` is ``Sequential(ConvTranspose2d, BatchNorm2d, ReLU)``, the last one without BatchNorm and
-    with Tanh.
+    ``generator.blocks[i]`` is `nn.ConvTransposeBNAct`, the last one without BatchNorm and with tanh: its state dict is
+    that of ``Sequential(ConvTranspose2d, BatchNorm2d, ReLU)``.
 
     Args:
         image_shape: (C, S, S), S a power of two of at least 16: 64 as published, 32 with one layer less, ...
@@ -121,10 +122,10 @@ def _upwards(channels: int, features: int, widths: list[int], norm: bool) -> nn.
     """[N, features, 1, 1] -> [N, channels, S, S] in [-1, 1]."""
     blocks, inner = [], features
     for i, width in enumerate(reversed(widths)):
-        conv = nn.ConvTranspose2d(inner, width, 4, 2 if i else 1, 1 if i else 0, bias=not norm)
-        blocks.append(nn.Sequential(conv, *([nn.BatchNorm2d(width)] if norm else []), nn.ReLU()))
+        stride, padding = (2, 1) if i else (1, 0)
+        blocks.append(ConvTransposeBNAct(inner, width, 4, stride, padding, bias=not norm, batch_norm=norm))
         inner = width
-    blocks.append(nn.Sequential(nn.ConvTranspose2d(inner, channels, 4, 2, 1), nn.Tanh()))
+    blocks.append(ConvTransposeBNAct(inner, channels, 4, 2, 1, batch_norm=False, activation="tanh"))
     return nn.Sequential(*blocks)
 
 
