@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrizations, parametrize
 
+from fastgen import ops
 from fastgen.acceleration import blocks
 from fastgen.acceleration.report import Entry, Report
 from fastgen.acceleration.tracing import Trace, has_hooks
@@ -64,16 +65,17 @@ class _Chain:
         self.trace, self.prefix, self.report = trace, prefix, report
         self.nodes = [node]
         self.bypassed: set[str] = set()
+        self.leaves_norm = False
 
     def fuse(self, kind: str) -> None:
         first = self.nodes[0]
         conv, input, output_size = _convolution(first, self.trace)
         conv.path = first_path = _name(first, self.trace, self.prefix)[0]
         links = [conv, *self._followers()]
-        if len(links) == 1 and kind == "conv2d":
-            raise _Skip("stands alone: there is nothing to fuse it with")
+        if len(links) == 1 and kind == "conv2d" and self.leaves_norm:
+            raise _Skip("the norm after it is left alone, and takes it as it is")
         _check_alike([tensor for link in links for tensor in link.tensors])
-        function = blocks.conv_transpose2d_bn_act if kind == "conv_transpose2d" else blocks.conv2d_bn_act
+        function = blocks.conv_transpose2d_bn_act if kind == "conv_transpose2d" else ops.conv2d_bn_act
         options = {name: value for link in links for name, value in link.options.items()}
         if output_size is not None:
             options["output_size"] = output_size
@@ -85,7 +87,7 @@ class _Chain:
             if node.op == "call_module":
                 self.bypassed.add(str(node.target))
             self.trace.graph.erase_node(node)
-        how = "in one pass" if kind == "conv_transpose2d" else _how(links)
+        how = "in one pass" if kind == "conv_transpose2d" else "in one pass, or PyTorch's where that is faster"
         self.report.fused.append(Entry(first_path, " + ".join(link.what for link in links), how))
 
     def _followers(self) -> list[_Link]:
@@ -98,6 +100,7 @@ class _Chain:
             except _Skip as reason:
                 user = next(iter(self.nodes[-1].users))
                 self.report.skipped.append(Entry(*_name(user, self.trace, self.prefix), str(reason)))
+                self.leaves_norm = match is _norm
                 break
             links += [link] if link else []
         return links
@@ -127,12 +130,6 @@ class _Chain:
             return None
         node = self.trace.graph.create_node("get_attr", tensor.path)
         return self.trace.graph.call_function(blocks.normed_weight, (node,)) if tensor.normed else node
-
-
-def _how(links: list[_Link]) -> str:
-    """Of an ordinary convolution."""
-    folded = ["norm folded into the weights"] if "eps" in links[1].options else []
-    return ", ".join(folded + ["activation in place"] * ("activation" in links[-1].options))
 
 
 def _matches(match: Callable[[fx.Node, Trace], _Link | None], node: fx.Node, trace: Trace) -> bool:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
+from fastgen import ops
 from fastgen.acceleration import blocks
 from fastgen.acceleration.chains import is_identity
 from fastgen.acceleration.tracing import Trace
@@ -29,7 +30,7 @@ _LAYERS = (
     *(nn.GroupNorm, nn.PixelShuffle, nn.Identity, nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d),
 )
 _FUNCTIONS = {
-    *(blocks.conv2d_bn_act, blocks.conv_transpose2d_bn_act, blocks.iadd, blocks.isub, blocks.imul, blocks.itruediv),
+    *(ops.conv2d_bn_act, blocks.conv_transpose2d_bn_act, blocks.iadd, blocks.isub, blocks.imul, blocks.itruediv),
     *(operator.add, operator.sub, operator.mul, operator.truediv, operator.neg, operator.getitem),
     *(torch.add, torch.sub, torch.mul, torch.div, torch.cat, torch.concat, torch.tanh, torch.sigmoid, torch.relu),
     *(F.conv2d, F.conv_transpose2d, F.batch_norm, F.instance_norm, F.relu, F.leaky_relu, F.elu, F.pad, F.interpolate),
@@ -44,7 +45,7 @@ def keep_contiguous(trace: Trace) -> None:
     loose: set[fx.Node] = set()  # of any strides
     for node in list(trace.graph.nodes):
         found = [argument for argument in node.all_input_nodes if argument in loose]
-        if node.target is blocks.conv_transpose2d_bn_act or (found and _takes_any(node, trace)):
+        if node.target in (blocks.conv_transpose2d_bn_act, ops.conv2d_bn_act) or (found and _takes_any(node, trace)):
             loose.add(node)
         elif found and not _reorders(node, trace):
             for argument in found:

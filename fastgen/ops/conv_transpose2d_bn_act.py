@@ -15,9 +15,17 @@ from torch import Tensor
 
 from fastgen import backends
 from fastgen.ops import conv_transpose2d_bn_act_cpu as cpu
+from fastgen.ops.conv_block import (
+    ACTIVATIONS,
+    activate,
+    check_norm,
+    check_same,
+    check_tensors,
+    is_transformed,
+    is_unobserved,
+    pair,
+)
 from fastgen.ops.conv_transpose2d_bn_act_cpu import Options, channels_last, output_shape
-
-ACTIVATIONS = ("none", "relu", "leaky_relu", "elu", "tanh", "sigmoid")
 
 
 def conv_transpose2d_bn_act(
@@ -69,42 +77,29 @@ def conv_transpose2d_bn_act(
         ValueError: a shape or an option is not as above; training on a single value per channel.
     """
     tensors = (input, weight, bias, running_mean, running_var, bn_weight, bn_bias)
-    geometry = (_pair("stride", stride), _pair("padding", padding), _pair("output_padding", output_padding))
+    geometry = (pair("stride", stride), pair("padding", padding), pair("output_padding", output_padding))
     batch_norm = running_mean is not None or bn_weight is not None or bn_bias is not None
     training = training and batch_norm
     parameter = alpha if activation == "elu" else negative_slope
-    args = (*tensors, *geometry, groups, _pair("dilation", dilation), training, eps, activation, parameter)
+    args = (*tensors, *geometry, groups, pair("dilation", dilation), training, eps, activation, parameter)
     _check(*args)
     compiling = torch.compiler.is_compiling()
     if compiling:
         plain = torch.is_autocast_enabled(input.device.type)
     else:
         function = backends.select("conv_transpose2d_bn_act", *args)
-        plain = function is _forward_reference
+        plain = function is _forward_reference or is_transformed()
     if plain:
         return conv_transpose2d_bn_act_reference(*args, momentum=momentum)
     wants_grad = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
     if not training and not wants_grad:
-        if not compiling and _is_unobserved(tensors):
+        if not compiling and is_unobserved(tensors):
             return function(*args)
         return torch.ops.fastgen.conv_transpose2d_bn_act(*args)
     output, mean, var = _Block.apply(*args)
     if training and running_mean is not None and running_var is not None:
         _update(running_mean, running_var, mean, var, output.numel() // output.shape[1], momentum)
     return output
-
-
-def _is_unobserved(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether the dispatcher would only pass the call on: no tracing, no mode, no transform, no tensor subclass.
-
-    For small layers the way through it costs as much as the arithmetic.
-    """
-    return (
-        torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._functorch.peek_interpreter_stack() is None
-        and not torch.jit.is_tracing()
-        and all(tensor is None or type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
-    )
 
 
 def conv_transpose2d_bn_act_reference(
@@ -130,15 +125,7 @@ def conv_transpose2d_bn_act_reference(
     output = F.conv_transpose2d(input, weight, bias, stride, padding, output_padding, groups, dilation)
     if training or running_mean is not None:
         output = F.batch_norm(output, running_mean, running_var, bn_weight, bn_bias, training, momentum, eps)
-    return _activate(output, activation, parameter)
-
-
-def _activate(x: Tensor, activation: str, parameter: float) -> Tensor:
-    if activation == "leaky_relu":
-        return F.leaky_relu(x, parameter)
-    if activation == "elu":
-        return F.elu(x, parameter)
-    return x if activation == "none" else getattr(torch, activation)(x)
+    return activate(output, activation, parameter)
 
 
 def _update(running_mean: Tensor, running_var: Tensor, mean: Tensor, var: Tensor, count: int, momentum: float) -> None:
@@ -187,20 +174,11 @@ def _differentiable_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...
 # Checks, shared by the real and the fake implementations
 
 
-def _pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
-    pair = tuple(value) if isinstance(value, Sequence) else (value, value)
-    if len(pair) == 2:
-        return pair
-    raise ValueError(f"{name} must be an integer or two (height, width), got {value!r}")
-
-
 def _check(input: Tensor, weight: Tensor, *rest: Any) -> None:
     channel_names = ("bias", "running_mean", "running_var", "bn_weight", "bn_bias")
     channels = dict(zip(channel_names, rest, strict=False))
     options = Options(*rest[5:])
-    for name, value in {"input": input, "weight": weight, **channels}.items():
-        if not isinstance(value, Tensor) and not (name in channels and value is None):
-            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    check_tensors(input, weight, channels)
     _check_options(options)
     if weight.dim() != 4 or 0 in weight.shape:
         raise ValueError(
@@ -215,11 +193,10 @@ def _check(input: Tensor, weight: Tensor, *rest: Any) -> None:
     shape = output_shape(input.shape, weight.shape, options)
     if shape[2] < 1 or shape[3] < 1:
         raise ValueError(f"the output would be {shape[2]} x {shape[3]}: padding {options.padding} is too large for it")
-    for name, value in channels.items():
-        if value is not None and tuple(value.shape) != (shape[1],):
-            raise ValueError(f"{name} must be [{shape[1]}], got {list(value.shape)}")
-    _check_batch_norm(channels, options, shape)
-    _check_same(input, {"weight": weight, **channels})
+    check_norm(channels, shape[1], options.training)
+    if options.training and shape[0] * shape[2] * shape[3] == 1:
+        raise ValueError(f"training needs more than one value per channel, got an output of {list(shape)}")
+    check_same(input, {"weight": weight, **channels})
 
 
 def _check_options(options: Options) -> None:
@@ -233,30 +210,6 @@ def _check_options(options: Options) -> None:
             raise ValueError(f"output_padding must be less than stride or dilation, got {options.output_padding}")
     if options.activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {options.activation!r}")
-
-
-def _check_batch_norm(channels: dict[str, Tensor | None], options: Options, shape: Sequence[int]) -> None:
-    given = [channels[name] is not None for name in ("running_mean", "running_var", "bn_weight", "bn_bias")]
-    if given[0] != given[1]:
-        raise ValueError("running_mean and running_var must be given together")
-    if any(given[2:]) and not given[0] and not options.training:
-        raise ValueError("a BatchNorm without running_mean and running_var must be training")
-    if options.training and shape[0] * shape[2] * shape[3] == 1:
-        raise ValueError(f"training needs more than one value per channel, got an output of {list(shape)}")
-
-
-def _check_same(input: Tensor, others: dict[str, Tensor | None]) -> None:
-    """One floating dtype (autocast may still bring different ones together) and one device."""
-    autocast = torch.is_autocast_enabled(input.device.type)
-    for name, value in others.items():
-        if value is None:
-            continue
-        if value.device != input.device:
-            raise ValueError(f"{name} must be on the device of the input, {input.device}, got {value.device}")
-        if value.dtype != input.dtype and not autocast:
-            raise TypeError(f"{name} must have the dtype of the input, {input.dtype}, got {value.dtype}")
-    if not input.dtype.is_floating_point:
-        raise TypeError(f"input must be of a floating dtype, got {input.dtype}")
 
 
 # Implementations
@@ -291,10 +244,10 @@ def _saving_reference(
         empty = input.new_empty(0)
         if options.activation == "none":
             return conv, empty, empty.clone(), empty.clone()
-        return _activate(conv, options.activation, options.parameter), conv, empty, empty.clone()
+        return activate(conv, options.activation, options.parameter), conv, empty, empty.clone()
     output = F.batch_norm(conv, mean, var, bn_weight, bn_bias, False, 0.0, options.eps)
     output = output.clone() if output is conv else output
-    return _activate(output, options.activation, options.parameter), conv, mean, var
+    return activate(output, options.activation, options.parameter), conv, mean, var
 
 
 def _backward_reference(
@@ -353,7 +306,7 @@ def _activation_gradient(x: Tensor, activation: str, parameter: float) -> Tensor
         return torch.where(x > 0, one, parameter * x.exp())
     if activation == "none":
         return one
-    y = _activate(x, activation, parameter)
+    y = activate(x, activation, parameter)
     return 1 - y * y if activation == "tanh" else y * (1 - y)
 
 

@@ -62,7 +62,7 @@ def why_not(*args: Any) -> str | None:
 
 def forward(input: Tensor, weight: Tensor, *rest: Any) -> Tensor:
     tensors, options = rest[:5], Options(*rest[5:])
-    block = _Block.of(input, weight, options)
+    block = Block.of(input, weight, options)
     output = channels_last(input, block.output)
     if output.numel():
         block.convolve(input, weight, tensors, output, options.eps, options.activation, options.parameter)
@@ -72,7 +72,7 @@ def forward(input: Tensor, weight: Tensor, *rest: Any) -> Tensor:
 def saving(input: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     bias, running_mean, running_var, *norm = rest[:5]
     options = Options(*rest[5:])
-    block = _Block.of(input, weight, options)
+    block = Block.of(input, weight, options)
     conv = channels_last(input, block.output)
     if conv.numel():
         block.convolve(input, weight, (bias, None, None, None, None), conv)
@@ -105,7 +105,7 @@ def backward(
     *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     options, (for_input, for_weight) = Options(*rest[:-1]), rest[-1]
-    block = _Block.of(input, weight, options)
+    block = Block.of(input, weight, options)
     channels = grad.shape[1]
     grad_input = channels_last(input, input.shape) if for_input else input.new_empty(0)
     grad_weight = torch.zeros(weight.shape, dtype=input.dtype) if for_weight else input.new_empty(0)
@@ -129,7 +129,7 @@ def backward(
     return grad_input, grad_weight, grad_bias, sums[1], sums[0].clone()
 
 
-class _Block:
+class Block:
     """The sizes of one call and its native functions."""
 
     def __init__(self, output: tuple[int, ...], geometry: tuple[Any, ...], dtype: torch.dtype, threads: int):
@@ -139,7 +139,7 @@ class _Block:
         self.type = str(dtype).removeprefix("torch.")
 
     @classmethod
-    def of(cls, input: Tensor, weight: Tensor, options: Options) -> _Block:
+    def of(cls, input: Tensor, weight: Tensor, options: Options) -> Block:
         steps = (options.stride, options.padding, options.output_padding, options.dilation)
         sizes = (tuple(input.shape), tuple(weight.shape), options.groups, *(tuple(step) for step in steps))
         return _block(*sizes, input.dtype, torch.get_num_threads())
@@ -150,15 +150,15 @@ class _Block:
         return function(*(_address(arg) if arg is None or isinstance(arg, Tensor) else arg for arg in args))
 
     def convolve(self, input: Tensor, weight: Tensor, tensors: Tensors, output: Tensor, *act: Any) -> None:
-        plan = _plan(True, *self.geometry, self.dtype)
+        plan = conv_plan(True, *self.geometry, self.dtype)
         packed = packed_weight(weight, plan, self.geometry[0], self.threads)
         self.run(plan, input, input.stride(), packed, tensors, output, *act)
 
     def input_gradient(self, weight: Tensor, grad: Tensor, output: Tensor) -> None:
         """An ordinary convolution of the gradient, with the roles of the channels exchanged."""
         groups, channels, in_size, out_size, *steps = self.geometry
-        plan = _plan(False, groups, channels[::-1], out_size, in_size, *steps, self.dtype)
-        packed = packed_weight(weight, plan, groups, self.threads, input_gradient=True)
+        plan = conv_plan(False, groups, channels[::-1], out_size, in_size, *steps, self.dtype)
+        packed = packed_weight(weight, plan, groups, self.threads, out_channels_first=True)
         self.run(plan, grad, _dense_strides(self.output), packed, (None,) * 5, output)
 
     def run(
@@ -204,20 +204,25 @@ def _block(
     dilation: tuple[int, int],
     dtype: torch.dtype,
     threads: int,
-) -> _Block:
+) -> Block:
     output = output_shape(
         input, weight, Options(stride, padding, output_padding, groups, dilation, False, 0.0, "none", 0.0)
     )
     geometry = (groups, (weight[0], output[1]), input[2:], output[2:], weight[2:], stride, padding, dilation)
     work = math.prod(input) * math.prod(weight[1:])
-    return _Block(output, geometry, dtype, max(1, min(threads, work // _MIN_THREAD_WORK)))
+    return Block(output, geometry, dtype, worthwhile_threads(work, threads))
 
 
 @functools.lru_cache(maxsize=1024)
-def _plan(transposed: bool, *args: Any) -> Any:
+def conv_plan(transposed: bool, *args: Any) -> Any:
     *geometry, dtype = args
     lanes = 64 // dtype.itemsize  # of a panel of the tap-GEMM
     return backends.native_cpu().ConvPlan(transposed, *geometry, lanes)
+
+
+def worthwhile_threads(work: int, threads: int) -> int:
+    """At most `threads` for so many multiply-adds."""
+    return max(1, min(threads, work // _MIN_THREAD_WORK))
 
 
 def _dense_strides(shape: Sequence[int]) -> tuple[int, int, int, int]:

@@ -1,4 +1,5 @@
-"""Convolution weights in the layout of the native kernels, packed once and kept as long as the weight lives.
+"""Convolution weights in the layout of the native kernels, packed once and kept as long as the weight lives; and other
+tensors that are computed from weights.
 
 A pack is served only while it is known to be that of the weight: same tensor object, memory, strides and version
 counter (which every in-place operation of PyTorch advances: optimiser steps, `load_state_dict`, initialisers), and the
@@ -11,13 +12,16 @@ tensor, and may miss one that changes a few elements of a large one; follow such
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastgen import backends
 
+_MAX_COMPUTED = 4  # kept of one weight, which may be followed by different norms
 _MAX_LAYOUTS = 8  # kept of one weight; layouts differ between forward, backward, and very small and other images
 
 
@@ -27,14 +31,15 @@ class _Entry(NamedTuple):
 
 
 _entries = WeakTensorKeyDictionary()
+_computed = WeakTensorKeyDictionary()
 
 
-def packed_weight(weight: Tensor, plan: Any, groups: int, threads: int, *, input_gradient: bool = False) -> Tensor:
+def packed_weight(weight: Tensor, plan: Any, groups: int, threads: int, *, out_channels_first: bool = False) -> Tensor:
     """`weight` [Cin, Cout / groups, kh, kw] of a transposed convolution, packed for the plan of its forward pass or for
     that of its input gradient.
     """
     if weight.is_inference():  # has no version counter
-        return _pack(weight, plan, groups, threads, input_gradient)
+        return _pack(weight, plan, groups, threads, out_channels_first)
     state = tensor_state(weight)
     entry = _entries.get(weight)
     if entry is None or entry.state != state:
@@ -44,8 +49,28 @@ def packed_weight(weight: Tensor, plan: Any, groups: int, threads: int, *, input
     if packed is None:
         if len(entry.packs) >= _MAX_LAYOUTS:
             entry.packs.clear()
-        packed = entry.packs[key] = _pack(weight, plan, groups, threads, input_gradient)
+        packed = entry.packs[key] = _pack(weight, plan, groups, threads, out_channels_first)
     return packed
+
+
+def kept(tensors: Sequence[Tensor | None], option: Any, compute: Callable[[], Any]) -> Any:
+    """The result of `compute`, or what it was before if none of the tensors (the first is no None) has changed since.
+
+    `option` distinguishes what else is computed from the same tensors.
+    """
+    given = [tensor for tensor in tensors if tensor is not None]
+    if any(tensor.is_inference() for tensor in given):  # has no version counter
+        return compute()
+    state = [tensor_state(tensor) for tensor in given]
+    entries = _computed.setdefault(given[0], {})
+    key = (option, *(id(tensor) for tensor in tensors[1:]))
+    entry = entries.get(key)
+    if entry is None or entry[0] != state:
+        if len(entries) >= _MAX_COMPUTED:
+            entries.clear()
+        with torch.no_grad():
+            entry = entries[key] = (state, compute())
+    return entry[1]
 
 
 def tensor_state(tensor: Tensor) -> tuple[Any, ...]:
@@ -63,11 +88,11 @@ def _fingerprint() -> Any:
     return None if backends.import_error("_cpu") else backends.native_cpu().fingerprint
 
 
-def _pack(weight: Tensor, plan: Any, groups: int, threads: int, input_gradient: bool) -> Tensor:
+def _pack(weight: Tensor, plan: Any, groups: int, threads: int, out_channels_first: bool) -> Tensor:
     native, dtype = backends.native_cpu(), str(weight.dtype).removeprefix("torch.")
     packed = weight.new_empty(getattr(native, f"conv_packed_size_{dtype}")(plan), requires_grad=False)
     first, second, y, x = weight.stride()
-    channels = (second, first) if input_gradient else (first, second)
+    channels = (second, first) if out_channels_first else (first, second)
     strides = (weight.shape[0] // groups * first, *channels, y, x)
     getattr(native, f"conv_pack_{dtype}")(plan, weight.data_ptr(), strides, packed.data_ptr(), threads)
     return packed

@@ -29,7 +29,7 @@ FUSED = {
     "own parameters": ["conv_transpose2d + batch_norm + elu", "conv2d + sigmoid"],
     "shared activation": ["Conv2d + BatchNorm2d + ReLU"] * 3 + ["ConvTranspose2d + BatchNorm2d + ReLU"] * 2,
     "norms elsewhere": ["ConvTranspose2d + BatchNorm2d + relu", "ConvTranspose2d + BatchNorm2d + elu"],
-    "pre-activation": ["Conv2d + BatchNorm2d + relu", "ConvTranspose2d"],
+    "pre-activation": ["Conv2d + BatchNorm2d + relu", "Conv2d", "ConvTranspose2d"],
     "pix2pix": [
         *["Conv2d + BatchNorm2d", "Conv2d + BatchNorm2d", "Conv2d + BatchNorm2d + ReLU"],
         *["ConvTranspose2d + BatchNorm2d", "ConvTranspose2d + BatchNorm2d", "ConvTranspose2d + Tanh"],

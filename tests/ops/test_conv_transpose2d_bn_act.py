@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fastgen
 from fastgen import backends, ops
 from fastgen.ops import conv_transpose2d_bn_act_cpu as cpu
+from fastgen.ops.conv_block import pair as make_pair
 
 module = importlib.import_module("fastgen.ops.conv_transpose2d_bn_act")  # the package has the function of this name
 
@@ -157,7 +158,7 @@ def test_against_loops(name):
     case = CASES[name]
     x, weight, bias, *_ = tensors = case.tensors(torch.float64, norm=False)
     output = native(case, tensors)
-    pair = {key: module._pair(key, value) for key, value in case.options.items() if key != "groups"}
+    pair = {key: make_pair(key, value) for key, value in case.options.items() if key != "groups"}
     (sy, sx), (py, px) = pair.get("stride", (1, 1)), pair.get("padding", (0, 0))
     dy, dx = pair.get("dilation", (1, 1))
     expected = bias.view(1, -1, 1, 1).expand(output.shape).clone()

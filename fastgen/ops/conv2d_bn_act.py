@@ -1,0 +1,303 @@
+"""Convolution, BatchNorm on running statistics and activation in one: what lies between the blocks of generators.
+
+S. Ioffe, C. Szegedy, "Batch Normalization", ICML 2015, algorithm 2.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastgen import backends
+from fastgen.ops import conv_transpose2d_bn_act_cpu as cpu
+from fastgen.ops.conv_block import (
+    ACTIVATIONS,
+    activate,
+    check_norm,
+    check_same,
+    check_tensors,
+    is_transformed,
+    is_unobserved,
+    pair,
+)
+from fastgen.ops.packed_weights import kept, packed_weight
+
+# Where PyTorch's convolution (oneDNN's) is faster than the kernels here, see bench/LOG.md. Elsewhere, too, it may be
+# a few per cent faster for channels-last data, but its error is then two to five times that for contiguous data.
+_FEW_INPUTS = 8
+_FEW_OUTPUTS = 8  # which oneDNN does not fill vectors with
+_SMALL_GROUP = 16
+
+
+class Options(NamedTuple):
+    """The arguments of the operator after the tensors."""
+
+    stride: Sequence[int]
+    padding: Sequence[int]
+    groups: int
+    dilation: Sequence[int]
+    eps: float
+    activation: str
+    parameter: float  # the slope of leaky_relu or the alpha of elu
+
+
+def conv2d_bn_act(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    bn_weight: Tensor | None = None,
+    bn_bias: Tensor | None = None,
+    *,
+    stride: int | Sequence[int] = 1,
+    padding: str | int | Sequence[int] = 0,
+    groups: int = 1,
+    dilation: int | Sequence[int] = 1,
+    eps: float = 1e-5,
+    activation: str = "none",
+    negative_slope: float = 0.01,
+    alpha: float = 1.0,
+) -> Tensor:
+    """``activation(batch_norm(conv2d(input, weight, bias, ...), ...))``, the BatchNorm in eval.
+
+    Args:
+        input: [N, Cin, H, W], any strides.
+        weight: [Cout, Cin / groups, kh, kw], of the dtype of the input; so are the others.
+        bias: [Cout] or None, of the convolution.
+        running_mean, running_var: [Cout], statistics of the BatchNorm; without them there is none.
+        bn_weight, bn_bias: [Cout] or None, scale and shift of the BatchNorm.
+        stride, padding, groups, dilation: as in `torch.nn.functional.conv2d`, with "same" and "valid".
+        eps: as in `torch.nn.functional.batch_norm`.
+        activation: "none", "relu", "leaky_relu" (with negative_slope), "elu" (with alpha), "tanh" or "sigmoid".
+
+    Returns:
+        [N, Cout, H', W'], channels-last in memory where no gradient is wanted.
+
+    Where no gradient is wanted, float32 and float64 run natively on the CPU, but for kernels of one element, small
+    groups of channels and fewer than eight input channels: there, and in other dtypes, PyTorch's convolution is used,
+    with the BatchNorm folded into weights that are kept from call to call, and the activation in place. Where a
+    gradient is wanted it is plain PyTorch, and derivatives are of any order.
+
+    Raises:
+        TypeError: an argument is not a tensor or the dtypes differ.
+        ValueError: a shape or an option is not as above.
+    """
+    strides, dilations = pair("stride", stride), pair("dilation", dilation)
+    if isinstance(padding, str):
+        input, padding = _pad(input, weight, padding, strides, dilations)
+    parameter = alpha if activation == "elu" else negative_slope
+    options = Options(strides, pair("padding", padding), groups, dilations, eps, activation, parameter)
+    tensors = (input, weight, bias, running_mean, running_var, bn_weight, bn_bias)
+    args = (*tensors, *options)
+    _check(*args)
+    compiling = torch.compiler.is_compiling()
+    wants_grad = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    if wants_grad or torch.is_autocast_enabled(input.device.type) or (not compiling and is_transformed()):
+        return conv2d_bn_act_reference(*args)
+    if compiling or not is_unobserved(tensors):
+        return torch.ops.fastgen.conv2d_bn_act(*args)
+    return backends.select("conv2d_bn_act", *args)(*args)
+
+
+def conv2d_bn_act_reference(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    groups: int,
+    dilation: Sequence[int],
+    eps: float,
+    activation: str,
+    parameter: float,
+) -> Tensor:
+    """The definition, in plain PyTorch; `parameter` is the slope of leaky_relu or the alpha of elu."""
+    output = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
+    if running_mean is not None:
+        output = F.batch_norm(output, running_mean, running_var, bn_weight, bn_bias, False, 0.0, eps)
+    return activate(output, activation, parameter)
+
+
+# Checks, shared by the real and the fake implementations
+
+
+def _pad(
+    input: Tensor, weight: Tensor, padding: str, stride: Sequence[int], dilation: Sequence[int]
+) -> tuple[Tensor, tuple[int, int]]:
+    """The input and the padding of either side that come to the same."""
+    if padding == "valid":
+        return input, (0, 0)
+    if padding != "same":
+        raise ValueError(f"padding must be 'same', 'valid', an integer or two, got {padding!r}")
+    if tuple(stride) != (1, 1):
+        raise ValueError(f"padding 'same' needs stride 1, got {tuple(stride)}")
+    total = [step * (size - 1) for step, size in zip(dilation, weight.shape[2:], strict=True)]
+    if any(size % 2 for size in total):  # one more behind than in front
+        input = F.pad(input, (0, total[1] % 2, 0, total[0] % 2))
+    return input, (total[0] // 2, total[1] // 2)
+
+
+def _check(input: Tensor, weight: Tensor, *rest: Any) -> None:
+    channel_names = ("bias", "running_mean", "running_var", "bn_weight", "bn_bias")
+    channels = dict(zip(channel_names, rest, strict=False))
+    options = Options(*rest[5:])
+    check_tensors(input, weight, channels)
+    for name, least in (("stride", 1), ("padding", 0), ("dilation", 1)):
+        if min(getattr(options, name)) < least:
+            raise ValueError(f"{name} must be at least {least}, got {getattr(options, name)}")
+    if options.activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {', '.join(ACTIVATIONS)}; got {options.activation!r}")
+    if weight.dim() != 4 or 0 in weight.shape:
+        raise ValueError(
+            f"weight must be [Cout, Cin / groups, kh, kw] without empty dimensions, got {list(weight.shape)}"
+        )
+    if options.groups < 1 or weight.shape[0] % options.groups:
+        raise ValueError(f"groups must divide the {weight.shape[0]} output channels, got {options.groups}")
+    if input.dim() != 4 or 0 in input.shape[1:]:
+        raise ValueError(f"input must be [N, Cin, H, W] without empty dimensions but N, got {list(input.shape)}")
+    if input.shape[1] != weight.shape[1] * options.groups:
+        wanted = weight.shape[1] * options.groups
+        raise ValueError(f"input must have {wanted} channels as weight and groups have, got {input.shape[1]}")
+    shape = _output_shape(input.shape, weight.shape, options)
+    if shape[2] < 1 or shape[3] < 1:
+        raise ValueError(f"the output would be {shape[2]} x {shape[3]}: the kernel is larger than the padded input")
+    check_norm(channels, shape[1], training=False)
+    check_same(input, {"weight": weight, **channels})
+
+
+def _output_shape(input: Sequence[int], weight: Sequence[int], options: Options) -> tuple[int, int, int, int]:
+    height, width = (
+        (input[2 + i] + 2 * options.padding[i] - options.dilation[i] * (weight[2 + i] - 1) - 1) // options.stride[i] + 1
+        for i in range(2)
+    )
+    return input[0], weight[0], height, width
+
+
+# Implementations
+
+
+def _forward(input: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    return (_native if _is_native_better(input, weight, Options(*rest[5:])) else _folded)(input, weight, *rest)
+
+
+def _is_native_better(input: Tensor, weight: Tensor, options: Options) -> bool:
+    out_channels, in_channels, height, width = weight.shape
+    if input.dtype not in (torch.float32, torch.float64) or height * width == 1:
+        return False
+    if options.groups > 1:
+        return in_channels > _SMALL_GROUP
+    return in_channels >= _FEW_INPUTS or out_channels <= _FEW_OUTPUTS
+
+
+def _why_not(*args: Any) -> str | None:
+    layout = args[0].layout
+    return None if layout is torch.strided else f"it takes strided tensors, got {layout}"
+
+
+def _native(input: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    tensors, options = rest[:5], Options(*rest[5:])
+    block = _block(
+        tuple(input.shape), tuple(weight.shape), *map(_hashable, options[:4]), input.dtype, torch.get_num_threads()
+    )
+    output = cpu.channels_last(input, block.output)
+    if output.numel():
+        plan = cpu.conv_plan(False, *block.geometry, block.dtype)
+        packed = packed_weight(weight, plan, options.groups, block.threads, out_channels_first=True)
+        block.run(plan, input, input.stride(), packed, tensors, output, *options[4:])
+    return output
+
+
+def _hashable(value: Any) -> Any:
+    return value if isinstance(value, int) else tuple(value)
+
+
+@functools.lru_cache(maxsize=1024)
+def _block(
+    input: tuple[int, ...],
+    weight: tuple[int, ...],
+    stride: tuple[int, int],
+    padding: tuple[int, int],
+    groups: int,
+    dilation: tuple[int, int],
+    dtype: torch.dtype,
+    threads: int,
+) -> cpu.Block:
+    output = _output_shape(input, weight, Options(stride, padding, groups, dilation, 0.0, "none", 0.0))
+    geometry = (groups, (input[1], weight[0]), input[2:], output[2:], weight[2:], stride, padding, dilation)
+    work = math.prod(output) * math.prod(weight[1:])
+    return cpu.Block(output, geometry, dtype, cpu.worthwhile_threads(work, threads))
+
+
+def _folded(input: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+    """PyTorch's convolution, by weights that are channels-last, so that the result is, too."""
+    tensors, options = (weight, *rest[:5]), Options(*rest[5:])
+    folded, bias = kept(tensors, options.eps, functools.partial(_fold, options.eps, *tensors))
+    output = F.conv2d(input, folded, bias, options.stride, options.padding, options.dilation, options.groups)
+    output = output.contiguous(memory_format=torch.channels_last)
+    return _activate_in_place(output, options.activation, options.parameter)
+
+
+def _fold(
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None,
+    mean: Tensor | None,
+    var: Tensor | None,
+    bn_weight: Tensor | None,
+    bn_bias: Tensor | None,
+) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of the convolution that includes the norm; in double, so that they are rounded once."""
+    if mean is None or var is None:
+        return weight.contiguous(memory_format=torch.channels_last), bias
+    scale = (var.double() + eps).rsqrt()
+    scale = scale if bn_weight is None else scale * bn_weight.double()
+    shift = -mean.double() * scale if bias is None else (bias.double() - mean.double()) * scale
+    shift = shift if bn_bias is None else shift + bn_bias.double()
+    folded = (weight.double() * scale.view(-1, 1, 1, 1)).to(weight.dtype)
+    return folded.contiguous(memory_format=torch.channels_last), shift.to(weight.dtype)
+
+
+def _activate_in_place(x: Tensor, activation: str, parameter: float) -> Tensor:
+    if activation == "leaky_relu":
+        return F.leaky_relu_(x, parameter)
+    if activation == "elu":
+        return F.elu_(x, parameter)
+    return x if activation == "none" else getattr(torch, activation + "_")(x)
+
+
+# Registration
+
+
+def _real(*args: Any) -> Tensor:
+    _check(*args)
+    output = backends.select("conv2d_bn_act", *args)(*args)
+    return output.contiguous(memory_format=torch.channels_last)
+
+
+def _fake(*args: Any) -> Tensor:
+    _check(*args)
+    return cpu.channels_last(args[0], _output_shape(args[0].shape, args[1].shape, Options(*args[7:])))
+
+
+backends.register("conv2d_bn_act", "reference", conv2d_bn_act_reference)
+backends.register("conv2d_bn_act", "cpu", _forward, why_not=_why_not)
+_library = torch.library.Library("fastgen", "FRAGMENT")
+_library.define(
+    "conv2d_bn_act(Tensor input, Tensor weight, Tensor? bias, Tensor? running_mean, Tensor? running_var, "
+    "Tensor? bn_weight, Tensor? bn_bias, SymInt[2] stride, SymInt[2] padding, SymInt groups, SymInt[2] dilation, "
+    "float eps, str activation, float parameter) -> Tensor",
+    tags=torch.Tag.pt2_compliant_tag,
+)
+_library.impl("conv2d_bn_act", _real, "CompositeExplicitAutograd")
+torch.library.register_fake("fastgen::conv2d_bn_act", _fake, lib=_library)

@@ -1,0 +1,79 @@
+"""What `conv_transpose2d_bn_act` and `conv2d_bn_act` share: activations, checks, the short way past the dispatcher."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import forward_ad
+
+ACTIVATIONS = ("none", "relu", "leaky_relu", "elu", "tanh", "sigmoid")
+
+
+def activate(x: Tensor, activation: str, parameter: float) -> Tensor:
+    if activation == "leaky_relu":
+        return F.leaky_relu(x, parameter)
+    if activation == "elu":
+        return F.elu(x, parameter)
+    return x if activation == "none" else getattr(torch, activation)(x)
+
+
+def pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
+    pair = tuple(value) if isinstance(value, Sequence) else (value, value)
+    if len(pair) == 2:
+        return pair
+    raise ValueError(f"{name} must be an integer or two (height, width), got {value!r}")
+
+
+def check_tensors(input: Tensor, weight: Tensor, channels: dict[str, Tensor | None]) -> None:
+    """`channels`: the vectors of one value per output channel, which may be missing."""
+    for name, value in {"input": input, "weight": weight, **channels}.items():
+        if not isinstance(value, Tensor) and not (name in channels and value is None):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+
+
+def check_norm(channels: dict[str, Tensor | None], count: int, training: bool) -> None:
+    """Of bias and BatchNorm: one value per output channel, and statistics where they are needed."""
+    for name, value in channels.items():
+        if value is not None and tuple(value.shape) != (count,):
+            raise ValueError(f"{name} must be [{count}], got {list(value.shape)}")
+    given = [channels[name] is not None for name in ("running_mean", "running_var", "bn_weight", "bn_bias")]
+    if given[0] != given[1]:
+        raise ValueError("running_mean and running_var must be given together")
+    if any(given[2:]) and not given[0] and not training:
+        raise ValueError("a BatchNorm without running_mean and running_var must be training")
+
+
+def check_same(input: Tensor, others: dict[str, Tensor | None]) -> None:
+    """One floating dtype (autocast may still bring different ones together) and one device."""
+    autocast = torch.is_autocast_enabled(input.device.type)
+    for name, value in others.items():
+        if value is None:
+            continue
+        if value.device != input.device:
+            raise ValueError(f"{name} must be on the device of the input, {input.device}, got {value.device}")
+        if value.dtype != input.dtype and not autocast:
+            raise TypeError(f"{name} must have the dtype of the input, {input.dtype}, got {value.dtype}")
+    if not input.dtype.is_floating_point:
+        raise TypeError(f"input must be of a floating dtype, got {input.dtype}")
+
+
+def is_unobserved(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether the dispatcher would only pass the call on: no tracing, no mode, no tensor subclass.
+
+    For small layers the way through it costs as much as the arithmetic.
+    """
+    return (
+        torch._C._len_torch_dispatch_stack() == 0
+        and not torch.jit.is_tracing()
+        and all(tensor is None or type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
+    )
+
+
+def is_transformed() -> bool:
+    """Within `torch.func.vmap`, `grad` and the like, or forward-mode differentiation: only PyTorch's own operators know
+    what to do.
+    """
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0

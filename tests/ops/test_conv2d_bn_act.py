@@ -1,0 +1,387 @@
+"""The ordinary convolution: plain PyTorch in float64, every option, layouts, stale weights, who computes it."""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch._subclasses import FakeTensorMode
+from torch.library import opcheck
+
+import fastgen
+from fastgen import backends, ops
+from fastgen.ops import conv_transpose2d_bn_act_cpu as cpu
+
+module = importlib.import_module("fastgen.ops.conv2d_bn_act")  # the package has the function of this name
+
+
+class Case(NamedTuple):
+    shape: tuple[int, int, int, int]  # N, Cin, H, W
+    out: int
+    kernel: tuple[int, int]
+    options: Mapping[str, Any] = MappingProxyType({})
+
+    def tensors(self, dtype=torch.float32, bias=True, norm=True):
+        """input, weight, bias, running_mean, running_var, bn_weight, bn_bias."""
+        x = torch.randn(self.shape, dtype=dtype)
+        weight = torch.randn(self.out, self.shape[1] // self.options.get("groups", 1), *self.kernel, dtype=dtype)
+        vectors = [torch.randn(self.out, dtype=dtype) for _ in range(4)]
+        var = torch.rand(self.out, dtype=dtype) + 0.5
+        return [x, weight, vectors[0] if bias else None, *((vectors[1], var, *vectors[2:]) if norm else (None,) * 4)]
+
+
+CASES = {
+    "one of all": Case((1, 1, 1, 1), 1, (1, 1)),
+    "k3s1p1": Case((2, 5, 7, 11), 19, (3, 3), {"padding": 1}),
+    "k4s2p1": Case((3, 17, 6, 8), 33, (4, 4), {"stride": 2, "padding": 1}),
+    "k4s2p1 odd": Case((3, 17, 7, 9), 33, (4, 4), {"stride": 2, "padding": 1}),
+    "k1": Case((2, 6, 3, 5), 20, (1, 1)),
+    "k1s2": Case((2, 6, 4, 5), 20, (1, 1), {"stride": 2}),
+    "k4 of 4x4": Case((5, 10, 4, 4), 24, (4, 4)),
+    "last layer k7": Case((2, 16, 9, 7), 3, (7, 7), {"padding": 3}),
+    "last layer k3": Case((2, 8, 9, 13), 3, (3, 3), {"padding": 1}),
+    "one channel": Case((2, 1, 8, 8), 1, (5, 5), {"stride": 2, "padding": 2}),
+    "groups": Case((2, 12, 5, 6), 18, (3, 3), {"stride": 2, "groups": 3}),
+    "depthwise": Case((2, 6, 5, 6), 12, (3, 3), {"padding": 1, "groups": 6}),
+    "dilation": Case((2, 4, 9, 11), 6, (3, 2), {"dilation": (2, 3), "padding": (1, 0)}),
+    "dilation, stride": Case((2, 4, 9, 10), 6, (3, 3), {"dilation": (2, 3), "stride": (3, 2), "padding": 2}),
+    "stride above kernel": Case((2, 4, 9, 10), 6, (2, 1), {"stride": (3, 4)}),
+    "sides differ": Case((2, 4, 5, 7), 17, (4, 3), {"stride": (2, 1), "padding": (1, 0)}),
+    "padding above kernel": Case((2, 4, 3, 3), 7, (3, 3), {"padding": 4}),
+    "kernel larger than image": Case((2, 4, 2, 3), 5, (7, 9), {"padding": (3, 4)}),
+    "wide": Case((1, 3, 2, 130), 5, (4, 4), {"stride": 2, "padding": 1}),
+    "several items": Case((5, 8, 24, 23), 18, (3, 3), {"padding": 1}),
+    "deep": Case((2, 150, 3, 3), 40, (3, 3)),
+    "same": Case((2, 4, 5, 6), 17, (3, 5), {"padding": "same"}),
+    "same, even kernel": Case((2, 4, 5, 6), 17, (4, 2), {"padding": "same", "dilation": (1, 3)}),
+    "valid": Case((2, 4, 5, 6), 17, (4, 2), {"padding": "valid"}),
+}
+ACTIVATIONS = {
+    "none": lambda x: x,
+    "relu": F.relu,
+    "leaky_relu": lambda x: F.leaky_relu(x, -0.3),
+    "elu": lambda x: F.elu(x, 1.7),
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+}
+
+all_cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+all_activations = pytest.mark.parametrize("activation", ACTIVATIONS)
+
+
+@pytest.fixture(params=[True, False], ids=["native", "folded"])
+def native(request, monkeypatch):
+    """Which of the two computes it, whatever the shape."""
+    monkeypatch.setattr(module, "_is_native_better", lambda *_: request.param)
+    return request.param
+
+
+@pytest.fixture
+def natively(monkeypatch):
+    monkeypatch.setattr(module, "_is_native_better", lambda *_: True)
+
+
+def plain(case, tensors, activation="none"):
+    """The definition, in the dtype of the tensors."""
+    x, weight, bias, mean, var, bn_weight, bn_bias = tensors
+    output = F.conv2d(x, weight, bias, **case.options)
+    if mean is not None:
+        output = F.batch_norm(output, mean, var, bn_weight, bn_bias, False, 0.0, 0.8)
+    return ACTIVATIONS[activation](output)
+
+
+def fused(case, tensors, activation="none"):
+    more = {"negative_slope": -0.3, "alpha": 1.7, "eps": 0.8}
+    return ops.conv2d_bn_act(*tensors, **case.options, activation=activation, **more)
+
+
+def doubles(tensors):
+    return [None if tensor is None else tensor.double() for tensor in tensors]
+
+
+def assert_as_accurate(ours, theirs, truth):
+    def rms(x):
+        return float(x.square().mean().sqrt())
+
+    floor = 2**-23 if truth.numel() >= 64 else 2**-20
+    assert rms(ours - truth) <= max(2 * rms(theirs - truth), floor * rms(truth))
+
+
+@all_cases
+def test_float32_is_as_accurate_as_pytorch(case, native):
+    tensors = case.tensors()
+    output = fused(case, tensors)
+    if native:
+        assert_as_accurate(output, plain(case, tensors), plain(case, doubles(tensors)))
+    else:  # oneDNN's convolution of channels-last data errs more than the other; it is used where it does not
+        torch.testing.assert_close(output, plain(case, tensors), rtol=1e-4, atol=1e-4)
+    assert output.is_contiguous(memory_format=torch.channels_last)
+
+
+@all_activations
+@pytest.mark.parametrize("name", ["k4s2p1", "last layer k7", "groups"])
+def test_activations_are_as_accurate_as_pytorch(name, activation, native):
+    case = CASES[name]
+    tensors = case.tensors()
+    truth = plain(case, doubles(tensors), activation)
+    assert_as_accurate(fused(case, tensors, activation), plain(case, tensors, activation), truth)
+
+
+@all_cases
+@pytest.mark.parametrize("isa", backends.native_cpu().isas())
+def test_float64_on_every_instruction_set(case, isa, natively):
+    tensors = case.tensors(torch.float64)
+    backends.native_cpu().set_isa(isa)
+    try:
+        actual = fused(case, tensors, "elu")
+    finally:
+        backends.native_cpu().set_isa("")
+    torch.testing.assert_close(actual, plain(case, tensors, "elu"), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("norm", [True, False], ids=["norm", "no norm"])
+def test_without_parts(bias, norm, native):
+    for name in ("k4s2p1", "last layer k3"):
+        tensors = CASES[name].tensors(torch.float64, bias, norm)
+        torch.testing.assert_close(fused(CASES[name], tensors, "relu"), plain(CASES[name], tensors, "relu"))
+
+
+def test_norm_without_scale_and_shift(native):
+    case = CASES["k4s2p1"]
+    tensors = [*case.tensors(torch.float64)[:5], None, None]
+    torch.testing.assert_close(fused(case, tensors, "relu"), plain(case, tensors, "relu"))
+
+
+@pytest.mark.parametrize("shape", [(2, 4, 5, 6), (1, 2, 7, 3)])
+def test_against_loops(shape, natively):
+    case = Case(shape, 3, (3, 2), {"stride": (2, 1), "padding": (1, 2), "dilation": (1, 2)})
+    x, weight, *_ = tensors = case.tensors(torch.float64, bias=False, norm=False)
+    output = fused(case, tensors)
+    expected = torch.zeros_like(output)
+    for y, x_, ky, kx in itertools.product(*map(range, (*output.shape[2:], 3, 2))):
+        at_y, at_x = 2 * y - 1 + ky, x_ - 2 + 2 * kx
+        if 0 <= at_y < shape[2] and 0 <= at_x < shape[3]:
+            expected[:, :, y, x_] += x[:, :, at_y, at_x] @ weight[:, :, ky, kx].T
+    torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["k4s2p1", "last layer k3", "several items", "groups", "one of all"])
+def test_bits_do_not_depend_on_threads_or_batch(name, natively, monkeypatch):
+    monkeypatch.setattr(cpu, "_MIN_THREAD_WORK", 1)
+    module._block.cache_clear()
+    case = CASES[name]
+    x, *rest = case.tensors()
+    expected = fused(case, [x, *rest], "relu")
+    for n in range(len(x)):
+        assert torch.equal(fused(case, [x[n : n + 1], *rest], "relu")[0], expected[n])
+    for threads in (2, 7):
+        torch.set_num_threads(threads)
+        assert torch.equal(fused(case, [x, *rest], "relu"), expected), threads
+
+
+LAYOUTS = {
+    "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last),
+    "transposed": lambda t: t.transpose(2, 3).contiguous().transpose(2, 3),
+    "sliced": lambda t: torch.stack((t, -t), dim=-1).flatten(3)[..., ::2],
+    "offset": lambda t: torch.cat((torch.zeros(1), t.flatten()))[1:].view(t.shape),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("name", ["k4s2p1", "last layer k3", "groups"])
+def test_layouts(name, layout, native):
+    x, weight, *rest = CASES[name].tensors()
+    expected = fused(CASES[name], [x, weight, *rest], "relu")
+    actual = fused(CASES[name], [LAYOUTS[layout](x), LAYOUTS[layout](weight), *rest], "relu")
+    torch.testing.assert_close(actual, expected, rtol=0 if native else 1e-4, atol=0 if native else 1e-4)
+    assert actual.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_empty_batch(native):
+    case = Case((0, 4, 5, 6), 6, (3, 3), {"stride": 2})
+    assert fused(case, case.tensors(), "relu").shape == (0, 6, 2, 2)
+
+
+CHANGES = {
+    "no_grad": lambda weight: weight.view(-1)[5].add_(100.0),
+    "data replaced": lambda weight: setattr(weight, "data", torch.randn_like(weight)),
+    "data in place": lambda weight: weight.data.mul_(2.0),
+    "numpy": lambda weight: weight.detach().numpy().__imul__(2.0),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+@pytest.mark.parametrize("norm", [True, False], ids=["norm", "no norm"])
+def test_changed_tensors_are_followed(change, norm, native):
+    case = CASES["deep"]
+    tensors = case.tensors(norm=norm)
+    tensors[1] = torch.nn.Parameter(tensors[1])
+    for changed in [None, *tensors[1:]]:
+        if changed is not None:
+            change(changed)
+        if norm:
+            tensors[4].data.abs_()
+        expected = plain(case, doubles(tensors))
+        torch.testing.assert_close(fused(case, tensors).double(), expected, rtol=1e-3, atol=1e-2)
+
+
+def test_inference_tensors(native):
+    case = CASES["k4s2p1"]
+    with torch.inference_mode():
+        tensors = case.tensors(torch.float64)
+        for _ in range(2):
+            torch.testing.assert_close(fused(case, tensors, "relu"), plain(case, tensors, "relu"))
+            tensors[1].mul_(2.0)
+
+
+def test_folded_weights_are_computed_once_and_forgotten(monkeypatch):
+    packed = importlib.import_module("fastgen.ops.packed_weights")
+    fold, folds = module._fold, []
+    monkeypatch.setattr(module, "_fold", lambda *args: folds.append("") or fold(*args))
+    monkeypatch.setattr(module, "_is_native_better", lambda *_: False)
+    case, before = CASES["k3s1p1"], len(packed._computed)
+    tensors = case.tensors()
+    for batch in (1, 2):
+        fused(case, [tensors[0][:batch], *tensors[1:]])
+    assert (len(folds), len(packed._computed)) == (1, before + 1)
+    del tensors
+    assert len(packed._computed) == before
+
+
+# Cin / groups, Cout, kernel, groups, dtype: does the native kernel compute it?
+CHOICES = {
+    "middle": ((256, 256, 3, 1, torch.float32), True),
+    "double": ((256, 256, 3, 1, torch.float64), True),
+    "half": ((256, 256, 3, 1, torch.bfloat16), False),
+    "1x1": ((256, 256, 1, 1, torch.float32), False),
+    "first layer": ((3, 64, 7, 1, torch.float32), False),
+    "last layer": ((64, 3, 7, 1, torch.float32), True),
+    "few channels": ((3, 3, 3, 1, torch.float32), True),
+    "depthwise": ((1, 64, 3, 64, torch.float32), False),
+    "groups": ((64, 128, 3, 2, torch.float32), True),
+}
+
+
+@pytest.mark.parametrize(("sizes", "native"), CHOICES.values(), ids=CHOICES.keys())
+def test_who_computes_it(sizes, native, monkeypatch):
+    inputs, outputs, kernel, groups, dtype = sizes
+    used = []
+    for name in ("_native", "_folded"):
+        monkeypatch.setattr(module, name, lambda *_, name=name: used.append(name))
+    x = torch.ones(1, inputs * groups, 8, 8, dtype=dtype)
+    ops.conv2d_bn_act(x, torch.ones(outputs, inputs, kernel, kernel, dtype=dtype), groups=groups)
+    assert used == ["_native" if native else "_folded"]
+
+
+# Gradients, transforms, registration
+
+
+@pytest.mark.parametrize("name", ["k4s2p1", "same, even kernel", "groups"])
+def test_gradients_of_any_order(name):
+    case = CASES[name]
+    tensors = [t.requires_grad_() if i not in (3, 4) else t for i, t in enumerate(case.tensors(torch.float64))]
+    x = tensors[0]
+    first = torch.autograd.grad(fused(case, tensors, "tanh").square().sum(), x, create_graph=True)[0]
+    expected = torch.autograd.grad(plain(case, tensors, "tanh").square().sum(), x, create_graph=True)[0]
+    torch.testing.assert_close(first, expected)
+    second = torch.autograd.grad(first.square().sum(), tensors[1])[0]
+    torch.testing.assert_close(second, torch.autograd.grad(expected.square().sum(), tensors[1])[0])
+
+
+def test_transforms():
+    case = CASES["k3s1p1"]
+    tensors = case.tensors(torch.float64)
+
+    def function(f):
+        return lambda x: f(case, [x, *tensors[1:]], "tanh")
+
+    x = torch.stack([tensors[0], -tensors[0]])
+    assert_same = torch.testing.assert_close
+    assert_same(torch.func.vmap(function(fused))(x), torch.func.vmap(function(plain))(x))
+    assert_same(torch.func.jvp(function(fused), (x[0],), (x[1],)), torch.func.jvp(function(plain), (x[0],), (x[1],)))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(x[0], x[1])
+        tangents = [torch.autograd.forward_ad.unpack_dual(function(f)(dual)).tangent for f in (fused, plain)]
+        assert_same(tangents[0], tangents[1])
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_opcheck(backend, native):
+    for activation, norm in [("none", False), ("leaky_relu", True)]:
+        tensors = CASES["k3s1p1"].tensors(norm=norm)
+        with fastgen.backend(backend):
+            opcheck(
+                torch.ops.fastgen.conv2d_bn_act.default,
+                (*tensors, [2, 2], [1, 1], 1, [1, 1], 1e-5, activation, 0.2),
+            )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["k4s2p1", "same, even kernel"])
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+def test_compiles_as_one_graph(name, dynamic, native):
+    case = CASES[name]
+
+    def function(x, *rest):
+        return fused(case, [x * 2.0, *rest], "elu").sigmoid()
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for batch in (2, 3):
+        tensors = case._replace(shape=(batch, *case.shape[1:])).tensors()
+        torch.testing.assert_close(compiled(*tensors), function(*tensors))
+
+
+def test_modes_see_the_operator():
+    case = CASES["k4s2p1"]
+    with FakeTensorMode() as mode:
+        fakes = [mode.from_tensor(tensor) for tensor in case.tensors()]
+        assert fused(case, fakes).shape == (3, 33, 3, 4)
+
+
+def test_low_precision():
+    case = CASES["k4s2p1"]
+    tensors = case.tensors()
+    half = [tensor.bfloat16() for tensor in tensors]
+    assert fused(case, half, "relu").dtype == torch.bfloat16
+    torch.testing.assert_close(fused(case, half, "relu"), plain(case, half, "relu"), rtol=0.05, atol=0.5)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert fused(case, tensors, "relu").dtype == torch.bfloat16
+
+
+def arguments(**changes):
+    return {"input": torch.ones(2, 4, 5, 6), "weight": torch.ones(6, 4, 3, 3), **changes}
+
+
+ones = torch.ones(6)
+ERRORS = {
+    "input a list": ({"input": [1.0]}, TypeError, "input must be a tensor, got list"),
+    "input 3-d": ({"input": torch.ones(4, 5, 6)}, ValueError, r"input must be \[N, Cin, H, W\].*got \[4, 5, 6\]"),
+    "channels": ({"input": torch.ones(2, 3, 5, 6)}, ValueError, "input must have 4 channels.*got 3"),
+    "weight 3-d": ({"weight": torch.ones(6, 4, 3)}, ValueError, r"weight must be \[Cout, Cin / groups, kh, kw\]"),
+    "weight dtype": ({"weight": torch.ones(6, 4, 3, 3).double()}, TypeError, "torch.float32, got torch.float64"),
+    "bias": ({"bias": torch.ones(5)}, ValueError, r"bias must be \[6\], got \[5\]"),
+    "one statistic": ({"running_mean": ones}, ValueError, "running_mean and running_var must be given together"),
+    "no statistics": ({"bn_weight": ones}, ValueError, "without running_mean and running_var"),
+    "groups": ({"groups": 4}, ValueError, "groups must divide the 6 output channels, got 4"),
+    "stride": ({"stride": 0}, ValueError, r"stride must be at least 1, got \(0, 0\)"),
+    "dilation of three": ({"dilation": (1, 1, 1)}, ValueError, "dilation must be an integer or two"),
+    "padding": ({"padding": -1}, ValueError, "padding must be at least 0"),
+    "padding name": ({"padding": "full"}, ValueError, "padding must be 'same', 'valid', an integer or two, got 'full'"),
+    "same, stride": ({"padding": "same", "stride": 2}, ValueError, r"padding 'same' needs stride 1, got \(2, 2\)"),
+    "no output": ({"dilation": 3}, ValueError, "output would be -1 x 0: the kernel is larger"),
+    "activation": ({"activation": "gelu"}, ValueError, "activation must be one of none, relu.*; got 'gelu'"),
+}
+
+
+@pytest.mark.parametrize(("changes", "error", "message"), ERRORS.values(), ids=ERRORS.keys())
+def test_errors(changes, error, message):
+    with pytest.raises(error, match=message):
+        ops.conv2d_bn_act(**arguments(**changes))
