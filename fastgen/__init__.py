@@ -12,7 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fastgen import data, latent, losses, metrics, models, nn, ops, sampling, training
+    from fastgen import data, latent, losses, metrics, models, nn, ops, sampling, scores, training
     from fastgen.acceleration import accelerate
     from fastgen.backends import backend
     from fastgen.checkpoint import load, sample, save
@@ -38,6 +38,7 @@ __all__ = [
     "sample",
     "sampling",
     "save",
+    "scores",
     "training",
 ]
 _HOMES = {

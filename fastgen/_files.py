@@ -31,3 +31,12 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def cache_folder() -> Path:
+    """Where files are kept that can be made again: ``$FASTGEN_CACHE``, or ``fastgen`` in ``$XDG_CACHE_HOME`` or
+    ``~/.cache``; not created.
+    """
+    if folder := os.environ.get("FASTGEN_CACHE"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fastgen"

@@ -19,6 +19,7 @@ ENVIRONMENT = {
     "FASTGEN_BACKEND": "backend of every operation: auto, reference, cpu, triton, cuda",
     "FASTGEN_ISA": "instruction set of the C++ kernels: baseline, avx2, avx512, avx512bf16",
     "FASTGEN_DEBUG": "1 shows the traceback of an error of the command line",
+    "FASTGEN_CACHE": "folder of cached files (default: fastgen in XDG_CACHE_HOME or ~/.cache)",
     "FASTGEN_CUDA": "at build time: 0 leaves out the CUDA module, 1 insists on it, auto builds it where nvcc is found",
     "FASTGEN_CUDA_ARCHS": "at build time: GPU architectures, for instance 80;90a",
     "FASTGEN_SANITIZE": "at build time: sanitizers of the C++ module, for instance address,undefined",

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-COMMANDS = ("demo", "train", "sample", "latent", "eval", "info", "bench")
+COMMANDS = ("demo", "train", "sample", "latent", "eval", "score", "info", "bench")
 USER_ERRORS = (ValueError, TypeError, RuntimeError, OSError)
 DEBUG = "FASTGEN_DEBUG"
 

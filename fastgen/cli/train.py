@@ -99,6 +99,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_training(parser.add_argument_group("training"), TRAINING_OPTIONS, TrainConfig, others)
     group = parser.add_argument_group("training of gan and dcgan")
     _add_training(group, ADVERSARIAL_OPTIONS, GANConfig, by_loss, {"loss": tuple(LOSSES)})
+    group.add_argument(
+        "--scores",
+        action="store_true",
+        help="Frechet distance and Inception score of 1000 samples with each sample grid, for the log and curves.png, "
+        "against the held-out images, on features of a classifier of the data (see 'fastgen score'; needs labels)",
+    )
 
 
 def _add_training(
@@ -128,6 +134,9 @@ def run(options: argparse.Namespace) -> int:
 
 def _train_likelihood(options: argparse.Namespace, kind: type) -> int:
     import torch
+
+    if options.scores:
+        raise ValueError(f"{options.model} has no option --scores: it is validated by its likelihood")
 
     from fastgen import data
     from fastgen.training import TrainConfig, initialize, recipes, train
@@ -164,14 +173,25 @@ def _train_adversarial(options: argparse.Namespace, kind: type) -> int:
     arguments = _model_arguments(options, kind, train_data, LOSSES[loss].model.get(options.model, {}))
     torch.manual_seed(config.seed)
     model: Any = kind(**arguments)
-    result = _train(options, model, train_data, train_gan, config)
+    score = _scorer(options, model) if options.scores else None
+    result = _train(options, model, train_data, train_gan, config, score=score)
     print(f"{result.steps} steps in {result.seconds:.0f} s")
     print(f"wrote {_folder(options) / 'model.safetensors'}")
     return 0
 
 
-def _train(options: argparse.Namespace, model: Any, train_data: Any, function: Any, *arguments: Any) -> Any:
-    """``function(model, train_data, *arguments)`` with what all kinds of training take."""
+def _scorer(options: argparse.Namespace, model: Any) -> Any:
+    from fastgen import data, scores
+
+    shape = {"size": tuple(model.image_shape[1:]), "levels": model.levels, "resize": True}
+    val = data.load(options.data, split="val", progress=not options.quiet, **shape)
+    return scores.scorer(scores.classifier(options.data, progress=not options.quiet), val.images, val.levels)
+
+
+def _train(
+    options: argparse.Namespace, model: Any, train_data: Any, function: Any, *arguments: Any, **more: Any
+) -> Any:
+    """``function(model, train_data, *arguments, **more)`` with what all kinds of training take."""
     out = _folder(options)
     out.mkdir(parents=True, exist_ok=True)
     print(f"{options.model} with {sum(p.numel() for p in model.parameters()):,} parameters on {train_data}")
@@ -184,6 +204,7 @@ def _train(options: argparse.Namespace, model: Any, train_data: Any, function: A
             resume=options.resume,
             progress=not options.quiet,
             sample_grid=save_grid,
+            **more,
         )
     except KeyboardInterrupt:
         print(f"stopped; go on with --resume --out {out}")

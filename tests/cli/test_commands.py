@@ -77,6 +77,52 @@ def test_train_a_generator_then_resume_and_sample(model: str, here: Path, capsys
     assert np.array_equal(np.load("s.npy"), expected.numpy())
 
 
+@pytest.fixture(scope="module")
+def classifier_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A classifier that was hardly trained."""
+    from fastgen.scores import classify
+
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(classify, "STEPS", 30)
+        classify.classifier("digits", cache=folder)
+    return folder
+
+
+def test_score_a_generator_and_a_pixel_model(
+    here: Path, classifier_cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FASTGEN_CACHE", str(classifier_cache))
+    train = "train dcgan --data digits --num-filters 4 --batch-size 4 --size 16 --steps 2 --scores --quiet --out run"
+    assert main(train.split()) == 0
+    lines = [json.loads(line) for line in Path("run/log.jsonl").read_text().splitlines()]
+    assert lines[-1]["step"] == 2 and lines[-1]["frechet_distance"] > 0 and lines[-1]["inception_score"] >= 1
+    capsys.readouterr()
+    for path in ("run/model.safetensors", checkpoint(here)):
+        assert main(["score", path, "--data", "digits", "-n", "40", "--splits", "3", "--quiet"]) == 0
+        rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+        assert [row[0] for row in rows] == ["Frechet", "40", "1617", "against"]
+        assert [row[-2] for row in rows[1:3]] == ["±", "±"]
+        values = [float(row[-3]) for row in rows[1:3]]
+        assert 1 <= values[0] <= 10 and 1 <= values[1] <= 10
+        assert float(rows[1][2]) > float(rows[2][3])  # the training images are closer
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("score m.safetensors --data digits -n 1", "-n: expected at least 3, got 1"),
+        ("score m.safetensors --data digits --inception x.pth", "x.pth: no such file"),
+        ("train pixelcnn --data digits --scores", "pixelcnn has no option --scores"),
+        ("train dcgan --data patches --scores --num-filters 4 --size 16", "patches: the data have no labels"),
+    ],
+)
+def test_scores_that_cannot_be(arguments: str, message: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint(here)
+    assert main(arguments.split()) == 2
+    assert message in capsys.readouterr().err
+
+
 def test_train_a_generator_on_a_folder_of_images(here: Path) -> None:
     Path("photos").mkdir()
     for i in range(5):

@@ -138,6 +138,29 @@ def test_what_is_written(tmp_path):
         assert all(torch.equal(loaded[key], expected[key]) for key in expected)
 
 
+def test_scores_go_to_the_log_and_the_curves(tmp_path):
+    seen = []
+
+    def score(model):
+        seen.append(model.generator.training)
+        return {"frechet_distance": 10.0 - len(seen), "inception_score": float(len(seen))}
+
+    options = {"out": tmp_path, "progress": False, "score": score}
+    training.train_gan(build(), dataset(), config(sample_every=2), **options)
+    assert seen == [False] * 4
+    lines = [(line["step"], line["frechet_distance"]) for line in read_log(tmp_path) if "frechet_distance" in line]
+    assert lines == [(2, 9.0), (4, 8.0), (6, 7.0), (7, 6.0)]
+    assert Image.open(tmp_path / "curves.png").size[1] > 700  # two more panels
+
+
+def test_scoring_changes_nothing_else(tmp_path):
+    for name, score in (("with", lambda model: {"figure": float(torch.rand(()))}), ("without", None)):
+        training.train_gan(
+            build(), dataset(), config(sample_every=2), out=tmp_path / name, progress=False, score=score
+        )  # fmt: skip
+    assert_same_tensors(*(tmp_path / name / "model.safetensors" for name in ("with", "without")))
+
+
 def test_nothing_is_written_without_a_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert run(None, sample_every=1).checkpoint is None

@@ -7,8 +7,11 @@ that was interrupted anywhere goes on to the weights of an uninterrupted one, bi
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from fastgen import charts, images
 from fastgen.models import AdversarialModel
@@ -24,7 +27,10 @@ CURVES = {
     "mean scores of the discriminator": {"score_real": "real images", "score_fake": "generated images"},
     "gradient penalty": {"penalty": "weighted penalty"},
     "BEGAN": {"convergence": "convergence measure M", "k": "k"},
+    "Frechet distance": {"frechet_distance": "generated images"},
+    "Inception score": {"inception_score": "generated images"},
 }
+Score = Callable[[torch.nn.Module], dict[str, float]]  # figures of a model in eval mode, for the log
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,7 @@ def train_gan(
     resume: bool = False,
     progress: bool = True,
     sample_grid: SampleGrid | None = None,
+    score: Score | None = None,
 ) -> GANResult:
     """Trains a generator against a discriminator to a limit of steps or seconds.
 
@@ -71,6 +78,8 @@ def train_gan(
         resume: go on from the checkpoint in ``out``.
         progress: show a progress bar on stderr.
         sample_grid: called with the averaged model and the path of a picture to write.
+        score: called with the averaged model whenever a grid is drawn; its figures go to the log, and those that are
+            called frechet_distance and inception_score to ``curves.png``.
 
     Raises:
         ValueError: there are no images, or labels are missing; ``out`` holds a checkpoint but resume is not asked for,
@@ -80,7 +89,7 @@ def train_gan(
     """
     check_data(model, train_data, "train_data")
     state = GANState(model, config)
-    run = _Run(state, config, train_data, prepare_folder(model, out, resume), sample_grid)
+    run = _Run(state, config, train_data, prepare_folder(model, out, resume), sample_grid, score)
     run.go(resume, progress)
     return GANResult(model, state.step, state.seconds, run.checkpoint)
 
@@ -90,6 +99,18 @@ class _Run(Run):
 
     state: GANState
     config: GANConfig
+
+    def __init__(
+        self,
+        state: GANState,
+        config: GANConfig,
+        data: Data,
+        folder: Path | None,
+        sample_grid: SampleGrid | None,
+        score: Score | None,
+    ) -> None:
+        super().__init__(state, config, data, folder, sample_grid)
+        self.score = score
 
     @property
     def report_every(self) -> int:
@@ -111,6 +132,8 @@ class _Run(Run):
 
     def sample(self) -> None:
         super().sample()
+        if self.score:
+            self.log.write(step=self.state.step, **self.score(self.state.average))
         if self.folder:
             draw_curves(self.folder)
 
