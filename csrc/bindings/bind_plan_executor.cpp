@@ -105,6 +105,11 @@ public:
             tables_.max_taps = std::max(tables_.max_taps, step.num_taps);
             tables_.max_instrs = std::max(tables_.max_instrs, step.num_instrs);
             tables_.max_groups = std::max(tables_.max_groups, step.groups);
+            int64_t filtered = 0;
+            for (int64_t i = step.first_tap; i < step.first_tap + step.num_filters; ++i) {
+                filtered += (taps_[i].count + kPlanPanel - 1) / kPlanPanel * kPlanPanel;
+            }
+            tables_.max_filtered = std::max(tables_.max_filtered, filtered);
         }
         tables_.head = head_of(head);
     }

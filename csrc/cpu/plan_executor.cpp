@@ -32,11 +32,11 @@ struct Value {
 
 static_assert(sizeof(Value) <= kScratchRecord && sizeof(Tap<float>) <= kScratchRecord);
 
-// Positions that make up the rows of one product: columns first, first + cycle, ... of a row, for one sample or (uniform)
-// for all, or one pixel for all samples.
+// What the rows of one product are: columns first, first + cycle, ... of a row, for one sample or (uniform) for all, or
+// one column for all samples.
 struct Run {
     int64_t column, sample, rows;
-    bool pixel;
+    bool samples;
 };
 
 FASTGEN_INLINE Vec<float> each_lane(Vec<float> x, float (*f)(float)) {
@@ -147,6 +147,8 @@ public:
             return p;
         };
         product_ = reinterpret_cast<float*>(take(sizes.product));
+        shared_ = reinterpret_cast<float*>(take(sizes.shared));
+        filtered_ = reinterpret_cast<float*>(take(sizes.filtered));
         buffers_ = reinterpret_cast<float*>(take(sizes.buffers));
         rows_ = reinterpret_cast<float**>(take(sizes.rows));
         taps_ = take(sizes.taps);
@@ -250,10 +252,17 @@ private:
             const int64_t rows = step.width * batch_.count;
             return run_tiles(step, 1, [&](int64_t) { return Run{0, 0, rows, false}; }, rows);
         }
+        // All samples of a column, if that makes the longer runs.
+        const int64_t every = step.filter_size > 0 ? 2 : step.period_x;
+        const int64_t columns = div_up(step.width - step.phase_x, every);
+        const int64_t residues = step.cycle / every;
+        if (batch_.count * residues >= columns) {
+            const auto run_of = [&](int64_t i) { return Run{step.phase_x + i * every, 0, batch_.count, true}; };
+            return run_tiles(step, columns, run_of, batch_.count);
+        }
         // For each sample, the columns of each residue modulo the cycle that belong to the phase.
-        const int64_t residues = step.cycle / step.period_x;
         const auto run_of = [&](int64_t i) {
-            const int64_t column = step.phase_x + i % residues * step.period_x;
+            const int64_t column = step.phase_x + i % residues * every;
             return Run{column, i / residues, div_up(step.width - column, step.cycle), false};
         };
         run_tiles(step, residues * batch_.count, run_of, div_up(step.width - step.phase_x, step.cycle));
@@ -295,9 +304,12 @@ private:
             if (end_row > run.rows) end_row = run.rows;
             if (first_row >= end_row) continue;
             const int64_t first_panel = panels * ct / column_tiles, end_panel = panels * (ct + 1) / column_tiles;
-            tile(step, run, first_row, end_row - first_row, first_panel, end_panel - first_panel);
+            compute(Tile{step, run, first_row, end_row - first_row, first_panel, end_panel - first_panel});
         }
     }
+
+    // Of the weight of a step.
+    static int64_t panels_of(const PlanStep& step) { return div_up(step.channels, kPanelColumns) * step.groups; }
 
     // Into how many tiles the panels of a step are split: as many for each member.
     int64_t column_tiles_of(const PlanStep& step) const {
@@ -322,58 +334,165 @@ private:
                 (end - first) * panel_bytes};
     }
 
-    void tile(const PlanStep& step, const Run& run, int64_t first_row, int64_t rows, int64_t first_panel,
-              int64_t panels) {
-        const int64_t first_channel = first_panel * kPanelColumns;
-        const int64_t room = panels * kPanelColumns;
-        const int64_t channels = step.channels - first_channel < room ? step.channels - first_channel : room;
+    // Part of the work of a step: rows of a run, and panels of its channels.
+    struct Tile {
+        const PlanStep& step;
+        Run run;
+        int64_t first_row, rows, first_panel, panels;
+        int64_t first_channel() const { return first_panel * kPanelColumns; }
+        int64_t room() const { return panels * kPanelColumns; }
+        int64_t channels() const {
+            const int64_t left = step.channels - first_channel();
+            return left < room() ? left : room();
+        }
+        int64_t columns() const { return room() * step.groups; }  // of the product
+    };
+
+    void compute(const Tile& tile) {
+        if (tile.step.filter_size > 0) return compute_pair(tile);
+        finish(tile,
+               [&](float* product, int64_t stride, int64_t columns) { multiply(tile, product, stride, columns); });
+    }
+
+    // The step's program, and its stores. multiply(to, row stride, columns) computes the product.
+    template <class Multiply>
+    void finish(const Tile& tile, Multiply multiply) {
+        const PlanStep& step = tile.step;
+        const int64_t channels = tile.channels(), room = tile.room();
         const PlanInstr* program = plan_.instrs + step.first_instr;
         const PlanStore* stores = plan_.stores + step.first_store;
-        const auto target = [&](const PlanStore& store) {
-            return operand(step, run, store.address, first_row, first_channel);
-        };
+        const auto target = [&](const PlanStore& store) { return operand(tile, store.address, tile.first_channel()); };
         if (step.num_instrs == 1 && program[0].op == PlanOp::acc &&
             step.num_stores == 1) {  // the product is the result
             const Value result = target(stores[0]);
-            multiply(step, run, first_row, rows, first_panel, const_cast<float*>(result.p), result.row_stride,
-                     channels);
+            multiply(const_cast<float*>(result.p), result.row_stride, channels);
             return;
         }
-        fetch_operands(step, run, first_row, rows, first_channel, panels);
-        const int64_t product_columns = panels * step.groups * kPanelColumns;
-        if (step.groups > 0) {
-            multiply(step, run, first_row, rows, first_panel, product_, product_columns, product_columns);
-        }
+        fetch_operands(tile);
+        if (step.groups > 0) multiply(product_, tile.columns(), tile.columns());
         for (int64_t i = 0; i < step.num_instrs; ++i) {
             const PlanInstr& instr = program[i];
             if (instr.op == PlanOp::acc) {
-                values_[i] = {product_ + instr.a * kPanelColumns, product_columns, step.groups * kPanelColumns};
+                values_[i] = {product_ + instr.a * kPanelColumns, tile.columns(), step.groups * kPanelColumns};
             } else if (instr.op == PlanOp::constant) {
                 values_[i] = {plan_.constants + instr.a * kPanelColumns, 0, 0};
             } else if (instr.op == PlanOp::load) {
-                values_[i] = operand(step, run, instr.address, first_row, first_channel);
+                values_[i] = operand(tile, instr.address, tile.first_channel());
             } else {
                 Value result{buffers_ + instr.buffer * kTileFloats, room, kPanelColumns};
                 if (instr.store >= 0 && channels == room) result = target(stores[instr.store]);
-                apply(instr.op, const_cast<float*>(result.p), result.row_stride, rows, panels, values_[instr.a],
-                      instr.b < 0 ? Value{} : values_[instr.b]);
+                apply(instr.op, const_cast<float*>(result.p), result.row_stride, tile.rows, tile.panels,
+                      values_[instr.a], instr.b < 0 ? Value{} : values_[instr.b]);
                 values_[i] = result;
             }
         }
         for (int64_t i = 0; i < step.num_stores; ++i) {
             const Value& value = values_[stores[i].instr];
             const Value result = target(stores[i]);
-            if (value.p != result.p) write(value, const_cast<float*>(result.p), result.row_stride, rows, channels);
+            if (value.p != result.p) write(value, const_cast<float*>(result.p), result.row_stride, tile.rows, channels);
         }
     }
 
+    // Both columns of each pair, by minimal filtering; the tile's run is of their first columns.
+    void compute_pair(const Tile& tile) {
+        static constexpr Sum kSums[2][4] = {{{1, 1, 0}, {0, 1, -1}, {1, 2, -1}},  // for filters of 2 and 3 taps
+                                            {{1, 2, 1}, {2, 1, -1}, {0, 2, -1}, {1, 3, -1}}};
+        const int size = static_cast<int>(tile.step.filter_size);
+        const Sum* sums = kSums[size - 2];
+        const int64_t columns = tile.columns();
+        float* starts[2] = {shared_, shared_};  // what each side starts from
+        filter(tile, 0, sums[0], bias_of(tile), starts[0], columns, columns);
+        if (size == 3) {
+            starts[1] += tile.rows * columns;
+            filter(tile, 1, sums[1], {}, starts[1], columns, columns);
+            for (int64_t i = 0; i < tile.rows * columns; i += kLanes<float>) {
+                const V a = load(starts[0] + i), b = load(starts[1] + i);
+                store(starts[0] + i, a + b);
+                store(starts[1] + i, a - b);
+            }
+        }
+        for (int side = 0; side < 2; ++side) {
+            Tile half = tile;
+            half.run.column += side;
+            finish(half, [&](float* to, int64_t stride, int64_t count) {
+                const int own = size - 1 + side;
+                filter(tile, own, sums[own], {starts[side], columns, 0}, to, stride, count);
+                add_others(half, to, stride, count);
+            });
+        }
+    }
+
+    // The data of a product: column a of the row plus (1) or minus (-1) column b, or (0) column a alone.
+    struct Sum {
+        int a, b, sign;
+    };
+
+    // to = start + product `index` of the filters, for the tile's pairs.
+    void filter(const Tile& tile, int index, Sum sum, Value start, float* to, int64_t stride, int64_t columns) {
+        const PlanStep& step = tile.step;
+        Tap<float>* taps = reinterpret_cast<Tap<float>*>(taps_);
+        const int64_t panel_stride = step.inner * kPanelColumns;
+        const float* block =
+            static_cast<const float*>(plan_.weights) + step.weight + index * panels_of(step) * panel_stride;
+        const float* weight = block + tile.first_panel * step.groups * panel_stride;
+        float* data = filtered_;
+        int64_t num_taps = 0;
+        for (const PlanTap *tap = plan_.taps + step.first_tap, *end = tap + step.num_filters; tap != end; ++tap) {
+            if (rows_[tap->address] != nullptr) {
+                const Value source = transform(tile, *tap, sum, data);
+                taps[num_taps++] = {source.p, source.row_stride, 1, tap->count, weight};
+                data += kTileRows * div_up(tap->count, kPanelColumns) * kPanelColumns;
+            }
+            weight += tap->count * kPanelColumns;
+        }
+        TapGemm<float> gemm = product<float>(tile, num_taps, panel_stride, start, to, stride, columns);
+        if (index < step.filter_size) {
+            gemm.next = block + (panels_of(step) + tile.first_panel * step.groups) * panel_stride;
+            gemm.next_bytes = tile.panels * step.groups * panel_stride * static_cast<int64_t>(sizeof(float));
+        }
+        tap_gemm(gemm);
+    }
+
+    // The data that a product multiplies the weights of a filter by, written to `data` where it is a sum.
+    Value transform(const Tile& tile, const PlanTap& tap, Sum sum, float* data) {
+        const Value source = operand(tile, tap.address, 0);
+        const int64_t pixel = batch_.count * plan_.planes[plan_.addresses[tap.address].plane].pitch;
+        const float* a = source.p + sum.a * pixel;
+        const float* b = source.p + sum.b * pixel;
+        if (sum.sign == 0) return {a, source.row_stride, kPanelColumns};
+        const int64_t pitch = div_up(tap.count, kPanelColumns) * kPanelColumns;
+        const V sign = broadcast(static_cast<float>(sum.sign));
+        for (int64_t r = 0; r < tile.rows; ++r) {
+            const int64_t row = r * source.row_stride;
+            for (int64_t c = 0; c < pitch; c += kLanes<float>) {
+                store(data + r * pitch + c, fma(sign, load(b + row + c), load(a + row + c)));
+            }
+        }
+        return {data, pitch, kPanelColumns};
+    }
+
+    // to += product of the taps that are of no filter.
+    void add_others(const Tile& tile, float* to, int64_t stride, int64_t columns) {
+        const PlanStep& step = tile.step;
+        const int64_t first = step.first_tap + step.num_filters, end = step.first_tap + step.num_taps;
+        int64_t inner = 0;
+        for (int64_t i = first; i < end; ++i) inner += plan_.taps[i].count;
+        if (inner == 0) return;
+        const float* weight =
+            static_cast<const float*>(plan_.weights) + step.weight +
+            ((step.filter_size + 1) * panels_of(step) * step.inner + tile.first_panel * step.groups * inner) *
+                kPanelColumns;
+        const int64_t num_taps = collect<float, 1>(tile, first, end, weight);
+        tap_gemm(product<float>(tile, num_taps, inner * kPanelColumns, {to, stride, 0}, to, stride, columns));
+    }
+
     // What the program reads and writes arrives while the product is computed.
-    void fetch_operands(const PlanStep& step, const Run& run, int64_t first_row, int64_t rows, int64_t first_channel,
-                        int64_t panels) {
+    void fetch_operands(const Tile& tile) const {
+        const PlanStep& step = tile.step;
         const auto fetch = [&](int64_t address) {
-            const Value value = operand(step, run, address, first_row, first_channel);
-            for (int64_t r = 0; r < rows; ++r) {
-                for (int64_t j = 0; j < panels; ++j) {
+            const Value value = operand(tile, address, tile.first_channel());
+            for (int64_t r = 0; r < tile.rows; ++r) {
+                for (int64_t j = 0; j < tile.panels; ++j) {
                     __builtin_prefetch(value.p + r * value.row_stride + j * value.panel_stride, 0, 2);
                 }
             }
@@ -384,80 +503,98 @@ private:
         for (int64_t i = step.first_store; i < step.first_store + step.num_stores; ++i) fetch(plan_.stores[i].address);
     }
 
-    // Where the rows of a run, from `first_row` on, and channels, from `first_channel` on, of an address are.
-    Value operand(const PlanStep& step, const Run& run, int64_t address, int64_t first_row, int64_t first_channel) {
+    // Where the rows of a tile are in a plane, from a channel of the address on.
+    Value operand(const Tile& tile, int64_t address, int64_t channel) const {
+        const Run& run = tile.run;
         const PlanAddress& source = plan_.addresses[address];
         const PlanPlane& plane = plan_.planes[source.plane];
         float* row = rows_[address];
         if (row == nullptr) return {kZeros, 0, 0};
         const int64_t pixel = batch_.count * plane.pitch;
         if (plane.broadcast) {
-            const bool varies = run.pixel && plane.per_sample;
+            const bool varies = run.samples && plane.per_sample;
             const int64_t stride = varies ? plane.pitch : 0;
             const int64_t sample = plane.per_sample ? run.sample * plane.pitch : 0;
-            return {row + sample + first_row * stride + first_channel, stride, kPanelColumns};
+            return {row + sample + tile.first_row * stride + channel, stride, kPanelColumns};
         }
         const int64_t column = div_down(run.column * source.num_x + source.dx, source.den_x);
         const int64_t stride =
-            run.pixel || step.uniform ? plane.pitch : step.cycle * source.num_x / source.den_x * pixel;
+            run.samples || tile.step.uniform ? plane.pitch : tile.step.cycle * source.num_x / source.den_x * pixel;
         const float* first = row + column * pixel + run.sample * plane.pitch;
-        return {first + first_row * stride + first_channel, stride, kPanelColumns};
+        return {first + tile.first_row * stride + channel, stride, kPanelColumns};
     }
 
     // Whether a pixel step reads outside the plane, where all is zero.
-    bool outside(const Run& run, int64_t address) const {
+    bool outside(const Tile& tile, int64_t address) const {
         if (rows_[address] == nullptr) return true;
         const PlanAddress& source = plan_.addresses[address];
         const PlanPlane& plane = plan_.planes[source.plane];
-        if (!run.pixel || plane.broadcast) return false;
-        const int64_t column = div_down(run.column * source.num_x + source.dx, source.den_x);
+        if (tile.step.row_stage || plane.broadcast) return false;
+        const int64_t column = div_down(tile.run.column * source.num_x + source.dx, source.den_x);
         return column < 0 || column >= plane.width;
     }
 
-    void multiply(const PlanStep& step, const Run& run, int64_t first_row, int64_t rows, int64_t first_panel,
-                  float* product, int64_t product_stride, int64_t columns) {
+    void multiply(const Tile& tile, float* to, int64_t stride, int64_t columns) {
         if (plan_.bfloat16) {
-            multiply_by<BFloat16Pair, 2>(step, run, first_row, rows, first_panel, product, product_stride, columns);
+            multiply_by<BFloat16Pair, 2>(tile, to, stride, columns);
         } else {
-            multiply_by<float, 1>(step, run, first_row, rows, first_panel, product, product_stride, columns);
+            multiply_by<float, 1>(tile, to, stride, columns);
         }
     }
 
     // W holds kDepth consecutive k of a column.
     template <class W, int64_t kDepth>
-    void multiply_by(const PlanStep& step, const Run& run, int64_t first_row, int64_t rows, int64_t first_panel,
-                     float* product, int64_t product_stride, int64_t columns) {
+    void multiply_by(const Tile& tile, float* to, int64_t stride, int64_t columns) {
+        const PlanStep& step = tile.step;
+        const int64_t panel_stride = step.inner * kPanelColumns, first_panel = tile.first_panel * step.groups;
+        const W* weight = static_cast<const W*>(plan_.weights) + step.weight + first_panel * panel_stride;
+        const int64_t num_taps = collect<W, kDepth>(tile, step.first_tap, step.first_tap + step.num_taps, weight);
+        Value start{};
+        if (step.init >= 0) {
+            start = operand(tile, step.init, first_panel * kPanelColumns);
+        } else {
+            start = bias_of(tile);
+        }
+        tap_gemm(product<W>(tile, num_taps, panel_stride, start, to, stride, columns));
+    }
+
+    Value bias_of(const Tile& tile) const {
+        if (tile.step.bias < 0) return {};
+        return {plan_.biases + tile.step.bias + tile.first_panel * tile.step.groups * kPanelColumns, 0, 0};
+    }
+
+    // Taps [first, end) with their weights, less those that read outside; returns their number.
+    template <class W, int64_t kDepth>
+    int64_t collect(const Tile& tile, int64_t first, int64_t end, const W* weight) {
         Tap<float, W>* taps = reinterpret_cast<Tap<float, W>*>(taps_);
-        const int64_t panel_stride = step.inner * kPanelColumns;
-        const W* weight = static_cast<const W*>(plan_.weights) + step.weight + first_panel * step.groups * panel_stride;
         int64_t num_taps = 0;
-        for (const PlanTap *tap = plan_.taps + step.first_tap, *end = tap + step.num_taps; tap != end; ++tap) {
-            if (!outside(run, tap->address)) {
-                const Value a = operand(step, run, tap->address, first_row, 0);
+        for (const PlanTap *tap = plan_.taps + first, *last = plan_.taps + end; tap != last; ++tap) {
+            if (!outside(tile, tap->address)) {
+                const Value a = operand(tile, tap->address, 0);
                 taps[num_taps++] = {a.p, a.row_stride, 1, tap->count, weight};
             }
             weight += div_up(tap->count, kDepth) * kPanelColumns;
         }
+        return num_taps;
+    }
+
+    template <class W>
+    TapGemm<float, W> product(const Tile& tile, int64_t num_taps, int64_t panel_stride, Value start, float* to,
+                              int64_t stride, int64_t columns) const {
         TapGemm<float, W> gemm{};
-        gemm.taps = taps;
+        gemm.taps = reinterpret_cast<const Tap<float, W>*>(taps_);
         gemm.num_taps = num_taps;
         gemm.b_panel_stride = panel_stride;
         gemm.b_k_stride = kPanelColumns;
-        const int64_t first_column = first_panel * step.groups * kPanelColumns;
-        if (step.init >= 0) {
-            const Value init = operand(step, run, step.init, first_row, first_column);
-            gemm.init = init.p;
-            gemm.init_row_stride = init.row_stride;
-        } else if (step.bias >= 0) {
-            gemm.init = plan_.biases + step.bias + first_column;
-        }
-        gemm.c = product;
-        gemm.c_row_stride = product_stride;
-        gemm.rows = rows;
+        gemm.init = start.p;
+        gemm.init_row_stride = start.row_stride;
+        gemm.c = to;
+        gemm.c_row_stride = stride;
+        gemm.rows = tile.rows;
         gemm.cols = columns;
         gemm.next = hint_.first;
         gemm.next_bytes = hint_.bytes;
-        tap_gemm(gemm);
+        return gemm;
     }
 
     static void write(const Value& value, float* result, int64_t pitch, int64_t rows, int64_t channels) {
@@ -564,6 +701,8 @@ private:
     int64_t members_;  // 1 once the team has disbanded
     const int member_;
     float* product_;        // tile of the product
+    float* shared_;         // two such tiles, of what a pair of outputs shares
+    float* filtered_;       // data of the filters of a tile, transformed
     float* buffers_;        // tiles of the program's results
     float** rows_;          // column 0 of the row of each address, for the steps located last; null outside the plane
     char* taps_;            // of the tile at hand

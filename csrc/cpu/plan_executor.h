@@ -86,7 +86,11 @@ struct PlanStep {
     int64_t first_tap, num_taps, first_instr, num_instrs, first_store, num_stores;
     int64_t first_source, num_sources;  // steps before it in the same stage and rank that write what it reads
     int64_t weight, inner;              // offset of the packed weight in elements of 4 bytes, rows of 16 of them
-    int64_t bias;                       // offset in floats, -1: none
+    // Minimal filtering (fastgen/sampling/executors/winograd.py): the taps each filter has, 0 for none; how many of the
+    // step's taps stand for filters, by their first column, the others following. The weight is one of `inner` rows for
+    // each product, then one for the other taps.
+    int64_t filter_size, num_filters;
+    int64_t bias;     // offset in floats, -1: none
     int64_t init;     // address of the values, packed like the columns, that the product starts from; -1: none
     int64_t uniform;  // a whole row, all samples, has one stride in each of its addresses
     int64_t cycle;    // columns that lie this many apart have one stride in each of its addresses
@@ -127,6 +131,7 @@ struct PlanTables {
     int64_t workspace;                         // floats per sample
     int64_t buffers;                           // scratch tiles needed
     int64_t max_taps, max_instrs, max_groups;  // of a step
+    int64_t max_filtered;                      // channels that filters read, each filter's rounded up to panels
     bool bfloat16;
     PlanHead head;
 };
@@ -181,8 +186,10 @@ constexpr int64_t kTileFloats = kTileRows * kTileColumns;
 
 // Bytes of scratch memory that each thread needs, all rounded up to cache lines.
 struct PlanScratch {
-    int64_t product, buffers, rows, taps, values, active, ran, probabilities;
-    int64_t total() const { return product + buffers + rows + taps + values + active + ran + probabilities; }
+    int64_t product, shared, filtered, buffers, rows, taps, values, active, ran, probabilities;
+    int64_t total() const {
+        return product + shared + filtered + buffers + rows + taps + values + active + ran + probabilities;
+    }
 };
 
 constexpr int64_t kScratchRecord = 64;  // room for the address of a tap or an operand
@@ -192,6 +199,8 @@ inline PlanScratch plan_scratch(const PlanTables& plan) {
     const int64_t panel = plan.max_groups * kPlanPanel;
     PlanScratch sizes{};
     sizes.product = cache_lines(kTileRows * (panel > kTileColumns ? panel : kTileColumns) * sizeof(float));
+    sizes.shared = plan.max_filtered > 0 ? 2 * sizes.product : 0;
+    sizes.filtered = cache_lines(kTileRows * plan.max_filtered * sizeof(float));
     sizes.buffers = cache_lines(plan.buffers * kTileFloats * sizeof(float));
     sizes.rows = cache_lines(plan.num_addresses * sizeof(void*));
     sizes.taps = plan.max_taps * kScratchRecord;

@@ -243,10 +243,13 @@ class Plan:
     @property
     def flops(self) -> int:
         """Useful floating point operations of the products, per sample (two per multiply-add)."""
-        return sum(2 * s.macs * self._positions(s, 0) * self._positions(s, 1) for s in self.steps)
+        return sum(2 * s.macs * self.positions(s) for s in self.steps)
 
-    def _positions(self, step: Step, axis: int) -> int:
-        """How many rows or columns of its frame a step computes."""
+    def positions(self, step: Step) -> int:
+        """How many positions of its frame a step computes."""
+        return self._along(step, 0) * self._along(step, 1)
+
+    def _along(self, step: Step, axis: int) -> int:
         out = self.planes[step.out]
         size = (out.height, out.width)[axis]
         if axis == 0:

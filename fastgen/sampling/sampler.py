@@ -37,8 +37,10 @@ class Sampler:
     of row and pixel steps (`plan`, printable).  Weights are taken as they are then; make a new sampler when they
     change.
 
-    Memory: the weights of products once, packed (`plan.weight_bytes`), and during `sample` the planes of a batch
-    (`plan.cache_bytes` for each of its samples); rows of fewer than 16 channels or columns are padded to 16.
+    Memory: the weights of products once, packed (`weight_bytes`), and during `sample` the planes of a batch
+    (`plan.cache_bytes` for each of its samples); rows of fewer than 16 channels or columns are padded to 16. Where the
+    CPU filters rows of r taps with fewer multiplications (`fastgen.sampling.executors.winograd`), their weights are
+    r + 1 float32 in place of r.
 
     A sample is a function of (weights, seed, index, labels, temperature, known pixels): not of the batch size, the
     number of threads or the other samples drawn with it, bit for bit.
@@ -51,8 +53,8 @@ class Sampler:
         head: default: ``model.head``.
         num_classes: labels are 0..num_classes-1; default: ``model.num_classes``, else unconditional.
         precision: "fp32", or "bf16": the weights of products are rounded to bfloat16, activations and sums stay
-            float32. Half the memory traffic; the samples are exactly those of the model with rounded weights, which is
-            not quite the same model.
+            float32. Half the memory traffic of a pixel; the samples are exactly those of the model with rounded
+            weights, which is not quite the same model.
         backend: "reference", "cpu", or "auto": what `fastgen.backend` or FASTGEN_BACKEND asks for, else the fastest.
         max_batch: most samples drawn at a time; default: what fits a quarter of the memory, at most 256. Changes no
             sample.
@@ -96,6 +98,18 @@ class Sampler:
             self.plan.drop_weights()
 
     plan: Plan
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights of products, as they are kept."""
+        return self._executor.weight_bytes
+
+    @property
+    def flops(self) -> int:
+        """Floating point operations that the products of a sample take, two per multiply-add; `plan.flops` are those
+        of the convolutions as the model has them.
+        """
+        return self._executor.flops
 
     def _compile(self) -> None:
         subject = self._subject

@@ -10,9 +10,9 @@ from fastgen import backends
 from fastgen.models import PixelCNNpp
 from fastgen.sampling import LogisticMixture, Sampler, audit, naive_sample
 from fastgen.sampling.executors import Batch
-from fastgen.sampling.executors.cpu import CpuExecutor
 from fastgen.sampling.executors.reference import ReferenceExecutor
 from fastgen.sampling.plan import Plan
+from tests.sampling.parameters import errors, params_of_known
 
 SIZES = [(3, 12, 12), (1, 5, 11), (1, 1, 9), (3, 5, 1)]
 ISAS = backends.native_cpu().isas() if backends.import_error("_cpu") is None else []
@@ -76,16 +76,6 @@ def test_same_images_on_every_instruction_set(isa: str) -> None:
     assert torch.equal(images, naive_sample(model, 5, labels=labels))
 
 
-def params_of_known(plan: Plan, images: Tensor) -> Tensor:
-    """The parameters [N, P, H, W] that the C++ executor would have drawn these images from."""
-    count, _, height, width = images.shape
-    params = torch.full((count, plan.head.num_params(images.shape[1]), height, width), torch.nan)
-    everywhere = torch.ones(count, height, width, dtype=torch.bool)
-    given = Batch(count, seed=0, start=0, known=images, mask=everywhere)
-    assert torch.equal(CpuExecutor(plan).sample(given, params), images)
-    return params
-
-
 def reference_params(plan: Plan, images: Tensor, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> Tensor:
     """The same by the reference executor, in its precision."""
     seen: list[Tensor] = []
@@ -99,12 +89,6 @@ def reference_params(plan: Plan, images: Tensor, dtype: torch.dtype, monkeypatch
     monkeypatch.setattr(LogisticMixture, "draw", draw)
     ReferenceExecutor(plan, dtype).sample(Batch(count, seed=0, start=0, known=images, mask=everywhere))
     return torch.stack(seen, dim=2).view(count, -1, height, width)
-
-
-def errors(found: Tensor, truth: Tensor) -> tuple[float, float]:
-    """(largest, root of mean square)"""
-    difference = found.double() - truth
-    return difference.abs().max().item(), difference.square().mean().sqrt().item()
 
 
 @pytest.mark.parametrize("isa", ISAS)

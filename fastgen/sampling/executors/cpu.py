@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fastgen import backends
 from fastgen.sampling.executors import Batch
+from fastgen.sampling.executors.winograd import find_filters
 from fastgen.sampling.heads import LogisticMixture
 from fastgen.sampling.plan import PRIMITIVES, Plan, Read, Step, StepTap, Store
 from fastgen.sampling.schedule import Stage
@@ -55,6 +56,16 @@ class CpuExecutor:
             sizes=tables.sizes(),
             weights=self._weights.data_ptr(),
         )
+
+    @property
+    def flops(self) -> int:
+        """Floating point operations of the products, per sample (two per multiply-add)."""
+        return self._tables.flops
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the packed weights."""
+        return self._weights.nbytes
 
     def sample(self, batch: Batch, params: Tensor | None = None) -> Tensor:
         """Levels [count, C, H, W]; `params`, float32 [count, parameters, H, W], takes what they are drawn from."""
@@ -130,7 +141,7 @@ class CpuExecutor:
 COLUMNS = {
     "planes": 10,
     "addresses": 8,
-    "steps": 30,
+    "steps": 32,
     "taps": 2,
     "instrs": 6,
     "stores": 2,
@@ -158,6 +169,7 @@ class _Tables:
         self.biases: list[Tensor] = []
         self.weights: list[Tensor] = []
         self.num_biases = self.num_weights = 0
+        self.flops = 0
         self.buffers = 0
         self.workspace = 0
         self.planes = [self._plane(i) for i in range(len(plan.planes))]
@@ -243,14 +255,24 @@ class _Tables:
         first_address, first_tap, first_source = len(self.addresses), len(self.taps), len(self.sources)
         first_instr, first_store = len(self.instrs), len(self.stores)
         self.sources += [(s,) for s in sources]
-        self.taps += [(self._address(step, t), t.count) for t in step.taps]
         init = -1 if step.init is None else self._address(step, step.init)
         self._program(step)
-        weight = step.weight if step.weight is not None else torch.zeros(0, layout.groups * layout.width)
-        packed = self._pack(weight, step, layout)
         weight_offset, bias_offset = self.num_weights, -1
+        filters = find_filters(plan, step)
+        if filters is None:
+            taps = list(step.taps)
+            weight = step.weight if step.weight is not None else torch.zeros(0, layout.groups * layout.width)
+            packed = self._pack(weight, step, layout)
+            inner = packed.shape[1]
+        else:
+            taps = filters.taps + filters.rest
+            parts = [_pack_columns(w, layout).flatten() for w in (*filters.weights, filters.rest_weight)]
+            packed, inner = torch.cat(parts), len(filters.weights[0])
+        self.taps += [(self._address(step, t), t.count) for t in taps]
         self.weights.append(packed)
         self.num_weights += packed.numel()
+        macs = step.macs if filters is None else filters.macs
+        self.flops += round(2 * macs * plan.positions(step))
         if step.bias is not None:
             bias_offset = self.num_biases
             self.biases.append(_pack_columns(step.bias[None], layout))
@@ -259,9 +281,11 @@ class _Tables:
             *(int(step.stage == Stage.ROW), step.rank, step.lag_y, step.lag_x),
             *(out.height, out.width, *out.stride, *step.period, *step.phase),
             *(channels, groups, first_address, len(self.addresses) - first_address),
-            *(first_tap, len(step.taps), first_instr, len(step.program), first_store, len(step.stores)),
-            *(first_source, len(sources), weight_offset, packed.shape[1] if packed.dim() == 3 else 0, bias_offset),
-            *(init, *self._strides(step, first_address)),
+            *(first_tap, len(taps), first_instr, len(step.program), first_store, len(step.stores)),
+            *(first_source, len(sources), weight_offset, inner),
+            *((0, 0) if filters is None else (filters.size, len(filters.taps))),
+            *(bias_offset, init),
+            *((0, 2) if filters else self._strides(step, first_address)),
         )
 
     def _strides(self, step: Step, first_address: int) -> tuple[int, int]:

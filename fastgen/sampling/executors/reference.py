@@ -16,6 +16,8 @@ class ReferenceExecutor:
     def __init__(self, plan: Plan, dtype: torch.dtype = torch.float32):
         self.plan = plan
         self.dtype = dtype
+        self.flops = plan.flops
+        self.weight_bytes = plan.weight_bytes
 
     def sample(self, batch: Batch) -> Tensor:
         """Levels [count, C, H, W]."""
