@@ -27,8 +27,8 @@ from fastgen.sampling.plan import Plan, Step, StepTap
 from fastgen.sampling.schedule import Stage
 
 LEAST_CHANNELS = 64  # of taps and outputs: below, transforming the data costs more than is saved
-# Products are of float32 weights, and more of them. In place of bfloat16 they gain where the multiplications of a row of
-# one image take longer than fetching the weights: in rows this wide.
+# The weights of these products are float32, and more. In place of bfloat16 they gain where the multiplications of one
+# image's row take longer than fetching the weights: in rows this wide.
 LEAST_WIDTH = {"fp32": 2, "bf16": 32}
 
 # By r, what the products multiply the data by: factors of the taps of g, with the sign that the product has in y. First
