@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import conv_transpose2d_bn_act, crowded, logistic_mixture_nll, masked_conv2d, sampling
+from bench import conv_transpose2d_bn_act, crowded, generator, logistic_mixture_nll, masked_conv2d, sampling
 from bench.harness import gate, rows
 
 
@@ -26,7 +26,7 @@ def test_useful_flops_by_counting(height, width, kernel):
 
 @pytest.mark.parametrize(
     "suite",
-    [conv_transpose2d_bn_act, crowded, logistic_mixture_nll, masked_conv2d, sampling],
+    [conv_transpose2d_bn_act, crowded, generator, logistic_mixture_nll, masked_conv2d, sampling],
     ids=lambda module: module.__name__,
 )
 @pytest.mark.parametrize("quick", [True, False])
@@ -36,7 +36,7 @@ def test_case_names_are_unique(suite, quick):
 
 
 @pytest.mark.parametrize(
-    "suite", ["conv_transpose2d_bn_act", "crowded", "logistic_mixture_nll", "masked_conv2d", "sampling"]
+    "suite", ["conv_transpose2d_bn_act", "crowded", "generator", "logistic_mixture_nll", "masked_conv2d", "sampling"]
 )
 def test_quick_run(suite, tmp_path, monkeypatch, capsys):
     """The whole path but the tests of the operation, which run beside this one."""
@@ -54,3 +54,31 @@ def test_quick_run(suite, tmp_path, monkeypatch, capsys):
         rows.check(row)
         assert row["flops"] > 0
         assert (row["provider"] == "fastgen") <= bool(row["speedup"])
+
+
+def test_flops_of_generators():
+    """DCGAN-64 has 0.181 GFLOP without padding; of other sizes, every pair of positions by brute force."""
+    network = generator.make(generator.DCGAN)
+    assert round(generator.flops(network, network.inputs(1)) / 1e9, 3) == 0.181
+    network = generator.make(generator.DCGAN, 1, 2)
+    total, sizes = 0, (2, 3)
+    for part in network.blocks:
+        conv, per_axis = part[0], []
+        outs = [(size - 1) * conv.stride[0] - 2 * conv.padding[0] + 4 for size in sizes]
+        for size, out in zip(sizes, outs, strict=True):
+            at = [y * conv.stride[0] - conv.padding[0] + k for y in range(size) for k in range(4)]
+            per_axis.append(sum(0 <= y < out for y in at))
+        total += 2 * conv.in_channels * conv.out_channels * per_axis[0] * per_axis[1]
+        sizes = outs
+    assert generator.flops(network, network.inputs(1, 2, 3)) == total
+
+
+def test_sizes_differ():
+    assert len(set(generator.sizes_of(200))) == 200
+
+
+def test_folded_generators_are_the_same():
+    for kind in generator.GENERATORS.values():
+        network = generator.make(kind, 2).double()
+        inputs = [x.double() for x in network.inputs(2)]
+        torch.testing.assert_close(generator.fold(network)(*inputs), network(*inputs))
