@@ -2,13 +2,14 @@
 
 ``x.view(n, -1)`` works behind a plain convolution and fails on a channels-last tensor. So a result of a fused block,
 and what was computed from it elementwise, is made contiguous before it reaches anything that is not known to take any
-strides.
+strides; or, where a copy would part it from something that is written to in place, as soon as it is there.
 """
 
 from __future__ import annotations
 
+import inspect
 import operator
-from typing import Any
+from collections.abc import Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,19 @@ from fastgen.acceleration import blocks
 from fastgen.acceleration.chains import is_identity
 from fastgen.acceleration.tracing import Trace
 
+# Take any strides.
+_ACTIVATIONS = (
+    nn.ReLU,
+    nn.LeakyReLU,
+    nn.ELU,
+    nn.Tanh,
+    nn.Sigmoid,
+    nn.GELU,
+    nn.SiLU,
+    nn.Softplus,
+    nn.Hardtanh,
+    nn.PReLU,
+)
 _LAYERS = (
     nn.modules.conv._ConvNd,
     nn.modules.batchnorm._NormBase,
@@ -26,31 +40,74 @@ _LAYERS = (
     nn.modules.padding._ConstantPadNd,
     nn.modules.padding._ReflectionPadNd,
     nn.modules.padding._ReplicationPadNd,
-    *(nn.ReLU, nn.LeakyReLU, nn.ELU, nn.Tanh, nn.Sigmoid, nn.GELU, nn.SiLU, nn.Softplus, nn.Hardtanh, nn.PReLU),
     *(nn.GroupNorm, nn.PixelShuffle, nn.Identity, nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d),
+    *_ACTIVATIONS,
 )
-_FUNCTIONS = {
-    *(ops.conv2d_bn_act, blocks.conv_transpose2d_bn_act, blocks.iadd, blocks.isub, blocks.imul, blocks.itruediv),
-    *(operator.add, operator.sub, operator.mul, operator.truediv, operator.neg, operator.getitem),
+_BLOCKS = {blocks.conv_transpose2d_bn_act, ops.conv2d_bn_act}
+_NEW = {  # return new memory
+    *_BLOCKS,
+    *(operator.add, operator.sub, operator.mul, operator.truediv, operator.neg, F.conv2d, F.conv_transpose2d),
     *(torch.add, torch.sub, torch.mul, torch.div, torch.cat, torch.concat, torch.tanh, torch.sigmoid, torch.relu),
-    *(F.conv2d, F.conv_transpose2d, F.batch_norm, F.instance_norm, F.relu, F.leaky_relu, F.elu, F.pad, F.interpolate),
-    *(F.avg_pool2d, F.gelu, F.silu, F.softplus, F.hardtanh),
+    *(F.batch_norm, F.instance_norm, F.pad, F.interpolate, F.avg_pool2d, F.gelu, F.softplus, F.tanh, F.sigmoid),
 }
-_METHODS = {"add", "sub", "mul", "div", "add_", "mul_", "tanh", "sigmoid", "relu", "clamp", "chunk", "detach", "float"}
-_REORDERING = {torch.flatten, torch.reshape, "flatten", "reshape", "mean", "sum", "contiguous", "size", "dim"}
+_IN_PLACE = {blocks.iadd, blocks.isub, blocks.imul, blocks.itruediv}
+_FUNCTIONS = {
+    *(_NEW | _IN_PLACE),
+    *(operator.getitem, F.relu, F.leaky_relu, F.elu, F.silu, F.hardtanh),
+    *(torch.relu_, torch.tanh_, torch.sigmoid_, F.relu_, F.leaky_relu_, F.elu_, F.hardtanh_),
+}
+_ELEMENTWISE = "add sub mul div tanh sigmoid relu clamp exp abs".split()
+_METHODS = {*_ELEMENTWISE, *(name + "_" for name in _ELEMENTWISE), "chunk", "detach", "float", "mean", "sum"}
+
+# Take any strides, too, and what they return owes them nothing.
+_FREE = {"size", "dim"}
+_REORDERING = {torch.flatten, torch.reshape, "flatten", "reshape", "contiguous"}  # copies, unless it is contiguous
 
 
 def keep_contiguous(trace: Trace) -> None:
     """Inserts ``contiguous()`` into the graph where it is needed."""
-    loose: set[fx.Node] = set()  # of any strides
-    for node in list(trace.graph.nodes):
-        found = [argument for argument in node.all_input_nodes if argument in loose]
-        if node.target in (blocks.conv_transpose2d_bn_act, ops.conv2d_bn_act) or (found and _takes_any(node, trace)):
-            loose.add(node)
-        elif found and not _reorders(node, trace):
-            for argument in found:
-                with trace.graph.inserting_before(node):
-                    node.replace_input_with(argument, trace.graph.call_method("contiguous", (argument,)))
+    early: set[fx.Node] = set()  # made contiguous as soon as they are there
+    while True:
+        loose, copies, hidden = _follow(trace, early)
+        more = _written_behind(trace, loose, copies + hidden)
+        if not more:
+            break
+        early |= more
+    for node, source in copies:
+        with trace.graph.inserting_before(node):
+            node.replace_input_with(source, trace.graph.call_method("contiguous", (source,)))
+    for node in early:
+        with trace.graph.inserting_after(node):
+            copy = trace.graph.call_method("contiguous", (node,))
+        node.replace_all_uses_with(copy, lambda user, copy=copy: user is not copy)  # type: ignore[misc]
+
+
+_Use = tuple[fx.Node, fx.Node]  # a node and one of its inputs
+
+
+def _follow(trace: Trace, early: set[fx.Node]) -> tuple[set[fx.Node], list[_Use], list[_Use]]:
+    """The nodes that may be of any strides, the uses that need a contiguous copy, and those that copy by themselves."""
+    loose: set[fx.Node] = set()
+    copies, hidden = [], []
+    for node in trace.graph.nodes:
+        found = [(node, source) for source in node.all_input_nodes if source in loose]
+        if node.target in _BLOCKS or (found and _takes_any(node, trace)):
+            if node not in early:
+                loose.add(node)
+        elif _reorders(node, trace):
+            hidden += found
+        elif not _is_free(node, trace):
+            copies += found
+    return loose, copies, hidden
+
+
+def _written_behind(trace: Trace, loose: set[fx.Node], copies: Iterable[_Use]) -> set[fx.Node]:
+    """Where the memory comes from that would be copied and, from then on, written to: both would have to see it."""
+    order = {node: i for i, node in enumerate(trace.graph.nodes)}
+    memory = _memory(trace)
+    writes = [(order[node], memory[target]) for node in order for target in _written(node, trace)]
+    torn = {what for node, source in copies for at, what in writes if what is memory[source] and at >= order[node]}
+    return {node for node in loose if memory[node] in torn and not _may_alias(node, trace)}
 
 
 def _takes_any(node: fx.Node, trace: Trace) -> bool:
@@ -63,10 +120,70 @@ def _takes_any(node: fx.Node, trace: Trace) -> bool:
 
 
 def _reorders(node: fx.Node, trace: Trace) -> bool:
-    """Whether it takes any strides, and its result owes them nothing."""
-    target: Any = node.target
     if node.op == "call_module":
-        return isinstance(trace.modules[target], nn.Flatten | nn.modules.pooling._AdaptiveAvgPoolNd)
-    if target is getattr:
+        return isinstance(trace.modules[str(node.target)], nn.Flatten)
+    return node.op in ("call_function", "call_method") and node.target in _REORDERING
+
+
+def _is_free(node: fx.Node, trace: Trace) -> bool:
+    if node.op == "call_module":
+        return isinstance(trace.modules[str(node.target)], nn.modules.pooling._AdaptiveAvgPoolNd)
+    if node.target is getattr:
         return node.args[1] in ("shape", "dtype", "device", "ndim")
-    return node.op in ("call_function", "call_method") and target in _REORDERING
+    return node.op == "call_method" and node.target in _FREE
+
+
+# Who shares memory with whom
+
+
+def _memory(trace: Trace) -> dict[fx.Node, fx.Node]:
+    """One node for each set of nodes that may share memory."""
+    first: dict[fx.Node, fx.Node] = {}
+
+    def find(node: fx.Node) -> fx.Node:
+        while first[node] is not node:
+            node = first[node]
+        return node
+
+    for node in trace.graph.nodes:
+        first[node] = node
+        if _may_alias(node, trace):
+            for source in node.all_input_nodes:
+                first[find(source)] = node
+    return {node: find(node) for node in first}
+
+
+def _may_alias(node: fx.Node, trace: Trace) -> bool:
+    if "out" in node.kwargs or any(True for _ in _written(node, trace)):
+        return True
+    if node.op == "call_module":
+        return not isinstance(trace.modules[str(node.target)], _LAYERS) or is_identity(node, trace)
+    if node.op == "call_method":
+        return node.target not in _ELEMENTWISE
+    return node.target not in _NEW and node.target not in (F.relu, F.leaky_relu, F.elu, F.silu, F.hardtanh)
+
+
+def _written(node: fx.Node, trace: Trace) -> Iterator[fx.Node]:
+    """The inputs that a node may change; of a module that is not one of PyTorch's, all."""
+    out = node.kwargs.get("out")
+    if isinstance(out, fx.Node):
+        yield out
+    inputs = node.all_input_nodes
+    if node.op == "call_module":
+        module = trace.modules[str(node.target)]
+        known = type(module).__module__.startswith("torch.nn.")
+        yield from inputs if not known or getattr(module, "inplace", False) else ()
+    elif node.op in ("call_method", "call_function"):
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        if node.target in _IN_PLACE or (name.endswith("_") and not name.endswith("__")) or _is_in_place(node):
+            yield from inputs[:1]
+
+
+def _is_in_place(node: fx.Node) -> bool:
+    """Of functions with an argument ``inplace``."""
+    if node.op != "call_function":
+        return False
+    try:
+        return bool(inspect.signature(node.target).bind(*node.args, **node.kwargs).arguments.get("inplace"))  # type: ignore[arg-type]
+    except (TypeError, ValueError):  # built in: these have none
+        return False

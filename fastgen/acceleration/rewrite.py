@@ -83,6 +83,8 @@ def _programs(root: nn.Module, report: Report) -> Iterator[tuple[Program, set[st
             yield from _program(part, path, report, reasons)
     reached = report.paths()
     for path, part in root.named_modules():
+        if not is_torch_layer(part) and path in reasons and _has_kernels(part):
+            report.skipped.append(Entry(path, type(part).__name__, reasons[path]))
         if isinstance(part, _ConvNd) and path not in reached:
             if type(part) is nn.ConvTranspose2d and not part.training:
                 yield from _program(part, path, report, reasons)
@@ -97,8 +99,11 @@ def _programs(root: nn.Module, report: Report) -> Iterator[tuple[Program, set[st
 
 
 def _may_convolve(module: nn.Module) -> bool:
-    own = module.parameters(recurse=False)
-    return isinstance(module, _ConvNd) or any(not is_lazy(weight) and weight.dim() == 4 for weight in own)
+    return isinstance(module, _ConvNd) or _has_kernels(module)
+
+
+def _has_kernels(module: nn.Module) -> bool:
+    return any(not is_lazy(weight) and weight.dim() >= 4 for weight in module.parameters(recurse=False))
 
 
 def _program(part: nn.Module, path: str, report: Report, reasons: dict[str, str]) -> Iterator[tuple[Program, set[str]]]:

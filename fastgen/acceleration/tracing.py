@@ -82,7 +82,7 @@ def trace(module: torch.nn.Module, tensors: Sequence[str]) -> Trace:
         _restore_random_state(noise)
     if drew:
         raise Untraceable("it draws random numbers outside PyTorch's functions")
-    if any(not unchanged(part, was) for part, was in before.items()):
+    if any(not unchanged(part, was) or len(part.__dict__) > len(was) for part, was in before.items()):
         raise Untraceable("it changes attributes of its modules")
     if any(_writes_to_own_tensor(node) for node in graph.nodes):
         raise Untraceable("it changes its parameters or buffers")

@@ -1,0 +1,166 @@
+"""Forwards that write to what a fused block returned: whatever else shares the memory sees it, in any layout."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import fastgen
+
+pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")  # of code that fails where the original does not
+
+
+def method(h, act):
+    h.relu_()
+    return h
+
+
+def clamped(h, act):
+    h.clamp_(0, 1)
+    return h
+
+
+def unknown_method(h, act):
+    h.masked_fill_(h > 0.1, 2.0)
+    return h
+
+
+def module_in_place(h, act):
+    return h + act(h)
+
+
+def functional(h, act):
+    return F.celu(h, inplace=True) + 2 * h
+
+
+def dropout(h, act):
+    F.dropout(h, 0.5, True, True)
+    return h
+
+
+def out(h, act):
+    torch.exp(h, out=h)
+    return h
+
+
+def flat_view(h, act):
+    flat = h.view(h.size(0), -1)
+    flat -= flat.mean(1, keepdim=True)
+    return h
+
+
+def reshaped(h, act):
+    h.reshape(h.size(0), -1).mul_(2)
+    return h
+
+
+def contiguous(h, act):
+    h.contiguous().mul_(2)
+    return h
+
+
+def halves(h, act):
+    a, b = h.chunk(2, 1)
+    a.mul_(3)
+    return torch.cat([b, a], 1) + h
+
+
+def transposed(h, act):
+    h = h + 1
+    h.transpose(1, 2).mul_(2)
+    return h
+
+
+def through_data(h, act):
+    h.data.mul_(2)
+    return h
+
+
+def later(h, act):
+    flat = h.view(h.size(0), -1)
+    h.mul_(2)
+    return h + flat.sum()
+
+
+def an_alias(h, act):
+    same = h.add_(1)
+    flat = same.view(h.size(0), -1)
+    h.relu_()
+    return same + flat.amax()
+
+
+def reduced(h, act):
+    return h * h.sum(2).view(h.size(0), -1).sum()
+
+
+FORWARDS = {f.__name__: f for f in (
+    method, clamped, unknown_method, module_in_place, functional, dropout, out, flat_view, reshaped, contiguous,
+    halves, transposed, through_data, later, an_alias, reduced,
+)}  # fmt: skip
+
+
+class Writing(nn.Module):
+    def __init__(self, forward, up):
+        super().__init__()
+        self.first = nn.ConvTranspose2d(3, 4, 4, 2, 1) if up else nn.Conv2d(3, 4, 3, padding=1)
+        self.act, self.last, self.between = nn.Hardswish(inplace=True), nn.Conv2d(4, 4, 3, padding=1), forward
+
+    def forward(self, x):
+        return self.last(self.between(self.first(x), self.act))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("up", [True, False], ids=["transposed", "ordinary"])
+@pytest.mark.parametrize("forward", FORWARDS.values(), ids=FORWARDS.keys())
+def test_all_names_see_what_is_written(forward, up):
+    network, x = Writing(forward, up).eval(), torch.randn(2, 3, 4, 5)
+    fast = fastgen.accelerate(network)
+    assert "forward" in fast.__dict__ and len(fast.fastgen_report.fused) == 2
+    results = []
+    for module in (network, fast):
+        torch.manual_seed(1)
+        results.append(module(x))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_no_copy_between_blocks(monkeypatch):
+    """Activations in place, sums, concatenations and dropout in eval take what the blocks return as it is."""
+
+    class Plain(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.c = (nn.ConvTranspose2d(4, 4, 3, 1, 1) for _ in range(3))
+            self.relu, self.dropout = nn.ReLU(inplace=True), nn.Dropout(0.5)
+
+        def forward(self, x):
+            h = self.a(x)
+            skip = F.leaky_relu_(h, 0.2)
+            h = h + self.dropout(self.relu(self.b(skip)))
+            h += skip
+            return self.c(torch.cat([h, skip], 1)[:, ::2])
+
+    fast = fastgen.accelerate(Plain().eval())
+    assert fast.forward.__self__.sources[("x",)].text.count(".contiguous()") == 1  # what the caller gets
+
+
+class Remembering(nn.Module):
+    """Sets an attribute that it did not have."""
+
+    def __init__(self):
+        super().__init__()
+        self.up = nn.ConvTranspose2d(3, 4, 4, 2, 1)
+
+    def forward(self, x):
+        self.features = self.up(x)
+        return self.features.relu()
+
+
+@torch.no_grad()
+def test_attributes_that_forward_sets():
+    fast = fastgen.accelerate(Remembering().eval())
+    assert "forward" not in fast.__dict__
+    fast(torch.randn(1, 3, 2, 2))
+    assert fast.features.shape == (1, 4, 4, 4)
