@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
@@ -151,9 +152,8 @@ class Tracer(TorchDispatchMode):
         self.graph = Graph(TRACE_BATCH)
         self.tape = Tape(labels)
         self.module = ""  # path of the module whose forward is running
-        self._shadows: dict[
-            int, tuple[Tensor, Tensor]
-        ] = {}  # storage -> (flat codes, a tensor that keeps the storage alive)
+        # storage -> (flat codes, the storage, which keeps its key but not its memory)
+        self._shadows: dict[int, tuple[Tensor, StorageWeakRef]] = {}
 
     # Shadows.
 
@@ -179,7 +179,9 @@ class Tracer(TorchDispatchMode):
                 if self.tape.depends(whole):
                     raise self.unsupported("writing the image into a part of a label-dependent tensor")
                 flat = self._outside_codes(whole) * (whole.cpu() != 0)
-            self._shadows[key] = (flat, tensor)
+            # New memory costs more than all else here: that of tensors which are gone is taken again.
+            self._shadows = {k: shadow for k, shadow in self._shadows.items() if not shadow[1].expired()}
+            self._shadows[key] = (flat, StorageWeakRef(tensor.untyped_storage()))
         flat, _ = self._shadows[key]
         torch.as_strided(flat, tensor.shape, tensor.stride(), tensor.storage_offset()).copy_(codes)
 
