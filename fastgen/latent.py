@@ -39,7 +39,7 @@ def linear(a: Tensor, b: Tensor, t: float | Tensor) -> Tensor:
 def spherical(a: Tensor, b: Tensor, t: float | Tensor) -> Tensor:
     """The way along the great circle: sin((1-t) w) / sin(w) a + sin(t w) / sin(w) b, w the angle between a and b.
 
-    White 2016 (1609.04468), section 2.1: latents of many dimensions lie near a sphere, whose inside, through which the
+    White 2016 (1609.04468): latents of many dimensions lie near a sphere, whose inside, through which the
     straight line goes, the generator has hardly seen.  Where the angle is 0 or 180 degrees, or a latent is zero, this
     is `linear`.  Arguments and result are those of `linear`; angles are computed in float64.
     """

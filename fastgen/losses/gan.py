@@ -73,10 +73,10 @@ class MinimaxLoss(NonSaturatingLoss):
 
 
 class LeastSquaresLoss(AdversarialLoss):
-    """LSGAN (Mao et al. 2017, 1611.04076), equation 2: targets a of generated, b of real images, c what G wants.
+    """LSGAN (Mao et al. 2017, 1611.04076): targets a of generated, b of real images, c what G wants.
 
     discriminator: mean (s(x) - b)^2 / 2 + mean (s(G(z)) - a)^2 / 2; generator: mean (s(G(z)) - c)^2 / 2.
-    The defaults are equation 9 of the paper; a=-1, b=1, c=0 is equation 8, which minimises a Pearson chi^2 divergence.
+    The defaults are the paper's 0-1 coding; its other choice, a=-1, b=1, c=0, minimises a Pearson chi^2 divergence.
     """
 
     def __init__(self, a: float = 0.0, b: float = 1.0, c: float = 1.0) -> None:
@@ -91,7 +91,7 @@ class LeastSquaresLoss(AdversarialLoss):
 
 
 class WassersteinLoss(AdversarialLoss):
-    """Wasserstein GAN (Arjovsky, Chintala, Bottou 2017, 1701.07875), equation 2 and algorithm 1.
+    """Wasserstein GAN (Arjovsky, Chintala, Bottou 2017, 1701.07875), algorithm 1.
 
     discriminator (critic): mean s(G(z)) - mean s(x); generator: -mean s(G(z)).  `constrain` clips the critic's weights
     to [-clip, clip] after each of its steps.
@@ -144,7 +144,7 @@ class WassersteinGPLoss(AdversarialLoss):
 
 
 class HingeLoss(AdversarialLoss):
-    """Geometric GAN (Lim & Ye 2017, 1705.02894); Miyato et al. 2018 (1802.05957), equations 16 and 17.
+    """Geometric GAN (Lim & Ye 2017, 1705.02894); Miyato et al. 2018 (1802.05957).
 
     discriminator: mean max(0, 1 - s(x)) + mean max(0, 1 + s(G(z))); generator: -mean s(G(z)).
     """
@@ -157,16 +157,15 @@ class HingeLoss(AdversarialLoss):
 
 
 class BEGANLoss(AdversarialLoss):
-    """Boundary equilibrium GAN (Berthelot, Schumm, Metz 2017, 1703.10717), sections 3.3 and 3.4.
+    """Boundary equilibrium GAN, BEGAN (Berthelot, Schumm, Metz 2017, 1703.10717).
 
-    The discriminator is an autoencoder, and its "scores" are the reconstruction errors L >= 0 of the images (equation
-    1).
+    The discriminator is an autoencoder, and its "scores" are the reconstruction errors L >= 0 of the images.
 
     discriminator: mean L(x) - k_t mean L(G(z)); generator: mean L(G(z)).  `update`, called once per step, moves k::
 
         k_{t+1} = clip(k_t + lambda_k (gamma L(x) - L(G(z))), 0, 1)        k_0 = 0
 
-    which keeps E L(G(z)) at gamma E L(x), the equilibrium of equation 5.
+    which keeps E L(G(z)) at gamma E L(x).
 
     Args:
         gamma: the diversity ratio, 0..1; lower is sharper and less diverse (the paper shows 0.3 to 0.7).
@@ -205,7 +204,7 @@ class BEGANLoss(AdversarialLoss):
 
     @torch.no_grad()
     def convergence(self, real: Tensor, fake: Tensor) -> float:
-        """The global measure M = L(x) + |gamma L(x) - L(G(z))| of section 3.4.1; it falls as training converges."""
+        """The global measure M = L(x) + |gamma L(x) - L(G(z))|; it falls as training converges."""
         error = real.double().mean()
         return float(error + (self.gamma * error - fake.double().mean()).abs())
 

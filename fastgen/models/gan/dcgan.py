@@ -10,8 +10,8 @@ from fastgen.models.gan.base import AdversarialModel, one_of, positive, with_lab
 from fastgen.nn import ConvTransposeBNAct
 
 START = 4  # pixels a side of the generator's first and the discriminator's last feature map
-SLOPE = 0.2  # section 3
-WEIGHT_STD = 0.02  # section 3
+SLOPE = 0.2  # section 4
+WEIGHT_STD = 0.02  # section 4
 NORMS = ("batch", "layer", "none")
 
 
@@ -103,7 +103,7 @@ class Discriminator(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """Images [N, C, S, S] -> mean absolute error [N] of their reconstruction (Berthelot et al. 2017, equation 1)."""
+    """Images [N, C, S, S] -> mean absolute error [N] of their reconstruction (Berthelot et al. 2017)."""
 
     def __init__(self, channels: int, latent_dim: int, widths: list[int], norm: str) -> None:
         super().__init__()
@@ -147,7 +147,7 @@ def _norm(kind: str, width: int) -> list[nn.Module]:
 
 
 def _initialize_autoencoder(module: nn.Module) -> None:
-    """He et al. 2015 (1502.01852), equation 10: of weights from N(0, 0.02^2) no signal is left after six layers."""
+    """He et al. 2015 (1502.01852): of weights from N(0, 0.02^2) no signal is left after six layers."""
     if not isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
         return
     taps = math.prod(module.kernel_size)

@@ -105,7 +105,7 @@ class Discriminator(nn.Module):
 
 
 class Autoencoder(nn.Module):
-    """Images [N, C, H, W] -> mean absolute error [N] of their reconstruction (Berthelot et al. 2017, equation 1)."""
+    """Images [N, C, H, W] -> mean absolute error [N] of their reconstruction (Berthelot et al. 2017)."""
 
     def __init__(self, image_shape: tuple[int, int, int], latent_dim: int, hidden: list[int]) -> None:
         super().__init__()
@@ -122,7 +122,7 @@ class Autoencoder(nn.Module):
 
 
 class Maxout(nn.Module):
-    """[N, a] -> [N, b]: the largest of `PIECES` linear functions (Goodfellow et al. 2013, "Maxout networks", eq. 1)."""
+    """[N, a] -> [N, b]: the largest of `PIECES` linear functions (Goodfellow et al. 2013, "Maxout networks")."""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
