@@ -14,7 +14,7 @@ from typing import Any
 HELP = "Frechet distance and Inception score of a checkpoint"
 EXAMPLES = """examples:
   fastgen score runs/dcgan-digits/model.safetensors --data digits
-  fastgen score model.safetensors --data photos/ -n 10000 --inception pt_inception-2015-12-05-6726825d.pth
+  fastgen score model.safetensors --data photos/ -n 10000 --inception weights-inception-2015-12-05-6726825d.pth
 """
 
 

@@ -23,12 +23,14 @@ EXAMPLES = """examples:
   fastgen train pixelcnn --data patches --levels 32 --steps 40000 --out runs/patches --resume
   fastgen train pixelcnnpp --data digits --num-filters 32 --num-blocks 1 --dropout 0.2 --lr 3e-3 --minutes 3
   fastgen train pixelcnnpp --data patches --num-filters 32 --num-blocks 2 --steps 20000
-  fastgen train dcgan --data digits --num-filters 32 --batch-size 64 --lr 5e-4 --ema-decay 0.99 --minutes 5
+  fastgen train dcgan --data digits --scores
   fastgen train dcgan --loss wgan-gp --data photos/ --size 64 --steps 50000
 """
 DEFAULT_STEPS = 10_000
 GRID = 64
 DCGAN_SIZE = 32  # where --size is not given
+DIGITS_FILTERS = 16
+ON_DIGITS = "dcgan --data digits"  # has other defaults than those published: `training.gan.DIGITS`
 
 # option -> (type, help) of what is handed to the model's constructor when it is given
 MODEL_OPTIONS: dict[str, tuple[Any, str]] = {
@@ -60,6 +62,7 @@ TRAINING_OPTIONS = {
 }
 ADVERSARIAL_OPTIONS = {
     "loss": ("loss", "what generator and discriminator minimise"),
+    "loss_options": ("loss_options", "arguments of the loss, as gamma=0.7,lambda_k=0.01 for began"),
     "critic_steps": ("critic_steps", "steps of the discriminator for one of the generator"),
     "beta1": ("beta1", "Adam's decay of the mean gradient"),
     "beta2": ("beta2", "Adam's decay of the mean square gradient"),
@@ -70,6 +73,7 @@ ADVERSARIAL_OPTIONS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from fastgen import models
     from fastgen.training import LOSSES, GANConfig, TrainConfig, recipes
+    from fastgen.training.gan import DIGITS
 
     parser.add_argument("model", metavar="MODEL", choices=models.names(), help=f"one of {', '.join(models.names())}")
     shared.add_data(parser)
@@ -84,15 +88,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the run (default: runs/MODEL-DATA)")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     parser.add_argument(
-        "--steps", type=int, metavar="N", help=f"steps in all (default: {DEFAULT_STEPS} without --minutes)"
+        "--steps",
+        type=int,
+        metavar="N",
+        help=f"steps in all (default: {DEFAULT_STEPS} without --minutes; {ON_DIGITS}: {DIGITS['max_steps']})",
     )
     parser.add_argument("--minutes", type=float, metavar="M", help="minutes in all; ends the run like --steps")
     parser.add_argument("--unconditional", action="store_true", help="ignore the labels of the data")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    group = parser.add_argument_group("model (defaults: as published)")
+    group = parser.add_argument_group(f"model (defaults: as published; {ON_DIGITS}: --num-filters {DIGITS_FILTERS})")
     for name, (kind, text) in MODEL_OPTIONS.items():
         group.add_argument(_flag(name), type=kind, metavar=METAVARS[kind], help=text)
     by_loss = {f"--loss {name}": recipe.training for name, recipe in LOSSES.items()}
+    by_loss[ON_DIGITS] = DIGITS
+    by_loss |= {f"{ON_DIGITS} --loss {name}": recipe.digits for name, recipe in LOSSES.items()}
     plain = {field.name: field.default for field in dataclasses.fields(GANConfig)}
     different = {name: value for name, value in plain.items() if value != getattr(TrainConfig, name, value)}
     others = recipes.OPTIONS | {"gan, dcgan": different} | by_loss
@@ -117,6 +126,9 @@ def _add_training(
     """Options that are fields of a configuration, each with its default, and with the defaults of others."""
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
     for name, (field, text) in options.items():
+        if field == "loss_options":
+            group.add_argument(_flag(name), type=_numbers, metavar="NAME=X,...", help=text)
+            continue
         default = defaults[field]
         more = "".join(f"; {other}: {own[field]}" for other, own in others.items() if field in own)
         allowed = (choices or {}).get(name)
@@ -142,7 +154,7 @@ def _train_likelihood(options: argparse.Namespace, kind: type) -> int:
     from fastgen.training import TrainConfig, initialize, recipes, train
 
     own = recipes.OPTIONS.get(options.model, {})
-    config = TrainConfig(**own | _training_arguments(options, TrainConfig))
+    config = TrainConfig(**own | _training_arguments(options, TrainConfig, DEFAULT_STEPS))
     train_data, val_data = (
         data.load(options.data, split=split, size=options.size, levels=options.levels, progress=not options.quiet)
         for split in ("train", "val")
@@ -163,14 +175,21 @@ def _train_adversarial(options: argparse.Namespace, kind: type) -> int:
 
     from fastgen import data
     from fastgen.training import LOSSES, GANConfig, train_gan
+    from fastgen.training.gan import DIGITS
 
-    given = _training_arguments(options, GANConfig)
-    loss = given.pop("loss", GANConfig.loss)
-    config = GANConfig.of(loss, **given)
+    loss = options.loss or GANConfig.loss
+    own = dict(LOSSES[loss].model.get(options.model, {}))
+    short: dict[str, Any] = {}
+    if options.data == "digits" and options.model == "dcgan":
+        short = DIGITS | LOSSES[loss].digits
+        own["num_filters"] = DIGITS_FILTERS
+    given = _training_arguments(options, GANConfig, short.pop("max_steps", DEFAULT_STEPS))
+    given["loss_options"] = short.get("loss_options", {}) | given.get("loss_options", {})
+    config = GANConfig.of(**({"loss": loss} | short | given))
     size = DCGAN_SIZE if options.size is None and options.model == "dcgan" else options.size
     progress = not options.quiet
     train_data = data.load(options.data, size=size, levels=options.levels, resize=True, progress=progress)
-    arguments = _model_arguments(options, kind, train_data, LOSSES[loss].model.get(options.model, {}))
+    arguments = _model_arguments(options, kind, train_data, own)
     torch.manual_seed(config.seed)
     model: Any = kind(**arguments)
     score = _scorer(options, model) if options.scores else None
@@ -226,9 +245,18 @@ def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def _training_arguments(options: argparse.Namespace, config: Any) -> dict[str, Any]:
+def _numbers(text: str) -> dict[str, float]:
+    """``a=1,b=0.5`` -> numbers by name."""
+    try:
+        pairs = [part.split("=") for part in text.split(",")]
+        return {name: float(value) for name, value in pairs}
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected NAME=NUMBER,..., got {text!r}") from None
+
+
+def _training_arguments(options: argparse.Namespace, config: Any, default_steps: int) -> dict[str, Any]:
     """The limits and the options that were given, as fields of a configuration."""
-    steps = DEFAULT_STEPS if options.steps is None and options.minutes is None else options.steps
+    steps = default_steps if options.steps is None and options.minutes is None else options.steps
     seconds = None if options.minutes is None else 60 * options.minutes
     arguments: dict[str, Any] = {"max_steps": steps, "max_seconds": seconds}
     takes = {field.name for field in dataclasses.fields(config)}

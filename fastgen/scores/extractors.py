@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from fastgen import checkpoint
 
 Extractor = Callable[[Tensor], tuple[Tensor, Tensor]]  # uint8 [N, C, H, W], 256 levels -> [N, D], [N, K]
 
@@ -53,8 +56,8 @@ def extract(extractor: Extractor, images: Tensor, levels: int, *, batch_size: in
 def inception(weights: str | os.PathLike[str]) -> Extractor:
     """Inception v3 as published scores use it: 2048 pooled features, logits of 1008 classes.
 
-    Needs torch-fidelity, ``pip install 'fastgen[inception]'``, and the weights that it names
-    ``pt_inception-2015-12-05-6726825d.pth``; nothing is downloaded.  Images of one channel are given as grey ones.
+    Needs torch-fidelity, ``pip install 'fastgen[inception]'``, and the weights that its authors publish as
+    ``weights-inception-2015-12-05-6726825d.pth``; nothing is downloaded.  Images of one channel are shown as grey.
 
     Raises:
         ValueError: there is no such file, or it does not hold these weights.
@@ -64,13 +67,18 @@ def inception(weights: str | os.PathLike[str]) -> Extractor:
         raise ValueError(f"{weights}: no such file; the weights of Inception v3 are not downloaded")
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-    except ImportError as error:
+    except (ImportError, RuntimeError) as error:  # RuntimeError: a torchvision that is not for this torch
         raise RuntimeError(f"Inception v3 needs torch-fidelity: pip install 'fastgen[inception]' ({error})") from error
-    try:
-        network: Any = FeatureExtractorInceptionV3(
-            "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(weights)
-        )
-    except Exception as error:  # torch.load has no common base class
-        raise ValueError(f"{weights}: not the weights of Inception v3: {str(error).partition(chr(10))[0]}") from error
+    state = checkpoint.load_state_dict_file(weights)
+    with tempfile.TemporaryDirectory() as folder:  # torch-fidelity would run code from the file; now it holds none
+        safe = Path(folder) / "inception.pth"
+        torch.save(state, safe)
+        try:
+            network: Any = FeatureExtractorInceptionV3(
+                "inception-v3-compat", ["2048", "logits_unbiased"], feature_extractor_weights_path=str(safe)
+            )
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0]
+            raise ValueError(f"{weights}: these are not the weights of Inception v3: {reason}") from error
     network.eval().requires_grad_(False)
     return lambda images: network(images.expand(-1, 3, -1, -1) if images.shape[1] == 1 else images)

@@ -15,6 +15,7 @@ from PIL import Image
 from fastgen import checkpoint, losses, models, training
 from fastgen.training import LOSSES, GANConfig
 from fastgen.training.batches import batch_indices
+from fastgen.training.gan import DIGITS
 from fastgen.training.gan.state import GANState
 
 STEPS = 7
@@ -250,6 +251,13 @@ def test_wgan_clips_and_began_balances(tmp_path):
     assert 0 < tensors["training/loss/k"] == read_log(tmp_path)[-1]["k"]
 
 
+def test_options_of_the_loss(tmp_path):
+    run(tmp_path, "began", loss_options={"lambda_k": 0.5, "gamma": 1.0}, max_steps=2)
+    assert read_log(tmp_path)[-1]["k"] > 0.02
+    with pytest.raises(ValueError, match="cannot resume: loss_options was"):
+        run(tmp_path, "began", resume=True)
+
+
 def test_unlabelled_data():
     data = SimpleNamespace(images=dataset().images, labels=None)
     model = build(num_classes=None)
@@ -294,6 +302,8 @@ def test_refusals(tmp_path):
     [
         ({"loss": "mean"}, "loss: expected one of non-saturating, minimax, .*, got 'mean'"),
         ({"critic_steps": 0}, "critic_steps: expected an integer of at least 1, got 0"),
+        ({"loss_options": {"gamma": 1.0}}, "loss_options: hinge does not take {'gamma': 1.0}"),
+        ({"loss": "began", "loss_options": {"gamma": 2.0}}, "gamma: expected a number in 0..1, got 2.0"),
         ({"log_every": 1.5}, "log_every: expected an integer of at least 1, got 1.5"),
         ({"beta1": 1.0}, "beta1: expected a number of at least 0 and below 1, got 1.0"),
         ({"max_steps": None}, "GANConfig: expected max_steps, max_seconds or both, got neither"),
@@ -308,7 +318,8 @@ def test_bad_options(options, text):
 @EVERY_LOSS
 def test_recipes_are_valid(loss):
     made = GANConfig.of(loss, max_steps=1)
-    assert isinstance(LOSSES[loss].make(), losses.AdversarialLoss)
+    assert isinstance(made.make_loss(), losses.AdversarialLoss)
+    GANConfig.of(loss, **DIGITS | LOSSES[loss].digits)
     assert all(getattr(made, name) == value for name, value in LOSSES[loss].training.items())
     for name in LOSSES[loss].model:
         assert isinstance(build(loss, name), models.AdversarialModel)

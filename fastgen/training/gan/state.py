@@ -12,7 +12,7 @@ from torch import Tensor
 from fastgen import checkpoint
 from fastgen.checkpoint import TRAINING_PREFIX
 from fastgen.models import AdversarialModel
-from fastgen.training.gan.config import LOSSES, GANConfig
+from fastgen.training.gan.config import GANConfig
 from fastgen.training.state import optimizer_tensors, part, read_run, restore_optimizer
 
 GENERATOR, LOSS = (TRAINING_PREFIX + name for name in ("generator/", "loss/"))
@@ -38,7 +38,7 @@ class GANState:
         self.average = self.averaged = copy.deepcopy(model)
         self.averaged.generator.eval().requires_grad_(False)
         self.averaged.discriminator = model.discriminator
-        self.loss = LOSSES[config.loss].make().to(next(model.parameters()).device)
+        self.loss = config.make_loss().to(next(model.parameters()).device)
         # One optimiser serves both: it leaves out what has no gradient, and counts steps for each parameter.
         self.optimizer = torch.optim.Adam(
             model.parameters(), lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True
