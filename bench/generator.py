@@ -135,10 +135,10 @@ def compiled(network: nn.Module, freezing: bool, *inputs: Tensor) -> Module:
     return function
 
 
-def timed(call: Callable[[], Any]) -> tuple[Any, float]:
-    start = time.perf_counter()
+def timed(call: Callable[[], Any], clock: Callable[[], float] = time.perf_counter) -> tuple[Any, float]:
+    start = clock()
     result = call()
-    return result, time.perf_counter() - start
+    return result, clock() - start
 
 
 def channels_last(value: Any) -> Any:
@@ -147,6 +147,7 @@ def channels_last(value: Any) -> Any:
 
 def build(kind: Callable[..., Any], sizes: Sequence[int], batch: int, with_compile: bool) -> Work:
     import fastgen
+    from fastgen import backends
 
     network = make(kind, *sizes)
     inputs = network.inputs(batch)
@@ -170,6 +171,9 @@ def build(kind: Callable[..., Any], sizes: Sequence[int], batch: int, with_compi
         except Exception as error:  # whatever the compiler's stack raises: it is not what is measured
             skipped[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
     add("fastgen", partial(fastgen.accelerate, network), rows, baseline=False)
+    if hasattr(backends.native_cpu(), "conv_bn_act_bfloat16"):
+        half = tuple(x.bfloat16() for x in rows)
+        add("fastgen bf16", lambda: fastgen.accelerate(network).bfloat16(), half, baseline=False)
     weights = sum(parameter.numel() for parameter in network.parameters())
     numbers = weights + exact.numel() + sum(x.numel() for x in inputs)
     return Work(providers, flops(network, inputs), 4 * numbers, skipped)
@@ -205,11 +209,14 @@ def sizes_of(count: int) -> list[tuple[int, int]]:
 
 
 def new_sizes(module: Module, inputs: Sequence[Sequence[Tensor]]) -> dict[str, float]:
-    """How much longer the first call of a size takes than the later ones."""
+    """How much longer the first call of a size takes than the later ones, in processor time: other processes do not
+    count, whatever is prepared for a size does.
+    """
     ratios, worst = [], 0.0
     for given in inputs:
-        _, first = timed(partial(infer, module, *given))
-        later = [timed(partial(infer, module, *given))[1] for _ in range(STEADY_CALLS)]
+        call = partial(infer, module, *given)
+        _, first = timed(call, time.process_time)
+        later = [timed(call, time.process_time)[1] for _ in range(STEADY_CALLS)]
         ratios.append(first / statistics.median(later))
         worst = max(worst, first)
     ratios.sort()
