@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from fastgen import Sampler, bits_per_dim, checkpoint, models, ops
+import fastgen
+from fastgen import Sampler, bits_per_dim, checkpoint, losses, models, ops
 from fastgen.models.gan.base import CHUNK, with_labels
 from fastgen.models.gan.gan import Maxout
 
@@ -176,6 +177,33 @@ def test_a_training_step_of_the_generator_is_that_of_plain_modules():
         torch.testing.assert_close(ours.grad, theirs.grad, msg=name)
     for ours, theirs in zip(model.generator.blocks.buffers(), plain.buffers(), strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_images_of_dcgan_do_not_depend_on_threads():
+    model, images = build(), []
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            images.append(model.sample(CHUNK + 1, seed=2))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(images[0], images[1]) and torch.equal(images[0], images[2])
+
+
+def test_gradient_penalty_through_fused_blocks():
+    """Second derivatives of an autoencoder's error, and of the generator's images, are those of plain PyTorch."""
+    results = []
+    for backend in ("cpu", "reference"):
+        with fastgen.backend(backend):
+            model = build("dcgan-autoencoder").double().train()
+            z = model.latents(4).double()
+            torch.manual_seed(0)
+            real = torch.rand(4, 1, 16, 16, dtype=torch.float64)
+            losses.gradient_penalty(model.discriminator, real, model(z)).backward()
+            results.append([p.grad for p in model.parameters()])
+    for ours, truth in zip(*results, strict=True):
+        torch.testing.assert_close(ours, truth, rtol=1e-7, atol=1e-9)
 
 
 def test_dcgan_starts_from_narrow_normal_weights():

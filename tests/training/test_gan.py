@@ -226,6 +226,23 @@ def test_the_average_is_of_the_generator_with_its_statistics():
     assert not state.averaged.generator.training
 
 
+def test_samples_of_the_average_follow_it():
+    """No weights of an earlier step are served, and sampling in between changes nothing."""
+    data, states = dataset(size=16), [GANState(build(name="dcgan").train(), config(ema_decay=0.5)) for _ in range(2)]
+    for step in range(3):
+        for state in states:
+            torch.manual_seed(step)
+            _, scores = state.update_discriminator(data.images[:5], data.labels[:5])
+            state.update_generator(scores, data.labels[:5])
+        images = [m.sample(3, labels=1) for m in (states[0].averaged, states[0].networks)]
+        for model, drawn in zip((states[1].averaged, states[1].networks), images, strict=True):
+            fresh = build(name="dcgan")
+            fresh.load_state_dict(model.state_dict())
+            assert torch.equal(fresh.sample(3, labels=1), drawn)
+    pairs = zip(states[0].averaged.state_dict().values(), states[1].averaged.state_dict().values(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
 def test_the_critic_takes_its_steps_on_batches_of_their_own(monkeypatch):
     seen = []
     update = GANState.update_discriminator

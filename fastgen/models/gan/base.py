@@ -112,8 +112,9 @@ class AdversarialModel(torch.nn.Module):
 
         An image is a function of (weights, seed, index, label), bit for bit: a convolution may round differently for
         another batch size, so the generator always works on `CHUNK` samples at a time, sample i in place i % CHUNK of
-        its chunk, and what was not asked for is thrown away.  Another number of threads may change the last bit of
-        PyTorch's sums, and so, rarely, a level.
+        its chunk, and what was not asked for is thrown away.  The fused blocks of DCGAN give the same bits on any
+        number of threads; in PyTorch's linear layers, which `GAN` has, that may change a last bit and so, rarely, a
+        level.
 
         Args:
             n: number of images.
