@@ -169,7 +169,8 @@ class BEGANLoss(AdversarialLoss):
 
     Args:
         gamma: the diversity ratio, 0..1; lower is sharper and less diverse (the paper shows 0.3 to 0.7).
-        lambda_k: learning rate of k.
+        lambda_k: learning rate of k, which takes about 1 / (lambda_k L) steps to take hold: the published 0.001 is for
+            hundreds of thousands of steps.
 
     Attributes:
         k: buffer, 0-d float64; part of the state dict.
