@@ -17,6 +17,7 @@ from fastgen import ops
 from fastgen.acceleration import blocks
 from fastgen.acceleration.report import Entry, Report
 from fastgen.acceleration.tracing import Trace, has_hooks
+from fastgen.acceleration.writes import written
 
 
 class _Skip(Exception):
@@ -59,7 +60,7 @@ def fuse(trace: Trace, prefix: str) -> tuple[Report, set[str]]:
 
 
 class _Chain:
-    """The nodes from a convolution to its activation, each the only user of the one before."""
+    """The nodes from a convolution to its activation, each the only user of the one before, or the first, in place."""
 
     def __init__(self, trace: Trace, node: fx.Node, prefix: str, report: Report) -> None:
         self.trace, self.prefix, self.report = trace, prefix, report
@@ -82,7 +83,8 @@ class _Chain:
         with self.trace.graph.inserting_before(first):
             tensors = [self._fetch(tensor) for link in links for tensor in link.tensors]
             fused = self.trace.graph.call_function(function, (input, *tensors), options)
-        self.nodes[-1].replace_all_uses_with(fused)
+        for node in self.nodes:
+            node.replace_all_uses_with(fused, lambda user: user not in self.nodes)
         for node in reversed(self.nodes):
             if node.op == "call_module":
                 self.bypassed.add(str(node.target))
@@ -106,16 +108,19 @@ class _Chain:
         return links
 
     def _next(self, match: Callable[[fx.Node, Trace], _Link | None]) -> _Link | None:
-        users = list(self.nodes[-1].users)
-        if len(users) != 1:
-            if any(_matches(match, user, self.trace) for user in users):
+        last = self.nodes[-1]
+        first = next((node for node in self.trace.graph.nodes if node in last.users), None)
+        if first is None:
+            return None
+        if len(last.users) > 1 and last not in written(first, self.trace):  # in place, all others see what it does
+            if any(_matches(match, user, self.trace) for user in last.users):
                 raise _Skip("what it takes is used elsewhere too")
             return None
-        link = match(users[0], self.trace)
+        link = match(first, self.trace)
         if link is not None:
-            if _input(users[0]) is not self.nodes[-1]:
+            if _input(first) is not last:
                 return None
-            self.nodes.append(users[0])
+            self.nodes.append(first)
         return link
 
     def _pass_identities(self) -> None:

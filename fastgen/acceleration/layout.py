@@ -7,9 +7,8 @@ strides; or, where a copy would part it from something that is written to in pla
 
 from __future__ import annotations
 
-import inspect
 import operator
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +18,7 @@ from fastgen import ops
 from fastgen.acceleration import blocks
 from fastgen.acceleration.chains import is_identity
 from fastgen.acceleration.tracing import Trace
+from fastgen.acceleration.writes import IN_PLACE, written
 
 # Take any strides.
 _ACTIVATIONS = (
@@ -50,9 +50,8 @@ _NEW = {  # return new memory
     *(torch.add, torch.sub, torch.mul, torch.div, torch.cat, torch.concat, torch.tanh, torch.sigmoid, torch.relu),
     *(F.batch_norm, F.instance_norm, F.pad, F.interpolate, F.avg_pool2d, F.gelu, F.softplus, F.tanh, F.sigmoid),
 }
-_IN_PLACE = {blocks.iadd, blocks.isub, blocks.imul, blocks.itruediv}
 _FUNCTIONS = {
-    *(_NEW | _IN_PLACE),
+    *(_NEW | IN_PLACE),
     *(operator.getitem, F.relu, F.leaky_relu, F.elu, F.silu, F.hardtanh),
     *(torch.relu_, torch.tanh_, torch.sigmoid_, F.relu_, F.leaky_relu_, F.elu_, F.hardtanh_),
 }
@@ -105,7 +104,7 @@ def _written_behind(trace: Trace, loose: set[fx.Node], copies: Iterable[_Use]) -
     """Where the memory comes from that would be copied and, from then on, written to: both would have to see it."""
     order = {node: i for i, node in enumerate(trace.graph.nodes)}
     memory = _memory(trace)
-    writes = [(order[node], memory[target]) for node in order for target in _written(node, trace)]
+    writes = [(order[node], memory[target]) for node in order for target in written(node, trace)]
     torn = {what for node, source in copies for at, what in writes if what is memory[source] and at >= order[node]}
     return {node for node in loose if memory[node] in torn and not _may_alias(node, trace)}
 
@@ -154,36 +153,10 @@ def _memory(trace: Trace) -> dict[fx.Node, fx.Node]:
 
 
 def _may_alias(node: fx.Node, trace: Trace) -> bool:
-    if "out" in node.kwargs or any(True for _ in _written(node, trace)):
+    if "out" in node.kwargs or any(True for _ in written(node, trace)):
         return True
     if node.op == "call_module":
         return not isinstance(trace.modules[str(node.target)], _LAYERS) or is_identity(node, trace)
     if node.op == "call_method":
         return node.target not in _ELEMENTWISE
     return node.target not in _NEW and node.target not in (F.relu, F.leaky_relu, F.elu, F.silu, F.hardtanh)
-
-
-def _written(node: fx.Node, trace: Trace) -> Iterator[fx.Node]:
-    """The inputs that a node may change; of a module that is not one of PyTorch's, all."""
-    out = node.kwargs.get("out")
-    if isinstance(out, fx.Node):
-        yield out
-    inputs = node.all_input_nodes
-    if node.op == "call_module":
-        module = trace.modules[str(node.target)]
-        known = type(module).__module__.startswith("torch.nn.")
-        yield from inputs if not known or getattr(module, "inplace", False) else ()
-    elif node.op in ("call_method", "call_function"):
-        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-        if node.target in _IN_PLACE or (name.endswith("_") and not name.endswith("__")) or _is_in_place(node):
-            yield from inputs[:1]
-
-
-def _is_in_place(node: fx.Node) -> bool:
-    """Of functions with an argument ``inplace``."""
-    if node.op != "call_function":
-        return False
-    try:
-        return bool(inspect.signature(node.target).bind(*node.args, **node.kwargs).arguments.get("inplace"))  # type: ignore[arg-type]
-    except (TypeError, ValueError):  # built in: these have none
-        return False

@@ -31,7 +31,7 @@ FUSED = {
     "norms elsewhere": ["ConvTranspose2d + BatchNorm2d + relu", "ConvTranspose2d + BatchNorm2d + elu"],
     "pre-activation": ["Conv2d + BatchNorm2d + relu", "Conv2d", "ConvTranspose2d"],
     "pix2pix": [
-        *["Conv2d + BatchNorm2d", "Conv2d + BatchNorm2d", "Conv2d + BatchNorm2d + ReLU"],
+        *(["Conv2d + BatchNorm2d + LeakyReLU"] * 2 + ["Conv2d + BatchNorm2d + ReLU"]),
         *["ConvTranspose2d + BatchNorm2d", "ConvTranspose2d + BatchNorm2d", "ConvTranspose2d + Tanh"],
     ],
     "unet": [

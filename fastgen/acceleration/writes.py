@@ -1,0 +1,40 @@
+"""Which nodes of a graph write to memory that they are given."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+
+from torch import fx
+
+from fastgen.acceleration import blocks
+from fastgen.acceleration.tracing import Trace
+
+IN_PLACE = {blocks.iadd, blocks.isub, blocks.imul, blocks.itruediv}
+
+
+def written(node: fx.Node, trace: Trace) -> Iterator[fx.Node]:
+    """The inputs that a node may change; of a module that is not one of PyTorch's, all."""
+    out = node.kwargs.get("out")
+    if isinstance(out, fx.Node):
+        yield out
+    inputs = node.all_input_nodes
+    if node.op == "call_module":
+        module = trace.modules[str(node.target)]
+        known = type(module).__module__.startswith("torch.nn.")
+        yield from inputs if not known or getattr(module, "inplace", False) else ()
+    elif node.op in ("call_method", "call_function"):
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        if node.target in IN_PLACE or (name.endswith("_") and not name.endswith("__")) or _is_in_place(node):
+            yield from inputs[:1]
+
+
+def _is_in_place(node: fx.Node) -> bool:
+    """Of functions with an argument ``inplace``."""
+    function = node.target
+    if node.op != "call_function" or not callable(function):
+        return False
+    try:
+        return bool(inspect.signature(function).bind(*node.args, **node.kwargs).arguments.get("inplace"))
+    except (TypeError, ValueError):  # built in: these have none
+        return False
