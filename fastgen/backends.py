@@ -78,6 +78,11 @@ def select(op: str, *args: Any, **kwargs: Any) -> Callable[..., Any]:
     raise RuntimeError(f"{op}: no backend can be used: {reasons(op, *args, **kwargs)}")
 
 
+def is_free(name: str) -> bool:
+    """Whether no backend is forced, and this one can run in this process."""
+    return _forced.get() in (None, "auto") and _environment() == "auto" and unavailable(name) is None
+
+
 def reasons(op: str, *args: Any, **kwargs: Any) -> dict[str, str | None]:
     """Why each backend could not serve `op` called with these arguments; None for those that could."""
     _entries(op)

@@ -7,8 +7,7 @@ import math
 import pytest
 import torch
 
-from fastgen import latent, models
-from fastgen.ops import philox
+from fastgen import latent, models, ops
 
 A, B = torch.tensor([3.0, 0.0, 0.0]), torch.tensor([0.0, 2.0, 0.0])
 METHOD = pytest.mark.parametrize("method", latent.METHODS)
@@ -88,7 +87,7 @@ def test_arithmetic():
 @pytest.mark.parametrize("limit", [0.1, 0.5, 1.0, 2.0, 4.0])
 def test_truncated_latents_are_truncated_normal(limit):
     """Against the distribution of drawing again until inside: its CDF, by Kolmogorov and Smirnov."""
-    z = philox.normal(500, (400,)).flatten()
+    z = ops.normal(500, (400,)).flatten()
     values = latent.truncate(z, limit)
     assert values.dtype == z.dtype and values.abs().max() <= limit
     inside = values.double().sort().values

@@ -7,5 +7,16 @@ from fastgen.ops.conv2d_bn_act import conv2d_bn_act
 from fastgen.ops.conv_transpose2d_bn_act import conv_transpose2d_bn_act
 from fastgen.ops.logistic_mixture_nll import logistic_mixture_nll
 from fastgen.ops.masked_conv2d import conv_mask, masked_conv2d
+from fastgen.ops.normal import normal
+from fastgen.ops.reparameterize import reparameterize
 
-__all__ = ["conv2d_bn_act", "conv_mask", "conv_transpose2d_bn_act", "logistic_mixture_nll", "masked_conv2d", "philox"]
+__all__ = [
+    "conv2d_bn_act",
+    "conv_mask",
+    "conv_transpose2d_bn_act",
+    "logistic_mixture_nll",
+    "masked_conv2d",
+    "normal",
+    "philox",
+    "reparameterize",
+]

@@ -13,14 +13,12 @@ used for                           position        block       lane
 colour channel c of pixel (y, x)
 `LogisticMixture` head:            ``y * W + x``   0           0: mixture index; 1, 2, 3: logistic draws of channels
 pixel (y, x)                                                   0, 1, 2 (one channel: lane 1)
-normals: element e of a latent     ``e // 4``      0           Box-Muller on the lane pairs (0, 1) and (2, 3)
+normals: element e of draw s of    ``e // 4``      s           Box-Muller on the lane pairs (0, 1) and (2, 3); a latent
+a sample                                                       is draw 0
 =================================  ==============  ==========  =======================================================
 """
 
 from __future__ import annotations
-
-import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -61,28 +59,16 @@ def uniform(seed: int, block: int | Tensor, position: int | Tensor, sample: int 
     return ((uint32(seed, block, position, sample) >> 8) | 1).float() * 2.0**-24
 
 
-def normal(n: int, shape: Sequence[int], *, seed: int = 0, start: int = 0) -> Tensor:
-    """Standard normal numbers of the samples start .. start+n-1 of a seed: float32 [n, *shape], on the CPU.
-
-    Box-Muller on consecutive uniforms: elements 2i and 2i+1 of a sample are r cos(a) and r sin(a) with
-    r = sqrt(-2 log u) and a = 2 pi v, (u, v) being the i-th pair of lanes.  Evaluated in float64 and rounded once, so
-    that sample i depends on neither n nor start.  The largest magnitude is 5.77.
-
-    Raises:
-        TypeError: an argument is not of an integer type.
-        ValueError: an argument is negative or too large.
+def check_seed(seed: int) -> None:
     """
-    for name, value in (("n", n), ("start", start), *(("shape", size) for size in shape)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
-        if not 0 <= value < 2**62:
-            raise ValueError(f"{name} must be in 0..2^62-1, got {value}")
-    count = math.prod(shape)
-    sample = torch.arange(start, start + n).view(-1, 1)
-    lanes = uniform(seed, 0, torch.arange(-(-count // 4)), sample).double()  # [n, blocks, 4]
-    radius, angle = (-2.0 * torch.log(lanes[..., ::2])).sqrt(), 2.0 * math.pi * lanes[..., 1::2]
-    pairs = torch.stack((radius * torch.cos(angle), radius * torch.sin(angle)), dim=-1)  # [n, blocks, 2, 2]
-    return pairs.flatten(1)[:, :count].float().reshape(n, *shape)
+    Raises:
+        TypeError: the seed is not an integer.
+        ValueError: it is not in 0..2^64-1.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed must be an int, got {type(seed).__name__}")
+    if not 0 <= seed < 2**64:
+        raise ValueError(f"seed must be in 0..2^64-1, got {seed}")
 
 
 def philox_reference(seed: int, block: Tensor, position: Tensor, sample: Tensor) -> Tensor:
@@ -114,10 +100,7 @@ def _philox_cpu(seed: int, block: Tensor, position: Tensor, sample: Tensor) -> T
 
 def _counter(seed: int, block: int | Tensor, position: int | Tensor, sample: int | Tensor) -> list[Tensor]:
     """The checked arguments as int64 tensors of one shape, on the device of the first tensor."""
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise TypeError(f"seed must be an int, got {type(seed).__name__}")
-    if not 0 <= seed < 2**64:
-        raise ValueError(f"seed must be in 0..2^64-1, got {seed}")
+    check_seed(seed)
     limits = {"block": (block, 2**32), "position": (position, 2**32), "sample": (sample, 2**63)}
     devices = [value.device for value in (block, position, sample) if isinstance(value, Tensor)]
     counter = [_words(name, value, limit, devices[0] if devices else None) for name, (value, limit) in limits.items()]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 
@@ -76,63 +74,6 @@ def test_uniforms_are_uniform():
     values = philox.uniform(7, 0, torch.arange(20000), 0).flatten().double()
     assert abs(values.mean() - 0.5) < 0.005
     assert abs(values.var() - 1 / 12) < 0.002
-
-
-def test_normals_are_box_muller_of_their_uniforms():
-    """By hand, in double precision, from the draw table."""
-    values = philox.normal(2, (3, 3), seed=9, start=4)
-    assert values.dtype == torch.float32 and values.shape == (2, 3, 3)
-    for sample, numbers in enumerate(values.flatten(1).tolist(), start=4):
-        for element, value in enumerate(numbers):
-            lanes = philox.uniform(9, 0, element // 4, sample).tolist()
-            u, v = lanes[2 * (element % 4 // 2) :][:2]
-            trigonometric = math.sin if element % 2 else math.cos
-            expected = math.sqrt(-2 * math.log(u)) * trigonometric(2 * math.pi * v)
-            assert value == torch.tensor(expected, dtype=torch.float64).float()
-
-
-def test_a_normal_depends_on_seed_sample_and_element_alone():
-    every = philox.normal(50, (13,), seed=1)
-    for n, start in ((1, 0), (1, 49), (7, 20), (0, 3)):
-        assert torch.equal(philox.normal(n, (13,), seed=1, start=start), every[start : start + n])
-    assert torch.equal(philox.normal(50, (3, 2), seed=1).flatten(1), every[:, :6])
-    assert torch.equal(philox.normal(50, (), seed=1), every[:, 0])
-    assert philox.normal(2, (0,), seed=1).shape == (2, 0)
-    assert not torch.equal(philox.normal(50, (13,), seed=2), every)
-
-
-def test_normals_are_normal():
-    values = philox.normal(20000, (50,), seed=2).double()
-    flat = values.flatten()
-    for power, moment in ((1, 0), (2, 1), (3, 0), (4, 3), (6, 15)):
-        deviation = flat.pow(power).std() / flat.numel() ** 0.5
-        assert abs(flat.pow(power).mean() - moment) < 5 * deviation, power
-    correlations = values.T @ values / len(values) - torch.eye(50)
-    assert correlations.abs().max() < 5 * (2 / len(values)) ** 0.5
-    expected = torch.special.ndtr(flat.sort().values)  # Kolmogorov-Smirnov
-    steps = torch.arange(1, len(flat) + 1) / len(flat)
-    assert (expected - steps).abs().max() < 1.95 / len(flat) ** 0.5
-
-
-def test_the_smallest_uniform_gives_the_largest_normal(monkeypatch):
-    monkeypatch.setattr(philox, "uint32", lambda *_: torch.zeros(1, 1, 4, dtype=torch.int64))
-    assert 5.76 < philox.normal(1, (1,)).item() < 5.78
-
-
-@pytest.mark.parametrize(
-    ("arguments", "error", "message"),
-    [
-        ({"n": -1}, ValueError, "n must be in 0"),
-        ({"n": 1.0}, TypeError, "n must be an integer, got float"),
-        ({"shape": (2, -1)}, ValueError, "shape must be in 0"),
-        ({"start": 2**62}, ValueError, "start must be in 0"),
-        ({"seed": -1}, ValueError, "seed must be in 0"),
-    ],
-    ids=str,
-)
-def test_errors_of_normal(arguments, error, message):
-    with pytest.raises(error, match=message):
-        philox.normal(**{"n": 1, "shape": (2,), **arguments})
 
 
 def test_integers_broadcast():

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastgen import ops
 from fastgen._arguments import check_labels
-from fastgen.ops import philox
 
 CHUNK = 16  # samples per pass through the generator
 
@@ -97,7 +97,7 @@ class AdversarialModel(torch.nn.Module):
 
     def latents(self, n: int, *, seed: int = 0, start: int = 0) -> Tensor:
         """The latents that `sample` draws for the same arguments: float32 [n, latent_dim], on the CPU."""
-        return philox.normal(n, (self.latent_dim,), seed=seed, start=start)
+        return ops.normal(n, (self.latent_dim,), seed=seed, start=start)
 
     def sample(
         self,

@@ -1,0 +1,235 @@
+// fastgen: per-isa
+//
+// z[s, n, d] = mu[n, d] + sigma[n, d] eps[s, n, d],  sigma = exp(logvar / 2),
+// kl[n] = 1/2 sum over d of (mu^2 + sigma^2 - 1 - logvar),
+// where a logvar above kMaxLogvar counts as that. eps is made in tiles that stay in the cache, in the forward pass and
+// again in the backward pass; it depends on (seed, s, start + n, d) alone. A row's sum is that of 16 partial sums on
+// every instruction set, and of its tiles, one after the other.
+#include "reparameterize.h"
+
+#include "normal_tiles.h"
+#include "vec_math.h"
+
+namespace fastgen::FASTGEN_ISA {
+namespace {
+
+constexpr double kMaxLogvar = 80;  // exp(80) is 5.5e34: finite in float32, and so are sums of thousands
+constexpr int kSums = 16;          // partial sums of a row
+
+// A whole vector: buffers are padded.
+template <class T>
+FASTGEN_INLINE Vec<T> load_numbers(const float* from) {
+    if constexpr (sizeof(T) == sizeof(float)) {
+        return load(from);
+    } else {
+        Vec<T> v{};
+        for (int i = 0; i < kLanes<T>; ++i) v[i] = from[i];
+        return v;
+    }
+}
+
+template <class T>
+FASTGEN_INLINE Vec<T> load_some(const T* from, int count) {
+    return count == kLanes<T> ? load(from) : load_n(from, count);
+}
+
+template <class T>
+FASTGEN_INLINE void store_some(T* to, Vec<T> v, int count) {
+    count == kLanes<T> ? store(to, v) : store_n(to, v, count);
+}
+
+// Calls function(column, count, index of the partial sum) for each vector of `columns`, inlined for whole vectors.
+template <class T, class Function>
+FASTGEN_INLINE void for_each_vector(int64_t columns, Function function) {
+    constexpr int lanes = kLanes<T>, vectors = kSums / lanes;
+    int64_t column = 0;
+    for (; column + kSums <= columns; column += kSums) {
+#pragma GCC unroll 8
+        for (int i = 0; i < vectors; ++i) function(column + i * lanes, lanes, i);
+    }
+    for (int i = 0; column < columns; column += lanes, ++i) {
+        function(column, static_cast<int>(columns - column < lanes ? columns - column : lanes), i);
+    }
+}
+
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define FASTGEN_FOLD
+#endif
+#endif
+
+// Adds the upper half of the lanes to the lower half, until one is left.
+#ifdef FASTGEN_FOLD
+template <int half, class T, int... i>
+FASTGEN_INLINE Vec<T> upper_half(Vec<T> v, std::integer_sequence<int, i...>) {
+    return __builtin_shufflevector(v, v, ((i + half) % kLanes<T>)...);
+}
+template <int half, class T>
+FASTGEN_INLINE T fold(Vec<T> v) {
+    if constexpr (half == 0) {
+        return v[0];
+    } else {
+        return fold<half / 2, T>(v + upper_half<half, T>(v, std::make_integer_sequence<int, kLanes<T>>{}));
+    }
+}
+#else
+template <int half, class T>
+FASTGEN_INLINE T fold(Vec<T> v) {
+    for (int left = half; left > 0; left /= 2) {
+        for (int i = 0; i < left; ++i) v[i] += v[i + left];
+    }
+    return v[0];
+}
+#endif
+
+template <class T>
+struct Sums {
+    Vec<T> parts[kSums / kLanes<T>] = {};
+
+    FASTGEN_INLINE T total() const {
+        constexpr int count = kSums / kLanes<T>;
+        Vec<T> sums[count];
+        for (int i = 0; i < count; ++i) sums[i] = parts[i];
+        for (int half = count / 2; half > 0; half /= 2) {
+            for (int i = 0; i < half; ++i) sums[i] = sums[i] + sums[i + half];
+        }
+        return fold<kLanes<T> / 2, T>(sums[0]);
+    }
+};
+
+// sigma, and 1 - sigma^2 without cancellation.
+template <class T>
+FASTGEN_INLINE Vec<T> sigma_of(Vec<T> logvar, Vec<T>& lack) {
+    const Vec<T> sigma = exp_flushed(broadcast(T(0.5)) * logvar, lack);
+    lack = lack * (broadcast(T(1)) + sigma);
+    return sigma;
+}
+
+template <class T>
+FASTGEN_INLINE Vec<T> bounded(Vec<T> logvar) {
+    return min(broadcast(T(kMaxLogvar)), logvar);
+}
+
+// sigma of a part of a row, and its share of the divergence.
+template <class T>
+FASTGEN_INLINE T statistics(const T* mu, const T* logvar, int64_t columns, T* sigmas) {
+    Sums<T> sums;
+    for_each_vector<T>(columns, [&](int64_t column, int count, int part) {
+        const Vec<T> m = load_some(mu + column, count), lv = bounded<T>(load_some(logvar + column, count));
+        Vec<T> lack;
+        store(sigmas + column, sigma_of<T>(lv, lack));
+        sums.parts[part] = sums.parts[part] + fma(m, m, -(lack + lv));
+    });
+    return T(0.5) * sums.total();
+}
+
+template <class T>
+FASTGEN_INLINE void samples(const T* mu, const T* sigmas, const float* numbers, int64_t columns, T* z) {
+    for_each_vector<T>(columns, [&](int64_t column, int count, int) {
+        const Vec<T> eps = load_numbers<T>(numbers + column);
+        store_some(z + column, fma(load(sigmas + column), eps, load_some(mu + column, count)), count);
+    });
+}
+
+// Adds a draw's gradient, and its product with the noise, to what earlier draws gave.
+template <class T>
+FASTGEN_INLINE void add_draw(const T* grad_z, const float* numbers, int64_t columns, bool first, T* sum, T* product) {
+    for_each_vector<T>(columns, [&](int64_t column, int count, int) {
+        const Vec<T> grad = load_some(grad_z + column, count), eps = load_numbers<T>(numbers + column);
+        store(sum + column, first ? grad : load(sum + column) + grad);
+        store(product + column, first ? grad * eps : fma(grad, eps, load(product + column)));
+    });
+}
+
+template <class T>
+FASTGEN_INLINE void gradients(const T* mu, const T* logvar, T grad_kl, int64_t columns, const T* sum, const T* product,
+                              T* grad_mu, T* grad_logvar) {
+    const Vec<T> by_kl = broadcast(grad_kl), half = broadcast(T(0.5));
+    for_each_vector<T>(columns, [&](int64_t column, int count, int) {
+        const Vec<T> m = load_some(mu + column, count), lv = load_some(logvar + column, count);
+        Vec<T> lack;
+        const Vec<T> sigma = sigma_of<T>(bounded<T>(lv), lack);
+        const Vec<T> by_logvar = half * fma(sigma, load(product + column), -(by_kl * lack));
+        store_some(grad_mu + column, fma(by_kl, m, load(sum + column)), count);
+        store_some(grad_logvar + column, where(lv > broadcast(T(kMaxLogvar)), Vec<T>{}, by_logvar), count);
+    });
+}
+
+constexpr int64_t kPadded = kNormalTile + kSums;  // whole vectors are stored at the end of a row
+
+template <class T>
+void forward(const Reparameterize& job, const T* mu, const T* logvar, T* z, T* kl) {
+    const PhiloxKeys keys(job.seed);
+    const NormalTiles tiles(job.rows, job.columns);
+    in_parallel(job.threads, [&](int thread) {
+        alignas(64) float numbers[kPadded];
+        alignas(64) T sigmas[kPadded];
+        tiles.for_each_of_thread(thread, job.threads, [&](const NormalTile& tile) {
+            for (int64_t i = 0; i < tile.rows; ++i) {
+                const int64_t row = tile.row + i;
+                const T share =
+                    statistics(mu + row * job.mu_row + tile.column, logvar + row * job.logvar_row + tile.column,
+                               tile.columns, sigmas + i * tiles.pitch);
+                kl[row] = tile.column ? kl[row] + share : share;
+            }
+            for (int64_t draw = 0; draw < job.draws; ++draw) {
+                tiles.normals(keys, tile, job.start, static_cast<uint32_t>(draw), numbers);
+                for (int64_t i = 0; i < tile.rows; ++i) {
+                    const int64_t row = tile.row + i;
+                    samples(mu + row * job.mu_row + tile.column, sigmas + i * tiles.pitch, numbers + i * tiles.pitch,
+                            tile.columns, z + (draw * job.rows + row) * job.columns + tile.column);
+                }
+            }
+        });
+    });
+}
+
+template <class T>
+void backward(const Reparameterize& job, const T* mu, const T* logvar, const T* grad_z, const T* grad_kl,
+              int64_t grad_kl_row, T* grad_mu, T* grad_logvar) {
+    const PhiloxKeys keys(job.seed);
+    const NormalTiles tiles(job.rows, job.columns);
+    in_parallel(job.threads, [&](int thread) {
+        alignas(64) float numbers[kPadded];
+        alignas(64) T sums[kPadded], products[kPadded];
+        if (!grad_z) {
+            for (int64_t i = 0; i < kPadded; ++i) sums[i] = products[i] = 0;
+        }
+        tiles.for_each_of_thread(thread, job.threads, [&](const NormalTile& tile) {
+            for (int64_t draw = 0; grad_z && draw < job.draws; ++draw) {
+                tiles.normals(keys, tile, job.start, static_cast<uint32_t>(draw), numbers);
+                for (int64_t i = 0; i < tile.rows; ++i) {
+                    add_draw(grad_z + (draw * job.rows + tile.row + i) * job.columns + tile.column,
+                             numbers + i * tiles.pitch, tile.columns, draw == 0, sums + i * tiles.pitch,
+                             products + i * tiles.pitch);
+                }
+            }
+            for (int64_t i = 0; i < tile.rows; ++i) {
+                const int64_t row = tile.row + i, at = row * job.columns + tile.column;
+                gradients(mu + row * job.mu_row + tile.column, logvar + row * job.logvar_row + tile.column,
+                          grad_kl ? grad_kl[row * grad_kl_row] : T(0), tile.columns, sums + i * tiles.pitch,
+                          products + i * tiles.pitch, grad_mu + at, grad_logvar + at);
+            }
+        });
+    });
+}
+
+}  // namespace
+
+void reparameterize(const Reparameterize& job, const float* mu, const float* logvar, float* z, float* kl) {
+    forward(job, mu, logvar, z, kl);
+}
+void reparameterize_gradient(const Reparameterize& job, const float* mu, const float* logvar, const float* grad_z,
+                             const float* grad_kl, int64_t grad_kl_row, float* grad_mu, float* grad_logvar) {
+    backward(job, mu, logvar, grad_z, grad_kl, grad_kl_row, grad_mu, grad_logvar);
+}
+
+void reparameterize(const Reparameterize& job, const double* mu, const double* logvar, double* z, double* kl) {
+    forward(job, mu, logvar, z, kl);
+}
+void reparameterize_gradient(const Reparameterize& job, const double* mu, const double* logvar, const double* grad_z,
+                             const double* grad_kl, int64_t grad_kl_row, double* grad_mu, double* grad_logvar) {
+    backward(job, mu, logvar, grad_z, grad_kl, grad_kl_row, grad_mu, grad_logvar);
+}
+
+}  // namespace fastgen::FASTGEN_ISA
