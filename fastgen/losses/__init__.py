@@ -1,4 +1,4 @@
-"""Losses: the operations of `fastgen.ops` that models are trained with, and the adversarial losses."""
+"""Losses: the operations of `fastgen.ops` that models are trained with, likelihoods of images, and adversarial losses."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from fastgen.losses.gan import (
     WassersteinLoss,
     gradient_penalty,
 )
+from fastgen.losses.likelihoods import bernoulli_nll, categorical_nll, discretized_logistic_nll, gaussian_nll
 from fastgen.ops.logistic_mixture_nll import logistic_mixture_nll
 
 __all__ = [
@@ -24,6 +25,10 @@ __all__ = [
     "NonSaturatingLoss",
     "WassersteinGPLoss",
     "WassersteinLoss",
+    "bernoulli_nll",
+    "categorical_nll",
+    "discretized_logistic_nll",
+    "gaussian_nll",
     "gradient_penalty",
     "logistic_mixture_nll",
 ]

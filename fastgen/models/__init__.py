@@ -8,12 +8,15 @@ from __future__ import annotations
 from fastgen.models import convert
 from fastgen.models.autoregressive import AutoregressiveModel, GatedPixelCNN, PixelCNN, PixelCNNpp
 from fastgen.models.gan import DCGAN, GAN, AdversarialModel
+from fastgen.models.vae import VAE, ConditionalVAE
 
 __all__ = [
     "DCGAN",
     "GAN",
+    "VAE",
     "AdversarialModel",
     "AutoregressiveModel",
+    "ConditionalVAE",
     "GatedPixelCNN",
     "PixelCNN",
     "PixelCNNpp",
@@ -22,9 +25,11 @@ __all__ = [
     "names",
 ]
 
-Model = AutoregressiveModel | AdversarialModel
+Model = AutoregressiveModel | AdversarialModel | VAE
 
-_MODELS: dict[str, type[Model]] = {model.name: model for model in (PixelCNN, GatedPixelCNN, PixelCNNpp, GAN, DCGAN)}
+_MODELS: dict[str, type[Model]] = {
+    model.name: model for model in (PixelCNN, GatedPixelCNN, PixelCNNpp, GAN, DCGAN, VAE, ConditionalVAE)
+}
 
 
 def names() -> list[str]:

@@ -1,4 +1,5 @@
-"""Training of likelihood models: `train` (one function, one `TrainConfig`) and ready recipes; of GANs: `train_gan`.
+"""Training of likelihood models: `train` (one function, one `TrainConfig`) and ready recipes; of GANs: `train_gan`;
+of variational autoencoders: `train_vae`.
 
 ::
 
@@ -30,6 +31,7 @@ from fastgen.training import recipes
 from fastgen.training.config import TrainConfig
 from fastgen.training.gan import LOSSES, GANConfig, GANResult, train_gan
 from fastgen.training.trainer import TrainResult, initialize, train
+from fastgen.training.vae import VAEConfig, VAEResult, train_vae
 
 __all__ = [
     "LOSSES",
@@ -37,8 +39,11 @@ __all__ = [
     "GANResult",
     "TrainConfig",
     "TrainResult",
+    "VAEConfig",
+    "VAEResult",
     "initialize",
     "recipes",
     "train",
     "train_gan",
+    "train_vae",
 ]

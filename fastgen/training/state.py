@@ -48,8 +48,7 @@ class State:
         Raises:
             RuntimeError: one of the two is not finite; the weights are left as they were.
         """
-        nats = cast(Any, self.model).log_prob(images, labels)
-        bits = -nats.mean() / (images[0].numel() * math.log(2))
+        bits = -self.log_likelihood(images, labels).mean() / (images[0].numel() * math.log(2))
         self.optimizer.zero_grad()
         bits.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip_norm)
@@ -60,6 +59,10 @@ class State:
         self._update_average()
         self.step += 1
         return bits.item(), norm.item()
+
+    def log_likelihood(self, images: Tensor, labels: Tensor | None) -> Tensor:
+        """What a step makes larger: nats of each image."""
+        return cast(Any, self.model).log_prob(images, labels)
 
     @torch.no_grad()
     def _update_average(self) -> None:

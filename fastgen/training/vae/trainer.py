@@ -1,0 +1,171 @@
+"""Training of a variational autoencoder on its evidence lower bound.
+
+A step is a function of (weights, optimiser state, seed, number of the step), as in `fastgen.training.train`; the noise
+of the latents, too.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fastgen.models import VAE
+from fastgen.training.batches import Data, batch, check_data, labels_for, subseed
+from fastgen.training.run import Run, SampleGrid, prepare_folder
+from fastgen.training.state import State
+from fastgen.training.vae.config import VAEConfig
+
+VALIDATION_BATCH = 256
+
+
+@dataclass(frozen=True)
+class VAEResult:
+    """What `train_vae` returns.
+
+    Attributes:
+        model: the model that was passed in, with the best weights, in eval mode.
+        bits_per_dim: the evidence lower bound of the best weights on the validation images, in bits per image element;
+            None without these.
+        best_step: the step of the best weights.
+        steps: steps taken in all, before and after interruptions.
+        seconds: seconds of training in all.
+        checkpoint: path of the checkpoint, or None.
+    """
+
+    model: VAE
+    bits_per_dim: float | None
+    best_step: int
+    steps: int
+    seconds: float
+    checkpoint: Path | None
+
+
+def train_vae(
+    model: VAE,
+    train_data: Data,
+    val_data: Data | None,
+    config: VAEConfig,
+    *,
+    out: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    sample_grid: SampleGrid | None = None,
+) -> VAEResult:
+    """Trains a variational autoencoder to its limit of steps or seconds, and leaves the best weights in it.
+
+    Weights are averaged over the steps (exponential moving average); the average is validated by its evidence lower
+    bound, sampled and kept.  Each line of the log has both terms of the bound, the weight of the divergence, and of
+    the validation images the bound and the tighter importance-weighted one (`VAE.log_prob`).  A model that is
+    conditioned on a part of the image is given that of the images it is trained on.
+
+    Arguments and errors are those of `fastgen.training.train`.
+    """
+    check_data(model, train_data, "train_data")
+    if val_data is not None:
+        check_data(model, val_data, "val_data")
+    state = _State(model, config)
+    run = _Run(state, config, train_data, prepare_folder(model, out, resume), sample_grid, val_data)
+    run.go(resume, progress)
+    best_step = state.step if state.best_bits is None else state.best_step
+    return VAEResult(model, state.best_bits, best_step, state.step, state.seconds, run.checkpoint)
+
+
+class _State(State):
+    """What a step makes larger is the bound with the divergence weighted.
+
+    Attributes:
+        figures: both terms in the last step, nats per image, and the weight.
+    """
+
+    config: VAEConfig
+
+    def __init__(self, model: VAE, config: VAEConfig) -> None:
+        super().__init__(model, config)
+        self.vae = model
+        self.figures: dict[str, float] = {}
+
+    def log_likelihood(self, images: Tensor, labels: Tensor | None) -> Tensor:
+        config, step = self.config, self.step
+        seed = subseed(config.seed, "latent", step)
+        condition = condition_of(self.vae, images)
+        likelihood, kl = self.vae.elbo_terms(images, labels, condition, num_samples=config.num_samples, seed=seed)
+        beta = config.beta_at(step, self.seconds)
+        self.figures = {"log_likelihood": float(likelihood.detach().mean()), "kl": float(kl.detach().mean()), "beta": beta}
+        return likelihood - beta * kl
+
+
+class _Run(Run):
+    """One call of `train_vae`."""
+
+    state: _State
+    config: VAEConfig
+
+    def __init__(
+        self,
+        state: _State,
+        config: VAEConfig,
+        data: Data,
+        folder: Path | None,
+        sample_grid: SampleGrid | None,
+        val_data: Data | None,
+    ) -> None:
+        super().__init__(state, config, data, folder, sample_grid)
+        self.val_data = val_data
+
+    @property
+    def report_every(self) -> int:
+        return self.config.validate_every
+
+    def step(self) -> dict[str, float]:
+        state, config = self.state, self.config
+        _, norm = state.update(*batch(state.model, self.data, state.step, config.batch_size, config.seed))
+        return {**state.figures, "gradient_norm": norm}
+
+    def report(self) -> None:
+        """Validates, and keeps the average if it is the best so far."""
+        state, figures = self.state, {}
+        if self.val_data is not None:
+            elbo, iwae = bounds(state.average, self.val_data, self.config)  # type: ignore[arg-type]
+            state.consider(elbo)
+            figures = {"val_elbo_bits_per_dim": elbo, "val_iwae_bits_per_dim": iwae}
+        self.log.write(step=state.step, seconds=round(state.seconds, 3), **figures)
+
+    def progress_text(self, means: dict[str, float]) -> str:
+        best = self.state.best_bits
+        validation = "" if best is None else f", best validation {best:.3f} bits/dim"
+        return f"{means['log_likelihood']:.1f} - {means['kl']:.1f} nats{validation}"
+
+
+@torch.no_grad()
+def bounds(model: VAE, data: Data, config: VAEConfig) -> tuple[float, float]:
+    """The evidence lower bound of all images, and the importance-weighted one of the first, in bits/dim."""
+    elbos, iwaes, first = [], [], 0
+    for images, labels, condition in _batches(model, data, VALIDATION_BATCH):
+        elbos.append(model.elbo(images, labels, condition, seed=config.seed, start=first))
+        part = slice(0, max(0, config.iwae_images - first))
+        if len(images[part]):
+            own = [None if value is None else value[part] for value in (labels, condition)]
+            options = {"num_samples": config.iwae_samples, "seed": config.seed, "start": first}
+            iwaes.append(model.log_prob(images[part], *own, **options))
+        first += len(images)
+    per_nat = -1 / (math.prod(model.image_shape) * math.log(2))
+    return float(torch.cat(elbos).double().mean()) * per_nat, float(torch.cat(iwaes).double().mean()) * per_nat
+
+
+def condition_of(model: VAE, images: Tensor) -> Tensor | None:
+    """The images, for a model that is conditioned on a part of them."""
+    return None if getattr(model, "condition", None) is None else images
+
+
+def _batches(model: VAE, data: Data, size: int) -> Iterator[tuple[Tensor, Tensor | None, Tensor | None]]:
+    device = next(model.parameters()).device
+    labels = labels_for(model, data)
+    for i in range(0, len(data.images), size):
+        images = data.images[i : i + size].to(device)
+        yield images, None if labels is None else labels[i : i + size].to(device), condition_of(model, images)
