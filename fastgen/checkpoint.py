@@ -81,7 +81,7 @@ def sample(model: torch.nn.Module | str | os.PathLike[str], n: int, *, seed: int
     if num_classes is not None and options.get("labels") is None:
         start = options.get("start", 0)
         options["labels"] = torch.arange(start, start + n) % num_classes
-    draw = model.sample if isinstance(model, models.AdversarialModel) else Sampler(model).sample
+    draw = model.sample if isinstance(model, models.AdversarialModel | models.VAE) else Sampler(model).sample
     return draw(n, seed=seed, **options)
 
 

@@ -122,6 +122,46 @@ def truncate(z: Tensor, limit: float) -> Tensor:
     return (math.sqrt(2) * torch.erfinv(share)).clamp(-limit, limit).to(z.dtype)
 
 
+def manifold(rows: int, columns: int) -> Tensor:
+    """The plane of two standard normal latents, at equal steps of probability: float32 [rows * columns, 2].
+
+    The inverse of the normal distribution function at the middles of equal shares of (0, 1), as in figure 4 of Kingma &
+    Welling 2014 (1312.6114).  Row by row; the first latent grows to the right, the second one upwards.
+
+    Raises:
+        ValueError: rows or columns is below 1.
+    """
+    upwards, rightwards = (quantiles(count) for count in (rows, columns))
+    y, x = torch.meshgrid(upwards.flip(0), rightwards, indexing="ij")
+    return torch.stack((x, y), dim=-1).flatten(0, 1)
+
+
+def quantiles(count: int) -> Tensor:
+    """Where the standard normal distribution function is (i + 1/2) / count: float32 [count], rising.
+
+    Raises:
+        ValueError: the count is below 1.
+    """
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise ValueError(f"count: expected an integer of at least 1, got {count!r}")
+    return torch.special.ndtri((torch.arange(count, dtype=torch.float64) + 0.5) / count).float()
+
+
+def traverse(z: Tensor, dimension: int, values: Tensor) -> Tensor:
+    """Copies of a latent with one element replaced by each of some values: [D] and [T] -> [T, D].
+
+    Raises:
+        ValueError: the latent has no such dimension, or a shape is not as above.
+    """
+    if z.dim() != 1 or values.dim() != 1:
+        raise ValueError(f"z, values: expected shapes [D] and [T], got {list(z.shape)} and {list(values.shape)}")
+    if not 0 <= dimension < len(z):
+        raise ValueError(f"dimension: expected 0..{len(z) - 1}, got {dimension}")
+    walk = z.repeat(len(values), 1)
+    walk[:, dimension] = values.to(z)
+    return walk
+
+
 def _check_pair(a: Tensor, b: Tensor) -> None:
     for name, value in (("a", a), ("b", b)):
         if not isinstance(value, Tensor) or not value.is_floating_point() or value.dim() == 0:

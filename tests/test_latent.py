@@ -148,3 +148,33 @@ def test_bad_values(act, text):
 def test_bad_types():
     with pytest.raises(TypeError, match="b: expected a floating point tensor"):
         latent.linear(A, B.long(), 0.5)
+
+
+def test_manifold_is_the_inverse_of_the_distribution_function():
+    plane = latent.manifold(3, 5)
+    assert plane.shape == (15, 2) and plane.dtype == torch.float32
+    across, up = torch.special.ndtr(plane.double()).unflatten(0, (3, 5)).unbind(-1)
+    torch.testing.assert_close(across[1], torch.tensor([0.1, 0.3, 0.5, 0.7, 0.9], dtype=torch.float64))
+    torch.testing.assert_close(up[:, 2], torch.tensor([5 / 6, 0.5, 1 / 6], dtype=torch.float64))
+    assert torch.equal(latent.manifold(1, 1), torch.zeros(1, 2))
+
+
+def test_traverse_changes_one_element():
+    z = torch.tensor([1.0, 2.0, 3.0])
+    walk = latent.traverse(z, 1, torch.tensor([-1.0, 0.5]))
+    assert walk.tolist() == [[1, -1, 3], [1, 0.5, 3]]
+    assert z.tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: latent.quantiles(0), "count: expected an integer of at least 1, got 0"),
+        (lambda: latent.manifold(2, 1.5), "count: expected an integer"),
+        (lambda: latent.traverse(torch.zeros(3), 3, torch.zeros(2)), "dimension: expected 0..2, got 3"),
+        (lambda: latent.traverse(torch.zeros(1, 3), 0, torch.zeros(2)), "expected shapes"),
+    ],
+)
+def test_errors_of_walks_of_autoencoders(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

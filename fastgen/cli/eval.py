@@ -33,5 +33,6 @@ def run(options: argparse.Namespace) -> int:
     data = shared.load_for(model, options.data, options.split)
     labels = shared.labels_for(model, data)
     bits = fastgen.bits_per_dim(model, data.images, labels, batch_size=options.batch_size, precision=options.precision)
-    print(f"{bits:.5f} bits/dim on {len(data)} images ({options.split}) of {data.name}")
+    bound = "at most " if isinstance(model, fastgen.models.VAE) else ""  # the importance-weighted bound
+    print(f"{bound}{bits:.5f} bits/dim on {len(data)} images ({options.split}) of {data.name}")
     return 0

@@ -1,4 +1,4 @@
-"""Pictures of walks through the latent space of a generator."""
+"""Pictures of walks through the latent space of a generator or a variational autoencoder."""
 
 from __future__ import annotations
 
@@ -6,16 +6,21 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastgen.cli import shared
+
 if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-HELP = "interpolation, arithmetic, grids and truncation of latents, as pictures"
+HELP = "interpolation, arithmetic, grids, truncation, manifold and traversals of latents, as pictures"
 EXAMPLES = """examples:
   fastgen latent interpolate model.safetensors -n 6 --steps 10 -o walks.png
   fastgen latent grid model.safetensors --corners 0,1,2,3 --steps 8 --label 3 -o plane.png
   fastgen latent arithmetic model.safetensors --plus 0,1,2 --minus 3,4,5 --plus 6,7,8 -o sum.png
   fastgen latent truncate model.safetensors --limits 0.25,0.5,1,2,inf -o truncated.png
+  fastgen latent manifold vae.safetensors --steps 20 -o manifold.png
+  fastgen latent traverse vae.safetensors --steps 11 -o traversals.png
+  fastgen latent reconstruct vae.safetensors --data digits -n 10 -o reconstructions.png
 """
 
 
@@ -48,6 +53,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = tools.add_parser("truncate", parents=[common], help="the same samples with ever less truncated latents")
     add.add_argument("--limits", default="0.25,0.5,1,2,inf", metavar="R,...", help="default: 0.25,0.5,1,2,inf")
     add.add_argument("-n", type=int, default=10, metavar="COLUMNS", help="samples (default: 10)")
+    add = tools.add_parser("manifold", parents=[common], help="the plane of two latents, by the inverse normal CDF")
+    add.add_argument("--steps", type=int, default=20, metavar="N", help="images a side (default: 20)")
+    add.add_argument("--dimensions", default="0,1", metavar="I,J", help="across and up, the others 0 (default: 0,1)")
+    add = tools.add_parser("traverse", parents=[common], help="a row for each dimension, which goes from low to high")
+    add.add_argument("--steps", type=int, default=11, metavar="N", help="images of a row (default: 11)")
+    add.add_argument("--dimensions", metavar="I,...", help="default: all")
+    add.add_argument("--sample", type=int, metavar="I", help="start from this sample (default: from the latent 0)")
+    add = tools.add_parser("reconstruct", parents=[common], help="images above what an autoencoder makes of them")
+    shared.add_data(add)
+    add.add_argument("-n", type=int, default=10, metavar="N", help="held-out images (default: 10)")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -59,7 +74,10 @@ def run(options: argparse.Namespace) -> int:
     model: Any = fastgen.load(options.checkpoint)
     if not hasattr(model, "render"):
         raise ValueError(f"{options.checkpoint}: a {model.name} has no latents")
-    tools = {"interpolate": _interpolate, "grid": _grid, "arithmetic": _arithmetic, "truncate": _truncate}
+    tools = {
+        "interpolate": _interpolate, "grid": _grid, "arithmetic": _arithmetic, "truncate": _truncate,
+        "manifold": _manifold, "traverse": _traverse, "reconstruct": _reconstruct,
+    }  # fmt: skip
     images.save_png(tools[options.tool](options, model), options.output)
     print(f"wrote {options.output}")
     return 0
@@ -113,6 +131,57 @@ def _truncate(options: argparse.Namespace, model: Any) -> np.ndarray:
     z = model.latents(_at_least_1("-n", options.n), seed=options.seed)
     limits = _numbers("--limits", options.limits, float)
     return _picture(options, model, torch.stack([latent.truncate(z, r) for r in limits]), torch.arange(options.n))
+
+
+def _manifold(options: argparse.Namespace, model: Any) -> np.ndarray:
+    import torch
+
+    from fastgen import latent
+
+    across, up = _dimensions(options, model, 2)
+    z = torch.zeros(_at_least_1("--steps", options.steps) ** 2, model.latent_dim)
+    z[:, across], z[:, up] = latent.manifold(options.steps, options.steps).unbind(1)
+    return _picture(options, model, z.unflatten(0, (options.steps, -1)))
+
+
+def _traverse(options: argparse.Namespace, model: Any) -> np.ndarray:
+    import torch
+
+    from fastgen import latent
+
+    z = torch.zeros(model.latent_dim)
+    if options.sample is not None:
+        z = model.latents(1, seed=options.seed, start=options.sample)[0]
+    values = latent.quantiles(_at_least_1("--steps", options.steps))
+    dimensions = range(model.latent_dim) if options.dimensions is None else _dimensions(options, model)
+    return _picture(options, model, torch.stack([latent.traverse(z, dimension, values) for dimension in dimensions]))
+
+
+def _reconstruct(options: argparse.Namespace, model: Any) -> np.ndarray:
+    import torch
+
+    from fastgen import images
+
+    if not hasattr(model, "reconstruct"):
+        raise ValueError(f"{options.checkpoint}: a {model.name} has no encoder")
+    data = shared.load_for(model, options.data, "val")
+    count = min(_at_least_1("-n", options.n), len(data))
+    labels = shared.labels_for(model, data)
+    originals = data.images[:count]
+    again = model.reconstruct(originals, None if labels is None else labels[:count])
+    rows = [pair for i in range(0, count, 10) for pair in (originals[i : i + 10], again[i : i + 10])]
+    missing = -count % 10 if count > 10 else 0
+    if missing:
+        rows[-2:] = [torch.nn.functional.pad(row, (0,) * 7 + (missing,)) for row in rows[-2:]]
+    return images.grid(torch.cat(rows), model.levels, columns=min(count, 10))
+
+
+def _dimensions(options: argparse.Namespace, model: Any, count: int | None = None) -> list[int]:
+    found = _numbers("--dimensions", options.dimensions, int)
+    wanted = f"{count} " if count else ""
+    if not all(0 <= i < model.latent_dim for i in found) or (count and len(set(found)) != count):
+        raise ValueError(f"--dimensions: expected {wanted}of 0..{model.latent_dim - 1}, got {options.dimensions!r}")
+    return found
 
 
 def _picture(options: argparse.Namespace, model: Any, z: Tensor, turn: Tensor | None = None) -> np.ndarray:

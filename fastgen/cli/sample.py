@@ -49,7 +49,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--temperature", type=float, default=1.0, metavar="T", help="below 1: more likely images (default: 1)"
     )
-    group.add_argument("--known", metavar="SPEC", help="complete the validation images of this data set")
+    group.add_argument(
+        "--known", metavar="SPEC", help="complete the held-out images of these data (also conditional_vae)"
+    )
     group.add_argument(
         "--keep", choices=("top", "bottom", "left", "right"), default="top", help="the given half (default: top)"
     )
@@ -64,7 +66,7 @@ def run(options: argparse.Namespace) -> int:
 
     _check_output(options.output)
     model: Any = fastgen.load(options.checkpoint)
-    if isinstance(model, fastgen.models.AdversarialModel):
+    if isinstance(model, fastgen.models.AdversarialModel | fastgen.models.VAE):
         return _sample_generator(options, model)
     labels, known, mask = _given(options, model)
     sampler = fastgen.Sampler(model, precision=options.precision, backend=options.backend, max_batch=options.max_batch)
@@ -80,11 +82,17 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _sample_generator(options: argparse.Namespace, model: Any) -> int:
+    given_images = getattr(model, "condition", None) is not None
     for name, default in SAMPLER_OPTIONS.items():
-        if getattr(options, name) != default:
+        if getattr(options, name) != default and not (given_images and name == "known"):
             raise ValueError(f"{model.name} has no option --{name.replace('_', '-')}: it does not draw pixel by pixel")
-    labels, _, _ = _given(options, model)
-    images = model.sample(options.n, seed=options.seed, start=options.start, labels=labels, progress=not options.quiet)
+    labels, known, _ = _given(options, model)
+    draw: dict[str, Any] = {"seed": options.seed, "start": options.start, "labels": labels}
+    if given_images:
+        if known is None:
+            raise ValueError(f"--known: expected a data set, whose validation images ({model.condition}) are completed")
+        draw["condition"] = known
+    images = model.sample(options.n, **draw, progress=not options.quiet)
     _write(options, images, model.levels, labels)
     print(f"wrote {len(images)} samples to {options.output}")
     return 0

@@ -1,4 +1,5 @@
-"""Train a model on images: an autoregressive one on its likelihood, gan and dcgan against a discriminator.
+"""Train a model on images: an autoregressive one on its likelihood, vae and conditional_vae on a bound of it, gan and
+dcgan against a discriminator.
 
 The folder given by --out gets checkpoint.safetensors (to go on from with --resume), log.jsonl (a line per validation),
 sample grids, and at the end model.safetensors with the best weights, or, of a generator, the averaged ones; adversarial
@@ -11,6 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import inspect
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,8 @@ EXAMPLES = """examples:
   fastgen train pixelcnnpp --data patches --num-filters 32 --num-blocks 2 --steps 20000
   fastgen train dcgan --data digits --scores
   fastgen train dcgan --loss wgan-gp --data photos/ --size 64 --steps 50000
+  fastgen train vae --data digits --latent-dim 2 --lr 3e-3 --minutes 2
+  fastgen train conditional_vae --data patches --size 32 --architecture convolutional --condition grey --unconditional
 """
 DEFAULT_STEPS = 10_000
 GRID = 64
@@ -41,7 +45,17 @@ MODEL_OPTIONS: dict[str, tuple[Any, str]] = {
     "num_mixtures": (int, "logistic components per pixel (pixelcnnpp)"),
     "dropout": (float, "share of features dropped in training (pixelcnnpp, gan)"),
     "head": (str, "categorical, bernoulli for two levels, or logistic_mixture (pixelcnnpp)"),
-    "latent_dim": (int, "dimension of the latents (gan, dcgan)"),
+    "latent_dim": (int, "dimension of the latents (gan, dcgan, vae, conditional_vae)"),
+    "architecture": (str, "perceptron or convolutional (vae, conditional_vae)"),
+    "likelihood": (str, "bernoulli, gaussian, logistic or categorical (vae, conditional_vae)"),
+    "scale": (float, "standard deviation of a gaussian likelihood, levels as 0..1 (vae, conditional_vae)"),
+    "condition": (str, "grey, top, bottom, left or right: what of an image is given (conditional_vae)"),
+}
+VARIATIONAL_OPTIONS = {
+    "beta": ("beta", "weight of the divergence"),
+    "kl_warmup": ("kl_warmup", "fraction of the run in which that weight grows from 0"),
+    "num_samples": ("num_samples", "latents drawn for each image of a step"),
+    "iwae_samples": ("iwae_samples", "latents of the importance-weighted bound in validations"),
 }
 METAVARS = {int: "N", float: "P", str: "NAME"}
 # option -> (field of TrainConfig, help)
@@ -72,7 +86,7 @@ ADVERSARIAL_OPTIONS = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from fastgen import models
-    from fastgen.training import LOSSES, GANConfig, TrainConfig, recipes
+    from fastgen.training import LOSSES, GANConfig, TrainConfig, VAEConfig, recipes
     from fastgen.training.gan import DIGITS
 
     parser.add_argument("model", metavar="MODEL", choices=models.names(), help=f"one of {', '.join(models.names())}")
@@ -106,6 +120,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     different = {name: value for name, value in plain.items() if value != getattr(TrainConfig, name, value)}
     others = recipes.OPTIONS | {"gan, dcgan": different} | by_loss
     _add_training(parser.add_argument_group("training"), TRAINING_OPTIONS, TrainConfig, others)
+    group = parser.add_argument_group("training of vae and conditional_vae")
+    _add_training(group, VARIATIONAL_OPTIONS, VAEConfig, {})
     group = parser.add_argument_group("training of gan and dcgan")
     _add_training(group, ADVERSARIAL_OPTIONS, GANConfig, by_loss, {"loss": tuple(LOSSES)})
     group.add_argument(
@@ -141,24 +157,21 @@ def run(options: argparse.Namespace) -> int:
     from fastgen import models
 
     kind = models.get(options.model)
+    if options.scores and not issubclass(kind, models.AdversarialModel):
+        raise ValueError(f"{options.model} has no option --scores: it is validated by its likelihood")
+    if issubclass(kind, models.VAE):
+        return _train_variational(options, kind)
     return (_train_adversarial if issubclass(kind, models.AdversarialModel) else _train_likelihood)(options, kind)
 
 
 def _train_likelihood(options: argparse.Namespace, kind: type) -> int:
     import torch
 
-    if options.scores:
-        raise ValueError(f"{options.model} has no option --scores: it is validated by its likelihood")
-
-    from fastgen import data
     from fastgen.training import TrainConfig, initialize, recipes, train
 
     own = recipes.OPTIONS.get(options.model, {})
     config = TrainConfig(**own | _training_arguments(options, TrainConfig, DEFAULT_STEPS))
-    train_data, val_data = (
-        data.load(options.data, split=split, size=options.size, levels=options.levels, progress=not options.quiet)
-        for split in ("train", "val")
-    )
+    train_data, val_data = _splits(options)
     arguments = _model_arguments(options, kind, train_data, {})
     torch.manual_seed(config.seed)
     model: Any = kind(**arguments)
@@ -168,6 +181,32 @@ def _train_likelihood(options: argparse.Namespace, kind: type) -> int:
     print(f"{result.bits_per_dim:.4f} bits/dim, validation, at step {result.best_step} of {result.steps}")
     print(f"wrote {_folder(options) / 'model.safetensors'}")
     return 0
+
+
+def _train_variational(options: argparse.Namespace, kind: type) -> int:
+    import torch
+
+    from fastgen.training import VAEConfig, train_vae
+
+    config = VAEConfig(**_training_arguments(options, VAEConfig, DEFAULT_STEPS))
+    train_data, val_data = _splits(options)
+    arguments = _model_arguments(options, kind, train_data, {})
+    torch.manual_seed(config.seed)
+    model: Any = kind(**arguments)
+    given = None if model.condition is None else val_data.images[torch.arange(GRID) % len(val_data.images)]
+    draw = partial(save_grid, given=given)
+    result = _train(options, model, train_data, train_vae, val_data, config, sample_grid=draw)
+    print(f"at most {result.bits_per_dim:.4f} bits/dim, validation, at step {result.best_step} of {result.steps}")
+    print(f"wrote {_folder(options) / 'model.safetensors'}")
+    return 0
+
+
+def _splits(options: argparse.Namespace) -> list[Any]:
+    """Training and validation images."""
+    from fastgen import data
+
+    arguments = {"size": options.size, "levels": options.levels, "progress": not options.quiet}
+    return [data.load(options.data, split=split, **arguments) for split in ("train", "val")]
 
 
 def _train_adversarial(options: argparse.Namespace, kind: type) -> int:
@@ -222,8 +261,7 @@ def _train(
             out=out,
             resume=options.resume,
             progress=not options.quiet,
-            sample_grid=save_grid,
-            **more,
+            **{"sample_grid": save_grid, **more},
         )
     except KeyboardInterrupt:
         print(f"stopped; go on with --resume --out {out}")
@@ -234,11 +272,12 @@ def _folder(options: argparse.Namespace) -> Path:
     return options.out or Path("runs") / f"{options.model}-{Path(options.data).stem}"
 
 
-def save_grid(model: Any, path: Path) -> None:
-    """Draw a grid of samples, classes in turn, to a PNG file."""
+def save_grid(model: Any, path: Path, given: Any = None) -> None:
+    """Draw a grid of samples, classes in turn, to a PNG file; ``given``: images of which the model is given a part."""
     from fastgen import checkpoint, images
 
-    images.save_png(images.grid(checkpoint.sample(model, GRID, seed=0), model.levels), path)
+    options = {} if given is None else {"condition": given}
+    images.save_png(images.grid(checkpoint.sample(model, GRID, seed=0, **options), model.levels), path)
 
 
 def _flag(name: str) -> str:
@@ -260,7 +299,7 @@ def _training_arguments(options: argparse.Namespace, config: Any, default_steps:
     seconds = None if options.minutes is None else 60 * options.minutes
     arguments: dict[str, Any] = {"max_steps": steps, "max_seconds": seconds}
     takes = {field.name for field in dataclasses.fields(config)}
-    for name, (field, _) in (TRAINING_OPTIONS | ADVERSARIAL_OPTIONS).items():
+    for name, (field, _) in (TRAINING_OPTIONS | ADVERSARIAL_OPTIONS | VARIATIONAL_OPTIONS).items():
         value = getattr(options, name)
         if value is not None:
             if field not in takes:

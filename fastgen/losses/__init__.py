@@ -1,4 +1,4 @@
-"""Losses: the operations of `fastgen.ops` that models are trained with, likelihoods of images, and adversarial losses."""
+"""Losses: operations of `fastgen.ops` that models are trained with, likelihoods of images, adversarial losses."""
 
 from __future__ import annotations
 

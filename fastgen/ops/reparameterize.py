@@ -63,9 +63,7 @@ def reparameterize(
         mu, logvar = mu.float(), logvar.float() if isinstance(logvar, Tensor) else logvar
     args = (mu, logvar, signed, start, draws)
     _check(*args)
-    if not compiling and (
-        is_transformed() or backends.select("reparameterize", *args) is reparameterize_reference
-    ):
+    if not compiling and (is_transformed() or backends.select("reparameterize", *args) is reparameterize_reference):
         return reparameterize_reference(*args)
     return _Reparameterize.apply(*args)
 

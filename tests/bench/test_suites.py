@@ -6,8 +6,28 @@ import pytest
 import torch
 
 from bench import __main__ as command
-from bench import conv_transpose2d_bn_act, crowded, generator, logistic_mixture_nll, masked_conv2d, sampling
+from bench import (
+    conv_transpose2d_bn_act,
+    crowded,
+    generator,
+    logistic_mixture_nll,
+    masked_conv2d,
+    reparameterize,
+    sampling,
+    vae,
+)
 from bench.harness import gate, rows
+
+SUITES = [
+    conv_transpose2d_bn_act,
+    crowded,
+    generator,
+    logistic_mixture_nll,
+    masked_conv2d,
+    reparameterize,
+    sampling,
+    vae,
+]
 
 
 @pytest.mark.parametrize(("height", "width", "kernel"), [(4, 5, 3), (1, 1, 3), (3, 2, 7), (6, 6, 1)])
@@ -24,20 +44,14 @@ def test_useful_flops_by_counting(height, width, kernel):
     assert masked_conv2d.useful_flops(mask, 5, height, width) == 2 * 5 * products
 
 
-@pytest.mark.parametrize(
-    "suite",
-    [conv_transpose2d_bn_act, crowded, generator, logistic_mixture_nll, masked_conv2d, sampling],
-    ids=lambda module: module.__name__,
-)
+@pytest.mark.parametrize("suite", SUITES, ids=lambda module: module.__name__)
 @pytest.mark.parametrize("quick", [True, False])
 def test_case_names_are_unique(suite, quick):
     names = [case.name for case in suite.cases(quick)]
     assert len(set(names)) == len(names)
 
 
-@pytest.mark.parametrize(
-    "suite", ["conv_transpose2d_bn_act", "crowded", "generator", "logistic_mixture_nll", "masked_conv2d", "sampling"]
-)
+@pytest.mark.parametrize("suite", [suite.__name__.removeprefix("bench.") for suite in SUITES])
 def test_quick_run(suite, tmp_path, monkeypatch, capsys):
     """The whole path but the tests of the operation, which run beside this one."""
     monkeypatch.setattr(gate, "run_tests", lambda paths, checkout: None)

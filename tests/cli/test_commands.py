@@ -265,3 +265,33 @@ def test_as_a_module(here: Path) -> None:
     assert done.stdout.strip() == f"fastgen {fastgen.__version__}"
     done = subprocess.run([sys.executable, "-m", "fastgen", "sample", "x"], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr == "fastgen: x: no such file\n"
+
+
+@pytest.mark.parametrize(
+    ("model", "sample"),
+    [
+        ("vae --latent-dim 2 --likelihood categorical", ""),
+        ("conditional_vae --architecture convolutional --beta 0.5", "--labels 3"),
+        ("conditional_vae --unconditional --condition left", "--known digits"),
+    ],
+    ids=["vae", "labels", "half"],
+)
+def test_train_evaluate_and_sample_autoencoders(
+    model: str, sample: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train = f"train {model} --data digits --num-filters 4 --iwae-samples 3 --out run --quiet".split()
+    assert main([*train, "--steps", "4", "--batch-size", "8", "--sample-every", "3"]) == 0
+    assert len(list(Path("run").glob("*.png"))) == 2
+    assert main([*train, "--steps", "6", "--batch-size", "8", "--resume"]) == 0
+    assert "bits/dim, validation, at step" in capsys.readouterr().out
+    assert main(["eval", "run/model.safetensors", "--data", "digits"]) == 0
+    assert "at most " in capsys.readouterr().out
+    assert main(f"sample run/model.safetensors -n 5 -o s.npy --quiet {sample}".split()) == 0
+    assert np.load("s.npy").shape == (5, 1, 8, 8)
+
+
+def test_a_model_that_is_given_a_half_needs_it_for_sampling(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = models.ConditionalVAE(image_shape=(1, 8, 8), levels=17, num_filters=4, condition="top")
+    fastgen.save(model, "m.safetensors")
+    assert main("sample m.safetensors -n 2".split()) == 2
+    assert "--known: expected a data set" in capsys.readouterr().err

@@ -90,3 +90,53 @@ def test_bad_input(command: str, message: str, here: Path, capsys: pytest.Captur
     error = capsys.readouterr().err
     assert message in error and error.count("\n") == 1
     assert set(here.iterdir()) == before
+
+
+@pytest.fixture
+def vae(here: Path) -> models.VAE:
+    torch.manual_seed(0)
+    model = models.VAE(image_shape=(1, 8, 8), levels=17, latent_dim=3, num_filters=7).eval()
+    fastgen.save(model, "v.safetensors")
+    return model
+
+
+def test_manifold(vae: models.VAE) -> None:
+    z = torch.zeros(16, 3)
+    z[:, 2], z[:, 0] = latent.manifold(4, 4).unbind(1)
+    expected = images.grid(vae.render(z), 17, columns=4)
+    assert np.array_equal(drawn("manifold v.safetensors --steps 4 --dimensions 2,0"), expected)
+
+
+def test_traverse(vae: models.VAE) -> None:
+    z = vae.latents(1, seed=2, start=5)[0]
+    rows = [latent.traverse(z, i, latent.quantiles(3)) for i in (1, 0)]
+    expected = images.grid(vae.render(torch.cat(rows)), 17, columns=3)
+    command = "traverse v.safetensors --steps 3 --dimensions 1,0 --sample 5 --seed 2"
+    assert np.array_equal(drawn(command), expected)
+    assert drawn("traverse v.safetensors --steps 3").shape == (3 * 66 - 2, 3 * 66 - 2, 3)
+
+
+def test_reconstruct(vae: models.VAE) -> None:
+    originals = fastgen.data.load("digits", split="val").images[:13]
+    again = vae.reconstruct(originals)
+    picture = drawn("reconstruct v.safetensors --data digits -n 13")
+    assert picture.shape == (4 * 66 - 2, 10 * 66 - 2, 3)
+    assert np.array_equal(picture[:64], images.grid(originals[:10], 17, columns=10))
+    assert np.array_equal(picture[198:, :196], images.grid(again[10:], 17, columns=10)[:, :196])
+    assert np.array_equal(drawn("reconstruct v.safetensors --data digits -n 3")[66:], images.grid(again[:3], 17, 3))
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        ("manifold v.safetensors --dimensions 0,3", "--dimensions: expected 2 of 0..2, got '0,3'"),
+        ("manifold v.safetensors --dimensions 1", "--dimensions: expected 2 of 0..2"),
+        ("manifold v.safetensors --steps 0", "--steps: expected at least 1"),
+        ("reconstruct g.safetensors --data digits", "a gan has no encoder"),
+    ],
+)
+def test_errors_of_the_pictures_of_autoencoders(
+    vae: models.VAE, command: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(f"latent {command} -o p.png".split()) == 2
+    assert message in capsys.readouterr().err

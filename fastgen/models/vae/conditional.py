@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgen._arguments import check_labels
-from fastgen.models.vae.vae import VAE, _positive
+from fastgen.models.vae.vae import VAE, Conditions, _positive
 
 CONDITIONS = ("grey", "top", "bottom", "left", "right")
 
@@ -20,7 +20,8 @@ class ConditionalVAE(VAE):
     condition; Kingma et al. 2014, 1406.5298, section 2, for labels).
 
     A condition is given as whole images, of which the model sees only its part: "grey", the mean of the colours, for
-    colourisation; one half of the pixels, for completion.  The likelihood is that of the whole image all the same.
+    colourisation; one half of the pixels, for completion.  Methods that take images take the condition from these.  The
+    likelihood is that of the whole image all the same.
 
     Args:
         num_classes: number of classes, or None.
@@ -65,9 +66,7 @@ class ConditionalVAE(VAE):
     def _condition_sizes(self) -> tuple[int, int]:
         return self._sizes
 
-    def _conditions(
-        self, n: int, labels: Tensor | int | None, condition: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None]:
+    def _conditions(self, n: int, labels: Tensor | int | None, condition: Tensor | None) -> Conditions:
         like: dict[str, Any] = {"dtype": self._weight.dtype, "device": self._weight.device}
         known = check_labels(labels, n, self.num_classes)
         vectors = None if known is None or self.num_classes is None else F.one_hot(known, self.num_classes).to(**like)

@@ -24,6 +24,8 @@ CHUNK = 16  # samples per pass through the decoder
 MAX_DECODED = 1024  # images that `log_prob` decodes at a time
 ARCHITECTURES = ("perceptron", "convolutional")
 
+Conditions = tuple[Tensor | None, Tensor | None]  # vectors [N, V], planes [N, P, H, W]
+
 
 class VAE(nn.Module):
     """A latent normal distribution, an encoder and a decoder (Kingma & Welling 2014, section 3 and appendix C).
@@ -55,6 +57,7 @@ class VAE(nn.Module):
 
     name: ClassVar[str] = "vae"
     num_classes: int | None = None
+    condition: str | None = None
 
     def __init__(
         self,
@@ -91,15 +94,15 @@ class VAE(nn.Module):
         vector, planes = self._condition_sizes()
         shape = (self.likelihood.channels, height, width)
         inputs = channels + vector + planes
+        encoder: PerceptronEncoder | ConvolutionalEncoder
         if convolutional:
             encoder = ConvolutionalEncoder(inputs, height, width, num_filters)
-            self.encoder: nn.Module = encoder
             self.decoder: nn.Module = ConvolutionalDecoder(latent_dim + vector, planes, shape, num_filters)
         else:
             units = [num_filters] * num_blocks
             encoder = PerceptronEncoder(inputs, height, width, units)
-            self.encoder = encoder
             self.decoder = PerceptronDecoder(latent_dim + vector, planes, shape, units)
+        self.encoder = encoder
         self.to_latent = nn.Linear(encoder.features, 2 * latent_dim)
 
     # What conditional models have more
@@ -108,9 +111,7 @@ class VAE(nn.Module):
         """Length of the vector and number of the planes that both networks are conditioned on."""
         return 0, 0
 
-    def _conditions(
-        self, n: int, labels: Tensor | int | None, condition: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None]:
+    def _conditions(self, n: int, labels: Tensor | int | None, condition: Tensor | None) -> Conditions:
         """The checked conditions of n images: vectors [N, V] and planes [N, P, H, W], in the dtype of the weights."""
         if labels is not None or condition is not None:
             raise ValueError("labels, condition: expected None, this model is unconditional")
@@ -118,36 +119,28 @@ class VAE(nn.Module):
 
     # The model
 
-    def forward(
-        self, images: Tensor, labels: Tensor | int | None = None, condition: Tensor | None = None, **options: Any
-    ) -> Tensor:
+    def forward(self, images: Tensor, labels: Tensor | int | None = None, **options: Any) -> Tensor:
         """`elbo`."""
-        return self.elbo(images, labels, condition, **options)
+        return self.elbo(images, labels, **options)
 
-    def encode(
-        self, images: Tensor, labels: Tensor | int | None = None, condition: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def encode(self, images: Tensor, labels: Tensor | int | None = None) -> tuple[Tensor, Tensor]:
         """Means and log variances of the latents, [N, latent_dim] each.
 
         Args:
             images: uint8 levels [N, C, H, W].
-            labels, condition: what a `ConditionalVAE` is conditioned on.
+            labels: of a `ConditionalVAE` with classes, int64 [N] or one for all.
         """
-        return self._encode(self._check_images(images), *self._conditions(len(images), labels, condition))
+        return self._encode(images, self._conditions_of(images, labels))
 
     def decode(self, z: Tensor, labels: Tensor | int | None = None, condition: Tensor | None = None) -> Tensor:
         """Parameters of the likelihood, [N, P, H, W], of latents [N, latent_dim].  `render` makes images of latents."""
-        if not isinstance(z, Tensor) or not z.is_floating_point():
-            raise TypeError(f"z: expected a floating point tensor, got {_describe(z)}")
-        if z.dim() != 2 or z.shape[1] != self.latent_dim:
-            raise ValueError(f"z: expected shape [N, {self.latent_dim}], got {list(z.shape)}")
+        self._check_latents(z)
         return self._decode(z.to(self._weight), *self._conditions(len(z), labels, condition))
 
     def elbo(
         self,
         images: Tensor,
         labels: Tensor | int | None = None,
-        condition: Tensor | None = None,
         *,
         num_samples: int = 1,
         beta: float = 1.0,
@@ -158,27 +151,26 @@ class VAE(nn.Module):
 
         Args:
             images: uint8 levels [N, C, H, W].
-            labels, condition: what a `ConditionalVAE` is conditioned on.
+            labels: of a `ConditionalVAE` with classes, int64 [N] or one for all.
             num_samples: latents drawn for each image.
             beta: weight of the divergence (Higgins et al. 2017, "beta-VAE", equation 4); 1 for the bound.
             seed, start: of the noise, see `ops.reparameterize`.
         """
-        likelihood, kl = self.elbo_terms(images, labels, condition, num_samples=num_samples, seed=seed, start=start)
+        likelihood, kl = self.elbo_terms(images, labels, num_samples=num_samples, seed=seed, start=start)
         return likelihood - beta * kl
 
     def elbo_terms(
         self,
         images: Tensor,
         labels: Tensor | int | None = None,
-        condition: Tensor | None = None,
         *,
         num_samples: int = 1,
         seed: int = 0,
         start: int = 0,
     ) -> tuple[Tensor, Tensor]:
         """E log p(x | z) and KL(q(z | x), p(z)), [N] nats each; arguments as for `elbo`."""
-        conditions = self._conditions(len(images), labels, condition)
-        mu, logvar = self._encode(self._check_images(images), *conditions)
+        conditions = self._conditions_of(images, labels)
+        mu, logvar = self._encode(images, conditions)
         z, kl = ops.reparameterize(mu, logvar, seed=seed, start=start, num_samples=num_samples)
         return -self._nll(z, images, conditions).mean(0), kl
 
@@ -187,7 +179,6 @@ class VAE(nn.Module):
         self,
         images: Tensor,
         labels: Tensor | int | None = None,
-        condition: Tensor | None = None,
         *,
         num_samples: int = 100,
         seed: int = 0,
@@ -201,8 +192,8 @@ class VAE(nn.Module):
         """
         if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
             raise ValueError(f"num_samples: expected an integer of at least 1, got {num_samples!r}")
-        conditions = self._conditions(len(images), labels, condition)
-        mu, logvar = self._encode(self._check_images(images), *conditions)
+        conditions = self._conditions_of(images, labels)
+        mu, logvar = self._encode(images, conditions)
         at_once = max(1, MAX_DECODED // max(1, len(images)))
         total = mu.new_full((len(images),), -math.inf)
         for first in range(0, num_samples, at_once):
@@ -239,7 +230,8 @@ class VAE(nn.Module):
             n: number of images.
             seed: 0..2^64-1.
             start: index of the first image.
-            labels, condition: what a `ConditionalVAE` is conditioned on, for each image (labels also: one for all).
+            labels: of a `ConditionalVAE` with classes, int64 [n] or one for all.
+            condition: of one that is given a part of the image, uint8 [n, C, H, W], see there.
             progress: show a progress bar on stderr.
 
         Returns:
@@ -271,6 +263,8 @@ class VAE(nn.Module):
         """
         from tqdm import tqdm
 
+        self._check_latents(z)
+        self._conditions(len(z), labels, condition)
         labels = check_labels(labels, len(z), self.num_classes)
         images = torch.empty(len(z), *self.image_shape, dtype=torch.uint8)
         was_training = self.training
@@ -286,38 +280,27 @@ class VAE(nn.Module):
             self.train(was_training)
         return images
 
-    def reconstruct(
-        self, images: Tensor, labels: Tensor | int | None = None, condition: Tensor | None = None
-    ) -> Tensor:
+    def reconstruct(self, images: Tensor, labels: Tensor | int | None = None) -> Tensor:
         """Images after encoding and decoding, by the means of their latents, in eval mode: uint8 [N, C, H, W]."""
         was_training = self.training
         self.eval()
         try:
             with torch.no_grad():
-                mu, _ = self.encode(images, labels, condition)
+                mu, _ = self.encode(images, labels)
         finally:
             self.train(was_training)
-        return self.render(mu, labels, condition)
+        return self.render(mu, labels, None if self.condition is None else images)
 
     # What the latents are used for
 
     @torch.no_grad()
-    def kl_per_dimension(
-        self, images: Tensor, labels: Tensor | int | None = None, condition: Tensor | None = None
-    ) -> Tensor:
+    def kl_per_dimension(self, images: Tensor, labels: Tensor | int | None = None) -> Tensor:
         """Mean over the images of each latent dimension's share of the divergence, [latent_dim] nats."""
-        mu, logvar = self.encode(images, labels, condition)
+        mu, logvar = self.encode(images, labels)
         return 0.5 * (mu * mu + torch.expm1(logvar) - logvar).mean(0)
 
     @torch.no_grad()
-    def active_units(
-        self,
-        images: Tensor,
-        labels: Tensor | int | None = None,
-        condition: Tensor | None = None,
-        *,
-        threshold: float = 0.01,
-    ) -> Tensor:
+    def active_units(self, images: Tensor, labels: Tensor | int | None = None, *, threshold: float = 0.01) -> Tensor:
         """Which latent dimensions say anything about the images, bool [latent_dim]: those whose means have a variance
         over the images above the threshold (Burda et al. 2016, section 5.2).
 
@@ -326,7 +309,7 @@ class VAE(nn.Module):
         """
         if len(images) < 2:
             raise ValueError(f"images: a variance needs at least 2, got {len(images)}")
-        return self.encode(images, labels, condition)[0].var(0) > threshold
+        return self.encode(images, labels)[0].var(0) > threshold
 
     # Parts
 
@@ -334,7 +317,13 @@ class VAE(nn.Module):
     def _weight(self) -> Tensor:
         return self.to_latent.weight
 
-    def _encode(self, images: Tensor, vectors: Tensor | None, planes: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _conditions_of(self, images: Tensor, labels: Tensor | int | None) -> Conditions:
+        """The images are checked; of a model that is conditioned on a part of the image, it is theirs."""
+        self._check_images(images)
+        return self._conditions(len(images), labels, None if self.condition is None else images)
+
+    def _encode(self, images: Tensor, conditions: Conditions) -> tuple[Tensor, Tensor]:
+        vectors, planes = conditions
         x = images.to(self._weight) * (2.0 / (self.levels - 1)) - 1.0
         parts = [x]
         if vectors is not None:
@@ -348,7 +337,7 @@ class VAE(nn.Module):
     def _decode(self, z: Tensor, vectors: Tensor | None, planes: Tensor | None) -> Tensor:
         return self.decoder(z if vectors is None else torch.cat((z, vectors), dim=1), planes)
 
-    def _nll(self, z: Tensor, images: Tensor, conditions: tuple[Tensor | None, Tensor | None]) -> Tensor:
+    def _nll(self, z: Tensor, images: Tensor, conditions: Conditions) -> Tensor:
         """-log p(x | z) of latents [S, N, D]: [S, N]."""
         draws = len(z)
         vectors, planes = (_repeated(value, draws) for value in conditions)
@@ -360,6 +349,12 @@ class VAE(nn.Module):
         if not torch.isfinite(x).all():
             raise RuntimeError("the decoded images hold NaN or infinity: are the weights finite?")
         return (x * (self.levels - 1)).round().clamp(0, self.levels - 1).to(torch.uint8)
+
+    def _check_latents(self, z: Tensor) -> None:
+        if not isinstance(z, Tensor) or not z.is_floating_point():
+            raise TypeError(f"z: expected a floating point tensor, got {_describe(z)}")
+        if z.dim() != 2 or z.shape[1] != self.latent_dim:
+            raise ValueError(f"z: expected shape [N, {self.latent_dim}], got {list(z.shape)}")
 
     def _check_images(self, images: Tensor, name: str = "images") -> Tensor:
         if not isinstance(images, Tensor) or images.dtype != torch.uint8:

@@ -19,7 +19,7 @@ class VAEConfig(TrainConfig):
             before silence pays (Bowman et al. 2016, 1511.06349, section 3.1; Sonderby et al. 2016, 1602.02282).
         num_samples: latents drawn for each image of a step.
         iwae_samples: latents of the importance-weighted bound in validations.
-        iwae_images: validation images of that bound, at most.
+        iwae_images: validation images that it is evaluated on, at most.
 
     Raises:
         ValueError: no limit, or a value out of range.
