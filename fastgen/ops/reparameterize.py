@@ -58,6 +58,8 @@ def reparameterize(
     signed = seed - 2**64 if seed >= 2**63 else seed  # operators take signed numbers
     compiling = torch.compiler.is_compiling()
     if not compiling and _goes_straight(mu, logvar):
+        if torch.is_grad_enabled() and (mu.requires_grad or logvar.requires_grad):
+            return _Reparameterize.apply(mu, logvar, signed, start, draws)
         return _forward_cpu(mu, logvar, signed, start, draws)
     if isinstance(mu, Tensor) and mu.dtype in (torch.float16, torch.bfloat16):
         mu, logvar = mu.float(), logvar.float() if isinstance(logvar, Tensor) else logvar
@@ -69,25 +71,31 @@ def reparameterize(
 
 
 def _goes_straight(mu: Tensor, logvar: Tensor) -> bool:
-    """Whether the arguments are right, the native kernel serves them, and nobody watches or wants a gradient.
+    """Whether the arguments are right, the native kernel serves them, and nobody watches.
 
     That is what the other way finds out, too, but for small tensors it takes longer than the kernel.
     """
     return (
         type(mu) in _PLAIN
         and type(logvar) in _PLAIN
-        and mu.dtype in _DTYPES
         and logvar.dtype is mu.dtype
-        and mu.is_cpu
         and logvar.is_cpu
-        and mu.layout is torch.strided
         and logvar.layout is torch.strided
         and mu.dim() > 0
         and mu.shape == logvar.shape
-        and not (torch.is_grad_enabled() and (mu.requires_grad or logvar.requires_grad))
+        and _is_native(mu)
+        and not is_transformed()
+    )
+
+
+def _is_native(mu: Tensor) -> bool:
+    """Whether `backends.select` would choose the native kernel, and no dispatch mode wants to see the call."""
+    return (
+        mu.is_cpu
+        and mu.dtype in _DTYPES
+        and mu.layout is torch.strided
         and backends.is_free("cpu")
         and is_unobserved(())
-        and not is_transformed()
     )
 
 
@@ -112,22 +120,22 @@ class _Reparameterize(torch.autograd.Function):
         ctx.save_for_backward(mu, logvar)
         ctx.options = (seed, start, draws)
         ctx.set_materialize_grads(False)
-        return _call("reparameterize", mu, logvar, seed, start, draws)
+        if not torch.compiler.is_compiling() and type(mu) in _PLAIN and type(logvar) in _PLAIN and _is_native(mu):
+            return _forward_cpu(mu, logvar, seed, start, draws)
+        return torch.ops.fastgen.reparameterize(mu, logvar, seed, start, draws)
 
     @staticmethod
     def backward(ctx: Any, grad_z: Tensor | None, grad_kl: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_z is None and grad_kl is None:
             return (None,) * 5
+        tensors = (grad_z, grad_kl, *ctx.saved_tensors)
         if torch.is_grad_enabled():  # for second derivatives
-            return (*_grad_reference(grad_z, grad_kl, *ctx.saved_tensors, *ctx.options), None, None, None)
-        grads = _call("reparameterize_grad", grad_z, grad_kl, *ctx.saved_tensors, *ctx.options)
-        return (*grads, None, None, None)
-
-
-def _call(name: str, *args: Any) -> tuple[Tensor, Tensor]:
-    if torch.compiler.is_compiling() or not is_unobserved(args[:-3]):
-        return getattr(torch.ops.fastgen, name)(*args)
-    return backends.select(name, *args)(*args)
+            function = _grad_reference
+        elif not torch.compiler.is_compiling() and is_unobserved(tensors) and _is_native(tensors[2]):
+            function = _grad_cpu
+        else:
+            function = torch.ops.fastgen.reparameterize_grad
+        return (*function(*tensors, *ctx.options), None, None, None)
 
 
 # Checks, shared by the real and the fake implementations
