@@ -40,6 +40,8 @@ def run(options: argparse.Namespace) -> int:
     progress = not options.quiet
     shape = {"size": tuple(model.image_shape[1:]), "levels": model.levels, "resize": True, "progress": progress}
     train, val = (data.load(options.data, split=split, **shape) for split in ("train", "val"))
+    if val.image_shape != tuple(model.image_shape):
+        raise ValueError(f"the images of {val.name} are {val.image_shape}, the model's are {tuple(model.image_shape)}")
     if options.inception is None:
         extractor: Any = scores.classifier(options.data, progress=progress)
         features = f"a classifier that is right on {100 * float(extractor.accuracy):.1f} % of them"

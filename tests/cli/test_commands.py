@@ -122,6 +122,7 @@ def test_score_a_generator_and_a_pixel_model(
     [
         ("score m.safetensors --data digits -n 1", "-n: expected at least 3, got 1"),
         ("score m.safetensors --data digits --inception x.pth", "x.pth: no such file"),
+        ("score m.safetensors --data patches", "the images of patches are (3, 8, 8), the model's are (1, 8, 8)"),
         ("train pixelcnn --data digits --scores", "pixelcnn has no option --scores"),
         ("train dcgan --data patches --scores --num-filters 4 --size 16", "patches: the data have no labels"),
     ],
