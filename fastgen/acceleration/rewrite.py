@@ -20,11 +20,10 @@ def accelerate(module: nn.Module) -> nn.Module:
     """A copy of a module in eval mode that computes the same, convolution, norm and activation in one.
 
     The copy is of the same class, with the same members, parameters, state dict and methods; only the forward of what
-    could be traced is replaced, by code that calls `fastgen.ops.conv_transpose2d_bn_act` where a transposed convolution
-    is followed by a BatchNorm or InstanceNorm with running statistics and an activation (each of them optional), and
-    that folds the norm into the weights of an ordinary convolution. Modules, functions and methods are recognised
-    alike, through any number of containers. Weights may be changed afterwards (optimiser, ``load_state_dict``,
-    ``.to()``); packed and folded weights follow.
+    could be traced is replaced, by code that calls `fastgen.ops.conv_transpose2d_bn_act` or `conv2d_bn_act` for a
+    convolution and the BatchNorm or InstanceNorm with running statistics and the activation that follow it (each of
+    them optional). Modules, functions and methods are recognised alike, through any number of containers. Weights may
+    be changed afterwards (optimiser, ``load_state_dict``, ``.to()``); packed and folded weights follow.
 
     Left alone is whatever is not known to be equal: norms on batch statistics, dropout in training mode, hooks, weights
     that are computed in forward, intermediate results that are used elsewhere. What cannot be traced (control flow on
