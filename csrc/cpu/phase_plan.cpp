@@ -9,7 +9,9 @@ namespace fastgen {
 namespace {
 
 constexpr int64_t kNone = std::numeric_limits<int64_t>::min();
-constexpr int64_t kMaxCells = 8;  // phases side by side come from up to this many positions
+constexpr int64_t kTransformCycles = 64;  // of one tile of minimal filtering, for a vector of channels in or out
+constexpr int64_t kWeightCycles = 8;      // in which a vector of weights comes from memory
+constexpr int64_t kMaxCells = 8;          // phases side by side come from up to this many positions
 
 int64_t floor_div(int64_t a, int64_t b) { return a / b - (a % b != 0 && (a < 0) != (b < 0)); }
 
@@ -141,7 +143,44 @@ AxisPlan view(const ConvAxis& axis, const Axis& built, std::vector<AxisSlot>& sl
             static_cast<int64_t>(slots.size())};
 }
 
+bool is_filter(const AxisSlot& slot) {
+    if (slot.taps != 2 && slot.taps != 3) return false;
+    return slot.offsets[slot.taps - 1] - slot.offsets[0] == slot.taps - 1;
+}
+
+int64_t direct_products(const AxisSlot& slot) {
+    int64_t sum = 0;
+    for (int64_t i = 0; i < slot.num_spans; ++i) {
+        const AxisSpan& span = slot.spans[i];
+        sum += (span.last - span.first) * (span.tap_end - span.tap_begin);
+    }
+    return sum;
+}
+
+// Processor cycles for one image, roughly: a vector multiply-add in each, unless the weights come later than that.
+int64_t cost(const ConvPlan& plan, int64_t lanes) {
+    const int64_t outputs = (plan.out_channels + lanes - 1) / lanes, inputs = (plan.in_channels + lanes - 1) / lanes;
+    int64_t products = 0, weights = 0;
+    for (int64_t i = 0; i < plan.y.num_slots * plan.x.num_slots; ++i) {
+        const AxisSlot &sy = plan.y.slots[i / plan.x.num_slots], &sx = plan.x.slots[i % plan.x.num_slots];
+        if (!is_minimal(plan, sy, sx)) {
+            products += direct_products(sy) * direct_products(sx) * plan.in_channels * outputs;
+            weights += sy.taps * sx.taps;
+            continue;
+        }
+        const AxisTiles y{0, last_cell(sy) - first_cell(sy), sy.taps}, x{0, last_cell(sx) - first_cell(sx), sx.taps};
+        products += y.products() * x.products() * plan.in_channels * outputs;
+        products += y.count() * x.count() * (inputs + outputs) * kTransformCycles;
+        weights += (y.full() ? kPoints : kPoints - 1) * (x.full() ? kPoints : kPoints - 1);
+    }
+    return std::max(products, weights * plan.in_channels * outputs * kWeightCycles);
+}
+
 }  // namespace
+
+bool is_minimal(const ConvPlan& plan, const AxisSlot& y, const AxisSlot& x) {
+    return plan.minimal && y.taps == x.taps && is_filter(y) && is_filter(x);
+}
 
 std::shared_ptr<const ConvPlan> make_conv_plan(const ConvShape& shape, int64_t lanes) {
     const auto owner = std::make_shared<Owner>();
@@ -159,8 +198,15 @@ std::shared_ptr<const ConvPlan> make_conv_plan(const ConvShape& shape, int64_t l
             }
         }
     }
-    owner->plan = {shape.groups, shape.in_channels, shape.out_channels, view(shape.y, owner->y, owner->y_slots),
-                   view(shape.x, owner->x, owner->x_slots)};
+    owner->plan = {shape.groups,
+                   shape.in_channels,
+                   shape.out_channels,
+                   view(shape.y, owner->y, owner->y_slots),
+                   view(shape.x, owner->x, owner->x_slots),
+                   false};
+    ConvPlan minimal = owner->plan;
+    minimal.minimal = minimal.y.phases * minimal.x.phases == 1 && minimal.y.in_step == 1 && minimal.x.in_step == 1;
+    if (cost(minimal, lanes) < cost(owner->plan, lanes)) owner->plan = minimal;
     return {owner, &owner->plan};
 }
 

@@ -47,7 +47,38 @@ struct AxisPlan {
 struct ConvPlan {
     int64_t groups, in_channels, out_channels;  // channels of one group
     AxisPlan y, x;
+    bool minimal;  // filtering, in the slots that allow it
 };
+
+inline constexpr int kPoints = 4;      // of minimal filtering along one axis
+inline constexpr int kExtraPoint = 2;  // that of full tiles alone
+
+// Tiles of minimal filtering for the cells first..first+cells-1 of an axis: full ones, then short ones; the last may
+// stick out.
+struct AxisTiles {
+    int64_t first, cells, taps;
+
+    constexpr int64_t full() const {
+        if (taps == 3) return (cells + 1) / 2;
+        return cells % 3 == 1 ? (cells > 1 ? cells / 3 - 1 : 0) : cells / 3;
+    }
+    constexpr int64_t count() const {
+        if (taps == 3) return full();
+        return cells % 3 == 1 && cells > 1 ? full() + 2 : full() + (cells % 3 != 0);
+    }
+    constexpr int64_t begin(int64_t tile) const {
+        const int64_t before = tile < full() ? tile : full();
+        return first + before * (kPoints + 1 - taps) + (tile - before) * 2;
+    }
+    constexpr int64_t last() const { return first + cells; }
+    constexpr int64_t products() const { return kPoints * full() + (kPoints - 1) * (count() - full()); }
+};
+
+inline int64_t first_cell(const AxisSlot& slot) { return slot.num_spans ? slot.spans[0].first : 0; }
+inline int64_t last_cell(const AxisSlot& slot) { return slot.num_spans ? slot.spans[slot.num_spans - 1].last : 0; }
+
+// Whether a pair of slots is computed by minimal filtering.
+bool is_minimal(const ConvPlan& plan, const AxisSlot& y, const AxisSlot& x);
 
 struct ConvAxis {
     int64_t in_size, out_size, kernel, stride, padding, dilation;

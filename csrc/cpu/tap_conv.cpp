@@ -7,6 +7,9 @@
 // Either way the result is a tile in the first-level cache, from which the epilogue writes each row to its place:
 // scale, shift, activation.
 //
+// Where the plan says minimal filtering, tiles take the place of cells: they are transformed to their points, each point is
+// a product of its own over all tiles, and the tiles are transformed back on the way to the output.
+//
 // The work is cut into items of some images and lines, and, where these are few, of columns. Every output is one chain of
 // sums whatever the cut: threads and batch do not change the bits.
 
@@ -14,6 +17,7 @@
 
 #include <omp.h>
 
+#include "minimal_filter.h"
 #include "tap_gemm.h"
 #include "vec.h"
 
@@ -34,9 +38,11 @@ constexpr int64_t kTallPanels = 4;  // panels of a product of many rows: the til
 constexpr int64_t kFlatPanels = 8;  // of a product of few rows, which wants wide tiles
 constexpr int64_t kFlatRows = 14;   // up to which a product is flat
 constexpr int64_t kDirectRows = 7;  // enough rows of one line to read them where they are
-constexpr int64_t kGatherBytes = 256 << 10;  // of gathered rows: a part of the second-level cache
-constexpr int64_t kPackTaps = 16;            // packed together
-constexpr int64_t kItemCells = 256;          // of an item: enough rows for the gathered rectangles of small maps
+constexpr int64_t kGatherBytes = 256 << 10;   // of gathered rows: a part of the second-level cache
+constexpr int64_t kPackTaps = 16;             // packed together
+constexpr int64_t kItemCells = 256;           // of an item: enough rows for the gathered rectangles of small maps
+constexpr int64_t kMinimalItemCells = 1024;   // the same, of tiles
+constexpr int64_t kMinimalBytes = 512 << 10;  // of transformed tiles: half of the second-level cache
 
 struct Cell {
     int64_t n, y, x;
@@ -85,7 +91,8 @@ struct TapConv {
 
     // Elements of one panel of the packed weights of a pair of slots.
     FASTGEN_INLINE int64_t panel_size(const AxisSlot& sy, const AxisSlot& sx) const {
-        return sy.taps * sx.taps * plan.in_channels * kPanel<T>;
+        const int64_t slices = is_minimal(plan, sy, sx) ? kPoints * kPoints : sy.taps * sx.taps;
+        return slices * plan.in_channels * kPanel<T>;
     }
 
     // Where the packed weights of a pair of slots start.
@@ -104,7 +111,29 @@ struct TapConv {
             const int64_t group = unit / panels() / slots(), slot = unit / panels() % slots(), panel = unit % panels();
             const AxisSlot& sy = plan.y.slots[slot / plan.x.num_slots];
             const AxisSlot& sx = plan.x.slots[slot % plan.x.num_slots];
-            pack_panel(weight, group, sy, sx, panel, packed + packed_offset(group, slot) + panel * panel_size(sy, sx));
+            T* to = packed + packed_offset(group, slot);
+            if (is_minimal(plan, sy, sx))
+                pack_points(weight, group, sy, sx, panel, to);
+            else
+                pack_panel(weight, group, sy, sx, panel, to + panel * panel_size(sy, sx));
+        }
+    }
+
+    // For minimal filtering the points come one after the other, each with all of its panels.
+    void pack_points(const ConvWeight<T>& weight, int64_t group, const AxisSlot& sy, const AxisSlot& sx, int64_t panel,
+                     T* to) const {
+        const int64_t taps = sy.taps;
+        for (int64_t j = 0; j < kPanel<T>; ++j) {
+            const T* from[9];
+            for (int64_t t = 0; t < taps * taps; ++t) from[t] = first_weight(weight, group, sy, sx, t, panel, j);
+            for (int64_t c = 0; c < plan.in_channels; ++c) {
+                double filter[9], rows[kPoints * 3] = {}, points[kPoints * kPoints];
+                for (int64_t t = 0; t < taps * taps; ++t) filter[t] = from[t] ? from[t][c * weight.in_channel] : T(0);
+                for (int64_t t = 0; t < taps; ++t) filter_points(taps, filter + t, taps, rows + t, taps);
+                for (int64_t p = 0; p < kPoints; ++p) filter_points(taps, rows + p * taps, 1, points + p * kPoints, 1);
+                for (int64_t p = 0; p < kPoints * kPoints; ++p)
+                    to[((p * panels() + panel) * plan.in_channels + c) * kPanel<T> + j] = static_cast<T>(points[p]);
+            }
         }
     }
 
@@ -146,11 +175,12 @@ struct TapConv {
 
     // Cells begin at 0; side by side, one may stick out at either end.
     FASTGEN_INLINE int64_t cells(const AxisPlan& axis) const { return ceil_div(axis.out_size, axis.out_step) + 1; }
+    FASTGEN_INLINE int64_t item_cells() const { return plan.minimal ? kMinimalItemCells : kItemCells; }
     FASTGEN_INLINE int64_t item_images() const {
-        return max_of(1, min_of(call.batch, kItemCells / (cells(plan.y) * cells(plan.x))));
+        return max_of(1, min_of(call.batch, item_cells() / (cells(plan.y) * cells(plan.x))));
     }
     FASTGEN_INLINE int64_t item_lines() const {  // of cells
-        return min_of(cells(plan.y), max_of(1, kItemCells / cells(plan.x)));
+        return min_of(cells(plan.y), max_of(1, item_cells() / cells(plan.x)));
     }
     FASTGEN_INLINE int64_t image_blocks() const { return ceil_div(call.batch, item_images()); }
     FASTGEN_INLINE int64_t bands() const { return ceil_div(cells(plan.y), item_lines()); }
@@ -159,15 +189,37 @@ struct TapConv {
         return items >= 2 * call.threads ? 1 : min_of(units(), ceil_div(2 * call.threads, items));
     }
 
-    // Scratch: scale and shift of every column; then for each thread the taps of a product, its tile, gathered rows, and
+    // Scratch: scale and shift of every column; channels of zeros, around the image; then for each thread the taps of a product, its tile, gathered rows, and
     // the item's input where its channels are not neighbours.
 
     FASTGEN_INLINE int64_t affine_size() const { return 2 * plan.groups * panels() * kPanel<T>; }
+    FASTGEN_INLINE int64_t shared_size() const { return affine_size() + aligned<T>(plan.in_channels); }
+    FASTGEN_INLINE T* zeros() const { return scratch + affine_size(); }
     FASTGEN_INLINE int64_t taps_size() const { return aligned<T>(ceil_div(most_taps() * sizeof(Tap<T>), sizeof(T))); }
-    FASTGEN_INLINE int64_t tile_size() const { return kTileRows * kTallPanels * kPanel<T>; }
-    FASTGEN_INLINE int64_t gather_size() const {
-        return max_of(kGatherBytes / sizeof(T), kFlatRows * gather_stride(most_taps() * plan.in_channels));
+    FASTGEN_INLINE int64_t tile_size() const {
+        return max_of(kTileRows * kTallPanels * kPanel<T>, plan.minimal ? most_products() : 0);
     }
+    FASTGEN_INLINE int64_t gather_size() const {
+        const int64_t size =
+            max_of(kGatherBytes / sizeof(T), kFlatRows * gather_stride(most_taps() * plan.in_channels));
+        return max_of(size, plan.minimal ? most_tiles() * tile_stride(plan.in_channels) : 0);
+    }
+
+    // Points of transformed tiles start on lines of their own, and points and tiles an odd number of lines apart.
+    FASTGEN_INLINE int64_t point_stride(int64_t depth) const { return gather_stride(depth); }
+    FASTGEN_INLINE int64_t tile_stride(int64_t depth) const {
+        return kPoints * kPoints * point_stride(depth) + kPanel<T>;
+    }
+    // Tiles that are at work together, and panels of their products.
+    FASTGEN_INLINE int64_t most_tiles() const {
+        const int64_t fitting = kMinimalBytes / static_cast<int64_t>(sizeof(T)) / tile_stride(plan.in_channels);
+        return max_of(kFlatRows, min_of(kTileRows, fitting / kFlatRows * kFlatRows));
+    }
+    FASTGEN_INLINE int64_t most_products() const {
+        return max_of(most_tiles() * tile_stride(kTallPanels * kPanel<T>),
+                      kFlatRows * tile_stride(kFlatPanels * kPanel<T>));
+    }
+
     FASTGEN_INLINE int64_t staged_lines() const {
         int64_t first = 0, last = 0;
         for (int64_t s = 0; s < plan.y.num_slots; ++s) {
@@ -185,7 +237,7 @@ struct TapConv {
     FASTGEN_INLINE int64_t thread_size() const {
         return taps_size() + tile_size() + gather_size() + (staged() ? staged_size() : 0);
     }
-    FASTGEN_INLINE int64_t scratch_size() const { return affine_size() + call.threads * thread_size(); }
+    FASTGEN_INLINE int64_t scratch_size() const { return shared_size() + call.threads * thread_size(); }
 
     // Gathered rows start on cache lines and not a power of two apart, which would put them all into one cache set.
     FASTGEN_INLINE int64_t gather_stride(int64_t depth) const {
@@ -193,7 +245,8 @@ struct TapConv {
         return (lines + (lines % 2 == 0)) * kPanel<T>;
     }
 
-    void spread_affine() const {
+    void fill_shared() const {
+        for (int64_t c = 0; c < plan.in_channels; ++c) zeros()[c] = T(0);
         for (int64_t group = 0; group < plan.groups; ++group) {
             T* scale = scratch + 2 * group * panels() * kPanel<T>;
             T* shift = scale + panels() * kPanel<T>;
@@ -206,11 +259,11 @@ struct TapConv {
     }
 
     void run() const {
-        spread_affine();
+        fill_shared();
         const int64_t items = image_blocks() * bands() * splits();
 #pragma omp parallel num_threads(call.threads)
         {
-            T* own = scratch + affine_size() + omp_get_thread_num() * thread_size();
+            T* own = scratch + shared_size() + omp_get_thread_num() * thread_size();
 #pragma omp for schedule(dynamic)
             for (int64_t i = 0; i < items; ++i) {
                 const int64_t split = i % splits(), band = i / splits() % bands(), block = i / splits() / bands();
@@ -292,6 +345,7 @@ struct TapConv {
         FASTGEN_INLINE const ConvPlan& plan() const { return item.conv.plan; }
 
         void run(int64_t panel_begin, int64_t panel_end) const {
+            if (is_minimal(plan(), sy, sx)) return minimal(panel_begin, panel_end);
             for (int64_t i = 0; i < sy.num_spans; ++i) {
                 AxisSpan y = sy.spans[i];
                 y.first = max_of(y.first, item.y0);
@@ -391,6 +445,196 @@ struct TapConv {
                     epilogue(cells, first, last - first, begin, end);
                 }
             }
+        }
+
+        // Minimal filtering. Tiles in this order, because then those that have a point are neighbours.
+        static constexpr bool kFullY[] = {true, true, false, false};
+        static constexpr bool kFullX[] = {false, true, true, false};
+        static constexpr int kKinds = 4;
+
+        struct Tiles {
+            AxisTiles y, x;
+            Rectangle kinds[kKinds];  // in tiles
+            int64_t begin[kKinds + 1];
+
+            FASTGEN_INLINE int64_t kind_begin(int64_t kind, int64_t first, int64_t last) const {
+                return max_of(first, min_of(last, begin[kind])) - first;
+            }
+        };
+
+        Tiles tiles() const {
+            const int64_t y0 = max_of(first_cell(sy), item.y0), y1 = min_of(last_cell(sy), item.y1);
+            Tiles result{
+                {y0, max_of(0, y1 - y0), sy.taps}, {first_cell(sx), last_cell(sx) - first_cell(sx), sx.taps}, {}, {}};
+            const AxisTiles &y = result.y, &x = result.x;
+            for (int kind = 0; kind < kKinds; ++kind) {
+                const Rectangle r{kFullY[kind] ? 0 : y.full(), kFullY[kind] ? y.full() : y.count(),
+                                  kFullX[kind] ? 0 : x.full(), kFullX[kind] ? x.full() : x.count()};
+                result.kinds[kind] = r;
+                result.begin[kind + 1] = result.begin[kind] + (item.n1 - item.n0) * (r.y1 - r.y0) * (r.x1 - r.x0);
+            }
+            return result;
+        }
+
+        void minimal(int64_t panel_begin, int64_t panel_end) const {
+            const Tiles tiles = this->tiles();
+            const int64_t rows = tiles.begin[kKinds], pieces = ceil_div(rows, item.conv.most_tiles());
+            for (int64_t piece = 0; piece < pieces; ++piece) {
+                const int64_t first = rows * piece / pieces, last = rows * (piece + 1) / pieces;
+                transform(tiles, first, last);
+                const int64_t count = blocks(panel_end - panel_begin, last - first);
+                for (int64_t block = 0; block < count; ++block) {
+                    const int64_t begin = panel_begin + (panel_end - panel_begin) * block / count;
+                    const int64_t end = panel_begin + (panel_end - panel_begin) * (block + 1) / count;
+                    multiply(tiles, first, last, begin, end);
+                    with_activation(item.conv.call.activation, [&](auto tag) __attribute__((always_inline)) {
+                        transform_back<decltype(tag)::value>(tiles, first, last, begin, end);
+                    });
+                }
+            }
+        }
+
+        // Calls body(row, n, y, x) for the tiles of one kind among first..last-1.
+        template <class Body>
+        FASTGEN_INLINE void for_tiles(const Tiles& tiles, int kind, int64_t first, int64_t last,
+                                      const Body& body) const {
+            const int64_t row0 = tiles.kind_begin(kind, first, last), row1 = tiles.kind_begin(kind + 1, first, last);
+            if (row0 == row1) return;
+            const Rectangle& rectangle = tiles.kinds[kind];
+            Cell tile = rectangle.at(item.n0, first + row0 - tiles.begin[kind]);
+            for (int64_t row = row0; row < row1; ++row, rectangle.advance(tile))
+                body(row, tile.n, tiles.y.begin(tile.y), tiles.x.begin(tile.x));
+        }
+
+        void transform(const Tiles& tiles, int64_t first, int64_t last) const {
+            transform_kind<0>(tiles, first, last);
+            transform_kind<1>(tiles, first, last);
+            transform_kind<2>(tiles, first, last);
+            transform_kind<3>(tiles, first, last);
+        }
+
+        template <int Kind>
+        void transform_kind(const Tiles& tiles, int64_t first, int64_t last) const {
+            constexpr int height = kFullY[Kind] ? kPoints : kPoints - 1, width = kFullX[Kind] ? kPoints : kPoints - 1;
+            const int64_t channels = plan().in_channels, point = item.conv.point_stride(channels);
+            for_tiles(tiles, Kind, first, last, [&](int64_t row, int64_t n, int64_t y, int64_t x) {
+                const T* from[height][width];
+                for (int i = 0; i < height; ++i) {
+                    for (int j = 0; j < width; ++j) {
+                        const int64_t at_y = y + sy.offsets[0] + i, at_x = x + sx.offsets[0] + j;
+                        const bool inside =
+                            at_y >= 0 && at_y < plan().y.in_size && at_x >= 0 && at_x < plan().x.in_size;
+                        from[i][j] = inside ? source(n, at_y, at_x) : item.conv.zeros();
+                    }
+                }
+                T* to = item.gathered() + row * item.conv.tile_stride(channels);
+                int64_t c = 0;
+                for (; c + kLanes<T> <= channels; c += kLanes<T>) {
+                    transform_tile<Kind>(from, to + c, point,
+                                         [&](const T* p) __attribute__((always_inline)) { return load(p + c); });
+                }
+                if (c == channels) return;
+                transform_tile<Kind>(from, to + c, point, [&](const T* p) __attribute__((always_inline)) {
+                    return load_n(p + c, static_cast<int>(channels - c));
+                });
+            });
+        }
+
+        template <int Kind, int Height, int Width, class Load>
+        static FASTGEN_INLINE void transform_tile(const T* const (&from)[Height][Width], T* to, int64_t point,
+                                                  const Load& load_channels) {
+            Vec<T> d[kPoints][kPoints];
+#pragma GCC unroll 4
+            for (int i = 0; i < Height; ++i) {
+#pragma GCC unroll 4
+                for (int j = 0; j < Width; ++j) d[i][j] = load_channels(from[i][j]);
+                input_points<kFullX[Kind]>(d[i], 1);
+            }
+#pragma GCC unroll 4
+            for (int j = 0; j < kPoints; ++j) {
+                if (!kFullX[Kind] && j == kExtraPoint) continue;
+                input_points<kFullY[Kind]>(&d[0][j], kPoints);
+#pragma GCC unroll 4
+                for (int i = 0; i < kPoints; ++i) {
+                    if (kFullY[Kind] || i != kExtraPoint) store(to + (i * kPoints + j) * point, d[i][j]);
+                }
+            }
+        }
+
+        // One product for each point, of the tiles that have it.
+        void multiply(const Tiles& tiles, int64_t first, int64_t last, int64_t panel_begin, int64_t panel_end) const {
+            const int64_t channels = plan().in_channels, panel = channels * kPanel<T>;
+            const int64_t width = (panel_end - panel_begin) * kPanel<T>;
+            const int64_t a_point = item.conv.point_stride(channels), a_row = item.conv.tile_stride(channels);
+            const int64_t c_point = item.conv.point_stride(width), c_row = item.conv.tile_stride(width);
+            const T* b = item.conv.call.packed + item.conv.packed_offset(group, slot) + panel_begin * panel;
+            for (int64_t p = 0; p < kPoints * kPoints; ++p) {
+                const bool extra_y = p / kPoints == kExtraPoint, extra_x = p % kPoints == kExtraPoint;
+                const int64_t row0 = tiles.kind_begin(extra_x ? 1 : 0, first, last);
+                const int64_t row1 = tiles.kind_begin(extra_y ? 2 : extra_x ? 3 : kKinds, first, last);
+                const int64_t skip = item.conv.panels() * panel;
+                const Tap<T> tap{item.gathered() + row0 * a_row + p * a_point, a_row, 1, channels, b + p * skip};
+                tap_gemm({&tap, 1, panel, kPanel<T>, nullptr, 0, item.tile() + row0 * c_row + p * c_point, c_row,
+                          row1 - row0, width, p + 1 < kPoints * kPoints ? b + (p + 1) * skip : b,
+                          (panel_end - panel_begin) * panel * static_cast<int64_t>(sizeof(T))});
+            }
+        }
+
+        template <Activation A>
+        void transform_back(const Tiles& tiles, int64_t first, int64_t last, int64_t panel_begin,
+                            int64_t panel_end) const {
+            if (sy.taps == 3) return transform_back_kind<A, 1, 3>(tiles, first, last, panel_begin, panel_end);
+            transform_back_kind<A, 0, 2>(tiles, first, last, panel_begin, panel_end);
+            transform_back_kind<A, 1, 2>(tiles, first, last, panel_begin, panel_end);
+            transform_back_kind<A, 2, 2>(tiles, first, last, panel_begin, panel_end);
+            transform_back_kind<A, 3, 2>(tiles, first, last, panel_begin, panel_end);
+        }
+
+        template <Activation A, int Kind, int Taps>
+        void transform_back_kind(const Tiles& tiles, int64_t first, int64_t last, int64_t panel_begin,
+                                 int64_t panel_end) const {
+            constexpr int height = kFullY[Kind] ? kPoints + 1 - Taps : 2, width = kFullX[Kind] ? kPoints + 1 - Taps : 2;
+            const TapConv& conv = item.conv;
+            const int64_t column = panel_begin * kPanel<T>, block = (panel_end - panel_begin) * kPanel<T>;
+            const int64_t columns = min_of(block, conv.columns() - column), point = conv.point_stride(block);
+            const T* scale = conv.scratch + 2 * group * conv.panels() * kPanel<T> + column;
+            const T* shift = scale + conv.panels() * kPanel<T>;
+            const Vec<T> parameter = broadcast(conv.call.parameter);
+            const int64_t line = plan().x.out_size * conv.all_out() * plan().y.out_step;
+            const int64_t step = conv.all_out() * plan().x.out_step;
+            for_tiles(tiles, Kind, first, last, [&](int64_t row, int64_t n, int64_t y, int64_t x) {
+                const T* from = item.tile() + row * conv.tile_stride(block);
+                T* to = output_of({n, y, x}) + column;
+                const int64_t rows = min_of(height, tiles.y.last() - y), steps = min_of(width, tiles.x.last() - x);
+                for (int64_t j = 0; j < columns; j += kLanes<T>) {
+                    Vec<T> m[kPoints][kPoints];
+#pragma GCC unroll 4
+                    for (int i = 0; i < kPoints; ++i) {
+                        if (!kFullY[Kind] && i == kExtraPoint) continue;
+#pragma GCC unroll 4
+                        for (int k = 0; k < kPoints; ++k) {
+                            if (kFullX[Kind] || k != kExtraPoint) m[i][k] = load(from + (i * kPoints + k) * point + j);
+                        }
+                        outputs_of_points<kFullX[Kind], Taps>(m[i], 1);
+                    }
+                    const Vec<T> factor = load(scale + j), offset = load(shift + j);
+                    const int lanes = static_cast<int>(min_of(kLanes<T>, columns - j));
+#pragma GCC unroll 4
+                    for (int k = 0; k < width; ++k) {
+                        outputs_of_points<kFullY[Kind], Taps>(&m[0][k], kPoints);
+#pragma GCC unroll 4
+                        for (int i = 0; i < height; ++i) {
+                            if (i >= rows || k >= steps) continue;
+                            const Vec<T> value = activate<A>(fma(m[i][k], factor, offset), parameter);
+                            T* p = to + i * line + k * step + j;
+                            if (lanes == kLanes<T>)
+                                store(p, value);
+                            else
+                                store_n(p, value, lanes);
+                        }
+                    }
+                }
+            });
         }
 
         // Copies what `rows` cells from number `first` on read.

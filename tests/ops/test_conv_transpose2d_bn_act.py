@@ -68,6 +68,20 @@ CASES = {
     "several items": Case((5, 8, 24, 23), 18, (4, 4), {"stride": 2, "padding": 1}),
     "deep": Case((2, 150, 3, 3), 40, (3, 3), {"stride": 2}),
 }
+MINIMAL = {  # large enough for minimal filtering
+    "minimal": Case((2, 50, 13, 17), 40, (4, 4), {"stride": 2, "padding": 1}),
+    "minimal k3s1p1": Case((2, 33, 11, 12), 33, (3, 3), {"padding": 1}),
+    "minimal k2s1": Case((1, 20, 16, 15), 30, (2, 2)),
+    "minimal k3s2p1op1": Case((1, 24, 18, 16), 20, (3, 3), {"stride": 2, "padding": 1, "output_padding": 1}),
+    "minimal k5s2": Case((1, 24, 15, 16), 20, (5, 5), {"stride": 2, "padding": 2, "output_padding": 1}),
+    "minimal groups": Case((2, 40, 14, 19), 34, (4, 4), {"stride": 2, "padding": 1, "groups": 2}),
+    "minimal dilation": Case((2, 32, 12, 13), 17, (3, 3), {"stride": 2, "dilation": 2}),
+    "minimal, cropped": Case((2, 32, 16, 15), 17, (4, 4), {"stride": 2, "padding": 4}),
+    "minimal, three lines": Case((2, 64, 3, 130), 64, (4, 4), {"stride": 2, "padding": 1}),
+    "minimal, bands": Case((2, 16, 37, 41), 20, (4, 4), {"stride": 2, "padding": 1}),
+    "minimal, many tiles": Case((9, 260, 8, 8), 24, (4, 4), {"stride": 2, "padding": 1}),
+}
+CASES |= MINIMAL
 ACTIVATIONS = {
     "none": lambda x: x,
     "relu": F.relu,
@@ -96,6 +110,15 @@ def native(case, tensors, activation="none", **more):
         return ops.conv_transpose2d_bn_act(*tensors, **case.options, activation=activation, **more)
 
 
+def plan_of(case, dtype=torch.float32):
+    x, weight, *_ = case.tensors(dtype)
+    steps = {"stride": (1, 1), "padding": (0, 0), "output_padding": (0, 0), "dilation": (1, 1), "groups": 1}
+    steps |= {key: value if key == "groups" else module._pair(key, value) for key, value in case.options.items()}
+    names = ("stride", "padding", "output_padding", "groups", "dilation")
+    block = cpu._Block.of(x, weight, cpu.Options(*(steps[name] for name in names), False, 0.0, "none", 0.0))
+    return cpu._plan(True, *block.geometry, dtype)
+
+
 def doubles(tensors):
     return [None if tensor is None else tensor.double() for tensor in tensors]
 
@@ -117,8 +140,16 @@ def test_float32_is_as_accurate_as_pytorch(case):
     assert_as_accurate(native(case, tensors), plain(case, tensors), plain(case, doubles(tensors)))
 
 
+@pytest.mark.parametrize("case", MINIMAL.values(), ids=MINIMAL.keys())
+def test_minimal_filtering_is_chosen_by_the_image_alone(case):
+    assert plan_of(case).minimal
+    assert not plan_of(
+        case._replace(shape=(64, *case.shape[1:2], 1, 1), options={**case.options, "padding": 0})
+    ).minimal
+
+
 @all_activations
-@pytest.mark.parametrize("name", ["k4s2p1", "last layer", "groups"])
+@pytest.mark.parametrize("name", ["k4s2p1", "last layer", "groups", "minimal"])
 def test_activations_are_as_accurate_as_pytorch(name, activation):
     case = CASES[name]
     tensors = case.tensors()
@@ -173,7 +204,7 @@ def test_against_loops(name):
     torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["k4s2p1", "last layer", "4x4 map", "deep"])
+@pytest.mark.parametrize("name", ["k4s2p1", "last layer", "4x4 map", "deep", *MINIMAL])
 def test_bits_are_the_same_on_every_fused_instruction_set(name):
     case, native_cpu = CASES[name], backends.native_cpu()
     tensors, results = case.tensors(), []
@@ -187,7 +218,7 @@ def test_bits_are_the_same_on_every_fused_instruction_set(name):
     assert all(torch.equal(result, results[0]) for result in results)
 
 
-@pytest.mark.parametrize("name", ["k4s2p1", "last layer", "4x4 map", "several items", "groups", "one of all"])
+@pytest.mark.parametrize("name", ["k4s2p1", "last layer", "4x4 map", "several items", "groups", "one of all", *MINIMAL])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_bits_do_not_depend_on_threads(name, dtype, monkeypatch):
     monkeypatch.setattr(cpu, "_MIN_THREAD_WORK", 1)
@@ -200,7 +231,7 @@ def test_bits_do_not_depend_on_threads(name, dtype, monkeypatch):
         assert torch.equal(native(case, tensors, "relu"), one), threads
 
 
-@pytest.mark.parametrize("name", ["4x4 map", "several items", "last layer", "k4s1p0 of 1x1"])
+@pytest.mark.parametrize("name", ["4x4 map", "several items", "last layer", "k4s1p0 of 1x1", *MINIMAL])
 def test_bits_do_not_depend_on_the_batch(name):
     case = CASES[name]
     x, *rest = case.tensors()
@@ -222,7 +253,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", ["k4s2p1", "last layer", "4x4 map", "several items", "groups"])
+@pytest.mark.parametrize("name", ["k4s2p1", "last layer", "4x4 map", "several items", "groups", *MINIMAL])
 def test_layouts_give_the_same_bits(name, layout):
     x, weight, *rest = CASES[name].tensors()
     expected = native(CASES[name], [x, weight, *rest], "relu")
