@@ -19,12 +19,26 @@ FASTGEN_FOR_EACH_ISA(FASTGEN_DECLARE_CONV_TRANSPOSE2D_BN_ACT)
 namespace fastgen {
 namespace {
 
+template <class E>
+struct ConvKernels {
+    int64_t (*packed_size)(const ConvPlan&, const E*);
+    int64_t (*scratch_size)(const ConvPlan&, const TapConvCall<E>&);
+    void (*pack)(const ConvPlan&, const ConvWeight<E>&, E*, int64_t);
+    void (*run)(const ConvPlan&, const TapConvCall<E>&, SumOf<E>*);
+};
+
+template <class E>
+const ConvKernels<E>& conv_kernels() {
+    static constexpr ConvKernels<E> table[] = {
+#define FASTGEN_KERNELS(ISA) {ISA::tap_conv_packed_size, ISA::tap_conv_scratch_size, ISA::tap_conv_pack, ISA::tap_conv},
+        FASTGEN_FOR_EACH_ISA(FASTGEN_KERNELS)
+#undef FASTGEN_KERNELS
+    };
+    return table[active_isa()];
+}
+
 template <class T>
-struct Kernels {
-    int64_t (*packed_size)(const ConvPlan&, const T*);
-    int64_t (*scratch_size)(const ConvPlan&, const TapConvCall<T>&);
-    void (*pack)(const ConvPlan&, const ConvWeight<T>&, T*, int64_t);
-    void (*run)(const ConvPlan&, const TapConvCall<T>&, T*);
+struct TrainingKernels {
     int64_t (*pass_scratch_size)(const ChannelPass<T>&);
     void (*statistics)(const ChannelPass<T>&, T*, T*, T*);
     void (*forward)(const ChannelPass<T>&, T*, T*);
@@ -35,14 +49,10 @@ struct Kernels {
 };
 
 template <class T>
-const Kernels<T>& kernels() {
-    static constexpr Kernels<T> table[] = {
+const TrainingKernels<T>& kernels() {
+    static constexpr TrainingKernels<T> table[] = {
 #define FASTGEN_KERNELS(ISA)                  \
-    {ISA::tap_conv_packed_size,               \
-     ISA::tap_conv_scratch_size,              \
-     ISA::tap_conv_pack,                      \
-     ISA::tap_conv,                           \
-     ISA::channel_pass_scratch_size,          \
+    {ISA::channel_pass_scratch_size,          \
      ISA::channel_statistics,                 \
      ISA::channel_forward,                    \
      ISA::channel_reductions,                 \
@@ -85,22 +95,35 @@ struct Plan {
 };
 
 Plan make(bool transposed, int64_t groups, const Pair& channels, const Pair& in_size, const Pair& out_size,
-          const Pair& kernel, const Pair& stride, const Pair& padding, const Pair& dilation, int64_t lanes) {
+          const Pair& kernel, const Pair& stride, const Pair& padding, const Pair& dilation, int64_t lanes,
+          bool minimal) {
     const auto axis = [&](int i) {
         return ConvAxis{in_size[i], out_size[i], kernel[i], stride[i], padding[i], dilation[i]};
     };
-    return {make_conv_plan({transposed, groups, channels[0] / groups, channels[1] / groups, axis(0), axis(1)}, lanes),
-            transposed};
+    const ConvShape shape{transposed, groups, channels[0] / groups, channels[1] / groups, axis(0), axis(1), minimal};
+    return {make_conv_plan(shape, lanes), transposed};
 }
 
 // The tensors [C] of a bias and a BatchNorm, or null.
 using ChannelTensors = std::array<uintptr_t, 5>;  // bias, mean, var, weight, bias of the BatchNorm
 
-// scale * z + shift is the BatchNorm of z + bias; in double, so that folding costs no accuracy.
 template <class T>
+double to_double(T x) {
+    return x;
+}
+
+double to_double(BFloat16 x) {
+    const uint32_t bits = static_cast<uint32_t>(x.bits) << 16;
+    float value = 0;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+// scale * z + shift is the BatchNorm of z + bias; in double, so that folding costs no accuracy.
+template <class E, class T>
 void fold(const ChannelTensors& tensors, double eps, int64_t channels, T* scale, T* shift) {
     const auto at = [&](int i, int64_t c, double missing) {
-        return tensors[i] ? static_cast<double>(pointer<const T>(tensors[i])[c]) : missing;
+        return tensors[i] ? to_double(pointer<const E>(tensors[i])[c]) : missing;
     };
     for (int64_t c = 0; c < channels; ++c) {
         double factor = at(3, c, 1.0);
@@ -118,40 +141,45 @@ int64_t line_up(int64_t elements) {
     return (elements + kLine<T> - 1) / kLine<T> * kLine<T>;
 }
 
-template <class T>
-TapConvCall<T> call_of(int64_t batch, int64_t threads, uintptr_t input, const Strides& strides) {
-    return {batch, threads, image<T>(input, strides), nullptr, nullptr, nullptr, Activation::none, T(0), nullptr};
+template <class E>
+TapConvCall<E> call_of(int64_t batch, int64_t threads, uintptr_t input, const Strides& strides) {
+    TapConvCall<E> call{};
+    call.batch = batch;
+    call.threads = threads;
+    call.input = image<E>(input, strides);
+    return call;
 }
 
-template <class T>
+template <class E>
 int64_t scratch_size(const Plan& plan, int64_t batch, int64_t threads, const Strides& strides) {
-    return 2 * line_up<T>(plan.out_channels()) +
-           kernels<T>().scratch_size(plan.get(), call_of<T>(batch, threads, 0, strides));
+    return 2 * line_up<SumOf<E>>(plan.out_channels()) +
+           conv_kernels<E>().scratch_size(plan.get(), call_of<E>(batch, threads, 0, strides));
 }
 
-template <class T>
+template <class E>
 void pack(const Plan& plan, uintptr_t weight, const std::array<int64_t, 5>& strides, uintptr_t packed,
           int64_t threads) {
-    kernels<T>().pack(plan.get(),
-                      {pointer<const T>(weight), strides[0], strides[1], strides[2], strides[3], strides[4]},
-                      pointer<T>(packed), threads);
+    conv_kernels<E>().pack(plan.get(),
+                           {pointer<const E>(weight), strides[0], strides[1], strides[2], strides[3], strides[4]},
+                           pointer<E>(packed), threads);
 }
 
-template <class T>
+template <class E>
 void run(const Plan& plan, int64_t batch, int64_t threads, uintptr_t input, const Strides& strides, uintptr_t packed,
          const ChannelTensors& tensors, double eps, Activation activation, double parameter, uintptr_t output,
          uintptr_t scratch) {
-    TapConvCall<T> call = call_of<T>(batch, threads, input, strides);
+    using T = SumOf<E>;
+    TapConvCall<E> call = call_of<E>(batch, threads, input, strides);
     T* scale = pointer<T>(scratch);
     T* shift = scale + line_up<T>(plan.out_channels());
-    fold(tensors, eps, plan.out_channels(), scale, shift);
-    call.packed = pointer<const T>(packed);
+    fold<E>(tensors, eps, plan.out_channels(), scale, shift);
+    call.packed = pointer<const E>(packed);
     call.scale = scale;
     call.shift = shift;
     call.activation = activation;
     call.parameter = static_cast<T>(parameter);
-    call.output = pointer<T>(output);
-    kernels<T>().run(plan.get(), call, shift + line_up<T>(plan.out_channels()));
+    call.output = pointer<E>(output);
+    conv_kernels<E>().run(plan.get(), call, shift + line_up<T>(plan.out_channels()));
 }
 
 // The first part of a pass's scratch holds vectors of the channels.
@@ -175,7 +203,7 @@ ChannelPass<T> channel_pass(const Pair& size, int64_t threads, uintptr_t conv, c
                             double eps, uintptr_t scratch) {
     const int64_t channels = size[1];
     const auto vector = [&](int64_t i) { return channel_vector<T>(scratch, channels, i); };
-    fold({0, tensors[1], tensors[2], tensors[3], tensors[4]}, eps, channels, vector(kScale), vector(kShift));
+    fold<T>({0, tensors[1], tensors[2], tensors[3], tensors[4]}, eps, channels, vector(kScale), vector(kShift));
     const T *mean = pointer<const T>(tensors[1]), *var = pointer<const T>(tensors[2]);
     for (int64_t c = 0; c < channels; ++c) {
         vector(kMean)[c] = mean ? mean[c] : T(0);
@@ -294,20 +322,26 @@ uint64_t fingerprint(uintptr_t data, int64_t bytes) {
     return hash;
 }
 
-template <class T>
-void define(pybind11::module_& module, const std::string& dtype) {
+template <class E>
+void define_conv(pybind11::module_& module, const std::string& dtype) {
     namespace py = pybind11;
     using release = py::call_guard<py::gil_scoped_release>;
     module.def(("conv_packed_size_" + dtype).c_str(),
-               [](const Plan& plan) { return kernels<T>().packed_size(plan.get(), nullptr); }, py::arg("plan"));
-    module.def(("conv_pack_" + dtype).c_str(), pack<T>, py::arg("plan"), py::arg("weight"), py::arg("strides"),
+               [](const Plan& plan) { return conv_kernels<E>().packed_size(plan.get(), nullptr); }, py::arg("plan"));
+    module.def(("conv_pack_" + dtype).c_str(), pack<E>, py::arg("plan"), py::arg("weight"), py::arg("strides"),
                py::arg("packed"), py::arg("threads"), release(),
                "strides: of group, input channel, output channel, kernel row, kernel column");
-    module.def(("conv_scratch_size_" + dtype).c_str(), scratch_size<T>, py::arg("plan"), py::arg("batch"),
-               py::arg("threads"), py::arg("strides"));
-    module.def(("conv_bn_act_" + dtype).c_str(), run<T>, py::arg("plan"), py::arg("batch"), py::arg("threads"),
+    module.def(("conv_scratch_size_" + dtype).c_str(), scratch_size<E>, py::arg("plan"), py::arg("batch"),
+               py::arg("threads"), py::arg("strides"), "in float32 where the dtype is bfloat16");
+    module.def(("conv_bn_act_" + dtype).c_str(), run<E>, py::arg("plan"), py::arg("batch"), py::arg("threads"),
                py::arg("input"), py::arg("strides"), py::arg("packed"), py::arg("tensors"), py::arg("eps"),
                py::arg("activation"), py::arg("parameter"), py::arg("output"), py::arg("scratch"), release());
+}
+
+template <class T>
+void define_training(pybind11::module_& module, const std::string& dtype) {
+    namespace py = pybind11;
+    using release = py::call_guard<py::gil_scoped_release>;
     module.def(("channel_scratch_size_" + dtype).c_str(), channel_scratch_size<T>, py::arg("positions"),
                py::arg("channels"));
     module.def(("channel_statistics_" + dtype).c_str(), statistics<T>, py::arg("size"), py::arg("threads"),
@@ -333,7 +367,7 @@ void bind_conv_transpose2d_bn_act(pybind11::module_& module) {
     py::class_<Plan>(module, "ConvPlan", "How a convolution of one size is cut into products.")
         .def(py::init(&make), py::arg("transposed"), py::arg("groups"), py::arg("channels"), py::arg("in_size"),
              py::arg("out_size"), py::arg("kernel"), py::arg("stride"), py::arg("padding"), py::arg("dilation"),
-             py::arg("lanes"))
+             py::arg("lanes"), py::arg("minimal"))
         .def_property_readonly("layout", &Plan::layout)
         .def_property_readonly("minimal", [](const Plan& plan) { return plan.conv->minimal; });
     py::class_<ConvTransposeShape>(module, "ConvTransposeShape", "Sizes of a weight gradient.")
@@ -348,8 +382,11 @@ void bind_conv_transpose2d_bn_act(pybind11::module_& module) {
         .value("tanh", Activation::tanh)
         .value("sigmoid", Activation::sigmoid);
     module.def("fingerprint", &fingerprint, py::arg("data"), py::arg("bytes"));
-    define<float>(module, "float32");
-    define<double>(module, "float64");
+    define_conv<BFloat16>(module, "bfloat16");
+    define_conv<float>(module, "float32");
+    define_conv<double>(module, "float64");
+    define_training<float>(module, "float32");
+    define_training<double>(module, "float64");
 }
 
 }  // namespace fastgen

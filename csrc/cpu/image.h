@@ -57,9 +57,14 @@ FASTGEN_INLINE void fetch(const Image<T>& image, int64_t n, int64_t y, int64_t c
 
 template <class T>
 FASTGEN_INLINE void copy(const T* from, int64_t count, T* to) {
-    int64_t i = 0;
-    for (; i + kLanes<T> <= count; i += kLanes<T>) store(to + i, load(from + i));
-    for (; i < count; ++i) to[i] = from[i];
+    if constexpr (sizeof(T) < sizeof(float)) {
+        __builtin_memcpy(to, from, count * sizeof(T));
+        return;
+    } else {
+        int64_t i = 0;
+        for (; i + kLanes<T> <= count; i += kLanes<T>) store(to + i, load(from + i));
+        for (; i < count; ++i) to[i] = from[i];
+    }
 }
 
 // Copies rows y0..y1-1 of image n to where they belong in `target`, which keeps `run` channels together.

@@ -205,7 +205,8 @@ std::shared_ptr<const ConvPlan> make_conv_plan(const ConvShape& shape, int64_t l
                    view(shape.x, owner->x, owner->x_slots),
                    false};
     ConvPlan minimal = owner->plan;
-    minimal.minimal = minimal.y.phases * minimal.x.phases == 1 && minimal.y.in_step == 1 && minimal.x.in_step == 1;
+    minimal.minimal =
+        shape.minimal && minimal.y.phases * minimal.x.phases == 1 && minimal.y.in_step == 1 && minimal.x.in_step == 1;
     if (cost(minimal, lanes) < cost(owner->plan, lanes)) owner->plan = minimal;
     return {owner, &owner->plan};
 }

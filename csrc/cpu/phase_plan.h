@@ -88,6 +88,7 @@ struct ConvShape {
     bool transposed;
     int64_t groups, in_channels, out_channels;  // channels of one group
     ConvAxis y, x;
+    bool minimal;  // whether the plan may choose minimal filtering
 };
 
 // The plan for products whose vectors have `lanes` columns; the arrays live as long as the result.

@@ -17,6 +17,7 @@
 
 #include <omp.h>
 
+#include "bfloat16.h"
 #include "minimal_filter.h"
 #include "tap_gemm.h"
 #include "vec.h"
@@ -68,10 +69,66 @@ struct Rectangle {
     }
 };
 
-template <class T>
+template <class X>
+inline constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(X));
+
+// Vectors of so many elements that lie one after the other: they start on cache lines and not a power of two apart, which
+// would put them all into one cache set.
+template <class X>
+FASTGEN_INLINE int64_t odd_lines(int64_t elements) {
+    const int64_t lines = ceil_div(elements, kLine<X>);
+    return (lines + (lines % 2 == 0)) * kLine<X>;
+}
+
+// Tiles of minimal filtering: their points, and then the tiles, lie one after the other.
+template <class X>
+FASTGEN_INLINE int64_t tile_stride(int64_t depth) {
+    return kPoints * kPoints * odd_lines<X>(depth) + kLine<X>;
+}
+
+// The products of either kind of elements.
+template <class E>
+struct Products {
+    using Term = Tap<E>;
+
+    static FASTGEN_INLINE Term term(const E* a, int64_t row_stride, int64_t k, const E* b) {
+        return {a, row_stride, 1, k, b};
+    }
+    static FASTGEN_INLINE void run(const Term* terms, int64_t count, int64_t panel_stride, E* c, int64_t c_stride,
+                                   int64_t rows, int64_t panels, const E* next) {
+        tap_gemm({terms, count, panel_stride, kPanel<E>, nullptr, 0, c, c_stride, rows, panels * kPanel<E>, next,
+                  next ? panels * panel_stride * static_cast<int64_t>(sizeof(E)) : 0});
+    }
+    // Of the weights of a panel: input channel c, column j.
+    static FASTGEN_INLINE int64_t weight_at(int64_t c, int64_t j) { return c * kPanel<E> + j; }
+    static FASTGEN_INLINE E rounded(double x) { return static_cast<E>(x); }
+    static FASTGEN_INLINE double value(E x) { return x; }
+};
+
+template <>
+struct Products<BFloat16> {
+    using E = BFloat16;
+    using Term = DotTap;
+
+    static FASTGEN_INLINE Term term(const E* a, int64_t row_stride, int64_t k, const E* b) {
+        return {a, row_stride, k, b};
+    }
+    static FASTGEN_INLINE void run(const Term* terms, int64_t count, int64_t panel_stride, float* c, int64_t c_stride,
+                                   int64_t rows, int64_t panels, const E* next) {
+        dot_gemm({terms, count, panel_stride / 2, c, c_stride, rows, panels, next});
+    }
+    static FASTGEN_INLINE int64_t weight_at(int64_t c, int64_t j) { return (c / 2 * kPanel<float> + j) * 2 + c % 2; }
+    static FASTGEN_INLINE E rounded(double x) { return round_to_bfloat16(x); }
+    static FASTGEN_INLINE double value(E x) { return to_float(x); }
+};
+
+template <class E>
 struct TapConv {
+    using T = SumOf<E>;
+    using Term = typename Products<E>::Term;
+
     const ConvPlan& plan;
-    const TapConvCall<T>& call;
+    const TapConvCall<E>& call;
     T* scratch;
 
     FASTGEN_INLINE int64_t phases() const { return plan.y.phases * plan.x.phases; }
@@ -105,13 +162,13 @@ struct TapConv {
         return slot == slots() ? sum * plan.groups : group * sum + offset;
     }
 
-    void pack(const ConvWeight<T>& weight, T* packed) const {
+    void pack(const ConvWeight<E>& weight, E* packed) const {
 #pragma omp parallel for schedule(static) num_threads(call.threads)
         for (int64_t unit = 0; unit < units(); ++unit) {
             const int64_t group = unit / panels() / slots(), slot = unit / panels() % slots(), panel = unit % panels();
             const AxisSlot& sy = plan.y.slots[slot / plan.x.num_slots];
             const AxisSlot& sx = plan.x.slots[slot % plan.x.num_slots];
-            T* to = packed + packed_offset(group, slot);
+            E* to = packed + packed_offset(group, slot);
             if (is_minimal(plan, sy, sx))
                 pack_points(weight, group, sy, sx, panel, to);
             else
@@ -120,46 +177,51 @@ struct TapConv {
     }
 
     // For minimal filtering the points come one after the other, each with all of its panels.
-    void pack_points(const ConvWeight<T>& weight, int64_t group, const AxisSlot& sy, const AxisSlot& sx, int64_t panel,
-                     T* to) const {
+    void pack_points(const ConvWeight<E>& weight, int64_t group, const AxisSlot& sy, const AxisSlot& sx, int64_t panel,
+                     E* to) const {
         const int64_t taps = sy.taps;
         for (int64_t j = 0; j < kPanel<T>; ++j) {
-            const T* from[9];
+            const E* from[9];
             for (int64_t t = 0; t < taps * taps; ++t) from[t] = first_weight(weight, group, sy, sx, t, panel, j);
             for (int64_t c = 0; c < plan.in_channels; ++c) {
                 double filter[9], rows[kPoints * 3] = {}, points[kPoints * kPoints];
-                for (int64_t t = 0; t < taps * taps; ++t) filter[t] = from[t] ? from[t][c * weight.in_channel] : T(0);
+                for (int64_t t = 0; t < taps * taps; ++t) filter[t] = weight_value(from[t], c * weight.in_channel);
                 for (int64_t t = 0; t < taps; ++t) filter_points(taps, filter + t, taps, rows + t, taps);
                 for (int64_t p = 0; p < kPoints; ++p) filter_points(taps, rows + p * taps, 1, points + p * kPoints, 1);
                 for (int64_t p = 0; p < kPoints * kPoints; ++p)
-                    to[((p * panels() + panel) * plan.in_channels + c) * kPanel<T> + j] = static_cast<T>(points[p]);
+                    to[(p * panels() + panel) * plan.in_channels * kPanel<T> + Products<E>::weight_at(c, j)] =
+                        Products<E>::rounded(points[p]);
             }
         }
     }
 
-    void pack_panel(const ConvWeight<T>& weight, int64_t group, const AxisSlot& sy, const AxisSlot& sx, int64_t panel,
-                    T* to) const {
+    static FASTGEN_INLINE double weight_value(const E* from, int64_t offset) {
+        return from ? Products<E>::value(from[offset]) : 0.0;
+    }
+
+    void pack_panel(const ConvWeight<E>& weight, int64_t group, const AxisSlot& sy, const AxisSlot& sx, int64_t panel,
+                    E* to) const {
         // Several taps at once: they are neighbours in memory.
         for (int64_t tap = 0; tap < sy.taps * sx.taps; tap += kPackTaps) {
             const int64_t taps = min_of(kPackTaps, sy.taps * sx.taps - tap);
-            const T* from[kPackTaps][kPanel<T>];  // of each column, null where it does not read the tap
+            const E* from[kPackTaps][kPanel<T>];  // of each column, null where it does not read the tap
             for (int64_t t = 0; t < taps; ++t) {
                 for (int64_t j = 0; j < kPanel<T>; ++j)
                     from[t][j] = first_weight(weight, group, sy, sx, tap + t, panel, j);
             }
-            T* first = to + tap * plan.in_channels * kPanel<T>;
+            E* first = to + tap * plan.in_channels * kPanel<T>;
             for (int64_t c = 0; c < plan.in_channels; ++c) {
                 for (int64_t t = 0; t < taps; ++t) {
-                    T* row = first + (t * plan.in_channels + c) * kPanel<T>;
+                    E* slice = first + t * plan.in_channels * kPanel<T>;
                     for (int64_t j = 0; j < kPanel<T>; ++j)
-                        row[j] = from[t][j] ? from[t][j][c * weight.in_channel] : T(0);
+                        slice[Products<E>::weight_at(c, j)] = from[t][j] ? from[t][j][c * weight.in_channel] : E{};
                 }
             }
         }
     }
 
     // The weight of input channel 0 for column j of a panel, through a tap.
-    const T* first_weight(const ConvWeight<T>& weight, int64_t group, const AxisSlot& sy, const AxisSlot& sx,
+    const E* first_weight(const ConvWeight<E>& weight, int64_t group, const AxisSlot& sy, const AxisSlot& sx,
                           int64_t tap, int64_t panel, int64_t j) const {
         const int64_t column = panel * kPanel<T> + j;
         if (column >= columns()) return nullptr;
@@ -189,35 +251,39 @@ struct TapConv {
         return items >= 2 * call.threads ? 1 : min_of(units(), ceil_div(2 * call.threads, items));
     }
 
-    // Scratch: scale and shift of every column; channels of zeros, around the image; then for each thread the taps of a product, its tile, gathered rows, and
-    // the item's input where its channels are not neighbours.
+    // Scratch: scale and shift of every column; channels of zeros, around the image; then for each thread the taps of a
+    // product, its tile, gathered rows or transformed tiles, and the item's input where its channels are not neighbours.
+
+    // Sums in the place of so many X, rounded up to cache lines.
+    template <class X>
+    static FASTGEN_INLINE int64_t sums_of(int64_t count) {
+        return ceil_div(count * static_cast<int64_t>(sizeof(X)), 64) * kLine<T>;
+    }
 
     FASTGEN_INLINE int64_t affine_size() const { return 2 * plan.groups * panels() * kPanel<T>; }
     FASTGEN_INLINE int64_t shared_size() const { return affine_size() + aligned<T>(plan.in_channels); }
-    FASTGEN_INLINE T* zeros() const { return scratch + affine_size(); }
-    FASTGEN_INLINE int64_t taps_size() const { return aligned<T>(ceil_div(most_taps() * sizeof(Tap<T>), sizeof(T))); }
+    FASTGEN_INLINE E* zeros() const { return reinterpret_cast<E*>(scratch + affine_size()); }
+    FASTGEN_INLINE int64_t taps_size() const { return sums_of<Term>(most_taps()); }
     FASTGEN_INLINE int64_t tile_size() const {
         return max_of(kTileRows * kTallPanels * kPanel<T>, plan.minimal ? most_products() : 0);
     }
+    FASTGEN_INLINE int64_t gather_capacity() const {  // elements
+        return max_of(kGatherBytes / static_cast<int64_t>(sizeof(E)),
+                      kFlatRows * odd_lines<E>(most_taps() * plan.in_channels));
+    }
     FASTGEN_INLINE int64_t gather_size() const {
-        const int64_t size =
-            max_of(kGatherBytes / sizeof(T), kFlatRows * gather_stride(most_taps() * plan.in_channels));
-        return max_of(size, plan.minimal ? most_tiles() * tile_stride(plan.in_channels) : 0);
+        const int64_t tiles = plan.minimal ? most_tiles() * tile_stride<E>(plan.in_channels) : 0;
+        return sums_of<E>(max_of(gather_capacity(), tiles));
     }
 
-    // Points of transformed tiles start on lines of their own, and points and tiles an odd number of lines apart.
-    FASTGEN_INLINE int64_t point_stride(int64_t depth) const { return gather_stride(depth); }
-    FASTGEN_INLINE int64_t tile_stride(int64_t depth) const {
-        return kPoints * kPoints * point_stride(depth) + kPanel<T>;
-    }
     // Tiles that are at work together, and panels of their products.
     FASTGEN_INLINE int64_t most_tiles() const {
-        const int64_t fitting = kMinimalBytes / static_cast<int64_t>(sizeof(T)) / tile_stride(plan.in_channels);
+        const int64_t fitting = kMinimalBytes / static_cast<int64_t>(sizeof(E)) / tile_stride<E>(plan.in_channels);
         return max_of(kFlatRows, min_of(kTileRows, fitting / kFlatRows * kFlatRows));
     }
     FASTGEN_INLINE int64_t most_products() const {
-        return max_of(most_tiles() * tile_stride(kTallPanels * kPanel<T>),
-                      kFlatRows * tile_stride(kFlatPanels * kPanel<T>));
+        return max_of(most_tiles() * tile_stride<T>(kTallPanels * kPanel<T>),
+                      kFlatRows * tile_stride<T>(kFlatPanels * kPanel<T>));
     }
 
     FASTGEN_INLINE int64_t staged_lines() const {
@@ -231,7 +297,7 @@ struct TapConv {
         return min_of(plan.y.in_size, item_lines() * plan.y.in_step + last - first);
     }
     FASTGEN_INLINE int64_t staged_size() const {
-        return aligned<T>(item_images() * staged_lines() * plan.x.in_size * all_in());
+        return sums_of<E>(item_images() * staged_lines() * plan.x.in_size * all_in());
     }
     FASTGEN_INLINE bool staged() const { return call.input.c != 1 && all_in() > 1; }
     FASTGEN_INLINE int64_t thread_size() const {
@@ -239,14 +305,8 @@ struct TapConv {
     }
     FASTGEN_INLINE int64_t scratch_size() const { return shared_size() + call.threads * thread_size(); }
 
-    // Gathered rows start on cache lines and not a power of two apart, which would put them all into one cache set.
-    FASTGEN_INLINE int64_t gather_stride(int64_t depth) const {
-        const int64_t lines = panels_of<T>(depth);
-        return (lines + (lines % 2 == 0)) * kPanel<T>;
-    }
-
     void fill_shared() const {
-        for (int64_t c = 0; c < plan.in_channels; ++c) zeros()[c] = T(0);
+        for (int64_t c = 0; c < plan.in_channels; ++c) zeros()[c] = E{};
         for (int64_t group = 0; group < plan.groups; ++group) {
             T* scale = scratch + 2 * group * panels() * kPanel<T>;
             T* shift = scale + panels() * kPanel<T>;
@@ -283,17 +343,19 @@ struct TapConv {
         const TapConv& conv;
         T* own;
         int64_t n0 = 0, n1 = 0, y0 = 0, y1 = 0;  // images n0..n1-1, lines of cells y0..y1-1
-        Image<T> source{};                       // channels are neighbours
+        Image<E> source{};                       // channels are neighbours
 
-        FASTGEN_INLINE Tap<T>* taps() const { return reinterpret_cast<Tap<T>*>(own); }
+        FASTGEN_INLINE Term* taps() const { return reinterpret_cast<Term*>(own); }
         FASTGEN_INLINE T* tile() const { return own + conv.taps_size(); }
-        FASTGEN_INLINE T* gathered() const { return tile() + conv.tile_size(); }
-        FASTGEN_INLINE T* staged() const { return gathered() + conv.gather_size(); }
+        FASTGEN_INLINE E* gathered() const { return reinterpret_cast<E*>(tile() + conv.tile_size()); }
+        FASTGEN_INLINE E* staged() const {
+            return reinterpret_cast<E*>(tile() + conv.tile_size() + conv.gather_size());
+        }
 
         struct Lines {
-            T* data;
+            E* data;
             int64_t first, width, channels;
-            FASTGEN_INLINE T* at(int64_t y, int64_t c) const { return data + (y - first) * width * channels + c; }
+            FASTGEN_INLINE E* at(int64_t y, int64_t c) const { return data + (y - first) * width * channels + c; }
             FASTGEN_INLINE int64_t step() const { return channels; }
             FASTGEN_INLINE int64_t run() const { return channels; }
         };
@@ -367,40 +429,38 @@ struct TapConv {
             return ceil_div(panels, rows > kFlatRows ? kTallPanels : kFlatPanels);
         }
 
-        FASTGEN_INLINE const T* weights(int64_t panel) const {
+        FASTGEN_INLINE const E* weights(int64_t panel) const {
             return item.conv.call.packed + item.conv.packed_offset(group, slot) + panel * panel_stride();
         }
         FASTGEN_INLINE int64_t panel_stride() const { return item.conv.panel_size(sy, sx); }
 
-        FASTGEN_INLINE const T* source(int64_t n, int64_t y, int64_t x) const {
-            const Image<T>& image = item.source;
+        FASTGEN_INLINE const E* source(int64_t n, int64_t y, int64_t x) const {
+            const Image<E>& image = item.source;
             return image.data + n * image.n + y * image.h + x * image.w + group * plan().in_channels;
         }
 
         // The taps that a row of cells reads from cell (n, y, x) on; what is contiguous in memory is one tap.
-        int64_t list_taps(const AxisSpan& y, const AxisSpan& x, const Cell& cell, const T* b) const {
+        int64_t list_taps(const AxisSpan& y, const AxisSpan& x, const Cell& cell, const E* b) const {
             const int64_t channels = plan().in_channels;
-            Tap<T>* taps = item.taps();
+            Term* taps = item.taps();
             int64_t count = 0;
             for (int64_t ty = y.tap_begin; ty < y.tap_end; ++ty) {
                 for (int64_t tx = x.tap_begin; tx < x.tap_end; ++tx) {
-                    const T* a = source(cell.n, cell.y * plan().y.in_step + sy.offsets[ty],
+                    const E* a = source(cell.n, cell.y * plan().y.in_step + sy.offsets[ty],
                                         cell.x * plan().x.in_step + sx.offsets[tx]);
                     if (tx > x.tap_begin && a == taps[count - 1].a + taps[count - 1].k) {
                         taps[count - 1].k += channels;
                         continue;
                     }
-                    taps[count++] = {a, item.source.w * plan().x.in_step, 1, channels,
-                                     b + (ty * sx.taps + tx) * channels * kPanel<T>};
+                    taps[count++] = Products<E>::term(a, item.source.w * plan().x.in_step, channels,
+                                                      b + (ty * sx.taps + tx) * channels * kPanel<T>);
                 }
             }
             return count;
         }
 
         void product(int64_t taps, int64_t rows, int64_t panels) const {
-            T* tile = item.tile();
-            const int64_t width = panels * kPanel<T>;
-            tap_gemm({item.taps(), taps, panel_stride(), kPanel<T>, nullptr, 0, tile, width, rows, width});
+            Products<E>::run(item.taps(), taps, panel_stride(), item.tile(), panels * kPanel<T>, rows, panels, nullptr);
         }
 
         void direct(const AxisSpan& y, const AxisSpan& x, int64_t panel_begin, int64_t panel_end) const {
@@ -429,7 +489,7 @@ struct TapConv {
         void gathered(const AxisSpan& y, const AxisSpan& x, int64_t panel_begin, int64_t panel_end) const {
             const Rectangle cells{y.first, y.last, x.first, x.last};
             const int64_t depth = (y.tap_end - y.tap_begin) * (x.tap_end - x.tap_begin) * plan().in_channels;
-            const int64_t stride = item.conv.gather_stride(depth), capacity = item.conv.gather_size() / stride;
+            const int64_t stride = odd_lines<E>(depth), capacity = item.conv.gather_capacity() / stride;
             const int64_t rows = (item.n1 - item.n0) * (y.last - y.first) * (x.last - x.first);
             const int64_t most = min_of(kTileRows, max_of(kFlatRows, capacity / kFlatRows * kFlatRows));
             const int64_t pieces = ceil_div(rows, most);
@@ -516,32 +576,33 @@ struct TapConv {
         template <int Kind>
         void transform_kind(const Tiles& tiles, int64_t first, int64_t last) const {
             constexpr int height = kFullY[Kind] ? kPoints : kPoints - 1, width = kFullX[Kind] ? kPoints : kPoints - 1;
-            const int64_t channels = plan().in_channels, point = item.conv.point_stride(channels);
+            const int64_t channels = plan().in_channels, point = odd_lines<E>(channels);
+            // Lines that only outputs outside the band would read need not be there.
+            const int64_t end = min_of(plan().y.in_size, tiles.y.last() + sy.offsets[sy.taps - 1]);
             for_tiles(tiles, Kind, first, last, [&](int64_t row, int64_t n, int64_t y, int64_t x) {
-                const T* from[height][width];
+                const E* from[height][width];
                 for (int i = 0; i < height; ++i) {
                     for (int j = 0; j < width; ++j) {
                         const int64_t at_y = y + sy.offsets[0] + i, at_x = x + sx.offsets[0] + j;
-                        const bool inside =
-                            at_y >= 0 && at_y < plan().y.in_size && at_x >= 0 && at_x < plan().x.in_size;
+                        const bool inside = at_y >= 0 && at_y < end && at_x >= 0 && at_x < plan().x.in_size;
                         from[i][j] = inside ? source(n, at_y, at_x) : item.conv.zeros();
                     }
                 }
-                T* to = item.gathered() + row * item.conv.tile_stride(channels);
+                E* to = item.gathered() + row * tile_stride<E>(channels);
                 int64_t c = 0;
                 for (; c + kLanes<T> <= channels; c += kLanes<T>) {
                     transform_tile<Kind>(from, to + c, point,
-                                         [&](const T* p) __attribute__((always_inline)) { return load(p + c); });
+                                         [&](const E* p) __attribute__((always_inline)) { return load(p + c); });
                 }
                 if (c == channels) return;
-                transform_tile<Kind>(from, to + c, point, [&](const T* p) __attribute__((always_inline)) {
+                transform_tile<Kind>(from, to + c, point, [&](const E* p) __attribute__((always_inline)) {
                     return load_n(p + c, static_cast<int>(channels - c));
                 });
             });
         }
 
         template <int Kind, int Height, int Width, class Load>
-        static FASTGEN_INLINE void transform_tile(const T* const (&from)[Height][Width], T* to, int64_t point,
+        static FASTGEN_INLINE void transform_tile(const E* const (&from)[Height][Width], E* to, int64_t point,
                                                   const Load& load_channels) {
             Vec<T> d[kPoints][kPoints];
 #pragma GCC unroll 4
@@ -565,18 +626,17 @@ struct TapConv {
         void multiply(const Tiles& tiles, int64_t first, int64_t last, int64_t panel_begin, int64_t panel_end) const {
             const int64_t channels = plan().in_channels, panel = channels * kPanel<T>;
             const int64_t width = (panel_end - panel_begin) * kPanel<T>;
-            const int64_t a_point = item.conv.point_stride(channels), a_row = item.conv.tile_stride(channels);
-            const int64_t c_point = item.conv.point_stride(width), c_row = item.conv.tile_stride(width);
-            const T* b = item.conv.call.packed + item.conv.packed_offset(group, slot) + panel_begin * panel;
-            for (int64_t p = 0; p < kPoints * kPoints; ++p) {
+            const int64_t a_point = odd_lines<E>(channels), a_row = tile_stride<E>(channels);
+            const int64_t c_point = odd_lines<T>(width), c_row = tile_stride<T>(width);
+            const int64_t point = item.conv.panels() * panel;
+            const E* b = item.conv.call.packed + item.conv.packed_offset(group, slot) + panel_begin * panel;
+            for (int64_t p = 0; p < kPoints * kPoints; ++p, b += point) {
                 const bool extra_y = p / kPoints == kExtraPoint, extra_x = p % kPoints == kExtraPoint;
                 const int64_t row0 = tiles.kind_begin(extra_x ? 1 : 0, first, last);
                 const int64_t row1 = tiles.kind_begin(extra_y ? 2 : extra_x ? 3 : kKinds, first, last);
-                const int64_t skip = item.conv.panels() * panel;
-                const Tap<T> tap{item.gathered() + row0 * a_row + p * a_point, a_row, 1, channels, b + p * skip};
-                tap_gemm({&tap, 1, panel, kPanel<T>, nullptr, 0, item.tile() + row0 * c_row + p * c_point, c_row,
-                          row1 - row0, width, p + 1 < kPoints * kPoints ? b + (p + 1) * skip : b,
-                          (panel_end - panel_begin) * panel * static_cast<int64_t>(sizeof(T))});
+                const Term term = Products<E>::term(item.gathered() + row0 * a_row + p * a_point, a_row, channels, b);
+                Products<E>::run(&term, 1, panel, item.tile() + row0 * c_row + p * c_point, c_row, row1 - row0,
+                                 panel_end - panel_begin, p + 1 < kPoints * kPoints ? b + point : nullptr);
             }
         }
 
@@ -596,15 +656,15 @@ struct TapConv {
             constexpr int height = kFullY[Kind] ? kPoints + 1 - Taps : 2, width = kFullX[Kind] ? kPoints + 1 - Taps : 2;
             const TapConv& conv = item.conv;
             const int64_t column = panel_begin * kPanel<T>, block = (panel_end - panel_begin) * kPanel<T>;
-            const int64_t columns = min_of(block, conv.columns() - column), point = conv.point_stride(block);
+            const int64_t columns = min_of(block, conv.columns() - column), point = odd_lines<T>(block);
             const T* scale = conv.scratch + 2 * group * conv.panels() * kPanel<T> + column;
             const T* shift = scale + conv.panels() * kPanel<T>;
             const Vec<T> parameter = broadcast(conv.call.parameter);
             const int64_t line = plan().x.out_size * conv.all_out() * plan().y.out_step;
             const int64_t step = conv.all_out() * plan().x.out_step;
             for_tiles(tiles, Kind, first, last, [&](int64_t row, int64_t n, int64_t y, int64_t x) {
-                const T* from = item.tile() + row * conv.tile_stride(block);
-                T* to = output_of({n, y, x}) + column;
+                const T* from = item.tile() + row * tile_stride<T>(block);
+                E* to = output_of({n, y, x}) + column;
                 const int64_t rows = min_of(height, tiles.y.last() - y), steps = min_of(width, tiles.x.last() - x);
                 for (int64_t j = 0; j < columns; j += kLanes<T>) {
                     Vec<T> m[kPoints][kPoints];
@@ -626,7 +686,7 @@ struct TapConv {
                         for (int i = 0; i < height; ++i) {
                             if (i >= rows || k >= steps) continue;
                             const Vec<T> value = activate<A>(fma(m[i][k], factor, offset), parameter);
-                            T* p = to + i * line + k * step + j;
+                            E* p = to + i * line + k * step + j;
                             if (lanes == kLanes<T>)
                                 store(p, value);
                             else
@@ -643,7 +703,7 @@ struct TapConv {
             Cell cell = cells.at(item.n0, first);
             const int64_t channels = plan().in_channels;
             for (int64_t r = 0; r < rows; ++r, cells.advance(cell)) {
-                T* to = item.gathered() + r * stride;
+                E* to = item.gathered() + r * stride;
                 for (int64_t ty = y.tap_begin; ty < y.tap_end; ++ty) {
                     const int64_t line = cell.y * plan().y.in_step + sy.offsets[ty];
                     for (int64_t tx = x.tap_begin; tx < x.tap_end; ++tx, to += channels) {
@@ -654,12 +714,13 @@ struct TapConv {
         }
 
         // Gathered rows hold the taps one after the other; a line of taps is a slice of the weights.
-        int64_t list_gathered(const AxisSpan& y, const AxisSpan& x, int64_t stride, const T* b) const {
+        int64_t list_gathered(const AxisSpan& y, const AxisSpan& x, int64_t stride, const E* b) const {
             const int64_t depth = (x.tap_end - x.tap_begin) * plan().in_channels;
             int64_t count = 0;
             for (int64_t ty = y.tap_begin; ty < y.tap_end; ++ty, ++count) {
-                item.taps()[count] = {item.gathered() + count * depth, stride, 1, depth,
-                                      b + (ty * sx.taps + x.tap_begin) * plan().in_channels * kPanel<T>};
+                item.taps()[count] =
+                    Products<E>::term(item.gathered() + count * depth, stride, depth,
+                                      b + (ty * sx.taps + x.tap_begin) * plan().in_channels * kPanel<T>);
             }
             return count;
         }
@@ -683,23 +744,26 @@ struct TapConv {
             Cell cell = cells.at(item.n0, first);
             for (int64_t r = 0; r < rows; ++r) {
                 T* from = item.tile() + r * width;
-                T* to = from;
-                if (one_phase) {
-                    to = output_of(cell) + column;
-                    cells.advance(cell);
-                }
-                const auto value = [&](int64_t j) __attribute__((always_inline)) {
-                    return activate<A>(fma(load(from + j), load(scale + j), load(shift + j)), parameter);
+                const auto write = [&](auto* to) __attribute__((always_inline)) {
+                    const auto value = [&](int64_t j) __attribute__((always_inline)) {
+                        return activate<A>(fma(load(from + j), load(scale + j), load(shift + j)), parameter);
+                    };
+                    int64_t j = 0;
+                    for (; j + kLanes<T> <= columns; j += kLanes<T>) store(to + j, value(j));
+                    if (j < columns) store_n(to + j, value(j), static_cast<int>(columns - j));
                 };
-                int64_t j = 0;
-                for (; j + kLanes<T> <= columns; j += kLanes<T>) store(to + j, value(j));
-                if (j < columns) store_n(to + j, value(j), static_cast<int>(columns - j));
+                if (one_phase) {
+                    write(output_of(cell) + column);
+                    cells.advance(cell);
+                } else {
+                    write(from);
+                }
             }
             if (!one_phase) scatter(cells, first, rows, width, column, columns);
         }
 
         // Of a single phase.
-        FASTGEN_INLINE T* output_of(const Cell& cell) const {
+        FASTGEN_INLINE E* output_of(const Cell& cell) const {
             return output(cell.n, cell.y * plan().y.out_step + sy.base, cell.x * plan().x.out_step + sx.base);
         }
 
@@ -709,13 +773,13 @@ struct TapConv {
             if (item.conv.phases() > 1) return;
             Cell cell = cells.at(item.n0, first);
             for (int64_t r = 0; r < rows; ++r, cells.advance(cell)) {
-                const T* to = output_of(cell);
-                for (int64_t panel = panel_begin; panel < panel_end; ++panel)
-                    __builtin_prefetch(to + panel * kPanel<T>, 1);
+                const E* to = output_of(cell);
+                for (int64_t column = panel_begin * kPanel<T>; column < panel_end * kPanel<T>; column += kLine<E>)
+                    __builtin_prefetch(to + column, 1);
             }
         }
 
-        FASTGEN_INLINE T* output(int64_t n, int64_t y, int64_t x) const {
+        FASTGEN_INLINE E* output(int64_t n, int64_t y, int64_t x) const {
             return item.conv.call.output + ((n * plan().y.out_size + y) * plan().x.out_size + x) * item.conv.all_out() +
                    group * plan().out_channels;
         }
@@ -732,7 +796,7 @@ struct TapConv {
                 count = min_of(run - at % run, columns - done);
                 const int64_t y0 = sy.base + phase / px.phases, x0 = sx.base + phase % px.phases;
                 const T* from = item.tile() + done;
-                T* output = item.conv.call.output + group * channels + channel;
+                E* output = item.conv.call.output + group * channels + channel;
                 Cell cell = cells.at(item.n0, first);
                 for (int64_t r = 0; r < rows; ++r, cells.advance(cell), from += width) {
                     const int64_t y = cell.y * py.out_step + y0, x = cell.x * px.out_step + x0;
@@ -740,7 +804,7 @@ struct TapConv {
                     // From the line's first output to its last.
                     const int64_t begin = max_of(0, -x * channels - channel);
                     const int64_t end = min_of(count, (px.out_size - x) * channels - channel);
-                    T* to = output + ((cell.n * py.out_size + y) * px.out_size + x) * all_channels;
+                    E* to = output + ((cell.n * py.out_size + y) * px.out_size + x) * all_channels;
                     for (int64_t j = begin; j < end; j += kLanes<T>)
                         store_n(to + j, load(from + j), static_cast<int>(min_of(kLanes<T>, end - j)));
                 }
@@ -765,10 +829,11 @@ struct TapConv {
         call.threads = threads;                                                                         \
         TapConv<T>{plan, call, nullptr}.pack(weight, packed);                                           \
     }                                                                                                   \
-    void tap_conv(const ConvPlan& plan, const TapConvCall<T>& call, T* scratch) {                       \
+    void tap_conv(const ConvPlan& plan, const TapConvCall<T>& call, SumOf<T>* scratch) {                \
         TapConv<T>{plan, call, scratch}.run();                                                          \
     }
 
+FASTGEN_DEFINE_TAP_CONV(BFloat16)
 FASTGEN_DEFINE_TAP_CONV(float)
 FASTGEN_DEFINE_TAP_CONV(double)
 

@@ -6,10 +6,23 @@
 #include <cstdint>
 
 #include "activations.h"
+#include "dot_gemm.h"
 #include "image.h"
 #include "phase_plan.h"
 
 namespace fastgen {
+
+// What elements are summed in.
+template <class E>
+struct SumTraits {
+    using type = E;
+};
+template <>
+struct SumTraits<BFloat16> {
+    using type = float;
+};
+template <class E>
+using SumOf = typename SumTraits<E>::type;
 
 // Weights of any layout, by element strides: the channels count within a group.
 template <class T>
@@ -18,31 +31,33 @@ struct ConvWeight {
     int64_t group, in_channel, out_channel, kernel_y, kernel_x;
 };
 
-template <class T>
+template <class E>
 struct TapConvCall {
     int64_t batch, threads;
-    Image<T> input;
-    const T* packed;
-    const T* scale;  // [groups * out_channels], null for ones
-    const T* shift;  // the same, null for zeros
+    Image<E> input;
+    const E* packed;
+    const SumOf<E>* scale;  // [groups * out_channels], null for ones
+    const SumOf<E>* shift;  // the same, null for zeros
     Activation activation;
-    T parameter;  // of the activation
-    T* output;    // dense [N, H, W, groups * out_channels]
+    SumOf<E> parameter;  // of the activation
+    E* output;           // dense [N, H, W, groups * out_channels]
 };
 
 }  // namespace fastgen
 
 // tap_conv_packed_size: elements of `packed`; tap_conv_scratch_size: of `scratch`. Both buffers start on a cache line.
+// Of bfloat16 the input channels of a group must be even.
 #define FASTGEN_DECLARE_TAP_CONV_OF(T)                                                                 \
     int64_t tap_conv_packed_size(const ConvPlan& plan, const T*);                                      \
     int64_t tap_conv_scratch_size(const ConvPlan& plan, const TapConvCall<T>& call);                   \
     void tap_conv_pack(const ConvPlan& plan, const ConvWeight<T>& weight, T* packed, int64_t threads); \
-    void tap_conv(const ConvPlan& plan, const TapConvCall<T>& call, T* scratch);
+    void tap_conv(const ConvPlan& plan, const TapConvCall<T>& call, SumOf<T>* scratch);
 
-#define FASTGEN_DECLARE_TAP_CONV(ISA)   \
-    namespace fastgen::ISA {            \
-    FASTGEN_DECLARE_TAP_CONV_OF(float)  \
-    FASTGEN_DECLARE_TAP_CONV_OF(double) \
+#define FASTGEN_DECLARE_TAP_CONV(ISA)     \
+    namespace fastgen::ISA {              \
+    FASTGEN_DECLARE_TAP_CONV_OF(BFloat16) \
+    FASTGEN_DECLARE_TAP_CONV_OF(float)    \
+    FASTGEN_DECLARE_TAP_CONV_OF(double)   \
     }
 
 #ifdef FASTGEN_ISA

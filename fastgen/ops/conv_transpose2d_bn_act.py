@@ -67,10 +67,12 @@ def conv_transpose2d_bn_act(
         [N, Cout, H', W'] with ``H' = (H - 1) * stride - 2 * padding + dilation * (kh - 1) + output_padding + 1``,
         channels-last in memory where a native kernel computed it.
 
-    float32 and float64 run natively on the CPU, other dtypes and autocast through plain PyTorch.  Where no gradient is
-    wanted, bias, BatchNorm and activation are applied while the convolution writes its result, and nothing else is
-    stored.  Packed weights are kept from call to call; see `fastgen.ops.packed_weights` for how changed weights are
-    noticed.  A backward pass that is itself to be differentiated (``create_graph=True``) runs in plain PyTorch.
+    float32 and float64 run natively on the CPU; so does bfloat16 for inference with an even number of input channels in
+    each group, summed in float32 and rounded after the activation.  Other dtypes and autocast go through plain PyTorch.
+    Where no gradient is wanted, bias, BatchNorm and activation are applied while the convolution writes its result, and
+    nothing else is stored.  Packed weights are kept from call to call; see `fastgen.ops.packed_weights` for how changed
+    weights are noticed.  A backward pass that is itself to be differentiated (``create_graph=True``) runs in plain
+    PyTorch.
 
     Raises:
         TypeError: an argument is not a tensor or the dtypes differ.
@@ -83,16 +85,17 @@ def conv_transpose2d_bn_act(
     parameter = alpha if activation == "elu" else negative_slope
     args = (*tensors, *geometry, groups, pair("dilation", dilation), training, eps, activation, parameter)
     _check(*args)
+    wants_grad = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    saving = training or wants_grad
     compiling = torch.compiler.is_compiling()
     if compiling:
         plain = torch.is_autocast_enabled(input.device.type)
     else:
-        function = backends.select("conv_transpose2d_bn_act", *args)
-        plain = function is _forward_reference or is_transformed()
+        function = backends.select("conv_transpose2d_bn_act_saving" if saving else "conv_transpose2d_bn_act", *args)
+        plain = function is _forward_reference or function is _saving_reference or is_transformed()
     if plain:
         return conv_transpose2d_bn_act_reference(*args, momentum=momentum)
-    wants_grad = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-    if not training and not wants_grad:
+    if not saving:
         if not compiling and is_unobserved(tensors):
             return function(*args)
         return torch.ops.fastgen.conv_transpose2d_bn_act(*args)
@@ -326,7 +329,7 @@ _SCHEMAS = {
 _library = torch.library.Library("fastgen", "FRAGMENT")
 
 
-def _register(name: str, check: Any, reference: Any, native: Any, empty: Any) -> None:
+def _register(name: str, check: Any, reference: Any, native: Any, why_not: Any, empty: Any) -> None:
     """One check for the real and the fake implementation; `empty` allocates what the fake one returns."""
 
     def real(*args: Any) -> Any:
@@ -338,7 +341,7 @@ def _register(name: str, check: Any, reference: Any, native: Any, empty: Any) ->
         return empty(*args)
 
     backends.register(name, "reference", reference)
-    backends.register(name, "cpu", native, why_not=cpu.why_not)
+    backends.register(name, "cpu", native, why_not=why_not)
     _library.define(name + _SCHEMAS[name], tags=torch.Tag.pt2_compliant_tag)
     _library.impl(name, real, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastgen::{name}", fake, lib=_library)
@@ -369,6 +372,9 @@ def _check_backward(grad: Tensor, input: Tensor, weight: Tensor, *rest: Any) -> 
         raise ValueError(f"grad must be {list(shape)}, got {list(grad.shape)}")
 
 
-_register("conv_transpose2d_bn_act", _check, _forward_reference, cpu.forward, _forward_empty)
-_register("conv_transpose2d_bn_act_saving", _check, _saving_reference, cpu.saving, _saving_empty)
-_register("conv_transpose2d_bn_act_backward", _check_backward, _backward_reference, cpu.backward, _backward_empty)
+for _name, *_functions in (
+    ("", _check, _forward_reference, cpu.forward, cpu.why_not, _forward_empty),
+    ("_saving", _check, _saving_reference, cpu.saving, cpu.why_not_training, _saving_empty),
+    ("_backward", _check_backward, _backward_reference, cpu.backward, cpu.why_not_training, _backward_empty),
+):
+    _register(f"conv_transpose2d_bn_act{_name}", *_functions)

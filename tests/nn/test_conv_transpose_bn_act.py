@@ -7,6 +7,7 @@ import pickle
 import pytest
 import torch
 
+import fastgen
 from fastgen import nn, ops
 
 ACTIVATIONS = {
@@ -151,6 +152,18 @@ def test_is_the_operation():
     expected = ops.conv_transpose2d_bn_act(x, *tensors, stride=(2, 1), activation="tanh", eps=0.8)
     with torch.no_grad():
         torch.testing.assert_close(layer(x), expected)
+
+
+def test_bfloat16_modules():
+    layer = nn.ConvTransposeBNAct(6, 7, 4, 2, 1).eval()
+    x = torch.randn(2, 6, 5, 4)
+    half = copy.deepcopy(layer).bfloat16()
+    with torch.no_grad(), fastgen.backend("cpu"):
+        output = half(x.bfloat16())
+        torch.testing.assert_close(output, layer(x).bfloat16(), rtol=0.03, atol=0.03)
+    with fastgen.backend("auto"):
+        half.train()(x.bfloat16()).sum().backward()
+    assert half[0].weight.grad.dtype == torch.bfloat16
 
 
 def test_compiles():

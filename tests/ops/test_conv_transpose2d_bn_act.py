@@ -80,6 +80,7 @@ MINIMAL = {  # large enough for minimal filtering
     "minimal, three lines": Case((2, 64, 3, 130), 64, (4, 4), {"stride": 2, "padding": 1}),
     "minimal, bands": Case((2, 16, 37, 41), 20, (4, 4), {"stride": 2, "padding": 1}),
     "minimal, many tiles": Case((9, 260, 8, 8), 24, (4, 4), {"stride": 2, "padding": 1}),
+    "minimal, bands of k3s1": Case((2, 16, 37, 41), 20, (3, 3), {"padding": 1}),
 }
 CASES |= MINIMAL
 ACTIVATIONS = {
@@ -113,10 +114,10 @@ def native(case, tensors, activation="none", **more):
 def plan_of(case, dtype=torch.float32):
     x, weight, *_ = case.tensors(dtype)
     steps = {"stride": (1, 1), "padding": (0, 0), "output_padding": (0, 0), "dilation": (1, 1), "groups": 1}
-    steps |= {key: value if key == "groups" else module._pair(key, value) for key, value in case.options.items()}
+    steps |= {key: value if key == "groups" else module.pair(key, value) for key, value in case.options.items()}
     names = ("stride", "padding", "output_padding", "groups", "dilation")
-    block = cpu._Block.of(x, weight, cpu.Options(*(steps[name] for name in names), False, 0.0, "none", 0.0))
-    return cpu._plan(True, *block.geometry, dtype)
+    block = cpu.Block.of(x, weight, cpu.Options(*(steps[name] for name in names), False, 0.0, "none", 0.0))
+    return cpu.conv_plan(True, *block.geometry, dtype)
 
 
 def doubles(tensors):
@@ -240,6 +241,67 @@ def test_bits_do_not_depend_on_the_batch(name):
         assert torch.equal(native(case, [x[n : n + 1], *rest], "relu")[0], output[n])
 
 
+# bfloat16
+
+BFLOAT16 = {name: case for name, case in CASES.items() if case.shape[1] // case.groups % 2 == 0}
+
+
+def bfloats(tensors):
+    return [None if tensor is None else tensor.bfloat16() for tensor in tensors]
+
+
+@pytest.mark.parametrize("name", BFLOAT16)
+@pytest.mark.parametrize("norm", [True, False], ids=["norm", "no norm"])
+def test_bfloat16_is_as_accurate_as_pytorch(name, norm):
+    case = BFLOAT16[name]
+    tensors = bfloats(case.tensors(norm=norm))
+    with fastgen.backend("cpu"):
+        ours = ops.conv_transpose2d_bn_act(*tensors, **case.options, eps=0.8, activation="relu")
+    theirs, truth = plain(case, tensors, "relu"), plain(case, doubles(tensors), "relu")
+    assert ours.dtype == torch.bfloat16
+    error, bound = rms(ours.double() - truth), 2 * rms(theirs.double() - truth)
+    assert error <= bound, f"error {error:.2e}, plain PyTorch {bound / 2:.2e}"
+
+
+@pytest.mark.parametrize("name", ["4x4 map", "last layer", "k2s2", "groups", "minimal", "minimal, bands"])
+def test_bfloat16_bits_depend_on_the_sample_alone(name, monkeypatch):
+    monkeypatch.setattr(cpu, "_MIN_THREAD_WORK", 1)
+    cpu._block.cache_clear()
+    case, native_cpu = BFLOAT16[name], backends.native_cpu()
+    x, weight, *rest = bfloats(case.tensors())
+    output = native(case, [x, weight, *rest], "tanh")
+    for arrange in LAYOUTS.values():
+        assert torch.equal(native(case, [arrange(x), arrange(weight), *rest], "tanh"), output)
+    for threads in (2, 3, 7):
+        torch.set_num_threads(threads)
+        for n in range(case.shape[0]):
+            assert torch.equal(native(case, [x[n : n + 1], weight, *rest], "tanh")[0], output[n])
+    try:
+        for isa in native_cpu.isas():
+            if isa != "baseline":
+                native_cpu.set_isa(isa)
+                assert torch.equal(native(case, [x, weight, *rest], "tanh"), output), isa
+    finally:
+        native_cpu.set_isa("")
+
+
+def test_bfloat16_rounds_to_even_and_keeps_nan_and_infinity():
+    values = [1 + 2**-8, 1 + 3 * 2**-8, 1 + 2**-8 + 2**-20, -3.0e38, 3.4e38, float("inf"), float("nan"), -0.0]
+    x = torch.zeros(1, 2, 1, len(values), dtype=torch.bfloat16)
+    x[0, 0] = torch.tensor(values)
+    # The sum of two values with one, each of which is a bfloat16, in float32.
+    x[0, 1] = (torch.tensor(values) - x[0, 0, 0].float()).nan_to_num(0.0, 0.0, 0.0).bfloat16()
+    weight = torch.ones(2, 1, 1, 1, dtype=torch.bfloat16)
+    try:
+        for isa in backends.native_cpu().isas():
+            backends.native_cpu().set_isa(isa)
+            with fastgen.backend("cpu"):
+                output = ops.conv_transpose2d_bn_act(x, weight)
+            torch.testing.assert_close(output[0, 0, 0], torch.tensor(values).bfloat16(), rtol=0, atol=0, equal_nan=True)
+    finally:
+        backends.native_cpu().set_isa("")
+
+
 LAYOUTS = {
     "contiguous": lambda t: t.contiguous(),
     "channels_last": lambda t: t.contiguous(memory_format=torch.channels_last),
@@ -248,7 +310,7 @@ LAYOUTS = {
     "channels sliced": lambda t: torch.cat((t, -t), dim=1).contiguous(memory_format=torch.channels_last)[
         :, : t.shape[1]
     ],
-    "offset": lambda t: torch.cat((torch.zeros(1), t.flatten()))[1:].view(t.shape),
+    "offset": lambda t: torch.cat((t.new_zeros(1), t.flatten()))[1:].view(t.shape),
 }
 
 
@@ -621,20 +683,26 @@ def test_compiles_for_inference():
         assert torch.equal(compiled(tensors), function(tensors))
 
 
-@training_modes
-def test_low_precision_uses_the_reference(caplog, training):
+@pytest.mark.parametrize("name", ["k3s2p1op1 training", "k4s2p1"])
+def test_bfloat16_beyond_the_kernels_uses_the_reference(caplog, name):
     backends._logged.clear()
-    case = CASES["k3s2p1op1"]
+    training = name.endswith(" training")
+    case = CASES[name.removesuffix(" training")]  # k4s2p1 has 17 input channels
     tensors = [tensor.bfloat16() for tensor in case.tensors()]
     with caplog.at_level(logging.WARNING, "fastgen"):
         output = ops.conv_transpose2d_bn_act(*tensors, **case.options, training=training)
     assert output.dtype == torch.bfloat16
-    assert "takes float32 and float64, got torch.bfloat16" in caplog.text
+    assert "takes inference alone, with an even number of input channels" in caplog.text
+    with fastgen.backend("cpu"), pytest.raises(RuntimeError, match="takes inference alone"):
+        ops.conv_transpose2d_bn_act(*tensors, **case.options, training=training)
+
+
+@training_modes
+def test_autocast_uses_the_reference(training):
+    case = CASES["k3s2p1op1"]
     with torch.autocast("cpu", torch.bfloat16):
         output = ops.conv_transpose2d_bn_act(*case.tensors(), **case.options, training=training)
     assert output.dtype == torch.bfloat16
-    with fastgen.backend("cpu"), pytest.raises(RuntimeError, match="takes float32 and float64"):
-        ops.conv_transpose2d_bn_act(*tensors, **case.options)
 
 
 def arguments(**changes):
