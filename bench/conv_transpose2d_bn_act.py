@@ -3,8 +3,8 @@
 The five configurations that cover nine of ten transposed convolutions in public code, each as a small, a middle and a
 large layer; the last layer of a generator (3 channels, Tanh, no BatchNorm); and training. "eager" is the module as
 users run it. "folded" has the BatchNorm in the weights, "freezing" is torch.compile that folds and repacks them; both
-are for inference alone; so is fastgen's bfloat16, the same module and input in that dtype. The floor counts the taps that
-fall inside the image and multiply no zero, in float32: minimal filtering and bfloat16 can beat it.
+are for inference alone; so is fastgen's bfloat16, the same module and input in that dtype. The floor counts the taps
+that fall inside the image and multiply no zero, in float32: minimal filtering and bfloat16 can beat it.
 """
 
 from __future__ import annotations

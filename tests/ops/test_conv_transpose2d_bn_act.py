@@ -114,7 +114,7 @@ def native(case, tensors, activation="none", **more):
 def plan_of(case, dtype=torch.float32):
     x, weight, *_ = case.tensors(dtype)
     steps = {"stride": (1, 1), "padding": (0, 0), "output_padding": (0, 0), "dilation": (1, 1), "groups": 1}
-    steps |= {key: value if key == "groups" else module.pair(key, value) for key, value in case.options.items()}
+    steps |= {key: value if key == "groups" else make_pair(key, value) for key, value in case.options.items()}
     names = ("stride", "padding", "output_padding", "groups", "dilation")
     block = cpu.Block.of(x, weight, cpu.Options(*(steps[name] for name in names), False, 0.0, "none", 0.0))
     return cpu.conv_plan(True, *block.geometry, dtype)
