@@ -143,8 +143,8 @@ AxisPlan view(const ConvAxis& axis, const Axis& built, std::vector<AxisSlot>& sl
             static_cast<int64_t>(slots.size())};
 }
 
-bool is_filter(const AxisSlot& slot) {
-    if (slot.taps != 2 && slot.taps != 3) return false;
+bool is_filter(const AxisSlot& slot, int64_t in_step) {
+    if (slot.taps != 2 * in_step && slot.taps != 3 * in_step) return false;
     return slot.offsets[slot.taps - 1] - slot.offsets[0] == slot.taps - 1;
 }
 
@@ -168,10 +168,11 @@ int64_t cost(const ConvPlan& plan, int64_t lanes) {
             weights += sy.taps * sx.taps;
             continue;
         }
-        const AxisTiles y{0, last_cell(sy) - first_cell(sy), sy.taps}, x{0, last_cell(sx) - first_cell(sx), sx.taps};
-        products += y.products() * x.products() * plan.in_channels * outputs;
-        products += y.count() * x.count() * (inputs + outputs) * kTransformCycles;
-        weights += (y.full() ? kPoints : kPoints - 1) * (x.full() ? kPoints : kPoints - 1);
+        const int64_t filters = interleaved_filters(plan), taps = sy.taps / plan.y.in_step;
+        const AxisTiles y{0, last_cell(sy) - first_cell(sy), taps}, x{0, last_cell(sx) - first_cell(sx), taps};
+        products += y.products() * x.products() * filters * plan.in_channels * outputs;
+        products += y.count() * x.count() * (filters * inputs + outputs) * kTransformCycles;
+        weights += (y.full() ? kPoints : kPoints - 1) * (x.full() ? kPoints : kPoints - 1) * filters;
     }
     return std::max(products, weights * plan.in_channels * outputs * kWeightCycles);
 }
@@ -179,7 +180,8 @@ int64_t cost(const ConvPlan& plan, int64_t lanes) {
 }  // namespace
 
 bool is_minimal(const ConvPlan& plan, const AxisSlot& y, const AxisSlot& x) {
-    return plan.minimal && y.taps == x.taps && is_filter(y) && is_filter(x);
+    return plan.minimal && y.taps * plan.x.in_step == x.taps * plan.y.in_step && is_filter(y, plan.y.in_step) &&
+           is_filter(x, plan.x.in_step);
 }
 
 std::shared_ptr<const ConvPlan> make_conv_plan(const ConvShape& shape, int64_t lanes) {
@@ -205,8 +207,7 @@ std::shared_ptr<const ConvPlan> make_conv_plan(const ConvShape& shape, int64_t l
                    view(shape.x, owner->x, owner->x_slots),
                    false};
     ConvPlan minimal = owner->plan;
-    minimal.minimal =
-        shape.minimal && minimal.y.phases * minimal.x.phases == 1 && minimal.y.in_step == 1 && minimal.x.in_step == 1;
+    minimal.minimal = shape.minimal && minimal.y.phases * minimal.x.phases == 1;
     if (cost(minimal, lanes) < cost(owner->plan, lanes)) owner->plan = minimal;
     return {owner, &owner->plan};
 }

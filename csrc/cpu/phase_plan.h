@@ -15,6 +15,10 @@
 //
 // Which base and how many outputs to a cell: whatever multiplies least, counted in whole vectors. At the borders, cells
 // that read the same of the taps form a span, so that taps outside the image are skipped rather than multiplied.
+//
+// Slots of two by two or three by three neighbouring taps (of a strided convolution: so many in each of its interleaved
+// filters) may be computed by minimal filtering instead, minimal_filter.h: fewer products, but up to four times the
+// weights. Whether it is done depends on the layer and the size of one image, never on the batch: it changes the bits.
 #pragma once
 
 #include <cstdint>
@@ -73,6 +77,10 @@ struct AxisTiles {
     constexpr int64_t last() const { return first + cells; }
     constexpr int64_t products() const { return kPoints * full() + (kPoints - 1) * (count() - full()); }
 };
+
+// Of a plan's steps through the input, each of which starts a filter of its own: their products are summed as if they were
+// further channels.
+inline int64_t interleaved_filters(const ConvPlan& plan) { return plan.y.in_step * plan.x.in_step; }
 
 inline int64_t first_cell(const AxisSlot& slot) { return slot.num_spans ? slot.spans[0].first : 0; }
 inline int64_t last_cell(const AxisSlot& slot) { return slot.num_spans ? slot.spans[slot.num_spans - 1].last : 0; }

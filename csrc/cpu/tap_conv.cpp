@@ -34,6 +34,19 @@ FASTGEN_INLINE int64_t aligned(int64_t elements) {
     return panels_of<T>(elements) * kPanel<T>;
 }
 
+template <class E>
+FASTGEN_INLINE Vec<SumOf<E>> load_lanes(const E* p, int lanes) {
+    return lanes == kLanes<SumOf<E>> ? load(p) : load_n(p, lanes);
+}
+
+template <class E>
+FASTGEN_INLINE void store_lanes(E* p, Vec<SumOf<E>> x, int lanes) {
+    if (lanes == kLanes<SumOf<E>>)
+        store(p, x);
+    else
+        store_n(p, x, lanes);
+}
+
 constexpr int64_t kTileRows = 56;   // of a product: four times the tallest tile in registers
 constexpr int64_t kTallPanels = 4;  // panels of a product of many rows: the tile stays in the first-level cache
 constexpr int64_t kFlatPanels = 8;  // of a product of few rows, which wants wide tiles
@@ -148,7 +161,8 @@ struct TapConv {
 
     // Elements of one panel of the packed weights of a pair of slots.
     FASTGEN_INLINE int64_t panel_size(const AxisSlot& sy, const AxisSlot& sx) const {
-        const int64_t slices = is_minimal(plan, sy, sx) ? kPoints * kPoints : sy.taps * sx.taps;
+        const int64_t slices =
+            is_minimal(plan, sy, sx) ? kPoints * kPoints * interleaved_filters(plan) : sy.taps * sx.taps;
         return slices * plan.in_channels * kPanel<T>;
     }
 
@@ -179,18 +193,24 @@ struct TapConv {
     // For minimal filtering the points come one after the other, each with all of its panels.
     void pack_points(const ConvWeight<E>& weight, int64_t group, const AxisSlot& sy, const AxisSlot& sx, int64_t panel,
                      E* to) const {
-        const int64_t taps = sy.taps;
-        for (int64_t j = 0; j < kPanel<T>; ++j) {
-            const E* from[9];
-            for (int64_t t = 0; t < taps * taps; ++t) from[t] = first_weight(weight, group, sy, sx, t, panel, j);
-            for (int64_t c = 0; c < plan.in_channels; ++c) {
-                double filter[9], rows[kPoints * 3] = {}, points[kPoints * kPoints];
-                for (int64_t t = 0; t < taps * taps; ++t) filter[t] = weight_value(from[t], c * weight.in_channel);
-                for (int64_t t = 0; t < taps; ++t) filter_points(taps, filter + t, taps, rows + t, taps);
-                for (int64_t p = 0; p < kPoints; ++p) filter_points(taps, rows + p * taps, 1, points + p * kPoints, 1);
-                for (int64_t p = 0; p < kPoints * kPoints; ++p)
-                    to[(p * panels() + panel) * plan.in_channels * kPanel<T> + Products<E>::weight_at(c, j)] =
-                        Products<E>::rounded(points[p]);
+        const int64_t steps = plan.x.in_step, taps = sy.taps / plan.y.in_step;
+        for (int64_t f = 0; f < interleaved_filters(plan); ++f) {
+            for (int64_t j = 0; j < kPanel<T>; ++j) {
+                const E* from[9];
+                for (int64_t t = 0; t < taps * taps; ++t) {
+                    const int64_t ty = t / taps * plan.y.in_step + f / steps, tx = t % taps * steps + f % steps;
+                    from[t] = first_weight(weight, group, sy, sx, ty * sx.taps + tx, panel, j);
+                }
+                for (int64_t c = 0; c < plan.in_channels; ++c) {
+                    double filter[9], rows[kPoints * 3] = {}, points[kPoints * kPoints];
+                    for (int64_t t = 0; t < taps * taps; ++t) filter[t] = weight_value(from[t], c * weight.in_channel);
+                    for (int64_t t = 0; t < taps; ++t) filter_points(taps, filter + t, taps, rows + t, taps);
+                    for (int64_t p = 0; p < kPoints; ++p)
+                        filter_points(taps, rows + p * taps, 1, points + p * kPoints, 1);
+                    for (int64_t p = 0; p < kPoints * kPoints; ++p)
+                        to[(p * panels() + panel) * depth() * kPanel<T> +
+                           Products<E>::weight_at(f * plan.in_channels + c, j)] = Products<E>::rounded(points[p]);
+                }
             }
         }
     }
@@ -272,13 +292,15 @@ struct TapConv {
                       kFlatRows * odd_lines<E>(most_taps() * plan.in_channels));
     }
     FASTGEN_INLINE int64_t gather_size() const {
-        const int64_t tiles = plan.minimal ? most_tiles() * tile_stride<E>(plan.in_channels) : 0;
+        const int64_t tiles = plan.minimal ? most_tiles() * tile_stride<E>(depth()) : 0;
         return sums_of<E>(max_of(gather_capacity(), tiles));
     }
 
+    // Of the products of minimal filtering.
+    FASTGEN_INLINE int64_t depth() const { return interleaved_filters(plan) * plan.in_channels; }
     // Tiles that are at work together, and panels of their products.
     FASTGEN_INLINE int64_t most_tiles() const {
-        const int64_t fitting = kMinimalBytes / static_cast<int64_t>(sizeof(E)) / tile_stride<E>(plan.in_channels);
+        const int64_t fitting = kMinimalBytes / static_cast<int64_t>(sizeof(E)) / tile_stride<E>(depth());
         return max_of(kFlatRows, min_of(kTileRows, fitting / kFlatRows * kFlatRows));
     }
     FASTGEN_INLINE int64_t most_products() const {
@@ -524,8 +546,9 @@ struct TapConv {
 
         Tiles tiles() const {
             const int64_t y0 = max_of(first_cell(sy), item.y0), y1 = min_of(last_cell(sy), item.y1);
+            const int64_t taps = sy.taps / plan().y.in_step;
             Tiles result{
-                {y0, max_of(0, y1 - y0), sy.taps}, {first_cell(sx), last_cell(sx) - first_cell(sx), sx.taps}, {}, {}};
+                {y0, max_of(0, y1 - y0), taps}, {first_cell(sx), last_cell(sx) - first_cell(sx), taps}, {}, {}};
             const AxisTiles &y = result.y, &x = result.x;
             for (int kind = 0; kind < kKinds; ++kind) {
                 const Rectangle r{kFullY[kind] ? 0 : y.full(), kFullY[kind] ? y.full() : y.count(),
@@ -576,39 +599,38 @@ struct TapConv {
         template <int Kind>
         void transform_kind(const Tiles& tiles, int64_t first, int64_t last) const {
             constexpr int height = kFullY[Kind] ? kPoints : kPoints - 1, width = kFullX[Kind] ? kPoints : kPoints - 1;
-            const int64_t channels = plan().in_channels, point = odd_lines<E>(channels);
+            const int64_t channels = plan().in_channels, point = odd_lines<E>(item.conv.depth());
+            const AxisPlan &py = plan().y, &px = plan().x;
             // Lines that only outputs outside the band would read need not be there.
-            const int64_t end = min_of(plan().y.in_size, tiles.y.last() + sy.offsets[sy.taps - 1]);
+            const int64_t end = min_of(py.in_size, (tiles.y.last() - 1) * py.in_step + sy.offsets[sy.taps - 1] + 1);
             for_tiles(tiles, Kind, first, last, [&](int64_t row, int64_t n, int64_t y, int64_t x) {
-                const E* from[height][width];
-                for (int i = 0; i < height; ++i) {
-                    for (int j = 0; j < width; ++j) {
-                        const int64_t at_y = y + sy.offsets[0] + i, at_x = x + sx.offsets[0] + j;
-                        const bool inside = at_y >= 0 && at_y < end && at_x >= 0 && at_x < plan().x.in_size;
-                        from[i][j] = inside ? source(n, at_y, at_x) : item.conv.zeros();
+                E* to = item.gathered() + row * tile_stride<E>(item.conv.depth());
+                for (int64_t f = 0; f < interleaved_filters(plan()); ++f, to += channels) {
+                    const E* from[height][width];
+                    for (int i = 0; i < height; ++i) {
+                        const int64_t at_y = (y + i) * py.in_step + sy.offsets[f / px.in_step];
+                        for (int j = 0; j < width; ++j) {
+                            const int64_t at_x = (x + j) * px.in_step + sx.offsets[f % px.in_step];
+                            const bool inside = at_y >= 0 && at_y < end && at_x >= 0 && at_x < px.in_size;
+                            from[i][j] = inside ? source(n, at_y, at_x) : item.conv.zeros();
+                        }
                     }
+                    int64_t c = 0;
+                    for (; c + kLanes<T> <= channels; c += kLanes<T>)
+                        transform_tile<Kind>(from, c, kLanes<T>, to + c, point);
+                    if (c < channels) transform_tile<Kind>(from, c, static_cast<int>(channels - c), to + c, point);
                 }
-                E* to = item.gathered() + row * tile_stride<E>(channels);
-                int64_t c = 0;
-                for (; c + kLanes<T> <= channels; c += kLanes<T>) {
-                    transform_tile<Kind>(from, to + c, point,
-                                         [&](const E* p) __attribute__((always_inline)) { return load(p + c); });
-                }
-                if (c == channels) return;
-                transform_tile<Kind>(from, to + c, point, [&](const E* p) __attribute__((always_inline)) {
-                    return load_n(p + c, static_cast<int>(channels - c));
-                });
             });
         }
 
-        template <int Kind, int Height, int Width, class Load>
-        static FASTGEN_INLINE void transform_tile(const E* const (&from)[Height][Width], E* to, int64_t point,
-                                                  const Load& load_channels) {
+        template <int Kind, int Height, int Width>
+        static FASTGEN_INLINE void transform_tile(const E* const (&from)[Height][Width], int64_t c, int lanes, E* to,
+                                                  int64_t point) {
             Vec<T> d[kPoints][kPoints];
 #pragma GCC unroll 4
             for (int i = 0; i < Height; ++i) {
 #pragma GCC unroll 4
-                for (int j = 0; j < Width; ++j) d[i][j] = load_channels(from[i][j]);
+                for (int j = 0; j < Width; ++j) d[i][j] = load_lanes(from[i][j] + c, lanes);
                 input_points<kFullX[Kind]>(d[i], 1);
             }
 #pragma GCC unroll 4
@@ -617,16 +639,16 @@ struct TapConv {
                 input_points<kFullY[Kind]>(&d[0][j], kPoints);
 #pragma GCC unroll 4
                 for (int i = 0; i < kPoints; ++i) {
-                    if (kFullY[Kind] || i != kExtraPoint) store(to + (i * kPoints + j) * point, d[i][j]);
+                    if (kFullY[Kind] || i != kExtraPoint) store_lanes(to + (i * kPoints + j) * point, d[i][j], lanes);
                 }
             }
         }
 
         // One product for each point, of the tiles that have it.
         void multiply(const Tiles& tiles, int64_t first, int64_t last, int64_t panel_begin, int64_t panel_end) const {
-            const int64_t channels = plan().in_channels, panel = channels * kPanel<T>;
+            const int64_t depth = item.conv.depth(), panel = depth * kPanel<T>;
             const int64_t width = (panel_end - panel_begin) * kPanel<T>;
-            const int64_t a_point = odd_lines<E>(channels), a_row = tile_stride<E>(channels);
+            const int64_t a_point = odd_lines<E>(depth), a_row = tile_stride<E>(depth);
             const int64_t c_point = odd_lines<T>(width), c_row = tile_stride<T>(width);
             const int64_t point = item.conv.panels() * panel;
             const E* b = item.conv.call.packed + item.conv.packed_offset(group, slot) + panel_begin * panel;
@@ -634,7 +656,7 @@ struct TapConv {
                 const bool extra_y = p / kPoints == kExtraPoint, extra_x = p % kPoints == kExtraPoint;
                 const int64_t row0 = tiles.kind_begin(extra_x ? 1 : 0, first, last);
                 const int64_t row1 = tiles.kind_begin(extra_y ? 2 : extra_x ? 3 : kKinds, first, last);
-                const Term term = Products<E>::term(item.gathered() + row0 * a_row + p * a_point, a_row, channels, b);
+                const Term term = Products<E>::term(item.gathered() + row0 * a_row + p * a_point, a_row, depth, b);
                 Products<E>::run(&term, 1, panel, item.tile() + row0 * c_row + p * c_point, c_row, row1 - row0,
                                  panel_end - panel_begin, p + 1 < kPoints * kPoints ? b + point : nullptr);
             }
@@ -643,7 +665,7 @@ struct TapConv {
         template <Activation A>
         void transform_back(const Tiles& tiles, int64_t first, int64_t last, int64_t panel_begin,
                             int64_t panel_end) const {
-            if (sy.taps == 3) return transform_back_kind<A, 1, 3>(tiles, first, last, panel_begin, panel_end);
+            if (tiles.y.taps == 3) return transform_back_kind<A, 1, 3>(tiles, first, last, panel_begin, panel_end);
             transform_back_kind<A, 0, 2>(tiles, first, last, panel_begin, panel_end);
             transform_back_kind<A, 1, 2>(tiles, first, last, panel_begin, panel_end);
             transform_back_kind<A, 2, 2>(tiles, first, last, panel_begin, panel_end);
@@ -687,10 +709,7 @@ struct TapConv {
                             if (i >= rows || k >= steps) continue;
                             const Vec<T> value = activate<A>(fma(m[i][k], factor, offset), parameter);
                             E* p = to + i * line + k * step + j;
-                            if (lanes == kLanes<T>)
-                                store(p, value);
-                            else
-                                store_n(p, value, lanes);
+                            store_lanes(p, value, lanes);
                         }
                     }
                 }

@@ -149,6 +149,11 @@ def test_minimal_filtering_is_chosen_by_the_image_alone(case):
     ).minimal
 
 
+def test_minimal_filtering_of_the_input_gradient():
+    geometry = (1, (40, 48), (26, 34), (13, 17), (4, 4), (2, 2), (1, 1), (1, 1), torch.float32)
+    assert cpu.conv_plan(False, *geometry).minimal
+
+
 @all_activations
 @pytest.mark.parametrize("name", ["k4s2p1", "last layer", "groups", "minimal"])
 def test_activations_are_as_accurate_as_pytorch(name, activation):
