@@ -110,15 +110,17 @@ FASTGEN_INLINE Vec<T> bounded(Vec<T> logvar) {
     return min(broadcast(T(kMaxLogvar)), logvar);
 }
 
-// sigma of a part of a row, and its share of the divergence.
+// The first sample of a part of a row, and its share of the divergence; sigma, for further samples, unless null.
 template <class T>
-FASTGEN_INLINE T statistics(const T* mu, const T* logvar, int64_t columns, T* sigmas) {
+FASTGEN_INLINE T first_sample(const T* mu, const T* logvar, const float* numbers, int64_t columns, T* z, T* sigmas) {
     Sums<T> sums;
     for_each_vector<T>(columns, [&](int64_t column, int count, int part) {
         const Vec<T> m = load_some(mu + column, count), lv = bounded<T>(load_some(logvar + column, count));
         Vec<T> lack;
-        store(sigmas + column, sigma_of<T>(lv, lack));
+        const Vec<T> sigma = sigma_of<T>(lv, lack);
         sums.parts[part] = sums.parts[part] + fma(m, m, -(lack + lv));
+        store_some(z + column, fma(sigma, load_numbers<T>(numbers + column), m), count);
+        if (sigmas) store(sigmas + column, sigma);
     });
     return T(0.5) * sums.total();
 }
@@ -165,19 +167,21 @@ void forward(const Reparameterize& job, const T* mu, const T* logvar, T* z, T* k
         alignas(64) float numbers[kPadded];
         alignas(64) T sigmas[kPadded];
         tiles.for_each_of_thread(thread, job.threads, [&](const NormalTile& tile) {
+            tiles.normals(keys, tile, job.start, 0, numbers);
             for (int64_t i = 0; i < tile.rows; ++i) {
-                const int64_t row = tile.row + i;
+                const int64_t row = tile.row + i, at = i * tiles.pitch;
+                const T* const means = mu + row * job.mu_row + tile.column;
                 const T share =
-                    statistics(mu + row * job.mu_row + tile.column, logvar + row * job.logvar_row + tile.column,
-                               tile.columns, sigmas + i * tiles.pitch);
+                    first_sample(means, logvar + row * job.logvar_row + tile.column, numbers + at, tile.columns,
+                                 z + row * job.columns + tile.column, job.draws > 1 ? sigmas + at : nullptr);
                 kl[row] = tile.column ? kl[row] + share : share;
             }
-            for (int64_t draw = 0; draw < job.draws; ++draw) {
+            for (int64_t draw = 1; draw < job.draws; ++draw) {
                 tiles.normals(keys, tile, job.start, static_cast<uint32_t>(draw), numbers);
                 for (int64_t i = 0; i < tile.rows; ++i) {
-                    const int64_t row = tile.row + i;
-                    samples(mu + row * job.mu_row + tile.column, sigmas + i * tiles.pitch, numbers + i * tiles.pitch,
-                            tile.columns, z + (draw * job.rows + row) * job.columns + tile.column);
+                    const int64_t row = tile.row + i, at = i * tiles.pitch;
+                    samples(mu + row * job.mu_row + tile.column, sigmas + at, numbers + at, tile.columns,
+                            z + (draw * job.rows + row) * job.columns + tile.column);
                 }
             }
         });

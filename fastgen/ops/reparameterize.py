@@ -18,7 +18,7 @@ from fastgen.ops.conv_block import is_transformed, is_unobserved
 from fastgen.ops.normal import normals_reference
 
 MAX_LOGVAR = 80.0  # larger ones count as this; csrc/cpu/reparameterize.cpp has it, too
-_MIN_THREAD_ELEMENTS = 4096  # below, waking a thread costs more than it saves
+_MIN_THREAD_ELEMENTS = 8192  # below, waking a thread costs more than it saves
 
 
 def reparameterize(
@@ -178,7 +178,8 @@ def _check_grad(grad_z: Tensor | None, grad_kl: Tensor | None, mu: Tensor, *rest
 
 
 def _rows_and_columns(mu: Tensor) -> tuple[int, int]:
-    return mu.shape[0], math.prod(mu.shape[1:])
+    shape = mu.shape
+    return shape[0], shape[1] if len(shape) == 2 else math.prod(shape[1:])
 
 
 def _grad_reference(
