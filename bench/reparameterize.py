@@ -60,11 +60,6 @@ def fused(mu: Tensor, logvar: Tensor) -> Results:
     return ops.reparameterize(mu, logvar, seed=1)
 
 
-def infer(function: Function, mu: Tensor, logvar: Tensor) -> Results:
-    with torch.no_grad():
-        return function(mu, logvar)
-
-
 def step(function: Function, inputs: list[Tensor], grads: list[Tensor]) -> tuple[Tensor, ...]:
     """Forward pass, and the gradients of both inputs."""
     return torch.autograd.grad(function(*inputs), inputs, grads)
@@ -77,7 +72,7 @@ def build(size: Size, train: bool, with_compile: bool) -> Work:
 
     def provider(function: Function, baseline: bool = True) -> Provider:
         inputs = [value.clone().requires_grad_(train) for value in (mu, logvar)]
-        call = partial(step, function, inputs, grads) if train else partial(infer, function, *inputs)
+        call = partial(step, function, inputs, grads) if train else partial(function, *inputs)
         return Provider(call, baseline)
 
     skipped = {}

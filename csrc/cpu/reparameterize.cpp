@@ -110,19 +110,27 @@ FASTGEN_INLINE Vec<T> bounded(Vec<T> logvar) {
     return min(broadcast(T(kMaxLogvar)), logvar);
 }
 
-// The first sample of a part of a row, and its share of the divergence; sigma, for further samples, unless null.
+// First samples, and the terms of the divergence; sigma, for further samples, unless null.
 template <class T>
-FASTGEN_INLINE T first_sample(const T* mu, const T* logvar, const float* numbers, int64_t columns, T* z, T* sigmas) {
-    Sums<T> sums;
-    for_each_vector<T>(columns, [&](int64_t column, int count, int part) {
-        const Vec<T> m = load_some(mu + column, count), lv = bounded<T>(load_some(logvar + column, count));
+FASTGEN_INLINE void first_samples(const T* mu, const T* logvar, const float* numbers, int64_t count, T* z, T* terms,
+                                  T* sigmas) {
+    for_each_vector<T>(count, [&](int64_t at, int lanes, int) {
+        const Vec<T> m = load_some(mu + at, lanes), lv = bounded<T>(load_some(logvar + at, lanes));
         Vec<T> lack;
         const Vec<T> sigma = sigma_of<T>(lv, lack);
-        sums.parts[part] = sums.parts[part] + fma(m, m, -(lack + lv));
-        store_some(z + column, fma(sigma, load_numbers<T>(numbers + column), m), count);
-        if (sigmas) store(sigmas + column, sigma);
+        store(terms + at, fma(m, m, -(lack + lv)));
+        store_some(z + at, fma(sigma, load_numbers<T>(numbers + at), m), lanes);
+        if (sigmas) store(sigmas + at, sigma);
     });
-    return T(0.5) * sums.total();
+}
+
+template <class T>
+FASTGEN_INLINE T sum_of(const T* terms, int64_t columns) {
+    Sums<T> sums;
+    for_each_vector<T>(columns, [&](int64_t column, int count, int part) {
+        sums.parts[part] = sums.parts[part] + load_some(terms + column, count);
+    });
+    return sums.total();
 }
 
 template <class T>
@@ -163,18 +171,23 @@ template <class T>
 void forward(const Reparameterize& job, const T* mu, const T* logvar, T* z, T* kl) {
     const PhiloxKeys keys(job.seed);
     const NormalTiles tiles(job.rows, job.columns);
+    // Rows one after the other, in memory and in a tile, are one: vectors are full, whatever the number of columns.
+    const bool dense = tiles.pitch == job.columns && job.mu_row == job.columns && job.logvar_row == job.columns;
     in_parallel(job.threads, [&](int thread) {
         alignas(64) float numbers[kPadded];
-        alignas(64) T sigmas[kPadded];
+        alignas(64) T sigmas[kPadded], terms[kPadded];
         tiles.for_each_of_thread(thread, job.threads, [&](const NormalTile& tile) {
             tiles.normals(keys, tile, job.start, 0, numbers);
-            for (int64_t i = 0; i < tile.rows; ++i) {
+            const int64_t runs = dense ? 1 : tile.rows, length = dense ? tile.rows * tile.columns : tile.columns;
+            for (int64_t i = 0; i < runs; ++i) {
                 const int64_t row = tile.row + i, at = i * tiles.pitch;
-                const T* const means = mu + row * job.mu_row + tile.column;
-                const T share =
-                    first_sample(means, logvar + row * job.logvar_row + tile.column, numbers + at, tile.columns,
-                                 z + row * job.columns + tile.column, job.draws > 1 ? sigmas + at : nullptr);
-                kl[row] = tile.column ? kl[row] + share : share;
+                first_samples(mu + row * job.mu_row + tile.column, logvar + row * job.logvar_row + tile.column,
+                              numbers + at, length, z + row * job.columns + tile.column, terms + at,
+                              job.draws > 1 ? sigmas + at : nullptr);
+            }
+            for (int64_t i = 0; i < tile.rows; ++i) {
+                const T share = T(0.5) * sum_of(terms + i * tiles.pitch, tile.columns);
+                kl[tile.row + i] = tile.column ? kl[tile.row + i] + share : share;
             }
             for (int64_t draw = 1; draw < job.draws; ++draw) {
                 tiles.normals(keys, tile, job.start, static_cast<uint32_t>(draw), numbers);

@@ -221,18 +221,23 @@ FASTGEN_INLINE void store_in_turn(Vec<float>* v, float* to) {
 
 #endif
 
+// In two loops, of random bits and of numbers: in loops this short the processor works on several vectors at a time.
 FASTGEN_INLINE void normals(const PhiloxKeys& keys, const NormalGrid& grid, NormalStream stream, uint32_t draw,
                             int64_t vectors, float* to) {
-    for (int64_t i = 0; i < vectors; ++i, to += 4 * kLanes<float>) {
+    const Vec<uint64_t> draws = draw + Vec<uint64_t>{};
+    for (int64_t i = 0; i < vectors; ++i) {
         Vec<uint64_t> even[4], odd[4];
-        const Vec<uint64_t> draws = draw + Vec<uint64_t>{};
         philox(keys, draws, stream.position[0], stream.sample[0], even);
         philox(keys, draws, stream.position[1], stream.sample[1], odd);
         stream.advance(grid);
-        Vec<int32_t> k[4];
         for (int lane = 0; lane < 4; ++lane) {
-            k[lane] = odd_24_bits((Vec<uint32_t>)((even[lane] & 0xffffffff) | odd[lane] << 32));
+            const Vec<uint64_t> bits = (even[lane] & 0xffffffff) | odd[lane] << 32;
+            store(to + (4 * i + lane) * kLanes<float>, (Vec<float>)bits);
         }
+    }
+    for (int64_t i = 0; i < vectors; ++i, to += 4 * kLanes<float>) {
+        Vec<int32_t> k[4];
+        for (int lane = 0; lane < 4; ++lane) k[lane] = odd_24_bits((Vec<uint32_t>)load(to + lane * kLanes<float>));
         Vec<float> v[4];
         for (int pair = 0; pair < 4; pair += 2) {
             const Vec<float> radius = normal_radius(k[pair]);

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastgen import backends
 from fastgen.ops import philox
-from fastgen.ops.conv_block import is_transformed, is_unobserved
+from fastgen.ops.conv_block import is_transformed
 from fastgen.ops.normal import normals_reference
 
 MAX_LOGVAR = 80.0  # larger ones count as this; csrc/cpu/reparameterize.cpp has it, too
@@ -53,8 +53,8 @@ def reparameterize(
         ValueError: a shape or a number is not as above.
     """
     philox.check_seed(seed)
-    draws = 0 if num_samples is None else _check_int("num_samples", num_samples, 1, 2**32 - 1)
     _check_int("start", start, 0, 2**62 - 1)
+    draws = 0 if num_samples is None else _check_int("num_samples", num_samples, 1, 2**32 - 1)
     signed = seed - 2**64 if seed >= 2**63 else seed  # operators take signed numbers
     compiling = torch.compiler.is_compiling()
     if not compiling and _goes_straight(mu, logvar):
@@ -88,14 +88,20 @@ def _goes_straight(mu: Tensor, logvar: Tensor) -> bool:
     )
 
 
+def _are_plain(tensors: tuple[Tensor | None, ...]) -> bool:
+    """Whether none is of a subclass."""
+    return {type(tensor) for tensor in tensors} <= _PLAIN
+
+
 def _is_native(mu: Tensor) -> bool:
-    """Whether `backends.select` would choose the native kernel, and no dispatch mode wants to see the call."""
+    """Whether `backends.select` would choose the native kernel, and neither a dispatch mode nor a trace sees the call."""
     return (
         mu.is_cpu
         and mu.dtype in _DTYPES
         and mu.layout is torch.strided
         and backends.is_free("cpu")
-        and is_unobserved(())
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._is_tracing()
     )
 
 
@@ -120,7 +126,7 @@ class _Reparameterize(torch.autograd.Function):
         ctx.save_for_backward(mu, logvar)
         ctx.options = (seed, start, draws)
         ctx.set_materialize_grads(False)
-        if not torch.compiler.is_compiling() and type(mu) in _PLAIN and type(logvar) in _PLAIN and _is_native(mu):
+        if not torch.compiler.is_compiling() and _are_plain((mu, logvar)) and _is_native(mu):
             return _forward_cpu(mu, logvar, seed, start, draws)
         return torch.ops.fastgen.reparameterize(mu, logvar, seed, start, draws)
 
@@ -131,7 +137,7 @@ class _Reparameterize(torch.autograd.Function):
         tensors = (grad_z, grad_kl, *ctx.saved_tensors)
         if torch.is_grad_enabled():  # for second derivatives
             function = _grad_reference
-        elif not torch.compiler.is_compiling() and is_unobserved(tensors) and _is_native(tensors[2]):
+        elif not torch.compiler.is_compiling() and _are_plain(tensors) and _is_native(tensors[2]):
             function = _grad_cpu
         else:
             function = torch.ops.fastgen.reparameterize_grad
@@ -200,14 +206,12 @@ def _grad_reference(
     return grad_mu.contiguous(), torch.where(logvar > MAX_LOGVAR, 0.0, grad_logvar).contiguous()
 
 
-def _dense_rows(tensor: Tensor, columns: int) -> tuple[Tensor, int]:
+def _dense_rows(tensor: Tensor) -> tuple[Tensor, int]:
     """A tensor whose rows are dense, and the elements from one row to the next; halves of a batch need no copy."""
-    if tensor.is_contiguous():
-        return tensor, columns
     strides, dense = tensor.stride(), 1
     for size, stride in zip(reversed(tensor.shape[1:]), reversed(strides[1:]), strict=True):
         if stride != dense and size != 1:
-            return tensor.contiguous(), columns
+            return tensor.contiguous(), math.prod(tensor.shape[1:])
         dense *= size
     return tensor, strides[0]
 
@@ -233,8 +237,11 @@ def _grad_cpu(
 def _run(function: str, mu: Tensor, logvar: Tensor, seed: int, start: int, draws: int, *args: int) -> None:
     """Calls a function of csrc/cpu/reparameterize.h."""
     rows, columns = _rows_and_columns(mu)
-    mu, mu_row = _dense_rows(mu, columns)
-    logvar, logvar_row = _dense_rows(logvar, columns)
+    mu_row = logvar_row = columns
+    if not mu.is_contiguous():
+        mu, mu_row = _dense_rows(mu)
+    if not logvar.is_contiguous():
+        logvar, logvar_row = _dense_rows(logvar)
     draws = draws or 1
     threads, most = 1, rows * columns * draws // _MIN_THREAD_ELEMENTS
     if most > 1:
@@ -250,7 +257,7 @@ def _kernel(function: str, dtype: torch.dtype) -> Any:
     return getattr(backends.native_cpu(), f"{function}_{_DTYPES[dtype]}")
 
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN = {Tensor, torch.nn.Parameter, type(None)}
 _DTYPES = {torch.float32: "float32", torch.float64: "float64"}
 
 

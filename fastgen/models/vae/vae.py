@@ -21,7 +21,7 @@ from fastgen.models.vae.networks import (
 from fastgen.ops.normal import normals
 
 CHUNK = 16  # samples per pass through the decoder
-MAX_DECODED = 1024  # images that `log_prob` decodes at a time
+MAX_DECODED = 256  # images that `log_prob` decodes at a time
 ARCHITECTURES = ("perceptron", "convolutional")
 
 Conditions = tuple[Tensor | None, Tensor | None]  # vectors [N, V], planes [N, P, H, W]
