@@ -33,7 +33,9 @@ struct NormalTiles {
           columns(columns),
           pitch((columns + 3) / 4 * 4),
           rows_of_tile(pitch < kNormalTile ? kNormalTile / (pitch ? pitch : 1) : 1),
-          grid(pitch ? pitch / 4 : 1) {}
+          grid(pitch ? pitch / 4 : 1) {
+        if (rows_of_tile > kLanes<float>) rows_of_tile -= rows_of_tile % kLanes<float>;  // whole vectors of blocks
+    }
 
     // Calls function(tile) for the tiles of a thread, in order. All tiles of a row are those of one thread.
     template <class Function>

@@ -17,6 +17,8 @@ from fastgen.ops import philox
 from fastgen.ops.conv_block import is_transformed
 from fastgen.ops.normal import normals_reference
 
+_dispatch_modes, _is_tracing = torch._C._len_torch_dispatch_stack, torch._C._is_tracing
+
 MAX_LOGVAR = 80.0  # larger ones count as this; csrc/cpu/reparameterize.cpp has it, too
 _MIN_THREAD_ELEMENTS = 8192  # below, waking a thread costs more than it saves
 
@@ -52,8 +54,9 @@ def reparameterize(
         TypeError: an argument is not a tensor, or not of the dtype above.
         ValueError: a shape or a number is not as above.
     """
-    philox.check_seed(seed)
-    _check_int("start", start, 0, 2**62 - 1)
+    if not (type(seed) is int and 0 <= seed < 2**64 and type(start) is int and 0 <= start < 2**62):
+        philox.check_seed(seed)
+        _check_int("start", start, 0, 2**62 - 1)
     draws = 0 if num_samples is None else _check_int("num_samples", num_samples, 1, 2**32 - 1)
     signed = seed - 2**64 if seed >= 2**63 else seed  # operators take signed numbers
     compiling = torch.compiler.is_compiling()
@@ -94,14 +97,14 @@ def _are_plain(tensors: tuple[Tensor | None, ...]) -> bool:
 
 
 def _is_native(mu: Tensor) -> bool:
-    """Whether `backends.select` would choose the native kernel, and neither a dispatch mode nor a trace sees the call."""
+    """Whether `backends.select` would choose the native kernel, and nobody watches."""
     return (
         mu.is_cpu
         and mu.dtype in _DTYPES
         and mu.layout is torch.strided
         and backends.is_free("cpu")
-        and torch._C._len_torch_dispatch_stack() == 0
-        and not torch._C._is_tracing()
+        and _dispatch_modes() == 0
+        and not _is_tracing()
     )
 
 
@@ -217,8 +220,9 @@ def _dense_rows(tensor: Tensor) -> tuple[Tensor, int]:
 
 
 def _forward_cpu(mu: Tensor, logvar: Tensor, seed: int, start: int, draws: int) -> tuple[Tensor, Tensor]:
-    z, kl = _forward_empty(mu, logvar, seed, start, draws)
-    _run("reparameterize", mu, logvar, seed, start, draws, z.data_ptr(), kl.data_ptr())
+    rows, columns = _rows_and_columns(mu)
+    z, kl = _results(mu, rows, draws)
+    _run("reparameterize", mu, logvar, rows, columns, seed, start, draws, z.data_ptr(), kl.data_ptr())
     return z, kl
 
 
@@ -230,13 +234,14 @@ def _grad_cpu(
     pointers = [0 if grad is None else grad.data_ptr() for grad in (grad_z, grad_kl)]
     grad_kl_row = 0 if grad_kl is None else grad_kl.stride(0)
     grads = (*pointers, grad_kl_row, grad_mu.data_ptr(), grad_logvar.data_ptr())
-    _run("reparameterize_gradient", mu, logvar, *options, *grads)
+    _run("reparameterize_gradient", mu, logvar, *_rows_and_columns(mu), *options, *grads)
     return grad_mu, grad_logvar
 
 
-def _run(function: str, mu: Tensor, logvar: Tensor, seed: int, start: int, draws: int, *args: int) -> None:
+def _run(
+    function: str, mu: Tensor, logvar: Tensor, rows: int, columns: int, seed: int, start: int, draws: int, *args: int
+) -> None:
     """Calls a function of csrc/cpu/reparameterize.h."""
-    rows, columns = _rows_and_columns(mu)
     mu_row = logvar_row = columns
     if not mu.is_contiguous():
         mu, mu_row = _dense_rows(mu)
@@ -299,9 +304,13 @@ def _register(name: str, check: Any, reference: Any, cpu: Any, empty: Any) -> No
 
 
 def _forward_empty(mu: Tensor, logvar: Tensor, seed: int, start: int, draws: int) -> tuple[Tensor, Tensor]:
+    return _results(mu, mu.shape[0], draws)
+
+
+def _results(mu: Tensor, rows: int, draws: int) -> tuple[Tensor, Tensor]:
     if draws or not mu.is_contiguous():
-        return mu.new_empty((*([draws] if draws else []), *mu.shape)), mu.new_empty(mu.shape[0])
-    return torch.empty_like(mu), mu.new_empty(mu.shape[0])  # sooner
+        return mu.new_empty((*([draws] if draws else []), *mu.shape)), mu.new_empty(rows)
+    return torch.empty_like(mu), mu.new_empty(rows)  # sooner
 
 
 def _grad_empty(grad_z: Tensor | None, grad_kl: Tensor | None, mu: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
