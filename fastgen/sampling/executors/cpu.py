@@ -21,7 +21,9 @@ from fastgen.sampling.schedule import Stage
 
 PANEL = 16  # columns that are packed together
 OPS = {op: i for i, op in enumerate(("acc", "load", "const", *PRIMITIVES))}  # enum PlanOp
-ALONE_SECONDS = 0.1  # how long groups are left to one thread each after a team could not keep together
+# How long groups are left to one thread each after a team could not keep together: the first time, and at most, when it
+# fails again and again. A failure costs a tenth of a second.
+ALONE_SECONDS, MOST_ALONE_SECONDS = 0.25, 4.0
 CHUNKS = 8  # calls per batch: between them the progress bar moves and Ctrl-C is heard
 # Samples that a thread needs so that multiplying by the weights of the pixel stage takes longer than fetching them, by
 # the bytes of these weights: a core's own cache keeps up with one, the shared cache and memory need more
@@ -47,6 +49,7 @@ class CpuExecutor:
         self._tables = tables
         self._offsets = [row[7] for row in tables.planes]
         self._pitches = [row[1] for row in tables.planes]
+        self._alone_until, self._alone_seconds = 0.0, ALONE_SECONDS
         self._weights = tables.packed_weights()  # used in place; the constructor copies the rest
         integers, floats = tables.integers(), tables.floats()
         self._native = backends.native_cpu().PlanExecutor(
@@ -78,13 +81,13 @@ class CpuExecutor:
         mask = None if batch.mask is None else batch.mask.contiguous()
         height = plan.image_shape[1]
         edges = [plan.first_row, *(height * i // CHUNKS for i in range(1, CHUNKS + 1))]
-        alone_until = 0.0
         for begin, end in zip(edges[:-1], edges[1:], strict=True):
             if begin == end:
                 continue
+            several = team > 1 and time.monotonic() >= self._alone_until
             together = self._native.run(
                 groups=[(first, count, s.data_ptr()) for (first, count), s in zip(groups, spaces, strict=True)],
-                team=team if time.monotonic() >= alone_until else 1,
+                team=team if several else 1,
                 scratch=-(-scratch.data_ptr() // 64) * 64,
                 seed=batch.seed,
                 start=batch.start,
@@ -98,7 +101,10 @@ class CpuExecutor:
                 row_end=end,
             )
             if not together:
-                alone_until = time.monotonic() + ALONE_SECONDS
+                self._alone_until = time.monotonic() + self._alone_seconds
+                self._alone_seconds = min(2 * self._alone_seconds, MOST_ALONE_SECONDS)
+            elif several:
+                self._alone_seconds = max(self._alone_seconds / 2, ALONE_SECONDS)
             batch.on_rows(end - max(begin, 0))
         return levels.to(plan.head.dtype)
 
