@@ -80,8 +80,9 @@ def conv2d_bn_act(
     Returns:
         [N, Cout, H', W'], channels-last in memory where no gradient is wanted.
 
-    Where no gradient is wanted, float32 and float64 run natively on the CPU, but for kernels of one element, small
-    groups of channels and fewer than eight input channels: there, and in other dtypes, PyTorch's convolution is used,
+    Where no gradient is wanted, float32, float64 and bfloat16 (of an even number of input channels) run natively on the
+    CPU, but for kernels of one element, small groups of channels and fewer than eight input channels: there, and in
+    other dtypes, PyTorch's convolution is used,
     with the BatchNorm folded into weights that are kept from call to call, and the activation in place. Where a
     gradient is wanted it is plain PyTorch, and derivatives are of any order.
 
@@ -193,7 +194,9 @@ def _forward(input: Tensor, weight: Tensor, *rest: Any) -> Tensor:
 
 def _is_native_better(input: Tensor, weight: Tensor, options: Options) -> bool:
     out_channels, in_channels, height, width = weight.shape
-    if input.dtype not in (torch.float32, torch.float64) or height * width == 1:
+    if input.dtype not in (torch.float32, torch.float64, torch.bfloat16) or height * width == 1:
+        return False
+    if input.dtype is torch.bfloat16 and in_channels % 2:
         return False
     if options.groups > 1:
         return in_channels > _SMALL_GROUP
@@ -212,7 +215,8 @@ def _native(input: Tensor, weight: Tensor, *rest: Any) -> Tensor:
     )
     output = cpu.channels_last(input, block.output)
     if output.numel():
-        plan = cpu.conv_plan(False, *block.geometry, block.dtype)
+        minimal = block.dtype is not torch.bfloat16 or tensors[2] is not None  # as in cpu.Block.convolve
+        plan = cpu.conv_plan(False, *block.geometry, block.dtype, minimal=minimal)
         packed = packed_weight(weight, plan, options.groups, block.threads, out_channels_first=True)
         block.run(plan, input, input.stride(), packed, tensors, output, *options[4:])
     return output
