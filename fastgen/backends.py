@@ -117,6 +117,26 @@ def backend(name: str) -> Iterator[None]:
         _forced.reset(token)
 
 
+def triton_kernel(module: str, function: str) -> Callable[..., Any]:
+    """`function` of `fastgen.kernels.module`, which is imported when it is called: not everybody has Triton."""
+
+    def call(*args: Any) -> Any:
+        return getattr(importlib.import_module(f"fastgen.kernels.{module}"), function)(*args)
+
+    return call
+
+
+def why_not_triton(tensor: torch.Tensor) -> str | None:
+    """What all Triton kernels ask of a call, given its first tensor."""
+    if tensor.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"it takes float32, float16 and bfloat16, got {tensor.dtype}"
+    if tensor.layout is not torch.strided:
+        return f"it takes strided tensors, got {tensor.layout}"
+    if tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) < (8, 0):
+        return "it takes GPUs of compute capability 8.0 and newer"
+    return None
+
+
 def native_cpu() -> ModuleType:
     """The module `fastgen._cpu`; a RuntimeError that says what to do where it cannot be imported."""
     return _native("_cpu")

@@ -13,6 +13,10 @@ import numpy as np
 import pytest
 import torch
 
+# Triton reads it when a kernel is defined: without a GPU its kernels run in the interpreter, on tensors of the CPU.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from fastgen import __version__, backends
 
 

@@ -68,11 +68,12 @@ def conv_transpose2d_bn_act(
         channels-last in memory where a native kernel computed it.
 
     float32 and float64 run natively on the CPU; so does bfloat16 for inference with an even number of input channels in
-    each group, summed in float32 and rounded after the activation.  Other dtypes and autocast go through plain PyTorch.
-    Where no gradient is wanted, bias, BatchNorm and activation are applied while the convolution writes its result, and
-    nothing else is stored.  Packed weights are kept from call to call; see `fastgen.ops.packed_weights` for how changed
-    weights are noticed.  A backward pass that is itself to be differentiated (``create_graph=True``) runs in plain
-    PyTorch.
+    each group, summed in float32 and rounded after the activation.  float32, float16 and bfloat16 run natively on the
+    GPU (Triton; one group, no dilation, TF32 only where ``torch.set_float32_matmul_precision`` asks for it).  Other
+    dtypes and autocast go through plain PyTorch.  Where no gradient is wanted, bias, BatchNorm and activation are
+    applied while the convolution writes its result, and nothing else is stored.  On the CPU packed weights are kept
+    from call to call; see `fastgen.ops.packed_weights` for how changed weights are noticed.  A backward pass that is
+    itself to be differentiated (``create_graph=True``) runs in plain PyTorch.
 
     Raises:
         TypeError: an argument is not a tensor or the dtypes differ.
@@ -329,7 +330,17 @@ _SCHEMAS = {
 _library = torch.library.Library("fastgen", "FRAGMENT")
 
 
-def _register(name: str, check: Any, reference: Any, native: Any, why_not: Any, empty: Any) -> None:
+def _why_not_triton(*args: Any) -> str | None:
+    backward = isinstance(args[-1], (list, tuple))  # which gradients are needed comes last there
+    options = Options(*(args[-10:-1] if backward else args[-9:]))
+    if torch.is_autocast_enabled(args[0].device.type):
+        return "autocast is on"
+    if options.groups != 1 or max(options.dilation) != 1:
+        return "it takes one group and no dilation"
+    return backends.why_not_triton(args[0])
+
+
+def _register(name: str, check: Any, reference: Any, native: Any, why_not: Any, triton: str, empty: Any) -> None:
     """One check for the real and the fake implementation; `empty` allocates what the fake one returns."""
 
     def real(*args: Any) -> Any:
@@ -342,6 +353,8 @@ def _register(name: str, check: Any, reference: Any, native: Any, why_not: Any, 
 
     backends.register(name, "reference", reference)
     backends.register(name, "cpu", native, why_not=why_not)
+    kernel = backends.triton_kernel("conv_transpose2d_bn_act", triton)
+    backends.register(name, "triton", kernel, why_not=_why_not_triton)
     _library.define(name + _SCHEMAS[name], tags=torch.Tag.pt2_compliant_tag)
     _library.impl(name, real, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastgen::{name}", fake, lib=_library)
@@ -373,8 +386,16 @@ def _check_backward(grad: Tensor, input: Tensor, weight: Tensor, *rest: Any) -> 
 
 
 for _name, *_functions in (
-    ("", _check, _forward_reference, cpu.forward, cpu.why_not, _forward_empty),
-    ("_saving", _check, _saving_reference, cpu.saving, cpu.why_not_training, _saving_empty),
-    ("_backward", _check_backward, _backward_reference, cpu.backward, cpu.why_not_training, _backward_empty),
+    ("", _check, _forward_reference, cpu.forward, cpu.why_not, "forward", _forward_empty),
+    ("_saving", _check, _saving_reference, cpu.saving, cpu.why_not_training, "saving", _saving_empty),
+    (
+        "_backward",
+        _check_backward,
+        _backward_reference,
+        cpu.backward,
+        cpu.why_not_training,
+        "backward",
+        _backward_empty,
+    ),
 ):
     _register(f"conv_transpose2d_bn_act{_name}", *_functions)

@@ -39,15 +39,17 @@ def logistic_mixture_nll(params: Tensor, images: Tensor, *, levels: int = 256) -
         [N, H, W] in the dtype of params, float32 for lower precisions. It is finite for all finite params, and so are
         the gradients.
 
-    float32 and float64 run natively on the CPU, others through plain PyTorch.  The native way keeps nothing but its
-    inputs for the backward pass.  Second derivatives need ``with fastgen.backend("reference")``.
+    float32 and float64 run natively on the CPU; float32, float16 and bfloat16 on the GPU (Triton); others through plain
+    PyTorch.  The native ways keep nothing but their inputs for the backward pass.  Second derivatives need
+    ``with fastgen.backend("reference")``.
 
     Raises:
         TypeError: an argument is not a tensor or not of the dtype above.
-        ValueError: a shape, a level or levels is not as above.
+        ValueError: a shape, a level or levels is not as above.  On a GPU nobody waits to look at the levels: there the
+            result is NaN for a pixel with one out of range.
     """
-    if isinstance(params, Tensor) and params.dtype in (torch.float16, torch.bfloat16):
-        params = params.float()  # lower precisions do not tell neighbouring levels apart
+    if isinstance(params, Tensor) and not params.is_cuda:
+        params = params.to(_result_dtype(params))
     _check(params, images, levels)
     if torch.compiler.is_compiling():
         return _LogisticMixtureNll.apply(params, images, levels)
@@ -59,6 +61,7 @@ def logistic_mixture_nll(params: Tensor, images: Tensor, *, levels: int = 256) -
 
 def logistic_mixture_nll_reference(params: Tensor, images: Tensor, levels: int) -> Tensor:
     """The definition, in plain PyTorch."""
+    params = params.to(_result_dtype(params))
     logits, means, log_scales, coefficients = split_params(params, images.shape[1])
     level = images.unsqueeze(2)  # [N, C, 1, H, W]
     x = level.to(params.dtype) * (2 / (levels - 1)) - 1
@@ -109,6 +112,11 @@ def _log_one_minus_exp(log_scales: Tensor, bin_width: float) -> Tensor:
     return torch.where(small, series, torch.log(-torch.expm1(-torch.where(small, 1.0, width))))
 
 
+def _result_dtype(params: Tensor) -> torch.dtype:
+    """Lower precisions than float32 do not tell neighbouring levels apart."""
+    return torch.float32 if params.dtype in (torch.float16, torch.bfloat16) else params.dtype
+
+
 class _LogisticMixtureNll(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, params: Tensor, images: Tensor, levels: int) -> Tensor:
@@ -152,12 +160,13 @@ def _check(params: Tensor, images: Tensor, levels: int) -> None:
 def _check_grad(grad: Tensor, params: Tensor, images: Tensor, levels: int) -> None:
     _check(params, images, levels)
     expected = (images.shape[0], *images.shape[2:])
-    if grad.shape != expected or grad.dtype != params.dtype:
-        raise ValueError(f"grad must be {list(expected)} {params.dtype}, got {list(grad.shape)} {grad.dtype}")
+    dtype = _result_dtype(params)
+    if grad.shape != expected or grad.dtype != dtype:
+        raise ValueError(f"grad must be {list(expected)} {dtype}, got {list(grad.shape)} {grad.dtype}")
 
 
 def _check_levels(images: Tensor, levels: int) -> None:
-    if levels < 256 and images.numel() and int(images.max()) >= levels:
+    if levels < 256 and images.numel() and not images.is_cuda and int(images.max()) >= levels:
         raise ValueError(f"images must hold levels in 0..{levels - 1}, got {int(images.max())}")
 
 
@@ -215,7 +224,7 @@ _SCHEMAS = {
 _library = torch.library.Library("fastgen", "FRAGMENT")
 
 
-def _register(name: str, check: Any, reference: Any, cpu: Any, empty: Any) -> None:
+def _register(name: str, check: Any, reference: Any, cpu: Any, triton: str, empty: Any) -> None:
     """One check for the real and the fake implementation; `empty` allocates what the fake one returns."""
 
     def real(*args: Any) -> Any:
@@ -229,18 +238,20 @@ def _register(name: str, check: Any, reference: Any, cpu: Any, empty: Any) -> No
 
     backends.register(name, "reference", reference)
     backends.register(name, "cpu", cpu, why_not=_why_not_cpu)
+    kernel = backends.triton_kernel("logistic_mixture_nll", triton)
+    backends.register(name, "triton", kernel, why_not=lambda *args: backends.why_not_triton(args[-3]))
     _library.define(name + _SCHEMAS[name], tags=torch.Tag.pt2_compliant_tag)
     _library.impl(name, real, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastgen::{name}", fake, lib=_library)
 
 
 def _forward_empty(params: Tensor, images: Tensor, levels: int) -> Tensor:
-    return params.new_empty((params.shape[0], *params.shape[2:]))
+    return params.new_empty((params.shape[0], *params.shape[2:]), dtype=_result_dtype(params))
 
 
 def _grad_empty(grad: Tensor, params: Tensor, images: Tensor, levels: int) -> Tensor:
     return torch.empty_like(params)
 
 
-_register("logistic_mixture_nll", _check, logistic_mixture_nll_reference, _forward_cpu, _forward_empty)
-_register("logistic_mixture_nll_grad", _check_grad, _grad_reference, _grad_cpu, _grad_empty)
+_register("logistic_mixture_nll", _check, logistic_mixture_nll_reference, _forward_cpu, "forward", _forward_empty)
+_register("logistic_mixture_nll_grad", _check_grad, _grad_reference, _grad_cpu, "backward", _grad_empty)

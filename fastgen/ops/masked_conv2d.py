@@ -38,8 +38,9 @@ def masked_conv2d(
         [N, Cout, H, W], channels-last in memory where a native kernel computed it.
 
     Only open taps are computed, in both directions; the gradient of a closed weight is zero.  float32 and float64 run
-    natively on the CPU, other dtypes and autocast through plain PyTorch.  Second derivatives need
-    ``with fastgen.backend("reference")``.
+    natively on the CPU, float32, float16 and bfloat16 on the GPU (Triton; TF32 only where
+    ``torch.set_float32_matmul_precision`` asks for it), other dtypes and autocast through plain PyTorch.  Second
+    derivatives need ``with fastgen.backend("reference")``.
 
     Raises:
         TypeError: an argument is not a tensor or the dtypes differ.
@@ -292,7 +293,12 @@ _SCHEMAS = {
 _library = torch.library.Library("fastgen", "FRAGMENT")
 
 
-def _register(name: str, check: Any, reference: Any, cpu: Any, empty: Any) -> None:
+def _why_not_triton(*args: Any) -> str | None:
+    autocast = torch.is_autocast_enabled(args[0].device.type)
+    return "autocast is on" if autocast else backends.why_not_triton(args[0])
+
+
+def _register(name: str, check: Any, reference: Any, cpu: Any, triton: str, empty: Any) -> None:
     """One check for the real and the fake implementation; `empty` allocates what the fake one returns."""
 
     def real(*args: Any) -> Any:
@@ -305,6 +311,7 @@ def _register(name: str, check: Any, reference: Any, cpu: Any, empty: Any) -> No
 
     backends.register(name, "reference", reference)
     backends.register(name, "cpu", cpu, why_not=_why_not_cpu)
+    backends.register(name, "triton", backends.triton_kernel("masked_conv2d", triton), why_not=_why_not_triton)
     _library.define(name + _SCHEMAS[name], tags=torch.Tag.pt2_compliant_tag)
     _library.impl(name, real, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastgen::{name}", fake, lib=_library)
@@ -322,6 +329,12 @@ def _weight_grad_empty(grad: Tensor, input: Tensor, kernel: Sequence[int], *_: A
     return grad.new_empty((grad.shape[1], input.shape[1], *kernel)), grad.new_empty(grad.shape[1])
 
 
-_register("masked_conv2d", _check, _forward_reference, _forward_cpu, _forward_empty)
-_register("masked_conv2d_input_grad", _check_input_grad, _input_grad_reference, _input_grad_cpu, _input_grad_empty)
-_register("masked_conv2d_weight_grad", _check_weight_grad, _weight_grad_reference, _weight_grad_cpu, _weight_grad_empty)
+_register("masked_conv2d", _check, _forward_reference, _forward_cpu, "forward", _forward_empty)
+_register(
+    "masked_conv2d_input_grad",
+    _check_input_grad, _input_grad_reference, _input_grad_cpu, "input_gradient", _input_grad_empty,
+)  # fmt: skip
+_register(
+    "masked_conv2d_weight_grad",
+    _check_weight_grad, _weight_grad_reference, _weight_grad_cpu, "weight_gradients", _weight_grad_empty,
+)  # fmt: skip

@@ -127,3 +127,4 @@ def _words(name: str, value: int | Tensor, limit: int, device: torch.device | No
 
 backends.register("philox", "reference", philox_reference)
 backends.register("philox", "cpu", _philox_cpu)
+backends.register("philox", "triton", backends.triton_kernel("philox", "uint32"))

@@ -47,8 +47,8 @@ def reparameterize(
 
         Both in the dtype of mu, float32 for lower precisions.
 
-    float32 and float64 run natively on the CPU, everything else through plain PyTorch.  So do second
-    derivatives.
+    float32 and float64 run natively on the CPU, float32 on the GPU (Triton), everything else through plain PyTorch.  So
+    do second derivatives.
 
     Raises:
         TypeError: an argument is not a tensor, or not of the dtype above.
@@ -285,7 +285,7 @@ _SCHEMAS = {
 _library = torch.library.Library("fastgen", "FRAGMENT")
 
 
-def _register(name: str, check: Any, reference: Any, cpu: Any, empty: Any) -> None:
+def _register(name: str, check: Any, reference: Any, cpu: Any, triton: str, empty: Any) -> None:
     """One check for the real and the fake implementation; `empty` allocates what the fake one returns."""
 
     def real(*args: Any) -> Any:
@@ -298,6 +298,8 @@ def _register(name: str, check: Any, reference: Any, cpu: Any, empty: Any) -> No
 
     backends.register(name, "reference", reference)
     backends.register(name, "cpu", cpu, why_not=_why_not_cpu)
+    kernel = backends.triton_kernel("reparameterize", triton)
+    backends.register(name, "triton", kernel, why_not=lambda *args: backends.why_not_triton(args[-5]))
     _library.define(name + _SCHEMAS[name], tags=torch.Tag.pt2_compliant_tag)
     _library.impl(name, real, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastgen::{name}", fake, lib=_library)
@@ -319,5 +321,5 @@ def _grad_empty(grad_z: Tensor | None, grad_kl: Tensor | None, mu: Tensor, *rest
     return mu.new_empty(mu.shape), mu.new_empty(mu.shape)
 
 
-_register("reparameterize", _check, reparameterize_reference, _forward_cpu, _forward_empty)
-_register("reparameterize_grad", _check_grad, _grad_reference, _grad_cpu, _grad_empty)
+_register("reparameterize", _check, reparameterize_reference, _forward_cpu, "forward", _forward_empty)
+_register("reparameterize_grad", _check_grad, _grad_reference, _grad_cpu, "backward", _grad_empty)

@@ -1,0 +1,140 @@
+"""Reparameterised samples and their divergence in one pass; `fastgen.ops.reparameterize` is the definition.
+
+    z[s, n, d] = mu[n, d] + sigma[n, d] eps[s, n, d],   sigma = exp(logvar / 2),
+    kl[n] = 1/2 sum over d of (mu^2 + exp(logvar) - 1 - logvar),
+
+a logvar above 80 counting as that.  The noise eps is made in registers, in the forward pass and again in the backward
+pass.  A program has a tile of rows and columns; rows of several tiles give several partial sums of kl.  Storage is
+float32, float16 or bfloat16, arithmetic float32.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastgen.kernels.elementary import exp, exp_beyond_tangent
+from fastgen.kernels.launch import device_of
+from fastgen.kernels.philox import normals
+
+_TILE = 1024  # elements of a program
+_MAX_LOGVAR = tl.constexpr(80.0)
+
+
+@triton.jit
+def _tile(N, D, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Rows [ROWS, 1] and columns [1, COLUMNS] of this program, and which of them exist."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    return row, column, (row < N) & (column < D)
+
+
+@triton.jit
+def _noise(seed, start, draw, row, COLUMNS: tl.constexpr):
+    """Noise of this program's tile: [ROWS, COLUMNS]."""
+    position = tl.program_id(1) * (COLUMNS // 4) + tl.arange(0, COLUMNS // 4)[None, :]
+    return normals(seed, draw, position, start + row)
+
+
+@triton.jit(do_not_specialize=["seed", "start"])
+def _forward(
+    mu, logvar, z, kl, seed: tl.int64, start: tl.int64, N, D, mu_row, logvar_row, draws,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    row, column, inside = _tile(N, D, ROWS, COLUMNS)
+    m = tl.load(mu + row * mu_row + column, inside, 0.0).to(tl.float32)
+    lv = tl.minimum(tl.load(logvar + row * logvar_row + column, inside, 0.0).to(tl.float32), _MAX_LOGVAR)
+    sigma = exp(0.5 * lv)
+    share = 0.5 * tl.sum(m * m + exp_beyond_tangent(lv, sigma * sigma), 1)  # 0 where there is no element
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    tl.store(kl + tl.program_id(1).to(tl.int64) * N + rows, share, rows < N)
+    for draw in range(draws):
+        eps = _noise(seed, start, draw, row, COLUMNS)
+        to = z + (tl.cast(draw, tl.int64) * N + row) * D + column
+        tl.store(to, tl.fma(sigma, eps, m).to(z.dtype.element_ty), inside)
+
+
+@triton.jit(do_not_specialize=["seed", "start"])
+def _backward(
+    grad_z, grad_kl, mu, logvar, grad_mu, grad_logvar, seed: tl.int64, start: tl.int64,
+    N, D, mu_row, logvar_row, grad_kl_row, draws,
+    HAS_Z: tl.constexpr, HAS_KL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    row, column, inside = _tile(N, D, ROWS, COLUMNS)
+    m = tl.load(mu + row * mu_row + column, inside, 0.0).to(tl.float32)
+    given = tl.load(logvar + row * logvar_row + column, inside, 0.0).to(tl.float32)
+    lv = tl.minimum(given, _MAX_LOGVAR)
+    sigma = exp(0.5 * lv)
+    by_mu = tl.zeros([ROWS, COLUMNS], tl.float32)
+    by_logvar = tl.zeros([ROWS, COLUMNS], tl.float32)
+    if HAS_Z:
+        for draw in range(draws):
+            eps = _noise(seed, start, draw, row, COLUMNS)
+            g = tl.load(grad_z + (tl.cast(draw, tl.int64) * N + row) * D + column, inside, 0.0).to(tl.float32)
+            by_mu += g
+            by_logvar += g * eps
+        by_logvar *= sigma
+    if HAS_KL:
+        g = tl.load(grad_kl + row * grad_kl_row, row < N, 0.0).to(tl.float32)
+        by_mu += g * m
+        by_logvar += g * (exp_beyond_tangent(lv, sigma * sigma) + lv)
+    by_logvar = tl.where(given > _MAX_LOGVAR, 0.0, 0.5 * by_logvar)
+    at = row * D + column
+    tl.store(grad_mu + at, by_mu.to(grad_mu.dtype.element_ty), inside)
+    tl.store(grad_logvar + at, by_logvar.to(grad_logvar.dtype.element_ty), inside)
+
+
+def forward(mu: Tensor, logvar: Tensor, seed: int, start: int, draws: int) -> tuple[Tensor, Tensor]:
+    """z and kl, float32, of mu and logvar [N, ...]; draws = 0 is one draw without a dimension of its own."""
+    count, size = mu.shape[0], math.prod(mu.shape[1:])
+    options = {"dtype": torch.float32, "device": mu.device}
+    z = torch.empty((*([draws] if draws else []), *mu.shape), **options)
+    if mu.numel() == 0:
+        return z, torch.zeros(count, **options)
+    mu, mu_row = _dense_rows(mu, size)
+    logvar, logvar_row = _dense_rows(logvar, size)
+    grid, tile = _tiling(count, size)
+    shares = torch.empty(grid[1], count, **options)
+    with device_of(mu):
+        _forward[grid](mu, logvar, z, shares, seed, start, count, size, mu_row, logvar_row, max(1, draws), **tile)
+    return z, shares[0] if grid[1] == 1 else shares.sum(0)
+
+
+def backward(
+    grad_z: Tensor | None, grad_kl: Tensor | None, mu: Tensor, logvar: Tensor, seed: int, start: int, draws: int
+) -> tuple[Tensor, Tensor]:
+    """Gradients of mu and logvar, dense and in their dtype."""
+    count, size = mu.shape[0], math.prod(mu.shape[1:])
+    grads = [torch.empty(mu.shape, dtype=mu.dtype, device=mu.device) for _ in range(2)]
+    if mu.numel() == 0:
+        return grads[0], grads[1]
+    mu, mu_row = _dense_rows(mu, size)
+    logvar, logvar_row = _dense_rows(logvar, size)
+    grid, tile = _tiling(count, size)
+    grad_z_or_any = mu if grad_z is None else grad_z.contiguous()
+    grad_kl_or_any, grad_kl_row = (mu, 0) if grad_kl is None else (grad_kl, grad_kl.stride(0))
+    with device_of(mu):
+        _backward[grid](
+            grad_z_or_any, grad_kl_or_any, mu, logvar, *grads, seed, start,
+            count, size, mu_row, logvar_row, grad_kl_row, max(1, draws),
+            HAS_Z=grad_z is not None, HAS_KL=grad_kl is not None, **tile,
+        )  # fmt: skip
+    return grads[0], grads[1]
+
+
+def _tiling(count: int, size: int) -> tuple[tuple[int, int], dict[str, int]]:
+    """Grid and tile sizes: a program has whole rows where they are short, else a part of one."""
+    columns = min(_TILE, max(4, triton.next_power_of_2(size)))
+    rows = _TILE // columns
+    return (triton.cdiv(count, rows), triton.cdiv(size, columns)), {"ROWS": rows, "COLUMNS": columns}
+
+
+def _dense_rows(tensor: Tensor, size: int) -> tuple[Tensor, int]:
+    """A tensor whose rows are dense, and the elements from one row to the next; halves of a batch need no copy."""
+    if not tensor[0].is_contiguous():
+        tensor = tensor.contiguous()
+    return tensor, tensor.stride(0) if tensor.shape[0] > 1 else size

@@ -1,0 +1,89 @@
+"""Calls of the launchers in the sizes of published models: what is compiled for every GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Case = tuple[str, str, Callable[[], tuple[Any, ...]]]  # module, function, arguments
+FLOAT, BFLOAT, HALF = torch.float32, torch.bfloat16, torch.float16
+
+
+def image(channels: int, size: int, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(1, channels, size, size, dtype=dtype).contiguous(memory_format=torch.channels_last)
+
+
+def philox() -> dict[str, Case]:
+    words = torch.zeros(4096, dtype=torch.int64)
+    return {"philox": ("philox", "uint32", lambda: (0, words, words, words))}
+
+
+def reparameterize(columns: int, dtype: torch.dtype) -> dict[str, Case]:
+    mu, kl = torch.zeros(64, columns, dtype=dtype), torch.zeros(64)
+    z = torch.zeros(64, columns)
+    return {
+        "reparameterize": ("reparameterize", "forward", lambda: (mu, mu, 3, 0, 0)),
+        "reparameterize_grad": ("reparameterize", "backward", lambda: (z, kl, mu, mu, 3, 0, 0)),
+    }
+
+
+def nll(colors: int, dtype: torch.dtype, layout: torch.memory_format) -> dict[str, Case]:
+    """10 components, as PixelCNN++."""
+    params = torch.zeros(2, 100 if colors == 3 else 30, 32, 32, dtype=dtype).contiguous(memory_format=layout)
+    images, grad = torch.zeros(2, colors, 32, 32, dtype=torch.uint8), torch.zeros(2, 32, 32)
+    return {
+        "logistic_mixture_nll": ("logistic_mixture_nll", "forward", lambda: (params, images, 256)),
+        "logistic_mixture_nll_grad": ("logistic_mixture_nll", "backward", lambda: (grad, params, images, 256)),
+    }
+
+
+def masked(channels: int, dtype: torch.dtype, colors: int = 1) -> dict[str, Case]:
+    """A 3x3 layer of type B."""
+    x, bias = image(channels, 8, dtype), torch.zeros(channels, dtype=dtype)
+    weight, mask = torch.zeros(channels, channels, 3, 3, dtype=dtype), ("B", colors, 1)
+    return {
+        "masked_conv2d": ("masked_conv2d", "forward", lambda: (x, weight, bias, *mask)),
+        "masked_conv2d_input_grad": ("masked_conv2d", "input_gradient", lambda: (x, weight, *mask)),
+        "masked_conv2d_weight_grad": ("masked_conv2d", "weight_gradients", lambda: (x, x, (3, 3), *mask)),
+    }
+
+
+def transposed(channels: int, out: int, size: int, dtype: torch.dtype, activation: str) -> dict[str, Case]:
+    """A layer of DCGAN: k4s2p1 with BatchNorm."""
+    x, weight = image(channels, size, dtype), torch.zeros(channels, out, 4, 4, dtype=dtype)
+    vectors = [None, *torch.zeros(4, out, dtype=dtype)]
+    rest = ([2, 2], [1, 1], [0, 0], 1, [1, 1])
+    grad = image(out, 2 * size, dtype)
+    saved = (grad, torch.zeros(out, dtype=dtype), torch.zeros(out, dtype=dtype))
+    module = "conv_transpose2d_bn_act"
+    infer, train = (False, 1e-5, activation, 0.01), (True, 1e-5, activation, 0.01)
+    return {
+        module: (module, "forward", lambda: (x, weight, *vectors, *rest, *infer)),
+        f"{module}_saving": (module, "saving", lambda: (x, weight, *vectors, *rest, *train)),
+        f"{module}_grad": (
+            module, "backward", lambda: (grad, x, weight, *vectors[3:], *saved, *rest, *train, [True, True])
+        ),
+    }  # fmt: skip
+
+
+def named(suffix: str, cases: dict[str, Case]) -> dict[str, Case]:
+    return {f"{name} {suffix}": case for name, case in cases.items()}
+
+
+CASES: dict[str, Case] = {
+    **philox(),
+    **named("1024 fp32", reparameterize(1024, FLOAT)),
+    **named("2 bf16", reparameterize(2, BFLOAT)),
+    **named("rgb fp32", nll(3, FLOAT, torch.contiguous_format)),
+    **named("rgb bf16 channels-last", nll(3, BFLOAT, torch.channels_last)),
+    **named("grey fp32", nll(1, FLOAT, torch.contiguous_format)),
+    **named("128 bf16", masked(128, BFLOAT)),
+    **named("128 fp32", masked(128, FLOAT)),
+    **named("3 fp16", masked(3, HALF, 3)),
+    **named("128 to 64 bf16", transposed(128, 64, 8, BFLOAT, "relu")),
+    **named("128 to 64 fp32", transposed(128, 64, 8, FLOAT, "leaky_relu")),
+    **named("64 to 3 fp16", transposed(64, 3, 8, HALF, "tanh")),
+}

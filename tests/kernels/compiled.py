@@ -1,0 +1,84 @@
+"""Compiles what the launchers would launch on a GPU that is not there, and prints what became of it, JSON lines.
+
+Run by test_compiled.py as a process of its own, because there the kernels are not interpreted: compiled.py ARCH.
+The launchers run as they are, on tensors of the CPU; a driver that only knows its target takes the place of CUDA's, and
+kernels are compiled where they would be launched, in every configuration that would be timed.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.autotuner import Autotuner
+from triton.runtime.jit import JITFunction
+
+from tests.kernels.cases import CASES
+
+
+class Driver:
+    """As much of a driver as compiling asks for."""
+
+    def __init__(self, arch: int):
+        self.arch = arch
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """Registers and bytes of stack; a kernel has a stack only for what it spills."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        listing = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = dict(re.findall(r"(REG|STACK):(\d+)", listing))
+    return {"registers": int(found["REG"]), "stack": int(found["STACK"])}
+
+
+def main(arch: int) -> None:
+    seen = set()
+    case = ""
+    run = JITFunction.run
+
+    def compile_only(self: JITFunction, *args: Any, **kwargs: Any) -> None:
+        kernel = run(self, *args, **{**kwargs, "warmup": True})
+        if kernel.hash in seen:
+            return
+        seen.add(kernel.hash)
+        meta = kernel.metadata
+        row = {"case": case, "kernel": kernel.name, "warps": meta.num_warps, "stages": meta.num_stages}
+        tiles = {key: value for key, value in kwargs.items() if key in ("ROWS", "COLUMNS", "CHANNELS")}
+        print(json.dumps({**row, **tiles, "shared": meta.shared, **resources(kernel.asm["cubin"])}), flush=True)
+
+    def each_configuration(self: Autotuner, *args: Any, **kwargs: Any) -> None:
+        self.nargs = dict(zip(self.arg_names, args, strict=False))
+        for config in self.prune_configs(kwargs):
+            self.fn.run(*args, **kwargs, **config.all_kwargs())
+
+    JITFunction.run, Autotuner.run = compile_only, each_configuration
+    triton.runtime.driver.set_active(Driver(arch))
+    for name, (module, function, arguments) in CASES.items():
+        case = name
+        torch.manual_seed(0)
+        getattr(importlib.import_module(f"fastgen.kernels.{module}"), function)(*arguments())
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

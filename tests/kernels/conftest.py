@@ -1,0 +1,65 @@
+"""Triton kernels run on the GPU where there is one, else in Triton's interpreter (see tests/conftest.py)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import fastgen
+from fastgen.ops.normal import _fma
+
+pytest.importorskip("triton", reason="triton is not installed: pip install 'fastgen[triton]'")
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    return "cpu" if INTERPRETED else "cuda"
+
+
+@pytest.fixture
+def triton_backend() -> Iterator[None]:
+    with fastgen.backend("triton"):
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _exact_interpreter() -> None:
+    """NumPy has no fused multiplication and addition; the interpreter multiplies bits of bfloat16 as integers, and
+    takes integers between 2^31 and 2^32 for int64 of four bytes.
+    """
+    if not INTERPRETED:
+        return
+    from triton.runtime import interpreter
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    def fused(_: Any, x: Any, y: Any, z: Any) -> Any:
+        arrays = np.broadcast_arrays(x.data, y.data, z.data)
+        return TensorHandle(_fma(*(torch.tensor(array) for array in arrays)).numpy(), z.dtype.scalar)
+
+    def dot(_: Any, a: Any, b: Any, d: Any, *precision: Any) -> Any:
+        return TensorHandle(np.matmul(as_float(a), as_float(b)) + d.data, d.dtype.scalar)
+
+    def as_float(handle: Any) -> np.ndarray:
+        if str(handle.dtype.scalar) == "bf16":
+            return (handle.data.astype(np.uint32) << 16).view(np.float32)
+        return handle.data.astype(np.float32)
+
+    convert = interpreter._implicit_cvt
+
+    def converted(value: Any) -> Any:
+        if isinstance(value, int) and 2**31 <= value < 2**32:
+            import triton.language as tl
+
+            return tl.tensor(TensorHandle(np.array([value], dtype=np.int64), tl.int64), tl.int64)
+        return convert(value)
+
+    interpreter._implicit_cvt = converted
+    InterpreterBuilder.create_fma = fused
+    InterpreterBuilder.create_dot = dot

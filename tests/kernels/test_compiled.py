@@ -1,0 +1,52 @@
+"""Every configuration of every Triton kernel, compiled for GPUs that are not there: it fits, and spills no register."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.kernels.cases import CASES
+
+ROOT = Path(__file__).resolve().parents[2]
+# Bytes of shared memory that a block may have: CUDA C++ programming guide, table of technical specifications.
+SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+
+
+@pytest.fixture(scope="module")
+def compilers() -> Iterator[dict[int, subprocess.Popen[str]]]:
+    """One process for each architecture, all at once; not interpreted."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
+    processes = {
+        arch: subprocess.Popen(
+            [sys.executable, "-m", "tests.kernels.compiled", str(arch)],
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for arch in SHARED
+    }
+    yield processes
+    for process in processes.values():
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("arch", SHARED)
+def test_no_kernel_spills(compilers, arch):
+    output, _ = compilers[arch].communicate()
+    assert compilers[arch].returncode == 0, output[-4000:]
+    rows = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+    assert {row["case"] for row in rows} >= {name for name in CASES if "grad" not in name}
+    for row in rows:
+        print(f"sm_{arch} {row['kernel']:18} {row['registers']:4} registers {row['shared']:7} bytes  {row['case']}")
+    assert not [row for row in rows if row["stack"] > 0]
+    assert not [row for row in rows if row["shared"] > SHARED[arch]]
