@@ -82,6 +82,7 @@ CASES: dict[str, Case] = {
     **named("grey fp32", nll(1, FLOAT, torch.contiguous_format)),
     **named("128 bf16", masked(128, BFLOAT)),
     **named("128 fp32", masked(128, FLOAT)),
+    **named("128 tf32", masked(128, FLOAT)),
     **named("3 fp16", masked(3, HALF, 3)),
     **named("128 to 64 bf16", transposed(128, 64, 8, BFLOAT, "relu")),
     **named("128 to 64 fp32", transposed(128, 64, 8, FLOAT, "leaky_relu")),
