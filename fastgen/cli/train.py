@@ -33,7 +33,6 @@ EXAMPLES = """examples:
 DEFAULT_STEPS = 10_000
 GRID = 64
 DCGAN_SIZE = 32  # where --size is not given
-DIGITS_FILTERS = 16
 ON_DIGITS = "dcgan --data digits"  # has other defaults than those published: `training.gan.DIGITS`
 
 # option -> (type, help) of what is handed to the model's constructor when it is given
@@ -87,7 +86,7 @@ ADVERSARIAL_OPTIONS = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     from fastgen import models
     from fastgen.training import LOSSES, GANConfig, TrainConfig, VAEConfig, recipes
-    from fastgen.training.gan import DIGITS
+    from fastgen.training.gan import DIGITS, DIGITS_MODEL
 
     parser.add_argument("model", metavar="MODEL", choices=models.names(), help=f"one of {', '.join(models.names())}")
     shared.add_data(parser)
@@ -110,7 +109,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--minutes", type=float, metavar="M", help="minutes in all; ends the run like --steps")
     parser.add_argument("--unconditional", action="store_true", help="ignore the labels of the data")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    group = parser.add_argument_group(f"model (defaults: as published; {ON_DIGITS}: --num-filters {DIGITS_FILTERS})")
+    group = parser.add_argument_group(
+        f"model (defaults: as published; {ON_DIGITS}: --num-filters {DIGITS_MODEL['num_filters']})"
+    )
     for name, (kind, text) in MODEL_OPTIONS.items():
         group.add_argument(_flag(name), type=kind, metavar=METAVARS[kind], help=text)
     by_loss = {f"--loss {name}": recipe.training for name, recipe in LOSSES.items()}
@@ -214,18 +215,22 @@ def _train_adversarial(options: argparse.Namespace, kind: type) -> int:
 
     from fastgen import data
     from fastgen.training import LOSSES, GANConfig, train_gan
-    from fastgen.training.gan import DIGITS
+    from fastgen.training.gan import DIGITS, DIGITS_MODEL
 
     loss = options.loss or GANConfig.loss
     own = dict(LOSSES[loss].model.get(options.model, {}))
     short: dict[str, Any] = {}
+    size = options.size
     if options.data == "digits" and options.model == "dcgan":
         short = DIGITS | LOSSES[loss].digits
-        own["num_filters"] = DIGITS_FILTERS
+        shape = DIGITS_MODEL | LOSSES[loss].digits_model
+        own["num_filters"] = shape["num_filters"]
+        size = shape["size"] if size is None else size
     given = _training_arguments(options, GANConfig, short.pop("max_steps", DEFAULT_STEPS))
     given["loss_options"] = short.get("loss_options", {}) | given.get("loss_options", {})
     config = GANConfig.of(**({"loss": loss} | short | given))
-    size = DCGAN_SIZE if options.size is None and options.model == "dcgan" else options.size
+    if size is None and options.model == "dcgan":
+        size = DCGAN_SIZE
     progress = not options.quiet
     train_data = data.load(options.data, size=size, levels=options.levels, resize=True, progress=progress)
     arguments = _model_arguments(options, kind, train_data, own)

@@ -78,12 +78,16 @@ def test_train_a_generator_then_resume_and_sample(model: str, here: Path, capsys
 
 
 def test_the_digits_have_settings_of_their_own(here: Path) -> None:
-    train = "train dcgan --data digits --quiet --steps 1 --loss began --out run --loss-options gamma=0.7 --size 16"
+    train = "train dcgan --data digits --quiet --steps 1 --loss began --out run --loss-options gamma=0.7"
     assert main(train.split()) == 0
     config = fastgen.checkpoint.read("run/checkpoint.safetensors")[1]["training"]["config"]
     assert config["loss_options"] == {"gamma": 0.7, "lambda_k": 0.05}
     assert (config["batch_size"], config["learning_rate"], config["ema_decay"]) == (16, 1e-3, 0.99)
-    assert fastgen.load("run/model.safetensors").config["num_filters"] == 16
+    model = fastgen.load("run/model.safetensors")
+    assert model.image_shape == (1, 16, 16) and model.config["num_filters"] == 8
+    assert main("train dcgan --data digits --quiet --steps 1 --out plain --batch-size 4".split()) == 0
+    model = fastgen.load("plain/model.safetensors")
+    assert model.image_shape == (1, 32, 32) and model.config["num_filters"] == 16
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from fastgen.training.gan.config import DIGITS, LOSSES, GANConfig
+from fastgen.training.gan.config import DIGITS, DIGITS_MODEL, LOSSES, GANConfig
 from fastgen.training.gan.trainer import GANResult, train_gan
 
-__all__ = ["DIGITS", "LOSSES", "GANConfig", "GANResult", "train_gan"]
+__all__ = ["DIGITS", "DIGITS_MODEL", "LOSSES", "GANConfig", "GANResult", "train_gan"]
