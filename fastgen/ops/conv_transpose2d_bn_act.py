@@ -385,17 +385,12 @@ def _check_backward(grad: Tensor, input: Tensor, weight: Tensor, *rest: Any) -> 
         raise ValueError(f"grad must be {list(shape)}, got {list(grad.shape)}")
 
 
-for _name, *_functions in (
-    ("", _check, _forward_reference, cpu.forward, cpu.why_not, "forward", _forward_empty),
-    ("_saving", _check, _saving_reference, cpu.saving, cpu.why_not_training, "saving", _saving_empty),
-    (
-        "_backward",
-        _check_backward,
-        _backward_reference,
-        cpu.backward,
-        cpu.why_not_training,
-        "backward",
-        _backward_empty,
-    ),
-):
-    _register(f"conv_transpose2d_bn_act{_name}", *_functions)
+_register("conv_transpose2d_bn_act", _check, _forward_reference, cpu.forward, cpu.why_not, "forward", _forward_empty)
+_register(
+    "conv_transpose2d_bn_act_saving",
+    _check, _saving_reference, cpu.saving, cpu.why_not_training, "saving", _saving_empty,
+)  # fmt: skip
+_register(
+    "conv_transpose2d_bn_act_backward",
+    _check_backward, _backward_reference, cpu.backward, cpu.why_not_training, "backward", _backward_empty,
+)  # fmt: skip
