@@ -181,11 +181,10 @@ def test_config_builds_the_same_model(cls):
 
 
 def test_registry():
-    assert models.names() == ["dcgan", "gan", "gated_pixelcnn", "pixelcnn", "pixelcnnpp"]
+    names = ["conditional_vae", "dcgan", "gan", "gated_pixelcnn", "pixelcnn", "pixelcnnpp", "vae"]
+    assert models.names() == names
     assert models.get("pixelcnn") is PixelCNN
-    with pytest.raises(
-        ValueError, match="unknown model 'pixelrnn'; known models: dcgan, gan, gated_pixelcnn, pixelcnn, pixelcnnpp"
-    ):
+    with pytest.raises(ValueError, match=f"unknown model 'pixelrnn'; known models: {', '.join(names)}"):
         models.get("pixelrnn")
 
 
