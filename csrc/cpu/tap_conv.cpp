@@ -53,6 +53,7 @@ constexpr int64_t kFlatPanels = 8;  // of a product of few rows, which wants wid
 constexpr int64_t kFlatRows = 14;   // up to which a product is flat
 constexpr int64_t kDirectRows = 7;  // enough rows of one line to read them where they are
 constexpr int64_t kGatherBytes = 256 << 10;   // of gathered rows: a part of the second-level cache
+constexpr int64_t kWeightBytes = 256 << 10;   // of panels at work together, where rows are few
 constexpr int64_t kPackTaps = 16;             // packed together
 constexpr int64_t kItemCells = 256;           // of an item: enough rows for the gathered rectangles of small maps
 constexpr int64_t kMinimalItemCells = 1024;   // the same, of tiles
@@ -430,6 +431,35 @@ struct TapConv {
 
         void run(int64_t panel_begin, int64_t panel_end) const {
             if (is_minimal(plan(), sy, sx)) return minimal(panel_begin, panel_end);
+            // Where all gathered rows fit, they are gathered once, and a few panels at a time meet the rows of all
+            // rectangles: weights come from memory once instead of once for each rectangle.
+            int64_t all = 0;
+            for_rectangles([&](const Part& part) { all += part.size(); });
+            const bool fits = all <= item.conv.gather_capacity();
+            const int64_t panel_bytes = max_of(1, panel_stride() * static_cast<int64_t>(sizeof(E)));
+            const int64_t step = fits ? max_of(1, kWeightBytes / panel_bytes) : panel_end - panel_begin;
+            for (int64_t begin = panel_begin; begin < panel_end; begin += step) {
+                const int64_t end = min_of(panel_end, begin + step);
+                E* gathered_rows = item.gathered();
+                for_rectangles([&](const Part& part) {
+                    if (part.rows == 0) return direct(part.y, part.x, begin, end);
+                    if (fits && begin == panel_begin) gather(part, 0, part.rows, gathered_rows);
+                    gathered(part, begin, end, gathered_rows, fits);
+                    if (fits) gathered_rows += part.size();
+                });
+            }
+        }
+
+        // A rectangle of cells, and the rows of depth `stride` that are gathered for it, if any.
+        struct Part {
+            AxisSpan y, x;
+            int64_t rows, stride;
+            FASTGEN_INLINE int64_t size() const { return rows * stride; }
+            FASTGEN_INLINE Rectangle cells() const { return {y.first, y.last, x.first, x.last}; }
+        };
+
+        template <class Body>
+        void for_rectangles(const Body& body) const {
             for (int64_t i = 0; i < sy.num_spans; ++i) {
                 AxisSpan y = sy.spans[i];
                 y.first = max_of(y.first, item.y0);
@@ -437,12 +467,10 @@ struct TapConv {
                 if (y.first >= y.last) continue;
                 for (int64_t j = 0; j < sx.num_spans; ++j) {
                     const AxisSpan& x = sx.spans[j];
-                    const bool several = (item.n1 - item.n0) * (y.last - y.first) > 1;
-                    const bool depth = y.tap_begin < y.tap_end && x.tap_begin < x.tap_end;
-                    if (several && depth && x.last - x.first < kDirectRows)
-                        gathered(y, x, panel_begin, panel_end);
-                    else
-                        direct(y, x, panel_begin, panel_end);
+                    const int64_t lines = (item.n1 - item.n0) * (y.last - y.first), columns = x.last - x.first;
+                    const int64_t depth = (y.tap_end - y.tap_begin) * (x.tap_end - x.tap_begin) * plan().in_channels;
+                    const bool gathers = lines > 1 && depth > 0 && columns < kDirectRows;
+                    body(Part{y, x, gathers ? lines * columns : 0, odd_lines<E>(depth)});
                 }
             }
         }
@@ -508,22 +536,22 @@ struct TapConv {
             }
         }
 
-        void gathered(const AxisSpan& y, const AxisSpan& x, int64_t panel_begin, int64_t panel_end) const {
-            const Rectangle cells{y.first, y.last, x.first, x.last};
-            const int64_t depth = (y.tap_end - y.tap_begin) * (x.tap_end - x.tap_begin) * plan().in_channels;
-            const int64_t stride = odd_lines<E>(depth), capacity = item.conv.gather_capacity() / stride;
-            const int64_t rows = (item.n1 - item.n0) * (y.last - y.first) * (x.last - x.first);
+        // `present`: all rows of the part are there already, else a piece of them at a time is gathered.
+        void gathered(const Part& part, int64_t panel_begin, int64_t panel_end, E* rows, bool present) const {
+            const Rectangle cells = part.cells();
+            const int64_t capacity = item.conv.gather_capacity() / part.stride;
             const int64_t most = min_of(kTileRows, max_of(kFlatRows, capacity / kFlatRows * kFlatRows));
-            const int64_t pieces = ceil_div(rows, most);
+            const int64_t pieces = ceil_div(part.rows, most);
             for (int64_t piece = 0; piece < pieces; ++piece) {
-                const int64_t first = rows * piece / pieces, last = rows * (piece + 1) / pieces;
-                gather(y, x, cells, first, last - first, stride);
+                const int64_t first = part.rows * piece / pieces, last = part.rows * (piece + 1) / pieces;
+                const E* from = present ? rows + first * part.stride : rows;
+                if (!present) gather(part, first, last - first, rows);
                 const int64_t count = blocks(panel_end - panel_begin, last - first);
                 for (int64_t block = 0; block < count; ++block) {
                     const int64_t begin = panel_begin + (panel_end - panel_begin) * block / count;
                     const int64_t end = panel_begin + (panel_end - panel_begin) * (block + 1) / count;
                     prefetch(cells, first, last - first, begin, end);
-                    product(list_gathered(y, x, stride, weights(begin)), last - first, end - begin);
+                    product(list_gathered(part, from, weights(begin)), last - first, end - begin);
                     epilogue(cells, first, last - first, begin, end);
                 }
             }
@@ -717,28 +745,29 @@ struct TapConv {
         }
 
         // Copies what `rows` cells from number `first` on read.
-        void gather(const AxisSpan& y, const AxisSpan& x, const Rectangle& cells, int64_t first, int64_t rows,
-                    int64_t stride) const {
+        void gather(const Part& part, int64_t first, int64_t rows, E* to) const {
+            const Rectangle cells = part.cells();
             Cell cell = cells.at(item.n0, first);
             const int64_t channels = plan().in_channels;
             for (int64_t r = 0; r < rows; ++r, cells.advance(cell)) {
-                E* to = item.gathered() + r * stride;
-                for (int64_t ty = y.tap_begin; ty < y.tap_end; ++ty) {
+                E* tap = to + r * part.stride;
+                for (int64_t ty = part.y.tap_begin; ty < part.y.tap_end; ++ty) {
                     const int64_t line = cell.y * plan().y.in_step + sy.offsets[ty];
-                    for (int64_t tx = x.tap_begin; tx < x.tap_end; ++tx, to += channels) {
-                        copy(source(cell.n, line, cell.x * plan().x.in_step + sx.offsets[tx]), channels, to);
+                    for (int64_t tx = part.x.tap_begin; tx < part.x.tap_end; ++tx, tap += channels) {
+                        copy(source(cell.n, line, cell.x * plan().x.in_step + sx.offsets[tx]), channels, tap);
                     }
                 }
             }
         }
 
         // Gathered rows hold the taps one after the other; a line of taps is a slice of the weights.
-        int64_t list_gathered(const AxisSpan& y, const AxisSpan& x, int64_t stride, const E* b) const {
+        int64_t list_gathered(const Part& part, const E* rows, const E* b) const {
+            const AxisSpan &y = part.y, &x = part.x;
             const int64_t depth = (x.tap_end - x.tap_begin) * plan().in_channels;
             int64_t count = 0;
             for (int64_t ty = y.tap_begin; ty < y.tap_end; ++ty, ++count) {
                 item.taps()[count] =
-                    Products<E>::term(item.gathered() + count * depth, stride, depth,
+                    Products<E>::term(rows + count * depth, part.stride, depth,
                                       b + (ty * sx.taps + x.tap_begin) * plan().in_channels * kPanel<T>);
             }
             return count;

@@ -9,6 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
+from fastgen import backends
+
+_PLAIN = (Tensor, torch.nn.Parameter)
 ACTIVATIONS = ("none", "relu", "leaky_relu", "elu", "tanh", "sigmoid")
 
 
@@ -21,6 +24,8 @@ def activate(x: Tensor, activation: str, parameter: float) -> Tensor:
 
 
 def pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
+    if type(value) is tuple and len(value) == 2:
+        return value
     pair = tuple(value) if isinstance(value, Sequence) else (value, value)
     if len(pair) == 2:
         return pair
@@ -68,7 +73,30 @@ def is_unobserved(tensors: Sequence[Tensor | None]) -> bool:
     return (
         torch._C._len_torch_dispatch_stack() == 0
         and not torch.jit.is_tracing()
-        and all(tensor is None or type(tensor) in (Tensor, torch.nn.Parameter) for tensor in tensors)
+        and all(tensor is None or type(tensor) in _PLAIN for tensor in tensors)
+    )
+
+
+def goes_straight(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether a kernel for the CPU may be called at once, if the arguments are right: all tensors plain ones of one
+    dtype, no gradient wanted, nobody watching.
+    """
+    dtype, wants_grad = tensors[0].dtype if tensors[0] is not None else None, torch.is_grad_enabled()
+    for tensor in tensors:
+        if tensor is not None and (
+            type(tensor) not in _PLAIN
+            or tensor.dtype is not dtype
+            or not tensor.is_cpu
+            or tensor.layout is not torch.strided
+            or (wants_grad and tensor.requires_grad)
+        ):
+            return False
+    return (
+        backends.is_free("cpu")
+        and torch._C._len_torch_dispatch_stack() == 0
+        and not torch._C._is_tracing()
+        and not torch.is_autocast_enabled("cpu")
+        and not is_transformed()
     )
 
 

@@ -21,6 +21,7 @@ from fastgen.ops.conv_block import (
     check_norm,
     check_same,
     check_tensors,
+    goes_straight,
     is_transformed,
     is_unobserved,
     pair,
@@ -85,10 +86,14 @@ def conv_transpose2d_bn_act(
     training = training and batch_norm
     parameter = alpha if activation == "elu" else negative_slope
     args = (*tensors, *geometry, groups, pair("dilation", dilation), training, eps, activation, parameter)
+    compiling = torch.compiler.is_compiling()
+    if not compiling and not training and isinstance(input, Tensor) and goes_straight(tensors):
+        call = cpu.served(tensors, args[7:])
+        if call is not None:
+            return call(*tensors)
     _check(*args)
     wants_grad = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
     saving = training or wants_grad
-    compiling = torch.compiler.is_compiling()
     if compiling:
         plain = torch.is_autocast_enabled(input.device.type)
     else:

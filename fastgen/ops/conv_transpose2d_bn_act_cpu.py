@@ -14,6 +14,7 @@ from fastgen import backends
 from fastgen.ops.packed_weights import packed_weight
 
 _MIN_THREAD_WORK = 1_000_000  # multiply-adds: below, waking a thread costs more than it saves
+_CPU = torch.device("cpu")  # whatever the default device is
 _SLACK = 64  # bytes behind a gradient that the kernels may read
 
 Tensors = Sequence["Tensor | None"]  # bias, running_mean, running_var, bn_weight, bn_bias
@@ -74,12 +75,63 @@ def _why_not_here(first: Tensor) -> str | None:
 
 
 def forward(input: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-    tensors, options = rest[:5], Options(*rest[5:])
-    block = Block.of(input, weight, options)
-    output = channels_last(input, block.output)
-    if output.numel():
-        block.convolve(input, weight, tensors, output, options.eps, options.activation, options.parameter)
-    return output
+    tensors = (input, weight, *rest[:5])
+    options = Options(*[tuple(option) if isinstance(option, list) else option for option in rest[5:]])  # type: ignore[arg-type]
+    call = served(tensors, options)
+    if call is None:
+        if len(_served) >= _MAX_SERVED:
+            _served.clear()
+        call = _served[_signature(tensors, options)] = Inference(tensors, options)
+    return call(*tensors)
+
+
+class Inference:
+    """Of a call whose arguments were checked all that does not depend on values, for later calls that are like it."""
+
+    def __init__(self, tensors: Sequence[Tensor | None], options: Options):
+        input, weight = tensors[:2]
+        assert input is not None
+        assert weight is not None
+        native = backends.native_cpu()
+        block = Block.of(input, weight, options)
+        self.shape, self.groups, self.threads = block.output, options.groups, block.threads
+        self.plan = block.forward_plan(batch_norm=tensors[3] is not None)
+        self.function = getattr(native, f"conv_bn_act_{block.type}")
+        self.act = (options.eps, getattr(native.Activation, options.activation), options.parameter)
+        self.strides = input.stride()
+        self.scratch = block.scratch_size(self.plan, self.strides) if math.prod(block.output) else 0
+        self.sums = _sum_dtype(block.dtype)
+
+    def __call__(self, input: Tensor, weight: Tensor, *tensors: Tensor | None) -> Tensor:
+        output = torch.empty(self.shape, dtype=input.dtype, device=_CPU, memory_format=torch.channels_last)
+        if not self.scratch:
+            return output
+        packed = packed_weight(weight, self.plan, self.groups, self.threads)
+        dense = [_dense(tensor) for tensor in tensors]
+        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in dense]
+        scratch = torch.empty(self.scratch, dtype=self.sums, device=_CPU)
+        self.function(
+            self.plan, self.shape[0], self.threads, input.data_ptr(), self.strides, packed.data_ptr(), addresses,
+            *self.act, output.data_ptr(), scratch.data_ptr(),
+        )  # fmt: skip
+        return output
+
+
+_MAX_SERVED = 4096
+_served: dict[tuple[Any, ...], Inference] = {}
+
+
+def served(tensors: Sequence[Tensor | None], options: tuple[Any, ...]) -> Inference | None:
+    """What serves a call with these options, if one like it was checked before."""
+    return _served.get(_signature(tensors, options))
+
+
+def _signature(tensors: Sequence[Tensor | None], options: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Everything that checks and preparations look at, but type, device and layout."""
+    first = tensors[0]
+    assert first is not None
+    shapes = [None if tensor is None else tensor.shape for tensor in tensors]
+    return (first.dtype, first.stride(), *shapes, options, torch.get_num_threads(), backends.native_cpu().isa())
 
 
 def saving(input: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -162,11 +214,17 @@ class Block:
         function = getattr(backends.native_cpu(), f"{name}_{self.type}")
         return function(*(_address(arg) if arg is None or isinstance(arg, Tensor) else arg for arg in args))
 
-    def convolve(self, input: Tensor, weight: Tensor, tensors: Tensors, output: Tensor, *act: Any) -> None:
+    def forward_plan(self, batch_norm: bool) -> Any:
         # Minimal filtering rounds the transformed inputs and weights, too. In bfloat16 its error is 2.3 times that of
         # PyTorch where PyTorch rounds once, 1.5 times where it does twice, for a BatchNorm.
-        minimal = self.dtype is not torch.bfloat16 or tensors[2] is not None
-        plan = conv_plan(True, *self.geometry, self.dtype, minimal=minimal)
+        return conv_plan(True, *self.geometry, self.dtype, minimal=self.dtype is not torch.bfloat16 or batch_norm)
+
+    def scratch_size(self, plan: Any, strides: Sequence[int]) -> int:
+        function = getattr(backends.native_cpu(), f"conv_scratch_size_{self.type}")
+        return function(plan, self.output[0], self.threads, strides)
+
+    def convolve(self, input: Tensor, weight: Tensor, tensors: Tensors, output: Tensor, *act: Any) -> None:
+        plan = self.forward_plan(batch_norm=tensors[2] is not None)
         packed = packed_weight(weight, plan, self.geometry[0], self.threads)
         self.run(plan, input, input.stride(), packed, tensors, output, *act)
 
@@ -182,8 +240,7 @@ class Block:
         eps: float = 0.0, activation: str = "none", parameter: float = 0.0,
     ) -> None:  # fmt: skip
         native, size = backends.native_cpu(), (self.output[0], self.threads)
-        numbers = getattr(native, f"conv_scratch_size_{self.type}")(plan, *size, strides)
-        scratch = torch.empty(numbers, dtype=_sum_dtype(self.dtype))
+        scratch = torch.empty(self.scratch_size(plan, strides), dtype=_sum_dtype(self.dtype))
         tensors = [_dense(tensor) for tensor in tensors]
         addresses = [_address(tensor) for tensor in tensors]
         act = (eps, getattr(native.Activation, activation), parameter)

@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastgen import backends
+from fastgen._memory import empty_in_large_pages
 
 _MAX_COMPUTED = 4  # kept of one weight, which may be followed by different norms
 _MAX_LAYOUTS = 8  # kept of one weight; layouts differ between forward, backward, and very small and other images
@@ -90,7 +91,7 @@ def _fingerprint() -> Any:
 
 def _pack(weight: Tensor, plan: Any, groups: int, threads: int, out_channels_first: bool) -> Tensor:
     native, dtype = backends.native_cpu(), str(weight.dtype).removeprefix("torch.")
-    packed = weight.new_empty(getattr(native, f"conv_packed_size_{dtype}")(plan), requires_grad=False)
+    packed = empty_in_large_pages(getattr(native, f"conv_packed_size_{dtype}")(plan), weight.dtype)
     first, second, y, x = weight.stride()
     channels = (second, first) if out_channels_first else (first, second)
     strides = (weight.shape[0] // groups * first, *channels, y, x)

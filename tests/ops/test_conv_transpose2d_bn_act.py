@@ -459,6 +459,35 @@ def test_modes_and_transforms_see_the_operator():
         assert ops.conv_transpose2d_bn_act(*fakes, **case.options).shape == output.shape
 
 
+def test_calls_like_earlier_ones_are_checked_all_the_same():
+    case = CASES["k4s2p1"]
+    tensors = case.tensors()
+
+    def call(*changed, **options):
+        return ops.conv_transpose2d_bn_act(*changed, **{**case.options, "eps": 0.8, **options})
+
+    for _ in range(2):  # the second one goes straight
+        torch.testing.assert_close(call(*tensors), plain(case, tensors), rtol=1e-4, atol=1e-4)
+    assert cpu.served(tensors, ((2, 2), (1, 1), (0, 0), 1, (1, 1), False, 0.8, "none", 0.01)) is not None
+    with pytest.raises(ValueError, match="bn_weight must be"):
+        call(*tensors[:5], torch.ones(2), tensors[6])
+    with pytest.raises(TypeError, match="bn_weight must have the dtype"):
+        call(*tensors[:5], tensors[5].double(), tensors[6])
+    with pytest.raises(ValueError, match="bn_bias must be on the device"):
+        call(*tensors[:6], tensors[6].to("meta"))
+    with pytest.raises(ValueError, match="activation must be"):
+        call(*tensors, activation="softmax")
+    with torch.autocast("cpu", torch.bfloat16):
+        assert call(*tensors).dtype is torch.bfloat16
+    with torch.device("meta"):  # where results would be made that no tensor asks for
+        assert call(*tensors).device.type == "cpu"
+    weight = tensors[1].requires_grad_()
+    call(tensors[0], weight, *tensors[2:]).sum().backward()
+    assert weight.grad is not None
+    batched = torch.func.vmap(lambda x: call(x, weight.detach(), *tensors[2:]))(tensors[0][None])
+    torch.testing.assert_close(batched[0], plain(case, tensors), rtol=1e-4, atol=1e-4)
+
+
 def test_inference_tensors():
     case = CASES["k4s2p1"]
     with torch.inference_mode():

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-import mmap
 import os
 import time
 from collections.abc import Sequence
@@ -13,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastgen import backends
+from fastgen._memory import empty_in_large_pages
 from fastgen.sampling.executors import Batch
 from fastgen.sampling.executors.winograd import find_filters
 from fastgen.sampling.heads import LogisticMixture
@@ -191,7 +190,7 @@ class _Tables:
 
     def packed_weights(self) -> Tensor:
         """All weights in one piece, 4 bytes each element; they leave the tables."""
-        flat = _in_large_pages(self.num_weights)
+        flat = empty_in_large_pages(self.num_weights, torch.int32)
         for part in flat.split([w.numel() for w in self.weights]):
             part.copy_(self.weights.pop(0).flatten().view(torch.int32))
         return flat
@@ -330,17 +329,6 @@ class _Tables:
         """[K, groups * width] -> [panels * groups, rows, PANEL] of float32, or of int32 words of two bfloat16."""
         packed = _pack_columns(weight, layout)
         return packed if self.depth == 1 else _pair_rows(packed, [t.count for t in step.taps])
-
-
-def _in_large_pages(count: int) -> Tensor:
-    """A new int32 tensor, in large pages where the system has them: streaming tens of megabytes through small ones
-    misses the TLB.
-    """
-    memory = mmap.mmap(-1, 4 * max(count, 1))
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        with contextlib.suppress(OSError):  # a hint
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.int32)[:count]
 
 
 def _round_up(n: int) -> int:
