@@ -31,8 +31,9 @@ def triton_backend() -> Iterator[None]:
 
 @pytest.fixture(autouse=True, scope="session")
 def _exact_interpreter() -> None:
-    """NumPy has no fused multiplication and addition; the interpreter multiplies bits of bfloat16 as integers, and
-    takes integers between 2^31 and 2^32 for int64 of four bytes.
+    """NumPy has no fused multiplication and addition, and sums the rows of a float32 product in orders of their own, so
+    that an image would depend on its batch; the interpreter multiplies bits of bfloat16 as integers, and takes integers
+    between 2^31 and 2^32 for int64 of four bytes.
     """
     if not INTERPRETED:
         return
@@ -44,7 +45,9 @@ def _exact_interpreter() -> None:
         return TensorHandle(_fma(*(torch.tensor(array) for array in arrays)).numpy(), z.dtype.scalar)
 
     def dot(_: Any, a: Any, b: Any, d: Any, *precision: Any) -> Any:
-        return TensorHandle(np.matmul(as_float(a), as_float(b)) + d.data, d.dtype.scalar)
+        # In float64 the order of a sum is lost in the rounding to float32.
+        sums = np.matmul(as_float(a).astype(np.float64), as_float(b).astype(np.float64))
+        return TensorHandle(sums.astype(np.float32) + d.data, d.dtype.scalar)
 
     def as_float(handle: Any) -> np.ndarray:
         if str(handle.dtype.scalar) == "bf16":
