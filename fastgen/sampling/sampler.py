@@ -6,6 +6,7 @@ import contextlib
 import math
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +27,18 @@ from fastgen.sampling.trace import TRACE_BATCH, trace
 LARGEST_BATCH = 256  # beyond it the caches only grow
 MEMORY_SHARE = 0.25  # of the machine's memory, for the caches of one batch
 
+
+
+def _triton_executor(plan: Plan) -> Any:
+    """Imported when it is asked for: not everybody has Triton."""
+    from fastgen.sampling.executors.triton import TritonExecutor
+
+    return TritonExecutor(plan)
+
+
 backends.register("sample_plan", "reference", ReferenceExecutor)
 backends.register("sample_plan", "cpu", CpuExecutor)
+backends.register("sample_plan", "triton", _triton_executor)
 
 
 class Sampler:
@@ -85,16 +96,16 @@ class Sampler:
         check_precision(precision)
         # "auto" leaves the choice to the environment and to an enclosing `with fastgen.backend(...)`.
         with contextlib.nullcontext() if backend == "auto" else backends.backend(backend):
-            executor = backends.select("sample_plan")
+            executor = backends.select("sample_plan", *_where_it_runs(self._subject.like))
         with _one_thread():
             self._compile()
             if precision == "bf16":
                 self.plan.round_weights()
             _check_finite(self.plan)
-            with host_defaults():
+            with host_defaults(), _device(self._subject.like):
                 self._executor = executor(self.plan)
         self.max_batch = max_batch or _batch_that_fits(self.plan)
-        if isinstance(self._executor, CpuExecutor):
+        if not isinstance(self._executor, ReferenceExecutor):
             self.plan.drop_weights()
 
     plan: Plan
@@ -170,7 +181,8 @@ class Sampler:
             for i in range(batches):
                 # Batches of nearly the same size: the last one is no straggler.
                 part = slice(i * n // batches, (i + 1) * n // batches)
-                images[part] = self._executor.sample(self._batch(request, part, bar))
+                with _device(subject.like):
+                    images[part] = self._executor.sample(self._batch(request, part, bar))
         return images
 
     def _batch(self, request: Request, part: slice, bar: tqdm) -> Batch:
@@ -190,6 +202,21 @@ class Sampler:
             mask=None if request.mask is None else request.mask[part],
             on_rows=bar.update,
         )
+
+
+def _where_it_runs(like: Tensor) -> tuple[Tensor, ...]:
+    """The arguments that `backends.select` chooses by: a tensor on the GPU for a model there, if an executor runs there
+    or is asked for; without one the CPU draws.
+    """
+    asked = backends.asked()
+    if not like.is_cuda or asked not in ("auto", "triton"):
+        return ()
+    usable = backends.reasons("sample_plan", like)["triton"] is None
+    return (like,) if usable or asked == "triton" else ()
+
+
+def _device(like: Tensor) -> contextlib.AbstractContextManager[object]:
+    return torch.cuda.device(like.device) if like.is_cuda else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

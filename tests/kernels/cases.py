@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastgen import models
+
 Case = tuple[str, str, Callable[[], tuple[Any, ...]]]  # module, function, arguments
 FLOAT, BFLOAT, HALF = torch.float32, torch.bfloat16, torch.float16
 
@@ -69,6 +71,36 @@ def transposed(channels: int, out: int, size: int, dtype: torch.dtype, activatio
     }  # fmt: skip
 
 
+def plan(network: Callable[[], torch.nn.Module], precision: str, *counts: int) -> Callable[[], None]:
+    """All that sampling a network launches, for batches of these sizes."""
+
+    def launch() -> None:
+        from fastgen.sampling import Sampler
+        from fastgen.sampling.executors.triton import TritonExecutor
+
+        # The plan of a sampler on the CPU keeps no weights; their values do not matter here.
+        kept = Sampler(network(), precision=precision, backend="reference").plan
+        executor = TritonExecutor(kept, torch.device("cpu"))
+        for count in counts:
+            space = executor.space(count, "ieee")
+            for row in {tuple(map(id, steps)): (steps, pixels, drawn) for steps, pixels, drawn in executor.rows}.values():
+                executor.launch_row(row, space)
+
+    return launch
+
+
+def pixelcnnpp() -> torch.nn.Module:
+    return models.PixelCNNpp(image_shape=(3, 8, 8), num_filters=160, num_blocks=1)
+
+
+def gated() -> torch.nn.Module:
+    return models.GatedPixelCNN(image_shape=(1, 5, 5), levels=256, num_filters=64, num_blocks=1)
+
+
+def binary() -> torch.nn.Module:
+    return models.PixelCNN(image_shape=(1, 5, 5), levels=2, head="bernoulli", num_filters=16, num_blocks=1)
+
+
 def named(suffix: str, cases: dict[str, Case]) -> dict[str, Case]:
     return {f"{name} {suffix}": case for name, case in cases.items()}
 
@@ -87,4 +119,11 @@ CASES: dict[str, Case] = {
     **named("128 to 64 bf16", transposed(128, 64, 8, BFLOAT, "relu")),
     **named("128 to 64 fp32", transposed(128, 64, 8, FLOAT, "leaky_relu")),
     **named("64 to 3 fp16", transposed(64, 3, 8, HALF, "tanh")),
+}
+
+PLANS: dict[str, Callable[[], None]] = {
+    "sample_plan PixelCNN++ fp32": plan(pixelcnnpp, "fp32", 1, 16, 256),
+    "sample_plan PixelCNN++ bf16": plan(pixelcnnpp, "bf16", 1, 256),
+    "sample_plan gated fp32": plan(gated, "fp32", 1, 256),
+    "sample_plan binary fp32": plan(binary, "fp32", 1),
 }

@@ -22,7 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction
 
-from tests.kernels.cases import CASES
+from tests.kernels.cases import CASES, PLANS
 
 
 class Driver:
@@ -78,6 +78,10 @@ def main(arch: int) -> None:
         case = name
         torch.set_float32_matmul_precision("high" if name.endswith("tf32") else "highest")
         getattr(importlib.import_module(f"fastgen.kernels.{module}"), function)(*arguments())
+    torch.set_float32_matmul_precision("highest")
+    for name, launch in PLANS.items():
+        case = name
+        launch()
 
 
 if __name__ == "__main__":
