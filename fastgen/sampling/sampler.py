@@ -196,7 +196,7 @@ class Sampler:
 
 
 def _where_it_runs(like: Tensor) -> tuple[Tensor, ...]:
-    """The arguments that `backends.select` chooses by: the CPU draws for a model on a GPU, too, unless asked otherwise."""
+    """The arguments that `backends.select` chooses by: the CPU draws for models on a GPU, too, unless asked not to."""
     return (like,) if backends.asked() == "cuda" else ()
 
 

@@ -22,7 +22,17 @@ from fastgen.sampling.plan import Plan
 
 ROOT = Path(__file__).parents[2]
 # Products are fused into sums where the source says fma, and nowhere else: as setup.py compiles.
-FLAGS = ["-std=c++17", "-O1", "-g", "-Wall", "-Wextra", "-Werror", "-ffp-contract=off", "-pthread", f"-I{ROOT / 'csrc'}"]
+FLAGS = [
+    "-std=c++17",
+    "-O1",
+    "-g",
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+    "-ffp-contract=off",
+    "-pthread",
+    f"-I{ROOT / 'csrc'}",
+]
 
 
 @functools.cache

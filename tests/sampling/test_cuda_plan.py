@@ -100,7 +100,7 @@ def test_known_pixels_and_temperature(name: str) -> None:
 @pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda s: s.name.lower())
 @pytest.mark.parametrize("team", [(1, 1), (1, 5), (3, 1), (5, 2)], ids=lambda t: f"{t[0]}x{t[1]}")
 def test_team_and_strategy_change_no_bit(team: tuple[int, int], strategy: Strategy) -> None:
-    """Of a model of several chunks, so that a sum in another order would show."""
+    """Of a model whose sums have several chunks."""
     model = wide()
     expected = host_sampler(model, workers=2, lanes=2).sample(2, seed=4)
     sampler = host_sampler(model, workers=team[0], lanes=team[1], strategy=strategy)
