@@ -74,7 +74,7 @@ def select(op: str, *args: Any, **kwargs: Any) -> Callable[..., Any]:
         reason = _reason(op, name, device, args, kwargs)
         if reason is None:
             return entry.function
-        _log_once(op, name, reason)
+        log_once(op, name, reason)
     raise RuntimeError(f"{op}: no backend can be used: {reasons(op, *args, **kwargs)}")
 
 
@@ -229,7 +229,8 @@ def _environment() -> str:
     return name
 
 
-def _log_once(op: str, backend: str, reason: str) -> None:
+def log_once(op: str, backend: str, reason: str) -> None:
+    """Says why an automatic choice does without a backend."""
     if (op, backend, reason) not in _logged:
         _logged.add((op, backend, reason))
         _log.warning("%s does without the %s backend: %s", op, backend, reason)

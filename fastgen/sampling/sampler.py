@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from fastgen import backends
 from fastgen.sampling.executors import Batch
 from fastgen.sampling.executors.cpu import CpuExecutor
+from fastgen.sampling.executors.cuda import CudaExecutor, why_not_cuda
 from fastgen.sampling.executors.reference import ReferenceExecutor
 from fastgen.sampling.heads import Head
 from fastgen.sampling.pack import compile_graph
@@ -28,7 +29,6 @@ LARGEST_BATCH = 256  # beyond it the caches only grow
 MEMORY_SHARE = 0.25  # of the machine's memory, for the caches of one batch
 
 
-
 def _triton_executor(plan: Plan) -> Any:
     """Imported when it is asked for: not everybody has Triton."""
     from fastgen.sampling.executors.triton import TritonExecutor
@@ -36,9 +36,15 @@ def _triton_executor(plan: Plan) -> Any:
     return TritonExecutor(plan)
 
 
+def _why_not_triton(like: Tensor) -> str | None:
+    """Whatever the model's dtype, the executor computes in float32."""
+    return backends.why_not_triton(like.float())
+
+
 backends.register("sample_plan", "reference", ReferenceExecutor)
 backends.register("sample_plan", "cpu", CpuExecutor)
-backends.register("sample_plan", "triton", _triton_executor)
+backends.register("sample_plan", "triton", _triton_executor, why_not=_why_not_triton)
+backends.register("sample_plan", "cuda", CudaExecutor, why_not=why_not_cuda)
 
 
 class Sampler:
@@ -66,7 +72,8 @@ class Sampler:
         precision: "fp32", or "bf16": the weights of products are rounded to bfloat16, activations and sums stay
             float32. Half the memory traffic of a pixel; the samples are exactly those of the model with rounded
             weights, which is not quite the same model.
-        backend: "reference", "cpu", or "auto": what `fastgen.backend` or FASTGEN_BACKEND asks for, else the fastest.
+        backend: "reference", "cpu", "triton" or "cuda" (for a model on a GPU), or "auto": what `fastgen.backend` or
+            FASTGEN_BACKEND asks for, else Triton for a model on a GPU, else the CPU.
         max_batch: most samples drawn at a time; default: what fits a quarter of the memory, at most 256. Changes no
             sample.
 
@@ -96,7 +103,7 @@ class Sampler:
         check_precision(precision)
         # "auto" leaves the choice to the environment and to an enclosing `with fastgen.backend(...)`.
         with contextlib.nullcontext() if backend == "auto" else backends.backend(backend):
-            executor = backends.select("sample_plan", *_where_it_runs(self._subject.like))
+            executor = _select(self._subject.like)
         with _one_thread():
             self._compile()
             if precision == "bf16":
@@ -204,15 +211,16 @@ class Sampler:
         )
 
 
-def _where_it_runs(like: Tensor) -> tuple[Tensor, ...]:
-    """The arguments that `backends.select` chooses by: a tensor on the GPU for a model there, if an executor runs there
-    or is asked for; without one the CPU draws.
-    """
+def _select(like: Tensor) -> Callable[[Plan], Any]:
+    """The executor that is asked for; else Triton for models on a GPU where it can run, else the CPU for them, too."""
     asked = backends.asked()
-    if not like.is_cuda or asked not in ("auto", "triton"):
-        return ()
-    usable = backends.reasons("sample_plan", like)["triton"] is None
-    return (like,) if usable or asked == "triton" else ()
+    if asked == "auto" and like.is_cuda:
+        reason = backends.reasons("sample_plan", like)["triton"]
+        if reason is None:
+            with backends.backend("triton"):
+                return backends.select("sample_plan", like)
+        backends.log_once("sample_plan", "triton", reason)
+    return backends.select("sample_plan", *((like,) if asked in ("triton", "cuda") else ()))
 
 
 def _device(like: Tensor) -> contextlib.AbstractContextManager[object]:
