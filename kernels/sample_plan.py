@@ -1,12 +1,13 @@
 """Steps and draws of a sampling plan (fastgen/sampling/plan.py), whatever the model.
 
 A plane lies at `offset * batch` floats of the workspace as [rows][width][batch][channels], row y at y mod rows; what is
-read outside of it is zero. Everything that differs between two rows of an image is read from `state`, so that launches
-captured for one row serve all rows with the same steps: the image row y, seed and index of the first sample.
+read outside of it is zero. An operand is what a kernel reads or writes: some channels of a plane, seen from the frame of
+a step. `begin_row` finds the row of each, in the image row that is drawn; all else is the same in all rows with the same
+steps, so that launches captured for one serve the others. `state` holds the image row, the seed and the index of the
+first sample.
 
-A step's rows are (column, sample) pairs. Its operands are rows of a table, `FIELDS` integers each: first what its
-program reads, then its stores, then the product's blocks of at most `CHANNELS` channels, added in that order whatever
-the tile, so that the batch changes no bit. Sums are float32.
+A step's rows are (column, sample) pairs. Its product is summed over blocks of at most `CHANNELS` channels, in one order
+whatever the tile, so that the batch changes no bit. Sums are float32.
 """
 
 from __future__ import annotations
@@ -17,13 +18,17 @@ import triton.language as tl
 from fastgen.kernels.elementary import exp, exp_beyond_tangent, tanh
 from fastgen.kernels.philox import philox
 
-# Of an operand: offset of its plane, rows kept, width, height, channels of the plane, first channel; dy, numerator and
-# denominator of the row's ratio; the same of the column; 1 where one pixel is read at every position; channels to read;
-# then the first row of the weight (of a block), or the offset of the table and the colour (of an encoding).
-FIELDS = 16
+# Of an operand, int64: lag and stride of the frame's rows; numerator and denominator of its ratio to the plane's, and
+# dy; height of the plane, rows kept, floats of a row, offset of the plane.
+ROW_FIELDS = 9
+# int32: numerator and denominator of the columns' ratio, and dx; width of the plane, floats of a position, first
+# channel; channels to read; then the first row of the weight (of a product's block), or the offset of the table and the
+# colour (of an encoding).
+FIELDS = 9
 CHANNELS = 32  # of the source, in a block of a product
-_FIELDS = tl.constexpr(FIELDS)
-_FAR = tl.constexpr(1 << 20)  # of the divisor: makes dividends positive, as division rounds towards zero
+PITCH = 16  # columns of weights and biases come in multiples of it
+_ROW_FIELDS, _FIELDS, _PITCH = tl.constexpr(ROW_FIELDS), tl.constexpr(FIELDS), tl.constexpr(PITCH)
+_FAR = tl.constexpr(1 << 18)  # of the divisor: makes dividends positive, as division rounds towards zero
 
 
 @triton.constexpr_function
@@ -37,20 +42,34 @@ def _floor_div(a, n):
     return (a + n * _FAR) // n - _FAR
 
 
+@triton.jit(do_not_specialize=["operands"])
+def begin_row(row_fields, where, state, operands, SIZE: tl.constexpr):
+    """where[i]: floats, per sample, before the row of operand i; -1 where it lies outside of its plane."""
+    i = tl.program_id(0) * SIZE + tl.arange(0, SIZE)
+    exists = i < operands
+    field = row_fields + i.to(tl.int64) * _ROW_FIELDS
+    row = _floor_div(tl.load(state) - tl.load(field, exists, 0), tl.load(field + 1, exists, 1))
+    y = _floor_div(row * tl.load(field + 2, exists, 0) + tl.load(field + 4, exists, 0), tl.load(field + 3, exists, 1))
+    inside = (y >= 0) & (y < tl.load(field + 5, exists, 0))
+    kept = tl.where(inside, y, 0) % tl.load(field + 6, exists, 1)
+    at = tl.load(field + 8, exists, 0) + kept * tl.load(field + 7, exists, 0)
+    tl.store(where + i, tl.where(inside, at, -1), exists)
+
+
 @triton.jit
-def _locate(operand, row, column, sample, batch):
-    """Where an operand's first channel of position (row, column) of the step's frame lies, and whether it is inside."""
-    rows, width, height = tl.load(operand + 1), tl.load(operand + 2), tl.load(operand + 3)
-    y = _floor_div(row * tl.load(operand + 7) + tl.load(operand + 6), tl.load(operand + 8))
-    x = _floor_div(column * tl.load(operand + 10) + tl.load(operand + 9), tl.load(operand + 11))
-    broadcast = tl.load(operand + 12) != 0
-    y = tl.where(broadcast, 0, y)
-    x = tl.where(broadcast, 0, x)
-    inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
-    at = tl.where(inside, (y % rows) * width + x, 0)
-    return (tl.load(operand) + at * tl.load(operand + 4)) * batch + sample * tl.load(operand + 4) + tl.load(
-        operand + 5
-    ), inside
+def end_row(state):
+    tl.store(state, tl.load(state) + 1)
+
+
+@triton.jit
+def _locate(where, fields, operand, column, sample, batch, VECTOR: tl.constexpr):
+    """Where an operand's first channel of a column of the frame lies, a multiple of VECTOR, and whether it is inside."""
+    row, field = tl.load(where + operand), fields + operand * _FIELDS
+    x = _floor_div(column * tl.load(field) + tl.load(field + 2), tl.load(field + 1))
+    inside = (row >= 0) & (x >= 0) & (x < tl.load(field + 3))
+    pitch = tl.load(field + 4).to(tl.int64)
+    at = (row + x * pitch) * batch + sample * pitch + tl.load(field + 5)
+    return tl.multiple_of(tl.where(inside, at, 0), [VECTOR]), inside
 
 
 @triton.jit
@@ -106,60 +125,79 @@ def _apply(OP: tl.constexpr, a, b):
 
 
 @triton.jit
+def _multiply(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a b for float32 a. A bfloat16 b is multiplied by the three bfloat16 numbers whose sum is a: exactly."""
+    if b.dtype == tl.bfloat16:
+        high = a.to(tl.bfloat16)
+        rest = a - high.to(tl.float32)
+        middle = rest.to(tl.bfloat16)
+        low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+        return tl.dot(high, b, tl.dot(middle, b, tl.dot(low, b, acc)))
+    else:
+        return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
 def _product(
-    workspace, table, weight, bias, first, blocks, row, column, sample, exists, m, batch, width,
-    GROUP: tl.constexpr, GROUPS: tl.constexpr, INIT: tl.constexpr, BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    workspace, where, fields, weight, bias, init, first, blocks, column, sample, exists, m, batch, width,
+    GROUPS: tl.constexpr, VECTOR: tl.constexpr, PRECISION: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Group GROUP of a step's sum; `first` is the table row of the first block, of `init` if there is one (-1)."""
-    of_group = m < width
-    acc = tl.zeros([ROWS, COLUMNS], tl.float32)
-    if BIAS:
-        acc += tl.load(bias + GROUP * width + m, of_group, 0.0)[None, :]
-    if INIT:
-        at, inside = _locate(table + (first - 1) * _FIELDS, row, column, sample, batch)
-        known = (inside & exists)[:, None] & of_group[None, :]
-        acc += tl.load(workspace + at[:, None] + GROUP * width + m[None, :], known, 0.0)
+    """The groups of a step's sum, from its bias and, unless negative, the operand `init`."""
+    pitch = (width + _PITCH - 1) // _PITCH * _PITCH
+    of_weight = (m < pitch)[None, :]
+    at, inside = _locate(where, fields, tl.maximum(init, 0), column, sample, batch, VECTOR)
+    known = (inside & exists & (init >= 0))[:, None] & (m < width)[None, :]
+    sums = ()
+    for g in tl.static_range(GROUPS):
+        acc = tl.zeros([ROWS, COLUMNS], tl.float32) + tl.load(bias + g * pitch + m, m < pitch, 0.0)[None, :]
+        sums = sums + (acc + tl.load(workspace + at[:, None] + g * width + m[None, :], known, 0.0),)
     c = tl.arange(0, CHANNELS)
-    for block in range(blocks):
-        operand = table + (first + block) * _FIELDS
-        at, inside = _locate(operand, row, column, sample, batch)
-        within = c < tl.load(operand + 13)
+    for block in range(first, first + blocks):
+        at, inside = _locate(where, fields, block, column, sample, batch, VECTOR)
+        field = fields + block * _FIELDS
+        within = c < tl.multiple_of(tl.load(field + 6), VECTOR)
         a = tl.load(workspace + at[:, None] + c[None, :], (inside & exists)[:, None] & within[None, :], 0.0)
-        k = tl.load(operand + 14) + c
-        b = tl.load(
-            weight + (k * GROUPS + GROUP)[:, None] * width + m[None, :], within[:, None] & of_group[None, :], 0.0
-        )
-        acc = tl.dot(a, b.to(tl.float32), acc, input_precision=PRECISION)
-    return acc
+        k = (tl.load(field + 7) + c).to(tl.int64) * (GROUPS * pitch)
+        added = ()
+        for g in tl.static_range(GROUPS):
+            b = tl.load(weight + k[:, None] + (g * pitch + m)[None, :], within[:, None] & of_weight, 0.0)
+            added = added + (_multiply(a, b, sums[g], PRECISION),)
+        sums = added
+    return sums
 
 
-@triton.jit(do_not_specialize=["first", "blocks", "lag", "stride", "column0", "every", "columns", "batch", "width"])
+@triton.jit(
+    do_not_specialize=["operand", "init", "first", "blocks", "column0", "every", "columns", "batch", "vectors"]
+)
 def step(
-    workspace, table, weight, bias, constants, state, first, blocks, lag, stride, column0, every, columns, batch, width,
-    LOADS: tl.constexpr, PROGRAM: tl.constexpr, STORES: tl.constexpr, GROUPS: tl.constexpr, INIT: tl.constexpr,
-    BIAS: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr,
+    workspace, where, fields, weight, bias, constants, operand, init, first, blocks, column0, every, columns, batch,
+    vectors, PROGRAM: tl.constexpr, STORES: tl.constexpr, GROUPS: tl.constexpr, VECTOR: tl.constexpr,
+    PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """Columns column0, column0 + every, ... of a step's frame, in the row that lies at image row y - lag.
+    """Columns column0, column0 + every, ... of a step's frame, and VECTOR * vectors channels.
 
-    PROGRAM: (op, register a, register b, operand) of each instruction; the operand of "load" counts in the table from
-    `first`, that of "const" in `constants`. STORES: the registers stored. The workspace is float32, the weight
-    [K, GROUPS, width] float32 or bfloat16.
+    PROGRAM: (op, register a, register b, operand) of each instruction; that of a "load" counts from `operand`, that of a
+    "const" in `constants`. STORES: (register, operand) of each store. The product has GROUPS groups, none for 0, and its
+    blocks are `blocks` operands from `first` on. The workspace is float32, the weight [K, GROUPS, width] float32 or
+    bfloat16, its width filled up to a multiple of PITCH. All operands, and their channels, are multiples of VECTOR.
     """
-    r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    width = vectors * VECTOR
+    r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     m = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     exists = r < columns * batch
     column, sample = column0 + r // batch * every, r % batch
-    row = (tl.load(state) - lag) // stride
+    if GROUPS > 0:
+        sums = _product(
+            workspace, where, fields, weight, bias, init, first, blocks, column, sample, exists, m, batch, width,
+            GROUPS, VECTOR, PRECISION, ROWS, COLUMNS, CHANNELS,
+        )  # fmt: skip
     values = ()
     for i in tl.static_range(len(PROGRAM)):
         if _part(PROGRAM, i, 0) == "acc":
-            value = _product(
-                workspace, table, weight, bias, first + LOADS + len(STORES) + INIT, blocks, row, column, sample, exists,
-                m, batch, width, _part(PROGRAM, i, 1), GROUPS, INIT, BIAS, PRECISION, ROWS, COLUMNS, CHANNELS,
-            )  # fmt: skip
+            value = sums[_part(PROGRAM, i, 1)]
         elif _part(PROGRAM, i, 0) == "load":
-            at, inside = _locate(table + (first + _part(PROGRAM, i, 3)) * _FIELDS, row, column, sample, batch)
+            at, inside = _locate(where, fields, operand + _part(PROGRAM, i, 3), column, sample, batch, VECTOR)
             known = (inside & exists)[:, None] & (m < width)[None, :]
             value = tl.load(workspace + at[:, None] + m[None, :], known, 0.0)
         elif _part(PROGRAM, i, 0) == "const":
@@ -168,61 +206,66 @@ def step(
             value = _apply(_part(PROGRAM, i, 0), values[_part(PROGRAM, i, 1)], values[_part(PROGRAM, i, 2)])
         values = values + (value,)
     for s in tl.static_range(len(STORES)):
-        at, inside = _locate(table + (first + LOADS + s) * _FIELDS, row, column, sample, batch)
-        tl.store(workspace + at[:, None] + m[None, :], values[STORES[s]], exists[:, None] & (m < width)[None, :])
-
+        at, inside = _locate(where, fields, operand + _part(STORES, s, 1), column, sample, batch, VECTOR)
+        here = (inside & exists)[:, None] & (m < width)[None, :]
+        tl.store(workspace + at[:, None] + m[None, :], values[_part(STORES, s, 0)], here)
 
 
 # Draws
 
 
 @triton.jit
-def _uniform(state, INDEX: tl.constexpr, position, sample):
-    """Uniform INDEX of a pixel, for each of the samples; the table of draws is in `fastgen.ops.philox`."""
-    index = tl.load(state + 2) + sample
-    low, high = index.to(tl.uint32), (index >> 32).to(tl.uint32)
+def _uniform(state, index, position, sample):
+    """Uniform `index` of a pixel, for each of the samples; the table of draws is in `fastgen.ops.philox`."""
+    number = tl.load(state + 2) + sample
+    low, high = number.to(tl.uint32), (number >> 32).to(tl.uint32)
     zero = low * 0
-    lanes = philox(tl.load(state + 1), zero + INDEX // 4, zero + position.to(tl.uint32), low, high)
-    return (lanes[INDEX % 4] >> 8 | 1).to(tl.float32) * 5.9604644775390625e-08
+    lanes = philox(tl.load(state + 1), zero + tl.cast(index // 4, tl.uint32), zero + position.to(tl.uint32), low, high)
+    lane = index % 4
+    bits = tl.where(lane < 2, tl.where(lane == 0, lanes[0], lanes[1]), tl.where(lane == 2, lanes[2], lanes[3]))
+    return ((bits >> 8 | 1).to(tl.float32) * 5.9604644775390625e-08).to(tl.float64)
 
 
 @triton.jit
 def _settle(
-    workspace, table, encoded, levels, known, mask, level, COLOUR: tl.constexpr, y, x, sample, exists, batch,
-    encodings, num_encodings, COLOURS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, WIDEST: tl.constexpr,
+    workspace, where, fields, encoded, levels, known, mask, level, colour, y, x, sample, exists, batch,
+    encodings, num_encodings, colours, height, width, WIDEST: tl.constexpr,
 ):  # fmt: skip
     """Writes the level, or the given one, and its encodings; returns it."""
-    pixel = y * WIDTH + x
-    at = (sample * COLOURS + COLOUR) * HEIGHT * WIDTH + pixel
-    given = tl.load(mask + sample * HEIGHT * WIDTH + pixel, exists, 0) != 0
+    pixel = y * width + x
+    at = (sample * colours + colour) * height * width + pixel
+    given = tl.load(mask + sample * height * width + pixel, exists, 0) != 0
     level = tl.where(given, tl.load(known + at, exists & given, 0), level)
     tl.store(levels + at, level, exists)
     c = tl.arange(0, WIDEST)
-    for e in range(num_encodings):
-        operand = table + (encodings + e) * _FIELDS
-        to, _ = _locate(operand, y, x, sample, batch)
-        count = tl.load(operand + 13)
-        here = exists[:, None] & (c < count)[None, :] & (tl.load(operand + 15) == COLOUR)
-        code = tl.load(encoded + (tl.load(operand + 14) + level * count)[:, None] + c[None, :], here, 0.0)
+    for e in range(encodings, encodings + num_encodings):
+        to, _ = _locate(where, fields, e, x, sample, batch, 1)
+        count = tl.load(fields + e * _FIELDS + 6)
+        here = exists[:, None] & (c < count)[None, :] & (tl.load(fields + e * _FIELDS + 8) == colour)
+        code = tl.load(encoded + (tl.load(fields + e * _FIELDS + 7) + level * count)[:, None] + c[None, :], here, 0.0)
         tl.store(workspace + to[:, None] + c[None, :], code, here)
     return level
 
 
-@triton.jit(do_not_specialize=["operand", "x", "batch", "encodings", "num_encodings"])
+@triton.jit(
+    do_not_specialize=[
+        "operand", "x", "batch", "encodings", "num_encodings", "colours", "height", "width", "colour", "uniform", "count",
+    ]
+)  # fmt: skip
 def draw_level(
-    workspace, table, encoded, state, inverse_temperature, levels, known, mask, operand, x, batch, encodings,
-    num_encodings, COLOUR: tl.constexpr, UNIFORM: tl.constexpr, COUNT: tl.constexpr, BERNOULLI: tl.constexpr,
-    COLOURS: tl.constexpr, HEIGHT: tl.constexpr, WIDTH: tl.constexpr, WIDEST: tl.constexpr, SAMPLES: tl.constexpr,
-    LEVELS: tl.constexpr,
+    workspace, where, fields, encoded, state, inverse_temperature, levels, known, mask, operand, x, batch, encodings,
+    num_encodings, colours, height, width, colour, uniform, count,
+    BERNOULLI: tl.constexpr, WIDEST: tl.constexpr, SAMPLES: tl.constexpr, LEVELS: tl.constexpr,
 ):  # fmt: skip
     """Draws a colour of pixel (y, x): the smallest level whose cumulative probability is at least its uniform.
 
-    `operand` is the table's row for the COUNT logits. Probabilities are float32, their sums float64.
+    `operand` is that of the `count` logits, which are read LEVELS at a time. Probabilities are float32, their sums
+    float64.
     """
     sample = tl.program_id(0).to(tl.int64) * SAMPLES + tl.arange(0, SAMPLES)
     exists, y = sample < batch, tl.load(state)
-    u = _uniform(state, UNIFORM, y * WIDTH + x, sample).to(tl.float64)
-    at, _ = _locate(table + operand * _FIELDS, y, x, sample, batch)
+    u = _uniform(state, uniform, y * width + x, sample)
+    at, _ = _locate(where, fields, operand, x, sample, batch, 1)
     scale = tl.load(inverse_temperature)
     if BERNOULLI:
         logit = tl.load(workspace + at, exists, 0.0)
@@ -230,33 +273,51 @@ def draw_level(
         level = (tl.where(logit < 0, 1.0, odds) / (1.0 + odds) < u).to(tl.int32)
     else:
         k = tl.arange(0, LEVELS)
-        logits = tl.load(workspace + at[:, None] + k[None, :], exists[:, None] & (k < COUNT)[None, :], -float("inf"))
-        logits = tl.where(exists[:, None], logits, 0.0)
-        apart = (logits - tl.max(logits, 1)[:, None]) * scale.to(tl.float32)
-        e = tl.where((k < COUNT)[None, :] & (logits > -float("inf")), exp(apart), 0.0).to(tl.float64)
-        below = (tl.cumsum(e, 1) < (u * tl.sum(e, 1))[:, None]) & (k < COUNT - 1)[None, :]
-        level = tl.sum(below.to(tl.int32), 1)
+        logits = workspace + at[:, None] + k[None, :]
+        most = tl.full([SAMPLES], -float("inf"), tl.float32)
+        for start in range(0, count, LEVELS):
+            known_logits = exists[:, None] & (k < count - start)[None, :]
+            most = tl.maximum(most, tl.max(tl.load(logits + start, known_logits, -float("inf")), 1))
+        most = tl.where(exists, most, 0.0)
+        total = tl.zeros([SAMPLES], tl.float64)
+        for start in range(0, count, LEVELS):
+            total += tl.sum(_odds(logits + start, exists, k, count - start, most, scale), 1)
+        total *= u
+        sums, level = tl.zeros([SAMPLES], tl.float64), tl.zeros([SAMPLES], tl.int32)
+        for start in range(0, count, LEVELS):
+            odds = _odds(logits + start, exists, k, count - start, most, scale)
+            below = (sums[:, None] + tl.cumsum(odds, 1) < total[:, None]) & (k < count - 1 - start)[None, :]
+            level += tl.sum(below.to(tl.int32), 1)
+            sums += tl.sum(odds, 1)
     _settle(
-        workspace, table, encoded, levels, known, mask, level, COLOUR, y, x, sample, exists, batch, encodings,
-        num_encodings, COLOURS, HEIGHT, WIDTH, WIDEST,
+        workspace, where, fields, encoded, levels, known, mask, level, colour, y, x, sample, exists, batch, encodings,
+        num_encodings, colours, height, width, WIDEST,
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["operand", "x", "batch", "encodings", "num_encodings"])
+@triton.jit
+def _odds(logits, exists, k, count, most, scale):
+    """float64 e^((logits - most) * scale) of some levels, 0 from `count` on."""
+    given = exists[:, None] & (k < count)[None, :]
+    apart = tl.load(logits, given, -float("inf")) - most[:, None]
+    odds = exp((apart.to(tl.float64) * scale).to(tl.float32))
+    return tl.where(given & (apart > -float("inf")), odds, 0.0).to(tl.float64)
+
+
+@triton.jit(do_not_specialize=["operand", "x", "batch", "encodings", "num_encodings", "height", "width", "num_levels"])
 def draw_mixture(
-    workspace, table, encoded, values, state, inverse_temperature, levels, known, mask, operand, x, batch, encodings,
-    num_encodings, COMPONENTS: tl.constexpr, NUM_LEVELS: tl.constexpr, COLOURS: tl.constexpr, HEIGHT: tl.constexpr,
-    WIDTH: tl.constexpr, WIDEST: tl.constexpr, SAMPLES: tl.constexpr, COMPONENT_BLOCK: tl.constexpr,
+    workspace, where, fields, encoded, values, state, inverse_temperature, levels, known, mask, operand, x, batch,
+    encodings, num_encodings, height, width, num_levels, COMPONENTS: tl.constexpr, COLOURS: tl.constexpr,
+    WIDEST: tl.constexpr, SAMPLES: tl.constexpr, COMPONENT_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Draws the colours of pixel (y, x) in float64; the definition is `fastgen.sampling.heads.LogisticMixture`.
 
-    `operand` is the table's row for the parameters, `values` [NUM_LEVELS] what a level counts in the means of later
-    colours.
+    `operand` is that of the parameters, `values` [num_levels] what a level counts in the means of later colours.
     """
     sample = tl.program_id(0).to(tl.int64) * SAMPLES + tl.arange(0, SAMPLES)
     exists, y = sample < batch, tl.load(state)
-    position = y * WIDTH + x
-    at, _ = _locate(table + operand * _FIELDS, y, x, sample, batch)
+    position = y * width + x
+    at, _ = _locate(where, fields, operand, x, sample, batch, 1)
     at = tl.where(exists, at, 0)
     scale = tl.load(inverse_temperature)
     k = tl.arange(0, COMPONENT_BLOCK)
@@ -264,8 +325,7 @@ def draw_mixture(
     logits = logits.to(tl.float64) * scale
     e = tl.exp(logits - tl.max(logits, 1)[:, None])
     cdf = tl.cumsum(e / tl.sum(e, 1)[:, None], 1)
-    u = _uniform(state, 0, position, sample).to(tl.float64)
-    below = (cdf < u[:, None]) & (k < COMPONENTS - 1)[None, :]
+    below = (cdf < _uniform(state, 0, position, sample)[:, None]) & (k < COMPONENTS - 1)[None, :]
     own = workspace + at + COMPONENTS + tl.sum(below.to(tl.int32), 1)
     KINDS: tl.constexpr = 3 if COLOURS == 3 else 2
     drawn = ()
@@ -277,18 +337,14 @@ def draw_mixture(
             mean += slope * tl.load(values + drawn[i]).to(tl.float64)
         log_scale = tl.load(own + (c * KINDS + 1) * COMPONENTS).to(tl.float64)
         log_scale = tl.minimum(tl.maximum(log_scale, -7.0), 700.0)
-        u = _uniform(state, 1 + c, position, sample).to(tl.float64)
+        u = _uniform(state, 1 + c, position, sample)
         value = mean + tl.exp(log_scale) / scale * tl.log(u / (1.0 - u))
-        place = (value + 1.0) * ((NUM_LEVELS - 1) / 2) - 0.5
-        inner = tl.ceil(tl.minimum(tl.maximum(place, 0.0), NUM_LEVELS - 1.0)).to(tl.int32)
+        last = (num_levels - 1).to(tl.float64)
+        place = (value + 1.0) * (last / 2) - 0.5
+        inner = tl.ceil(tl.minimum(tl.maximum(place, 0.0), last)).to(tl.int32)
         level = tl.where(place > 0.0, inner, 0)
         level = _settle(
-            workspace, table, encoded, levels, known, mask, level, c, y, x, sample, exists, batch, encodings,
-            num_encodings, COLOURS, HEIGHT, WIDTH, WIDEST,
+            workspace, where, fields, encoded, levels, known, mask, level, c, y, x, sample, exists, batch, encodings,
+            num_encodings, COLOURS, height, width, WIDEST,
         )  # fmt: skip
         drawn = drawn + (level,)
-
-
-@triton.jit
-def next_row(state):
-    tl.store(state, tl.load(state) + 1)

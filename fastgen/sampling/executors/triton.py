@@ -2,94 +2,131 @@
 
 from __future__ import annotations
 
-import math
+import threading
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastgen.kernels import sample_plan as kernels
-from fastgen.kernels.launch import INTERPRETED
+from fastgen.kernels.launch import INTERPRETED, device_of
 from fastgen.kernels.philox import signed
 from fastgen.sampling.executors import Batch
 from fastgen.sampling.heads import Bernoulli, LogisticMixture
-from fastgen.sampling.plan import Plan, Read, Step, StepTap, Store
+from fastgen.sampling.plan import Draw, Encoding, Plan, Plane, Read, Step, StepTap, Store
 from fastgen.sampling.schedule import Stage
 
-_KEPT = 2  # batch sizes whose memory and graphs are kept
-_MIN_TILE = 16  # of a product, in each direction
-# (rows that a step has at least, tile of rows and columns, warps): small tiles spread one image over the GPU.
-_TILES = ((4096, 64, 64, 8), (128, 64, 32, 4), (0, 16, 16, 4))
+_KEPT = 2  # batch sizes whose memory and graphs are kept: batches of one call differ by one sample at most
+_VECTOR = 4  # floats that are read at once where all that a step reads and writes comes in such pieces
 _ALIGNED = 8  # elements: Triton looks whether pointers are multiples of 16 bytes
-_DRAW_SAMPLES = 4  # of a program that draws from logits
+_MULTIPROCESSORS = 128  # of a large GPU
+_ROW_SIZE = 256  # operands of a program of `begin_row`
+_DRAW_SAMPLES, _DRAW_LEVELS = 4, 1024  # of a program that draws from logits
 _MIXTURE_SAMPLES = 16
 
-Row = tuple[tuple[Step, ...], tuple[Step, ...], bool]  # row steps and pixel steps that have work, whether pixels are drawn
+
+class Tile(NamedTuple):
+    """programs: that a step has at least, so that small batches spread over the GPU."""
+
+    programs: int
+    rows: int
+    columns: int
+    warps: int
+    stages: int = 3
+
+
+# Products on tensor cores take no more than 32 rows: from 64 on other instructions would multiply, and nobody promises
+# that they sum in the same order.
+_FULL = (Tile(2 * _MULTIPROCESSORS, 64, 64, 8), Tile(_MULTIPROCESSORS, 32, 32, 4), Tile(0, 16, 16, 4))
+_TENSOR = (Tile(2 * _MULTIPROCESSORS, 32, 64, 4), Tile(0, 16, 16, 4))
+_NO_PRODUCT = (Tile(0, 16, 32, 4),)
+_INTERPRETED = (Tile(0, 16, 16, 4),)  # so that small planes have several
+
+Pattern = tuple[tuple[Step, ...], tuple[Step, ...], bool]  # row steps and pixel steps that have work, whether it is drawn
 
 
 class TritonExecutor:
     """Plans on the current GPU in float32, or on the CPU where Triton's kernels are interpreted.
 
-    Products of float32 have its full precision unless ``torch.set_float32_matmul_precision`` asks for TF32. Rows of
-    an image with the same steps are one CUDA graph, captured the second time that a batch size comes to them. Nothing
-    waits for the GPU before the batch is done.
+    Products of float32 have its full precision unless ``torch.set_float32_matmul_precision`` asks for TF32. Those by
+    bfloat16 weights are as precise: tensor cores multiply three bfloat16 parts of each number.
+
+    Rows of an image with the same steps are one CUDA graph, captured the second time that a batch size comes to them.
+    Between the first row and the end of a batch nothing waits for the GPU, but capturing, which PyTorch lets wait.
+    Batches of several threads come one after the other.
+
+    Raises:
+        RuntimeError: there is no GPU.
     """
 
     def __init__(self, plan: Plan, device: torch.device | None = None):
         self.plan = plan
-        here = torch.device("cpu") if INTERPRETED else torch.device("cuda")
-        self.device = here if device is None else device
+        self.device = _here() if device is None else device
         self.flops = plan.flops
-        self.weight_bytes = plan.weight_bytes
-        self._offsets, self._floats = _layout(plan)
-        tables = _Tables(plan, self._offsets)
+        tables = _Tables(plan)
+        self._tables = tables
+        self._row_fields = tables.integers(tables.row_fields, torch.int64).to(self.device)
+        self._fields = tables.integers(tables.fields, torch.int32).to(self.device)
         dtype = torch.bfloat16 if plan.precision == "bf16" else torch.float32
-        self._launches = tables.launches
-        self._table = torch.tensor(tables.rows, dtype=torch.int64, device="cpu").to(self.device)
         self._weight = _joined(tables.weights, dtype).to(self.device)
         self._bias = _joined(tables.biases, torch.float32).to(self.device)
         self._constants = torch.tensor(tables.constants or [0.0], dtype=torch.float32, device="cpu").to(self.device)
         self._encoded = _joined([e.table for e in plan.encodings], torch.float32).to(self.device)
         self._values = plan.head.encoding().to(self.device)
-        self._draws, self._encodings = tables.draws, tables.encodings
         self._widest = _power(max((e.table.shape[1] for e in plan.encodings), default=1))
-        self._spaces: dict[tuple[Any, ...], _Space] = {}
-        self.rows = [self._row(y) for y in range(plan.first_row, plan.image_shape[1])]
+        self.weight_bytes = self._weight.nbytes
+        tables.weights.clear()
+        tables.biases.clear()
+        self.patterns = [self._pattern(y) for y in range(plan.first_row, plan.image_shape[1])]
+        self._spaces: dict[tuple[int, str], Space] = {}
+        self._one_at_a_time = threading.Lock()
+        self._capturing = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
     def sample(self, batch: Batch) -> Tensor:
         """Levels [count, C, H, W], on the CPU."""
         precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-        space = self.space(batch.count, precision)
-        space.begin(batch)
-        self._give(batch, space)
-        for y, row in enumerate(self.rows, self.plan.first_row):
-            self._run(row, space)
-            if y >= 0:
-                batch.on_rows(1)
-        return space.levels.to("cpu").to(self.plan.head.dtype)
+        with self._one_at_a_time, device_of(self._fields):
+            space = self.space(batch.count, precision)
+            try:
+                self._begin(batch, space)
+                for y, pattern in enumerate(self.patterns, self.plan.first_row):
+                    self._run(pattern, space)
+                    if y >= 0:
+                        batch.on_rows(1)
+                return space.levels.to("cpu").to(self.plan.head.dtype)
+            except BaseException:
+                if self._capturing is not None:
+                    torch.cuda.synchronize()  # the next batch may come on another stream
+                raise
 
-    def _run(self, row: Row, space: _Space) -> None:
+    def _run(self, pattern: Pattern, space: Space) -> None:
         """Launches a row; the second time, and on a GPU, captures it first."""
-        key = tuple(id(s) for steps in row[:2] for s in steps), row[2]
-        if not space.planes.is_cuda or key not in space.graphs:
-            space.graphs[key] = None  # the first time compiles the kernels, which must not be captured
-            return self.launch_row(row, space)
-        graph = space.graphs[key]
+        key = tuple(id(s) for steps in pattern[:2] for s in steps), pattern[2]
+        graph = space.graphs.get(key)
+        if graph is None and self._capturing is not None and key in space.graphs:
+            graph = torch.cuda.CUDAGraph()
+            # With a stream of its own: PyTorch's is on the device that captured first.
+            with torch.cuda.graph(graph, stream=self._capturing, capture_error_mode="thread_local"):
+                self.launch_row(pattern, space)
+        space.graphs[key] = graph
         if graph is None:
-            graph = space.graphs[key] = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                self.launch_row(row, space)
-        graph.replay()
+            self.launch_row(pattern, space)  # compiles the kernels, which must not be captured
+        else:
+            graph.replay()
 
-    def _row(self, y: int) -> Row:
+    def _pattern(self, y: int) -> Pattern:
         active = [s for s in self.plan.steps if self.plan.position(s, 0, y) is not None]
         rows = tuple(s for s in active if s.stage == Stage.ROW)
         return rows, tuple(s for s in active if s.stage == Stage.PIXEL), y >= 0
 
-    def launch_row(self, row: Row, space: _Space) -> None:
+    def launch_row(self, pattern: Pattern, space: Space) -> None:
         """Everything of one image row, whose number is in the memory of the space."""
-        plan, (row_steps, pixel_steps, drawn) = self.plan, row
+        plan, (row_steps, pixel_steps, drawn) = self.plan, pattern
+        operands = len(space.where)
+        kernels.begin_row[(-(-operands // _ROW_SIZE),)](
+            self._row_fields, space.where, space.state, operands, SIZE=_ROW_SIZE
+        )
         for step in row_steps:
             columns = len(range(step.phase[1], plan.planes[step.out].width, step.period[1]))
             self._launch_step(step, space, step.phase[1], columns)
@@ -101,202 +138,235 @@ class TritonExecutor:
                         self._launch_step(step, space, column, 1)
                 if drawn and 0 <= x < plan.image_shape[2]:
                     self._launch_draw(rank, space, x)
-        kernels.next_row[(1,)](space.state)
+        kernels.end_row[(1,)](space.state)
 
-    def _launch_step(self, step: Step, space: _Space, column: int, columns: int) -> None:
+    def _launch_step(self, step: Step, space: Space, column: int, columns: int) -> None:
         if columns == 0:
             return
-        launch, stride = self._launches[id(step)], self.plan.planes[step.out].stride[0]
-        rows, width = columns * space.count, step.width
-        _, tile_rows, tile_columns, warps = next(tile for tile in _TILES if rows >= tile[0])
-        if INTERPRETED:
-            tile_rows, tile_columns = _MIN_TILE, _MIN_TILE
-        kernels.step[(-(-rows // tile_rows), -(-width // tile_columns))](
-            space.planes, self._table, self._weight[launch.weight :], self._bias[launch.bias :], self._constants,
-            space.state, launch.first, launch.blocks, step.lag_y, stride, column, step.period[1], columns, space.count, width,
-            LOADS=launch.loads, PROGRAM=launch.program, STORES=launch.stores,
-            GROUPS=max(step.groups, 1), INIT=step.init is not None, BIAS=step.bias is not None, PRECISION=space.precision,
-            ROWS=tile_rows, COLUMNS=tile_columns, CHANNELS=kernels.CHANNELS, num_warps=warps,
+        launch, rows = self._tables.launches[id(step)], columns * space.count
+        tile = self._tile(step, rows, space.precision)
+        kernels.step[(-(-rows // tile.rows), -(-step.width // tile.columns))](
+            space.planes, space.where, self._fields, self._weight[launch.weight :], self._bias[launch.bias :],
+            self._constants[launch.constant :], launch.operand, launch.init, launch.first, launch.blocks,
+            column, step.period[1], columns, space.count, step.width // launch.vector,
+            PROGRAM=launch.program, STORES=launch.stores, GROUPS=step.groups, VECTOR=launch.vector,
+            PRECISION=space.precision, ROWS=tile.rows, COLUMNS=tile.columns, CHANNELS=kernels.CHANNELS,
+            num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
 
-    def _launch_draw(self, rank: int, space: _Space, x: int) -> None:
-        head, draw = self.plan.head, self.plan.draws[rank]
+    def _tile(self, step: Step, rows: int, precision: str) -> Tile:
+        """The largest with enough programs. Sums are in one order in all of them."""
+        tiles = _FULL if precision == "ieee" and self.plan.precision == "fp32" else _TENSOR
+        tiles = _INTERPRETED if INTERPRETED else tiles if step.groups else _NO_PRODUCT
+        return next(t for t in tiles if -(-rows // t.rows) * -(-step.width // t.columns) >= t.programs)
+
+    def _launch_draw(self, rank: int, space: Space, x: int) -> None:
+        head, draw, tables = self.plan.head, self.plan.draws[rank], self._tables
         colours, height, width = self.plan.image_shape
         group = head.groups(colours)[rank]
-        size = {"COLOURS": colours, "HEIGHT": height, "WIDTH": width, "WIDEST": self._widest}
-        where = (space.levels, space.known, space.mask, self._draws[rank], x, space.count, *self._encodings)
+        where = (space.levels, space.known, space.mask, tables.draws[rank], x, space.count, *tables.encodings)
         if isinstance(head, LogisticMixture):
             kernels.draw_mixture[(-(-space.count // _MIXTURE_SAMPLES),)](
-                space.planes, self._table, self._encoded, self._values, space.state, space.inverse_temperature, *where,
-                COMPONENTS=head.components, NUM_LEVELS=head.levels, **size, SAMPLES=_MIXTURE_SAMPLES,
-                COMPONENT_BLOCK=_power(head.components),
+                space.planes, space.where, self._fields, self._encoded, self._values, space.state,
+                space.inverse_temperature, *where, height, width, head.levels, COMPONENTS=head.components,
+                COLOURS=colours, WIDEST=self._widest, SAMPLES=_MIXTURE_SAMPLES, COMPONENT_BLOCK=_power(head.components),
             )  # fmt: skip
             return
         kernels.draw_level[(-(-space.count // _DRAW_SAMPLES),)](
-            space.planes, self._table, self._encoded, space.state, space.inverse_temperature, *where,
-            COLOUR=group.colours.start, UNIFORM=group.uniforms.start, COUNT=draw.count,
-            BERNOULLI=isinstance(head, Bernoulli), **size, SAMPLES=_DRAW_SAMPLES, LEVELS=_power(draw.count),
+            space.planes, space.where, self._fields, self._encoded, space.state, space.inverse_temperature, *where,
+            colours, height, width, group.colours.start, group.uniforms.start, draw.count,
+            BERNOULLI=isinstance(head, Bernoulli), WIDEST=self._widest, SAMPLES=_DRAW_SAMPLES,
+            LEVELS=min(_power(draw.count), _DRAW_LEVELS),
         )  # fmt: skip
 
-    def space(self, count: int, precision: str) -> _Space:
+    def space(self, count: int, precision: str) -> Space:
         """The memory of a batch size and a precision of float32 products, "ieee" or "tf32"."""
         key = count, precision
         if key not in self._spaces:
             while len(self._spaces) >= _KEPT:
                 del self._spaces[next(iter(self._spaces))]
-            self._spaces[key] = _Space(self.plan, count, precision, self._floats, self.device)
+            self._spaces[key] = Space(self.plan, self._tables, count, precision, self.device)
         return self._spaces[key]
 
-    def _give(self, batch: Batch, space: _Space) -> None:
-        """Writes the planes that are given."""
+    def _begin(self, batch: Batch, space: Space) -> None:
+        """Writes everything that differs between batches: zeros to the planes, but for those that are given."""
+        space.planes.zero_()
         given = dict(zip(self.plan.conditions, batch.conditions, strict=True))
         for i, plane in enumerate(self.plan.planes):
             if plane.given:
                 data = given[i] if plane.data is None else plane.data[None].expand(batch.count, -1, -1, -1)
-                size = plane.height * plane.width * batch.count * plane.channels
-                part = space.planes[self._offsets[i] * batch.count :][:size]
-                part.view(plane.height, plane.width, batch.count, plane.channels).copy_(data.permute(2, 3, 0, 1))
+                pitch = _pitch(plane)
+                part = space.planes[self._tables.offsets[i] * batch.count :]
+                part = part[: plane.height * plane.width * batch.count * pitch]
+                part = part.view(plane.height, plane.width, batch.count, pitch)
+                part[..., : plane.channels].copy_(data.permute(2, 3, 0, 1))
+        start = [self.plan.first_row, signed(batch.seed), batch.start]
+        space.state.copy_(torch.tensor(start, dtype=torch.int64, device="cpu"))
+        space.inverse_temperature.fill_(1.0 / batch.temperature)
+        space.mask.zero_() if batch.mask is None else space.mask.copy_(batch.mask)
+        if batch.known is not None:
+            space.known.copy_(batch.known)
 
 
-class _Space:
+class Space:
     """Memory and graphs of one batch size."""
 
-    def __init__(self, plan: Plan, count: int, precision: str, floats: int, device: torch.device):
-        def empty(*shape: int, dtype: torch.dtype) -> Tensor:
+    def __init__(self, plan: Plan, tables: _Tables, count: int, precision: str, device: torch.device):
+        if count * max(p.width for p in plan.planes) >= 2**31:
+            raise ValueError(f"rows of a batch of {count} images are too long: a smaller max_batch is needed")
+
+        def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        self.count, self.precision, self.first_row = count, precision, plan.first_row
-        self.planes = empty(count * floats + kernels.CHANNELS, dtype=torch.float32)
-        self.levels = empty(count, *plan.image_shape, dtype=torch.int32)
-        self.known = empty(count, *plan.image_shape, dtype=torch.int32)
-        self.mask = empty(count, *plan.image_shape[1:], dtype=torch.uint8)
-        self.state = empty(3, dtype=torch.int64)  # image row, seed, index of the first sample
-        self.inverse_temperature = empty(1, dtype=torch.float64)
-        self.graphs: dict[tuple[Any, ...], torch.cuda.CUDAGraph | None] = {}
-
-    def begin(self, batch: Batch) -> None:
-        self.planes.zero_()
-        self.state.copy_(torch.tensor([self.first_row, signed(batch.seed), batch.start], device="cpu"))
-        self.inverse_temperature.fill_(1.0 / batch.temperature)
-        self.mask.zero_() if batch.mask is None else self.mask.copy_(batch.mask)
-        if batch.known is not None:
-            self.known.copy_(batch.known)
+        self.count, self.precision = count, precision
+        self.planes = zeros(count * tables.floats, dtype=torch.float32)
+        self.where = zeros(len(tables.fields), dtype=torch.int64)
+        self.levels = zeros(count, *plan.image_shape, dtype=torch.int32)
+        self.known = zeros(count, *plan.image_shape, dtype=torch.int32)
+        self.mask = zeros(count, *plan.image_shape[1:], dtype=torch.uint8)
+        self.state = zeros(3, dtype=torch.int64)  # image row, seed, index of the first sample
+        self.inverse_temperature = zeros(1, dtype=torch.float64)
+        self.graphs: dict[tuple[Any, ...], torch.cuda.CUDAGraph | None] = {}  # None: seen once
 
 
 @dataclass(frozen=True)
 class _Launch:
-    """What the kernel of a step is told: rows of the table, offsets, and the program."""
+    """What the kernel of a step is told."""
 
+    operand: int
+    init: int
     first: int
     blocks: int
-    loads: int
     weight: int
     bias: int
+    constant: int
+    vector: int
     program: tuple[tuple[str, int, int, int], ...]
-    stores: tuple[int, ...]
+    stores: tuple[tuple[int, int], ...]
 
 
 @dataclass
 class _Tables:
-    """The plan's operands as rows of integers, and what else its kernels read."""
+    """The plan's operands as rows of integers (kernels/sample_plan.py), and what else its kernels read."""
 
     plan: Plan
-    offsets: list[int]
-    rows: list[list[int]] = field(default_factory=list)
+    offsets: list[int] = field(default_factory=list)  # of each plane, floats per sample
+    floats: int = 0  # of all planes, per sample
+    row_fields: list[tuple[int, ...]] = field(default_factory=list)
+    fields: list[tuple[int, ...]] = field(default_factory=list)
     constants: list[float] = field(default_factory=list)
     weights: list[Tensor] = field(default_factory=list)
     biases: list[Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         plan = self.plan
+        for plane in plan.planes:
+            self.offsets.append(self.floats)
+            self.floats += _kept(plane) * plane.width * _pitch(plane)
         self._num_weights = self._num_biases = 0
+        no_bias = torch.zeros(max((s.groups * _columns(s.width) for s in plan.steps), default=0))
+        self._keep(self.biases, no_bias)
+        self._num_biases = self.biases[0].numel()
         self.launches = {id(step): self._step(step) for step in plan.steps}
-        self.draws = [self._add(self._pixel(draw), draw.count) for draw in plan.draws]
-        self.encodings = len(self.rows), len(plan.encodings)
+        self.draws = [self._pixel(draw, draw.count) for draw in plan.draws]
+        self.encodings = len(self.fields), len(plan.encodings)
         offset = 0
         for e in plan.encodings:
-            self._add(self._pixel(e), e.table.shape[1], offset, e.colour)
+            self._pixel(e, e.table.shape[1], offset, e.colour)
             offset += e.table.numel()
 
+    @staticmethod
+    def integers(rows: list[tuple[int, ...]], dtype: torch.dtype) -> Tensor:
+        return torch.tensor(rows, dtype=dtype, device="cpu")
+
     def _step(self, step: Step) -> _Launch:
-        first, loads, program = len(self.rows), 0, []
+        operand, constant, program = len(self.fields), len(self.constants), []
         for instr in step.program:
-            operand = -1
+            index = 0
             if instr.read is not None:
-                operand, loads = loads, loads + 1
-                self._add(self._address(step, instr.read))
+                index = self._address(step, instr.read) - operand
             elif instr.op == "const":
-                if instr.value not in self.constants:
-                    self.constants.append(instr.value)
-                operand = self.constants.index(instr.value)
-            program.append((instr.op, max(instr.a, 0), max(instr.b, 0), operand))
-        for store in step.stores:
-            self._add(self._address(step, store))
-        if step.init is not None:
-            self._add(self._address(step, step.init))
-        blocks = self._product(step)
+                index = len(self.constants) - constant
+                self.constants.append(instr.value)
+            program.append((instr.op, max(instr.a, 0), max(instr.b, 0), index))
+        stores = tuple((s.register, self._address(step, s) - operand) for s in step.stores)
+        init = -1 if step.init is None else self._address(step, step.init)
+        first, k = len(self.fields), 0
+        for tap in step.taps:
+            for c in range(0, tap.count, kernels.CHANNELS):
+                self._address(step, tap, c, min(kernels.CHANNELS, tap.count - c), k + c)
+            k += tap.count
         launch = _Launch(
-            first, blocks, loads, self._num_weights, self._num_biases, tuple(program),
-            tuple(s.register for s in step.stores),
+            operand, init, first, len(self.fields) - first, self._num_weights,
+            0 if step.bias is None else self._num_biases, constant, _vector(step), tuple(program), stores,
         )  # fmt: skip
-        self._num_weights += _keep(self.weights, step.weight)
-        self._num_biases += _keep(self.biases, step.bias)
+        if step.weight is not None:
+            self._num_weights += self._keep(self.weights, _packed(step.weight, step))
+        if step.bias is not None:
+            self._num_biases += self._keep(self.biases, _packed(step.bias, step))
         return launch
 
-    def _product(self, step: Step) -> int:
-        """Adds the blocks of a product; returns their number."""
-        before, k = len(self.rows), 0
-        for tap in step.taps:
-            address = self._address(step, tap)
-            for c in range(0, tap.count, kernels.CHANNELS):
-                block = [*address[:5], address[5] + c, *address[6:]]
-                self._add(block, min(kernels.CHANNELS, tap.count - c), k + c)
-            k += tap.count
-        return len(self.rows) - before
+    @staticmethod
+    def _keep(kept: list[Tensor], tensor: Tensor) -> int:
+        """Adds a tensor, filled up so that the next one is aligned and needs no kernel of its own; returns its size."""
+        kept.append(torch.nn.functional.pad(tensor.flatten(), (0, -tensor.numel() % _ALIGNED)))
+        return kept[-1].numel()
 
-    def _add(self, address: list[int], count: int = 0, more: int = 0, colour: int = 0) -> int:
-        self.rows.append([*address, count, more, colour])
-        return len(self.rows) - 1
+    def _address(
+        self, step: Step, at: Read | StepTap | Store, channel: int = 0, count: int = 0, more: int = 0
+    ) -> int:
+        out = self.plan.planes[step.out]
+        rows, columns = (self.plan.ratio(step, at.plane, axis) for axis in range(2))
+        dy, dx = (0, 0) if isinstance(at, Store) else (at.dy, at.dx)
+        frame = (step.lag_y, out.stride[0])
+        return self._operand(at.plane, frame, (*rows, dy), (*columns, dx), (at.channel + channel, count, more, 0))
 
-    def _address(self, step: Step, at: Read | StepTap | Store) -> list[int]:
-        ratios = [self.plan.ratio(step, at.plane, axis) for axis in range(2)]
-        shifts = (0, 0) if isinstance(at, Store) else (at.dy, at.dx)
-        return self._operand(at.plane, at.channel, shifts, ratios)
-
-    def _pixel(self, at: Any) -> list[int]:
-        """Of a draw or an encoding: the position is that in the image."""
-        return self._operand(at.plane, at.channel, (0, 0), [(1, 1), (1, 1)])
+    def _pixel(self, at: Draw | Encoding, count: int, more: int = 0, colour: int = 0) -> int:
+        return self._operand(at.plane, (0, 1), (1, 1, 0), (1, 1, 0), (at.channel, count, more, colour))
 
     def _operand(
-        self, index: int, channel: int, shifts: tuple[int, int], ratios: list[tuple[int, int]]
-    ) -> list[int]:
+        self, index: int, frame: tuple[int, int], rows: tuple[int, ...], columns: tuple[int, ...],
+        rest: tuple[int, int, int, int],
+    ) -> int:  # fmt: skip
         plane = self.plan.planes[index]
-        sizes = [self.offsets[index], _rows(plane), plane.width, plane.height, plane.channels, channel]
-        for shift, (num, den) in zip(shifts, ratios, strict=True):
-            sizes += [shift, num, den]
-        return [*sizes, int(plane.broadcast)]
+        if plane.broadcast:  # position 0 wherever it is read
+            rows = columns = (0, 1, 0)
+        pitch = _pitch(plane)
+        self.row_fields.append((*frame, *rows, plane.height, _kept(plane), plane.width * pitch, self.offsets[index]))
+        self.fields.append((*columns, plane.width, pitch, *rest))
+        return len(self.fields) - 1
 
 
-def _rows(plane: Any) -> int:
+def _here() -> torch.device:
+    if INTERPRETED:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise RuntimeError("the triton executor needs a GPU: torch.cuda sees none")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+def _kept(plane: Plane) -> int:
     return plane.height if plane.given else plane.rows
 
 
-def _layout(plan: Plan) -> tuple[list[int], int]:
-    """(offset of each plane, all floats), per sample; offsets are such that vectors of four are aligned."""
-    offsets, end = [], 0
-    for plane in plan.planes:
-        offsets.append(end)
-        end += -(-_rows(plane) * plane.width * plane.channels // 4) * 4
-    return offsets, end
+def _pitch(plane: Plane) -> int:
+    return -(-plane.channels // _VECTOR) * _VECTOR
 
 
-def _keep(kept: list[Tensor], tensor: Tensor | None) -> int:
-    """Adds a tensor, filled up so that the next one is aligned and needs no kernel of its own; returns its size."""
-    if tensor is None:
-        return 0
-    size = -(-tensor.numel() // _ALIGNED) * _ALIGNED
-    kept.append(torch.nn.functional.pad(tensor.detach().flatten(), (0, size - tensor.numel())))
-    return size
+def _columns(width: int) -> int:
+    return -(-width // kernels.PITCH) * kernels.PITCH
+
+
+def _vector(step: Step) -> int:
+    """How many floats all that a step reads and writes are multiples of, _VECTOR or 1."""
+    channels = [r.channel for r in (*step.reads(), *step.stores, *step.taps)]
+    return 1 if any(n % _VECTOR for n in (step.width, *channels, *(t.count for t in step.taps))) else _VECTOR
+
+
+def _packed(tensor: Tensor, step: Step) -> Tensor:
+    """[..., groups * width] -> [..., groups, columns]."""
+    groups = tensor.detach().unflatten(-1, (step.groups, step.width))
+    return torch.nn.functional.pad(groups, (0, _columns(step.width) - step.width))
 
 
 def _joined(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
@@ -304,4 +374,4 @@ def _joined(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
 
 
 def _power(n: int) -> int:
-    return 1 << math.ceil(math.log2(max(n, 1)))
+    return 1 << max(n - 1, 0).bit_length()
