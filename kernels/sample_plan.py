@@ -6,8 +6,8 @@ a step. `begin_row` finds the row of each, in the image row that is drawn; all e
 steps, so that launches captured for one serve the others. `state` holds the image row, the seed and the index of the
 first sample.
 
-A step's rows are (column, sample) pairs. Its product is summed over blocks of at most `CHANNELS` channels, in one order
-whatever the tile, so that the batch changes no bit. Sums are float32.
+A step's rows are (column, sample) pairs. Its product is summed over taps and channels in one order, whatever the tile,
+so that the batch changes no bit. Sums are float32.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from fastgen.kernels.philox import philox
 # dy; height of the plane, rows kept, floats of a row, offset of the plane.
 ROW_FIELDS = 9
 # int32: numerator and denominator of the columns' ratio, and dx; width of the plane, floats of a position, first
-# channel; channels to read; then the first row of the weight (of a product's block), or the offset of the table and the
-# colour (of an encoding).
+# channel; channels to read; then the first row of the weight (of a tap), or the offset of the table and the colour (of an
+# encoding).
 FIELDS = 9
-CHANNELS = 32  # of the source, in a block of a product
+CHANNELS = 32  # of a tap that are multiplied at a time
 PITCH = 16  # columns of weights and biases come in multiples of it
 _ROW_FIELDS, _FIELDS, _PITCH = tl.constexpr(ROW_FIELDS), tl.constexpr(FIELDS), tl.constexpr(PITCH)
 _FAR = tl.constexpr(1 << 18)  # of the divisor: makes dividends positive, as division rounds towards zero
@@ -139,47 +139,50 @@ def _multiply(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def _product(
-    workspace, where, fields, weight, bias, init, first, blocks, column, sample, exists, m, batch, width,
-    GROUPS: tl.constexpr, VECTOR: tl.constexpr, PRECISION: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr,
+    workspace, where, fields, weight, bias, init, first, taps, column, sample, exists, m, batch, width,
+    GROUPS: tl.constexpr, VECTOR: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    CHANNELS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The groups of a step's sum, from its bias and, unless negative, the operand `init`."""
     pitch = (width + _PITCH - 1) // _PITCH * _PITCH
     of_weight = (m < pitch)[None, :]
     at, inside = _locate(where, fields, tl.maximum(init, 0), column, sample, batch, VECTOR)
-    known = (inside & exists & (init >= 0))[:, None] & (m < width)[None, :]
+    done = (inside & exists & (init >= 0))[:, None] & (m < width)[None, :]
     sums = ()
     for g in tl.static_range(GROUPS):
         acc = tl.zeros([ROWS, COLUMNS], tl.float32) + tl.load(bias + g * pitch + m, m < pitch, 0.0)[None, :]
-        sums = sums + (acc + tl.load(workspace + at[:, None] + g * width + m[None, :], known, 0.0),)
-    c = tl.arange(0, CHANNELS)
-    for block in range(first, first + blocks):
-        at, inside = _locate(where, fields, block, column, sample, batch, VECTOR)
-        field = fields + block * _FIELDS
-        within = c < tl.multiple_of(tl.load(field + 6), VECTOR)
-        a = tl.load(workspace + at[:, None] + c[None, :], (inside & exists)[:, None] & within[None, :], 0.0)
-        k = (tl.load(field + 7) + c).to(tl.int64) * (GROUPS * pitch)
-        added = ()
-        for g in tl.static_range(GROUPS):
-            b = tl.load(weight + k[:, None] + (g * pitch + m)[None, :], within[:, None] & of_weight, 0.0)
-            added = added + (_multiply(a, b, sums[g], PRECISION),)
-        sums = added
+        sums = sums + (acc + tl.load(workspace + at[:, None] + g * width + m[None, :], done, 0.0),)
+    for tap in range(first, first + taps):
+        at, inside = _locate(where, fields, tap, column, sample, batch, VECTOR)
+        known = (inside & exists)[:, None]
+        count = tl.multiple_of(tl.load(fields + tap * _FIELDS + 6), VECTOR)
+        row = tl.load(fields + tap * _FIELDS + 7)
+        for channel in tl.range(0, count, CHANNELS, num_stages=STAGES):
+            c = channel + tl.arange(0, CHANNELS)
+            a = tl.load(workspace + at[:, None] + c[None, :], known & (c < count)[None, :], 0.0)
+            k = (row + c).to(tl.int64) * (GROUPS * pitch)
+            added = ()
+            for g in tl.static_range(GROUPS):
+                b = tl.load(weight + k[:, None] + (g * pitch + m)[None, :], (c < count)[:, None] & of_weight, 0.0)
+                added = added + (_multiply(a, b, sums[g], PRECISION),)
+            sums = added
     return sums
 
 
 @triton.jit(
-    do_not_specialize=["operand", "init", "first", "blocks", "column0", "every", "columns", "batch", "vectors"]
+    do_not_specialize=["operand", "init", "first", "taps", "column0", "every", "columns", "batch", "vectors"]
 )
 def step(
-    workspace, where, fields, weight, bias, constants, operand, init, first, blocks, column0, every, columns, batch,
+    workspace, where, fields, weight, bias, constants, operand, init, first, taps, column0, every, columns, batch,
     vectors, PROGRAM: tl.constexpr, STORES: tl.constexpr, GROUPS: tl.constexpr, VECTOR: tl.constexpr,
     PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """Columns column0, column0 + every, ... of a step's frame, and VECTOR * vectors channels.
 
     PROGRAM: (op, register a, register b, operand) of each instruction; that of a "load" counts from `operand`, that of a
     "const" in `constants`. STORES: (register, operand) of each store. The product has GROUPS groups, none for 0, and its
-    blocks are `blocks` operands from `first` on. The workspace is float32, the weight [K, GROUPS, width] float32 or
+    taps are `taps` operands from `first` on. The workspace is float32, the weight [K, GROUPS, width] float32 or
     bfloat16, its width filled up to a multiple of PITCH. All operands, and their channels, are multiples of VECTOR.
     """
     width = vectors * VECTOR
@@ -189,8 +192,8 @@ def step(
     column, sample = column0 + r // batch * every, r % batch
     if GROUPS > 0:
         sums = _product(
-            workspace, where, fields, weight, bias, init, first, blocks, column, sample, exists, m, batch, width,
-            GROUPS, VECTOR, PRECISION, ROWS, COLUMNS, CHANNELS,
+            workspace, where, fields, weight, bias, init, first, taps, column, sample, exists, m, batch, width,
+            GROUPS, VECTOR, PRECISION, ROWS, COLUMNS, CHANNELS, STAGES,
         )  # fmt: skip
     values = ()
     for i in tl.static_range(len(PROGRAM)):

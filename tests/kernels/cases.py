@@ -83,7 +83,7 @@ def plan(network: Callable[[], torch.nn.Module], precision: str, *counts: int) -
         executor = TritonExecutor(kept, torch.device("cpu"))
         for count in counts:
             space = executor.space(count, "ieee")
-            for row in {tuple(map(id, steps)): (steps, pixels, drawn) for steps, pixels, drawn in executor.rows}.values():
+            for row in executor.patterns:
                 executor.launch_row(row, space)
 
     return launch

@@ -21,6 +21,7 @@ _KEPT = 2  # batch sizes whose memory and graphs are kept: batches of one call d
 _VECTOR = 4  # floats that are read at once where all that a step reads and writes comes in such pieces
 _ALIGNED = 8  # elements: Triton looks whether pointers are multiples of 16 bytes
 _MULTIPROCESSORS = 128  # of a large GPU
+_STAGES = 4  # of a product's pipeline
 _ROW_SIZE = 256  # operands of a program of `begin_row`
 _DRAW_SAMPLES, _DRAW_LEVELS = 4, 1024  # of a program that draws from logits
 _MIXTURE_SAMPLES = 16
@@ -33,7 +34,6 @@ class Tile(NamedTuple):
     rows: int
     columns: int
     warps: int
-    stages: int = 3
 
 
 # Products on tensor cores take no more than 32 rows: from 64 on other instructions would multiply, and nobody promises
@@ -147,11 +147,11 @@ class TritonExecutor:
         tile = self._tile(step, rows, space.precision)
         kernels.step[(-(-rows // tile.rows), -(-step.width // tile.columns))](
             space.planes, space.where, self._fields, self._weight[launch.weight :], self._bias[launch.bias :],
-            self._constants[launch.constant :], launch.operand, launch.init, launch.first, launch.blocks,
+            self._constants[launch.constant :], launch.operand, launch.init, launch.first, len(step.taps),
             column, step.period[1], columns, space.count, step.width // launch.vector,
             PROGRAM=launch.program, STORES=launch.stores, GROUPS=step.groups, VECTOR=launch.vector,
             PRECISION=space.precision, ROWS=tile.rows, COLUMNS=tile.columns, CHANNELS=kernels.CHANNELS,
-            num_warps=tile.warps, num_stages=tile.stages,
+            STAGES=_STAGES, num_warps=tile.warps,
         )  # fmt: skip
 
     def _tile(self, step: Step, rows: int, precision: str) -> Tile:
@@ -236,7 +236,6 @@ class _Launch:
     operand: int
     init: int
     first: int
-    blocks: int
     weight: int
     bias: int
     constant: int
@@ -293,12 +292,11 @@ class _Tables:
         init = -1 if step.init is None else self._address(step, step.init)
         first, k = len(self.fields), 0
         for tap in step.taps:
-            for c in range(0, tap.count, kernels.CHANNELS):
-                self._address(step, tap, c, min(kernels.CHANNELS, tap.count - c), k + c)
+            self._address(step, tap, tap.count, k)
             k += tap.count
         launch = _Launch(
-            operand, init, first, len(self.fields) - first, self._num_weights,
-            0 if step.bias is None else self._num_biases, constant, _vector(step), tuple(program), stores,
+            operand, init, first, self._num_weights, 0 if step.bias is None else self._num_biases, constant,
+            _vector(step), tuple(program), stores,
         )  # fmt: skip
         if step.weight is not None:
             self._num_weights += self._keep(self.weights, _packed(step.weight, step))
@@ -312,14 +310,12 @@ class _Tables:
         kept.append(torch.nn.functional.pad(tensor.flatten(), (0, -tensor.numel() % _ALIGNED)))
         return kept[-1].numel()
 
-    def _address(
-        self, step: Step, at: Read | StepTap | Store, channel: int = 0, count: int = 0, more: int = 0
-    ) -> int:
+    def _address(self, step: Step, at: Read | StepTap | Store, count: int = 0, more: int = 0) -> int:
         out = self.plan.planes[step.out]
         rows, columns = (self.plan.ratio(step, at.plane, axis) for axis in range(2))
         dy, dx = (0, 0) if isinstance(at, Store) else (at.dy, at.dx)
         frame = (step.lag_y, out.stride[0])
-        return self._operand(at.plane, frame, (*rows, dy), (*columns, dx), (at.channel + channel, count, more, 0))
+        return self._operand(at.plane, frame, (*rows, dy), (*columns, dx), (at.channel, count, more, 0))
 
     def _pixel(self, at: Draw | Encoding, count: int, more: int = 0, colour: int = 0) -> int:
         return self._operand(at.plane, (0, 1), (1, 1, 0), (1, 1, 0), (at.channel, count, more, colour))
