@@ -76,7 +76,8 @@ def _locate(where, fields, operand, column, sample, batch, VECTOR: tl.constexpr)
 def _expm1(x):
     """e^x - 1 without cancellation near 0; above 88 as if it were 88."""
     x = tl.minimum(x, 88.0)
-    return exp_beyond_tangent(x, exp(x)) + x
+    power = exp(x)
+    return tl.where(tl.abs(x) <= 0.5, exp_beyond_tangent(x, power) + x, power - 1.0)
 
 
 @triton.jit

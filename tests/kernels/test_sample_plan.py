@@ -1,0 +1,269 @@
+"""The Triton executor draws what the C++ executor draws: in Triton's interpreter, and on a GPU where there is one."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor, nn
+
+from fastgen import backends, models
+from fastgen.kernels import sample_plan
+from fastgen.sampling import Categorical, Sampler, audit
+from fastgen.sampling.executors import triton as executor
+from fastgen.sampling.plan import PRIMITIVES, UNARY, apply
+from tests.sampling import networks, test_levels
+
+from .conftest import INTERPRETED
+
+LARGE = 2**64 - 5, 2**33 + 7  # a seed and a start that need all their bits
+
+
+def gated() -> nn.Module:
+    return models.GatedPixelCNN(image_shape=(1, 2, 3), levels=5, num_filters=4, num_blocks=1, num_classes=3)
+
+
+def narrow() -> nn.Module:
+    return models.GatedPixelCNN(image_shape=(1, 2, 1), levels=5, num_filters=20, num_blocks=1, num_classes=3)
+
+
+def binary() -> nn.Module:
+    return models.PixelCNN(
+        image_shape=(1, 2, 3), levels=2, head="bernoulli", num_filters=4, num_blocks=1, num_features=4
+    )
+
+
+def colours() -> nn.Module:
+    return models.PixelCNN(image_shape=(3, 2, 2), levels=5, num_filters=6, num_blocks=1, num_features=6)
+
+
+def wide() -> nn.Module:
+    """Channels in fours; taps of several blocks, steps of several tiles."""
+    return models.PixelCNN(image_shape=(1, 1, 3), levels=20, num_filters=36, num_blocks=1, num_features=36)
+
+
+def mixture() -> nn.Module:
+    model = models.PixelCNNpp(image_shape=(3, 2, 2), num_filters=5, num_blocks=1, num_mixtures=3)
+    model.initialize(torch.randint(256, (4, 3, 2, 2), dtype=torch.uint8))
+    return model
+
+
+def grey_mixture() -> nn.Module:
+    return models.PixelCNNpp(image_shape=(1, 1, 3), levels=7, num_filters=4, num_blocks=1, num_mixtures=1)
+
+
+def make(build: Callable[[], nn.Module]) -> nn.Module:
+    """With weights large enough that mistakes show."""
+    torch.manual_seed(3)
+    model = build().eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(1.5)
+    return model
+
+
+def sampler(model: nn.Module, device: str, **given: Any) -> Sampler:
+    return Sampler(model if device == "cpu" else copy.deepcopy(model).to(device), backend="triton", **given)
+
+
+def assert_same(images: Tensor, model: nn.Module, given: dict[str, Any], **options: Any) -> None:
+    """What the CPU draws, but for proven ties: sums and elementary functions round in other ways."""
+    expected = Sampler(model, backend="cpu", **given).sample(len(images), **options)
+    assert len(expected.unique()) > 1
+    if not torch.equal(images, expected):
+        options.pop("known", None)
+        report = audit(model, images, **given, **options)
+        assert report.ok, report
+        assert (images != expected).float().mean() < 0.5
+
+
+@pytest.mark.parametrize("build", [gated, binary, colours, wide, mixture, grey_mixture], ids=lambda f: f.__name__)
+def test_models_equal_the_cpu(build, device):
+    model = make(build)
+    options = {"seed": LARGE[0], "start": LARGE[1]}
+    if model.num_classes is not None:
+        options["labels"] = torch.tensor([2, 0, 1])
+    assert_same(sampler(model, device).sample(3, **options), model, {}, **options)
+
+
+@pytest.mark.parametrize("build", [wide, mixture], ids=lambda f: f.__name__)
+def test_weights_in_bfloat16(build, device):
+    model, given = make(build), {"precision": "bf16"}
+    images = sampler(model, device, **given).sample(2, seed=1)
+    assert_same(images, model, given, seed=1)
+
+
+@pytest.mark.parametrize("name", ["centred then shifted", "permuted", "labelled"])
+def test_foreign_networks_equal_the_cpu(name, device):
+    network, channels, num_classes = networks.make(name, 2, 3)
+    given = {"image_shape": (channels, 2, 3), "head": Categorical(networks.LEVELS), "num_classes": num_classes}
+    options = {"labels": torch.tensor([1, 3])} if num_classes else {}
+    assert_same(sampler(network, device, **given).sample(2, **options), network, given, **options)
+
+
+@pytest.mark.parametrize("name", ["three_levels", "strides_of_their_own", "nearest"])
+def test_levels_equal_the_cpu(name, device):
+    network, given = test_levels.make(getattr(test_levels, name), (4, 3))
+    options = {"labels": torch.tensor([2, 0])}
+    assert_same(sampler(network, device, **given).sample(2, **options), network, given, **options)
+
+
+@pytest.mark.parametrize("build", [binary, colours], ids=lambda f: f.__name__)
+def test_known_pixels_and_temperature(build, device):
+    model = make(build)
+    known = torch.randint(model.levels, (3, *model.image_shape), dtype=torch.uint8)
+    mask = torch.rand(3, *model.image_shape[1:]) < 0.4
+    options = {"seed": 1, "temperature": 0.6, "known": known, "mask": mask}
+    images = sampler(model, device).sample(3, **options)
+    given = mask.unsqueeze(1).expand_as(known)
+    assert torch.equal(images[given], known[given])
+    assert_same(images, model, {}, **options)
+
+
+def test_more_levels_than_a_program_reads_at_once(device, monkeypatch):
+    monkeypatch.setattr(executor, "_DRAW_LEVELS", 2)
+    model = make(gated)
+    assert_same(sampler(model, device).sample(4, seed=2, labels=1), model, {}, seed=2, labels=1)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_batches_change_no_bit(precision, device):
+    """Of more samples than a tile has rows; memory of three sizes, of which two are kept; calls leave nothing behind."""
+    model = make(narrow)
+    whole = sampler(model, device, precision=precision)
+    images = whole.sample(18, seed=4, labels=torch.arange(18) % 3)
+    for first, last in [(0, 1), (16, 18), (3, 4)]:
+        labels = torch.arange(first, last) % 3
+        assert torch.equal(whole.sample(last - first, seed=4, start=first, labels=labels), images[first:last])
+    assert len(whole._executor._spaces) == executor._KEPT
+
+
+def test_known_pixels_of_one_call_are_not_those_of_the_next(device):
+    model = make(binary)
+    repeated = sampler(model, device)
+    plain = repeated.sample(2)
+    everything = torch.ones(2, 3, dtype=torch.bool)
+    assert torch.equal(repeated.sample(2, known=1 - plain, mask=everything), 1 - plain)
+    assert torch.equal(repeated.sample(2), plain)
+
+
+@triton.jit
+def _primitive(a, b, out, OP: tl.constexpr, SIZE: tl.constexpr):
+    i = tl.arange(0, SIZE)
+    tl.store(out + i, sample_plan._apply(OP, tl.load(a + i), tl.load(b + i)))
+
+
+@pytest.mark.parametrize("op", PRIMITIVES)
+def test_primitives(op, device):
+    """At most twice the error of PyTorch in float32, or two units in the last place."""
+    a = torch.cat([torch.randn(500) * 4, torch.randn(500) * 0.01, torch.tensor([0.0, -0.0, 1.0, -1.0] * 6)])
+    b = torch.randn(1024) * 4
+    a, b = (a.abs() if op in ("log", "sqrt") else a), torch.where(b.abs() < 0.1, 1.0, b)
+    out = torch.empty(1024, device=device)
+    _primitive[(1,)](a.to(device), b.to(device), out, OP=op, SIZE=1024)
+    operands = (a,) if op in UNARY else (a, b)
+    exact = apply(op, *(x.double() for x in operands))
+    error = (apply(op, *operands).double() - exact).abs().nan_to_num(0, 0, 0)
+    difference = torch.where(out.cpu() == exact, 0.0, (out.cpu().double() - exact).abs())
+    assert (difference <= 2 * error.clamp(min=2.0**-23 * exact.abs().clamp(min=2.0**-126))).all()
+
+
+def test_where_no_gpu_is_the_request_fails(monkeypatch):
+    model = make(binary)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(RuntimeError, match="the backend 'triton' was asked for.* it takes cuda tensors, got one on cpu"):
+        Sampler(model, backend="triton")
+    monkeypatch.setattr(executor, "INTERPRETED", False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RuntimeError, match="the triton executor needs a GPU"):
+        executor.TritonExecutor(Sampler(model, backend="reference").plan)
+
+
+def test_rows_beyond_32_bits_are_refused():
+    plan = Sampler(make(binary), backend="reference").plan
+    with pytest.raises(ValueError, match="a smaller max_batch is needed"):
+        executor.TritonExecutor(plan, torch.device("cpu")).space(2**30, "ieee")
+
+
+# What only a GPU shows.
+
+
+def tall() -> nn.Module:
+    """Rows of several patterns, each of them several times: launched, captured, replayed."""
+    return models.PixelCNNpp(image_shape=(3, 13, 6), num_filters=20, num_blocks=1, num_mixtures=3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_captured_rows_draw_the_same(precision):
+    model = make(tall)
+    repeated = sampler(model, "cuda", precision=precision)
+    first = repeated.sample(70, seed=1)
+    assert_same(first, model, {"precision": precision}, seed=1)
+    for _ in range(2):
+        assert torch.equal(repeated.sample(70, seed=1), first)
+    (space,) = repeated._executor._spaces.values()
+    assert any(graph is not None for graph in space.graphs.values())
+    for max_batch in (1, 9):  # other tiles
+        small = sampler(model, "cuda", precision=precision, max_batch=max_batch)
+        assert torch.equal(small.sample(10, seed=1), first[:10])
+
+
+@pytest.mark.gpu
+def test_on_another_stream():
+    model = make(gated)
+    repeated = sampler(model, "cuda")
+    expected = repeated.sample(5, seed=2, labels=1)
+    for _ in range(3):
+        with torch.cuda.stream(torch.cuda.Stream()):
+            assert torch.equal(repeated.sample(5, seed=2, labels=1), expected)
+    assert torch.equal(repeated.sample(5, seed=2, labels=1), expected)
+
+
+@pytest.mark.gpu
+def test_tf32_is_for_those_who_ask():
+    model = make(tall)
+    repeated = sampler(model, "cuda")
+    exact = repeated.sample(20)
+    torch.set_float32_matmul_precision("high")
+    try:
+        rough = repeated.sample(20)
+        assert torch.equal(sampler(model, "cuda", max_batch=3).sample(20), rough)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert torch.equal(repeated.sample(20), exact)
+    assert len(repeated._executor._spaces) == 2
+
+
+@pytest.mark.gpu
+def test_the_automatic_choice_on_a_gpu_and_the_other_executor_there():
+    model = make(tall)
+    automatic = Sampler(copy.deepcopy(model).cuda())
+    assert isinstance(automatic._executor, executor.TritonExecutor)
+    images = automatic.sample(6, seed=3)
+    assert_same(images, model, {}, seed=3)
+    if backends.import_error("_cuda") is None:
+        other = Sampler(copy.deepcopy(model).cuda(), backend="cuda").sample(6, seed=3)
+        assert torch.equal(other, images) or audit(model, other, seed=3).ok
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU at most")
+def test_on_the_device_of_the_model():
+    model = make(tall)
+    images = sampler(model, "cuda:0").sample(20, seed=1)  # captures there
+    second = sampler(model, "cuda:1")
+    assert second._executor.device == torch.device("cuda", 1)
+    for _ in range(3):
+        assert torch.equal(second.sample(20, seed=1), images)
+    assert torch.cuda.current_device() == 0
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the automatic choice there is Triton")
+def test_models_on_the_cpu_are_sampled_there():
+    assert not isinstance(Sampler(make(binary))._executor, executor.TritonExecutor)
