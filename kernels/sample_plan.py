@@ -1,10 +1,10 @@
 """Steps and draws of a sampling plan (fastgen/sampling/plan.py), whatever the model.
 
 A plane lies at `offset * batch` floats of the workspace as [rows][width][batch][channels], row y at y mod rows; what is
-read outside of it is zero. An operand is what a kernel reads or writes: some channels of a plane, seen from the frame of
-a step. `begin_row` finds the row of each, in the image row that is drawn; all else is the same in all rows with the same
-steps, so that launches captured for one serve the others. `state` holds the image row, the seed and the index of the
-first sample.
+read outside of it is zero. An operand is what a kernel reads or writes: some channels of a plane, seen from the frame
+of a step. `begin_row` finds the row of each, in the image row that is drawn; all else is the same in all rows with the
+same steps, so that launches captured for one serve the others. `state` holds the image row, the seed and the index of
+the first sample.
 
 A step's rows are (column, sample) pairs. Its product is summed over taps and channels in one order, whatever the tile,
 so that the batch changes no bit. Sums are float32.
@@ -22,8 +22,8 @@ from fastgen.kernels.philox import philox
 # dy; height of the plane, rows kept, floats of a row, offset of the plane.
 ROW_FIELDS = 9
 # int32: numerator and denominator of the columns' ratio, and dx; width of the plane, floats of a position, first
-# channel; channels to read; then the first row of the weight (of a tap), or the offset of the table and the colour (of an
-# encoding).
+# channel; channels to read; then the first row of the weight (of a tap), or the offset of the table and the colour (of
+# an encoding).
 FIELDS = 9
 CHANNELS = 32  # of a tap that are multiplied at a time
 PITCH = 16  # columns of weights and biases come in multiples of it
@@ -63,7 +63,7 @@ def end_row(state):
 
 @triton.jit
 def _locate(where, fields, operand, column, sample, batch, VECTOR: tl.constexpr):
-    """Where an operand's first channel of a column of the frame lies, a multiple of VECTOR, and whether it is inside."""
+    """Where an operand's first channel lies in a column of the frame, a multiple of VECTOR, and whether it is inside."""
     row, field = tl.load(where + operand), fields + operand * _FIELDS
     x = _floor_div(column * tl.load(field) + tl.load(field + 2), tl.load(field + 1))
     inside = (row >= 0) & (x >= 0) & (x < tl.load(field + 3))
@@ -170,9 +170,7 @@ def _product(
     return sums
 
 
-@triton.jit(
-    do_not_specialize=["operand", "init", "first", "taps", "column0", "every", "columns", "batch", "vectors"]
-)
+@triton.jit(do_not_specialize=["operand", "init", "first", "taps", "column0", "every", "columns", "batch", "vectors"])
 def step(
     workspace, where, fields, weight, bias, constants, operand, init, first, taps, column0, every, columns, batch,
     vectors, PROGRAM: tl.constexpr, STORES: tl.constexpr, GROUPS: tl.constexpr, VECTOR: tl.constexpr,
@@ -181,9 +179,9 @@ def step(
 ):  # fmt: skip
     """Columns column0, column0 + every, ... of a step's frame, and VECTOR * vectors channels.
 
-    PROGRAM: (op, register a, register b, operand) of each instruction; that of a "load" counts from `operand`, that of a
-    "const" in `constants`. STORES: (register, operand) of each store. The product has GROUPS groups, none for 0, and its
-    taps are `taps` operands from `first` on. The workspace is float32, the weight [K, GROUPS, width] float32 or
+    PROGRAM: (op, register a, register b, operand) of each instruction; that of a "load" counts from `operand`, that of
+    a "const" in `constants`. STORES: (register, operand) of each store. The product has GROUPS groups, none for 0, and
+    its taps are `taps` operands from `first` on. The workspace is float32, the weight [K, GROUPS, width] float32 or
     bfloat16, its width filled up to a multiple of PITCH. All operands, and their channels, are multiples of VECTOR.
     """
     width = vectors * VECTOR
@@ -253,7 +251,8 @@ def _settle(
 
 @triton.jit(
     do_not_specialize=[
-        "operand", "x", "batch", "encodings", "num_encodings", "colours", "height", "width", "colour", "uniform", "count",
+        "operand", "x", "batch", "encodings", "num_encodings", "colours", "height", "width", "colour", "uniform",
+        "count",
     ]
 )  # fmt: skip
 def draw_level(

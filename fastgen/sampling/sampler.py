@@ -26,7 +26,7 @@ from fastgen.sampling.subject import evaluating, host_defaults, make_subject
 from fastgen.sampling.trace import TRACE_BATCH, trace
 
 LARGEST_BATCH = 256  # beyond it the caches only grow
-MEMORY_SHARE = 0.25  # of the machine's memory, for the caches of one batch
+MEMORY_SHARE = 0.25  # of the memory of the machine, or of the GPU that draws, for the caches of one batch
 
 
 def _triton_executor(plan: Plan) -> Any:
@@ -55,9 +55,9 @@ class Sampler:
     change.
 
     Memory: the weights of products once, packed (`weight_bytes`), and during `sample` the planes of a batch
-    (`plan.cache_bytes` for each of its samples); rows of fewer than 16 channels or columns are padded to 16. Where the
-    CPU filters rows of r taps with fewer multiplications (`fastgen.sampling.executors.winograd`), their weights are
-    r + 1 float32 in place of r.
+    (`plan.cache_bytes` for each of its samples; Triton keeps those of two batch sizes); rows of fewer than 16 channels
+    or columns are padded to 16. Where the CPU filters rows of r taps with fewer multiplications
+    (`fastgen.sampling.executors.winograd`), their weights are r + 1 float32 in place of r.
 
     A sample is a function of (weights, seed, index, labels, temperature, known pixels): not of the batch size, the
     number of threads or the other samples drawn with it, bit for bit.
@@ -74,8 +74,8 @@ class Sampler:
             weights, which is not quite the same model.
         backend: "reference", "cpu", "triton" or "cuda" (for a model on a GPU), or "auto": what `fastgen.backend` or
             FASTGEN_BACKEND asks for, else Triton for a model on a GPU, else the CPU.
-        max_batch: most samples drawn at a time; default: what fits a quarter of the memory, at most 256. Changes no
-            sample.
+        max_batch: most samples drawn at a time; default: what fits a quarter of the memory of the machine, or of
+            the GPU that draws, at most 256. Changes no sample.
 
     Raises:
         NotCausal: the model sees the pixel it predicts, or a later one; the text names the module.
@@ -111,7 +111,7 @@ class Sampler:
             _check_finite(self.plan)
             with host_defaults(), _device(self._subject.like):
                 self._executor = executor(self.plan)
-        self.max_batch = max_batch or _batch_that_fits(self.plan)
+        self.max_batch = max_batch or _batch_that_fits(self.plan, _memory_of(self._executor))
         if not isinstance(self._executor, ReferenceExecutor):
             self.plan.drop_weights()
 
@@ -256,6 +256,13 @@ def _check_finite(plan: Plan) -> None:
             raise ValueError(f"a constant of module {plane.name!r} holds NaN")
 
 
-def _batch_that_fits(plan: Plan) -> int:
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+def _memory_of(executor: Any) -> int:
+    """Bytes of the GPU that it runs on, or of the machine."""
+    device = getattr(executor, "device", None)
+    if device is not None and device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _batch_that_fits(plan: Plan, memory: int) -> int:
     return int(max(1, min(LARGEST_BATCH, MEMORY_SHARE * memory // max(1, plan.cache_bytes))))

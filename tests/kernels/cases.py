@@ -6,9 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastgen import models
+from fastgen.nn import MaskedConv2d
+from fastgen.sampling import Bernoulli
 
 Case = tuple[str, str, Callable[[], tuple[Any, ...]]]  # module, function, arguments
 FLOAT, BFLOAT, HALF = torch.float32, torch.bfloat16, torch.float16
@@ -71,34 +74,50 @@ def transposed(channels: int, out: int, size: int, dtype: torch.dtype, activatio
     }  # fmt: skip
 
 
-def plan(network: Callable[[], torch.nn.Module], precision: str, *counts: int) -> Callable[[], None]:
-    """All that sampling a network launches, for batches of these sizes."""
+class Primitives(torch.nn.Module):
+    """A step with nearly all the primitives of a plan."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = MaskedConv2d(1, 4, 3, mask_type="A")
+        self.out = torch.nn.Conv2d(4, 1, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        x = F.gelu(x) + F.mish(x) / (1.5 + F.hardsigmoid(x)) - F.selu(x)
+        return self.out(torch.sigmoid(torch.expm1(x) + torch.sqrt(torch.abs(x))))
+
+
+def plan(
+    network: Callable[[], torch.nn.Module], precision: str, products: str, *groups: int, **given: Any
+) -> Callable[[], None]:
+    """Of what sampling a network launches: draws, and of steps with so many groups the longest program in all tiles."""
 
     def launch() -> None:
         from fastgen.sampling import Sampler
-        from fastgen.sampling.executors.triton import TritonExecutor
+        from fastgen.sampling.executors.triton import TritonExecutor, tiles
 
         # The plan of a sampler on the CPU keeps no weights; their values do not matter here.
-        kept = Sampler(network(), precision=precision, backend="reference").plan
+        kept = Sampler(network(), **given, precision=precision, backend="reference").plan
         executor = TritonExecutor(kept, torch.device("cpu"))
-        for count in counts:
-            space = executor.space(count, "ieee")
-            for row in executor.patterns:
-                executor.launch_row(row, space)
+        space = executor.space(1, products)
+        executor.launch_row(((), (), True), space)
+        for count in groups:
+            step = max((s for s in kept.steps if s.groups == count), key=lambda s: len(s.program))
+            for tile in tiles(step.groups, precision, products):
+                space.count = max(1, tile.programs * tile.rows)
+                executor.launch_step(step, space, 0, 1)
 
     return launch
 
 
 def pixelcnnpp() -> torch.nn.Module:
-    return models.PixelCNNpp(image_shape=(3, 8, 8), num_filters=160, num_blocks=1)
+    return models.PixelCNNpp(image_shape=(3, 2, 2), num_filters=8, num_blocks=1)
 
 
 def gated() -> torch.nn.Module:
-    return models.GatedPixelCNN(image_shape=(1, 5, 5), levels=256, num_filters=64, num_blocks=1)
-
-
-def binary() -> torch.nn.Module:
-    return models.PixelCNN(image_shape=(1, 5, 5), levels=2, head="bernoulli", num_filters=16, num_blocks=1)
+    """Of channels that are no multiples of four."""
+    return models.GatedPixelCNN(image_shape=(1, 2, 2), levels=256, num_filters=7, num_blocks=1)
 
 
 def named(suffix: str, cases: dict[str, Case]) -> dict[str, Case]:
@@ -122,8 +141,8 @@ CASES: dict[str, Case] = {
 }
 
 PLANS: dict[str, Callable[[], None]] = {
-    "sample_plan PixelCNN++ fp32": plan(pixelcnnpp, "fp32", 1, 16, 256),
-    "sample_plan PixelCNN++ bf16": plan(pixelcnnpp, "bf16", 1, 256),
-    "sample_plan gated fp32": plan(gated, "fp32", 1, 256),
-    "sample_plan binary fp32": plan(binary, "fp32", 1),
+    "sample_plan PixelCNN++ fp32": plan(pixelcnnpp, "fp32", "ieee", 0, 2),
+    "sample_plan PixelCNN++ bf16": plan(pixelcnnpp, "bf16", "ieee", 2),
+    "sample_plan gated tf32": plan(gated, "fp32", "tf32", 2),
+    "sample_plan primitives fp32": plan(Primitives, "fp32", "ieee", 1, image_shape=(1, 2, 2), head=Bernoulli()),
 }

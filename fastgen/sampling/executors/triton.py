@@ -1,4 +1,4 @@
-"""The plan executed by Triton kernels (kernels/sample_plan.py): on a GPU, rows of an image are replayed as CUDA graphs."""
+"""The plan executed by Triton kernels (kernels/sample_plan.py); on a GPU, rows of an image are replayed CUDA graphs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _ALIGNED = 8  # elements: Triton looks whether pointers are multiples of 16 byte
 _MULTIPROCESSORS = 128  # of a large GPU
 _STAGES = 4  # of a product's pipeline
 _ROW_SIZE = 256  # operands of a program of `begin_row`
-_DRAW_SAMPLES, _DRAW_LEVELS = 4, 1024  # of a program that draws from logits
+_DRAW_SAMPLES, _DRAW_LEVELS = 1, 512  # of a program that draws from logits, at a time
 _MIXTURE_SAMPLES = 16
 
 
@@ -39,11 +39,22 @@ class Tile(NamedTuple):
 # Products on tensor cores take no more than 32 rows: from 64 on other instructions would multiply, and nobody promises
 # that they sum in the same order.
 _FULL = (Tile(2 * _MULTIPROCESSORS, 64, 64, 8), Tile(_MULTIPROCESSORS, 32, 32, 4), Tile(0, 16, 16, 4))
-_TENSOR = (Tile(2 * _MULTIPROCESSORS, 32, 64, 4), Tile(0, 16, 16, 4))
+_TENSOR = (Tile(_MULTIPROCESSORS, 32, 32, 4), Tile(0, 16, 16, 4))
 _NO_PRODUCT = (Tile(0, 16, 32, 4),)
 _INTERPRETED = (Tile(0, 16, 16, 4),)  # so that small planes have several
 
-Pattern = tuple[tuple[Step, ...], tuple[Step, ...], bool]  # row steps and pixel steps that have work, whether it is drawn
+
+def tiles(groups: int, precision: str, products: str) -> tuple[Tile, ...]:
+    """Of steps with so many groups; weights of a precision, float32 products "ieee" or "tf32". All sum in one order."""
+    if INTERPRETED:
+        return _INTERPRETED
+    if groups == 0:
+        return _NO_PRODUCT
+    return _FULL if (precision, products) == ("fp32", "ieee") else _TENSOR
+
+
+# Row steps and pixel steps that have work in an image row, and whether pixels are drawn.
+Pattern = tuple[tuple[Step, ...], tuple[Step, ...], bool]
 
 
 class TritonExecutor:
@@ -129,22 +140,23 @@ class TritonExecutor:
         )
         for step in row_steps:
             columns = len(range(step.phase[1], plan.planes[step.out].width, step.period[1]))
-            self._launch_step(step, space, step.phase[1], columns)
+            self.launch_step(step, space, step.phase[1], columns)
         for x in plan.columns():
             for rank, _ in enumerate(plan.draws):
                 for step in pixel_steps:
                     column = plan.position(step, 1, x) if step.rank == rank else None
                     if column is not None:
-                        self._launch_step(step, space, column, 1)
+                        self.launch_step(step, space, column, 1)
                 if drawn and 0 <= x < plan.image_shape[2]:
                     self._launch_draw(rank, space, x)
         kernels.end_row[(1,)](space.state)
 
-    def _launch_step(self, step: Step, space: Space, column: int, columns: int) -> None:
+    def launch_step(self, step: Step, space: Space, column: int, columns: int) -> None:
         if columns == 0:
             return
         launch, rows = self._tables.launches[id(step)], columns * space.count
-        tile = self._tile(step, rows, space.precision)
+        several = tiles(step.groups, self.plan.precision, space.precision)
+        tile = next(t for t in several if -(-rows // t.rows) * -(-step.width // t.columns) >= t.programs)
         kernels.step[(-(-rows // tile.rows), -(-step.width // tile.columns))](
             space.planes, space.where, self._fields, self._weight[launch.weight :], self._bias[launch.bias :],
             self._constants[launch.constant :], launch.operand, launch.init, launch.first, len(step.taps),
@@ -153,12 +165,6 @@ class TritonExecutor:
             PRECISION=space.precision, ROWS=tile.rows, COLUMNS=tile.columns, CHANNELS=kernels.CHANNELS,
             STAGES=_STAGES, num_warps=tile.warps,
         )  # fmt: skip
-
-    def _tile(self, step: Step, rows: int, precision: str) -> Tile:
-        """The largest with enough programs. Sums are in one order in all of them."""
-        tiles = _FULL if precision == "ieee" and self.plan.precision == "fp32" else _TENSOR
-        tiles = _INTERPRETED if INTERPRETED else tiles if step.groups else _NO_PRODUCT
-        return next(t for t in tiles if -(-rows // t.rows) * -(-step.width // t.columns) >= t.programs)
 
     def _launch_draw(self, rank: int, space: Space, x: int) -> None:
         head, draw, tables = self.plan.head, self.plan.draws[rank], self._tables
@@ -355,7 +361,8 @@ def _columns(width: int) -> int:
 
 def _vector(step: Step) -> int:
     """How many floats all that a step reads and writes are multiples of, _VECTOR or 1."""
-    channels = [r.channel for r in (*step.reads(), *step.stores, *step.taps)]
+    operands: tuple[Read | StepTap | Store, ...] = (*step.reads(), *step.stores, *step.taps)
+    channels = [operand.channel for operand in operands]
     return 1 if any(n % _VECTOR for n in (step.width, *channels, *(t.count for t in step.taps))) else _VECTOR
 
 
