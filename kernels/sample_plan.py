@@ -63,7 +63,7 @@ def end_row(state):
 
 @triton.jit
 def _locate(where, fields, operand, column, sample, batch, VECTOR: tl.constexpr):
-    """Where an operand's first channel lies in a column of the frame, a multiple of VECTOR, and whether it is inside."""
+    """Where an operand's first channel lies in a column of the frame, at a multiple of VECTOR; whether it is inside."""
     row, field = tl.load(where + operand), fields + operand * _FIELDS
     x = _floor_div(column * tl.load(field) + tl.load(field + 2), tl.load(field + 1))
     inside = (row >= 0) & (x >= 0) & (x < tl.load(field + 3))

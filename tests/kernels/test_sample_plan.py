@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -176,6 +177,36 @@ def test_primitives(op, device):
     error = (apply(op, *operands).double() - exact).abs().nan_to_num(0, 0, 0)
     difference = torch.where(out.cpu() == exact, 0.0, (out.cpu().double() - exact).abs())
     assert (difference <= 2 * error.clamp(min=2.0**-23 * exact.abs().clamp(min=2.0**-126))).all()
+
+
+@triton.jit
+def _dot(a, b, out, ROWS: tl.constexpr, CHANNELS: tl.constexpr):
+    i, k = tl.arange(0, ROWS), tl.arange(0, CHANNELS)
+    x, y = tl.load(a + i[:, None] * CHANNELS + k[None, :]), tl.load(b + k[:, None] * ROWS + i[None, :])
+    acc = sample_plan._multiply(x, y, tl.zeros([ROWS, ROWS], tl.float32), "ieee")
+    tl.store(out + i[:, None] * ROWS + i[None, :], acc)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_have_the_precision_of_float32(dtype, device):
+    a, b, out = torch.randn(16, 32), torch.randn(32, 16).to(dtype), torch.empty(16, 16, device=device)
+    _dot[(1,)](a.to(device), b.to(device), out, ROWS=16, CHANNELS=32)
+    error = (out.cpu().double() - a.double() @ b.double()).abs()
+    assert (error <= 32 * 2**-24 * (a.double().abs() @ b.double().abs())).all()
+
+
+def test_rows_of_operands(device):
+    """As `Plan.source` and `Plan.position` say, negative ones too."""
+    rows = []
+    for lag, stride, num, den, dy in itertools.product((-2, 0, 1), (1, 2), (1, 3), (1, 2, 3), (-4, -1, 0, 2)):
+        rows.append((lag, stride, num, den, dy, 5, 3, 70, 1000 * len(rows)))
+    fields, where = torch.tensor(rows, device=device), torch.empty(len(rows), dtype=torch.int64, device=device)
+    for y in (-2, 0, 5):
+        state = torch.tensor([y, 0, 0], device=device)
+        sample_plan.begin_row[(2,)](fields, where, state, len(rows), SIZE=128)
+        for at, (lag, stride, num, den, dy, height, kept, size, offset) in zip(where.tolist(), rows, strict=True):
+            source = ((y - lag) // stride * num + dy) // den
+            assert at == (offset + source % kept * size if 0 <= source < height else -1)
 
 
 def test_where_no_gpu_is_the_request_fails(monkeypatch):

@@ -21,6 +21,7 @@ _KEPT = 2  # batch sizes whose memory and graphs are kept: batches of one call d
 _VECTOR = 4  # floats that are read at once where all that a step reads and writes comes in such pieces
 _ALIGNED = 8  # elements: Triton looks whether pointers are multiples of 16 bytes
 _MULTIPROCESSORS = 128  # of a large GPU
+_MAX_ROWS = 2**31 - 2**10  # of a step: they are counted in 32 bits
 _STAGES = 4  # of a product's pipeline
 _ROW_SIZE = 256  # operands of a program of `begin_row`
 _DRAW_SAMPLES, _DRAW_LEVELS = 1, 512  # of a program that draws from logits, at a time
@@ -218,7 +219,7 @@ class Space:
     """Memory and graphs of one batch size."""
 
     def __init__(self, plan: Plan, tables: _Tables, count: int, precision: str, device: torch.device):
-        if count * max(p.width for p in plan.planes) >= 2**31:
+        if count * max(p.width for p in plan.planes) >= _MAX_ROWS:
             raise ValueError(f"rows of a batch of {count} images are too long: a smaller max_batch is needed")
 
         def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -285,6 +286,7 @@ class _Tables:
         return torch.tensor(rows, dtype=dtype, device="cpu")
 
     def _step(self, step: Step) -> _Launch:
+        self.constants += [0.0] * (-len(self.constants) % _ALIGNED)
         operand, constant, program = len(self.fields), len(self.constants), []
         for instr in step.program:
             index = 0
