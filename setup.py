@@ -35,12 +35,12 @@ X86_ISAS = {"baseline": "", "avx2": "-mavx2 -mfma", "avx512": AVX512, "avx512bf1
 
 # -ffast-math is left out on purpose: at link time it turns on flush-to-zero for the whole process.
 # Contraction is off so that products are fused into sums exactly where the source says fma: the same bits on every
-# instruction set.
+# instruction set, and on a GPU.
 FLAGS = (
     "-std=c++17 -O3 -DNDEBUG -fPIC -fvisibility=hidden -fopenmp "
     "-ffp-contract=off -fno-math-errno -fno-trapping-math -Wall -Wextra"
 )
-CUDA_FLAGS = "-std=c++17 -O3 -DNDEBUG -Xcompiler=-fPIC,-fvisibility=hidden,-Wall -Xptxas=-warn-spills"
+CUDA_FLAGS = "-std=c++17 -O3 -DNDEBUG -fmad=false -Xcompiler=-fPIC,-fvisibility=hidden,-Wall -Xptxas=-warn-spills"
 CUDA_ARCHS = ("80", "90", "100")
 HEADER = "// Written by setup.py.\n#pragma once\n"
 
@@ -242,7 +242,7 @@ rule cudalink
         return output
 
     def cpu(self) -> Path:
-        bindings = [source for source in sources("bindings/*.cpp") if source.stem != "cuda"]
+        bindings = [source for source in sources("bindings/*.cpp") if not source.stem.startswith("cuda")]
         objects = [self.compile(source, extra="$python") for source in bindings]
         for source in sources("cpu/*.cpp"):
             if not (ROOT / source).read_text().startswith(PER_ISA):
@@ -253,7 +253,7 @@ rule cudalink
         return self.module("_cpu.so", "link", objects)
 
     def cuda_module(self) -> Path:
-        objects = [self.compile(CSRC / "bindings/cuda.cpp", extra="$python")]
+        objects = [self.compile(source, extra="$python") for source in sources("bindings/cuda*.cpp")]
         objects += [self.compile(source, rule="nvcc", name=f"{source.stem}.cu") for source in sources("cuda/*.cu")]
         return self.module("_cuda.so", "cudalink", objects)
 

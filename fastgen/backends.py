@@ -62,7 +62,7 @@ def select(op: str, *args: Any, **kwargs: Any) -> Callable[..., Any]:
     """
     entries = _entries(op)
     device = _device_type(args, kwargs)
-    forced = _forced.get() or _environment()
+    forced = asked()
     if forced != "auto":
         reason = _reason(op, forced, device, args, kwargs)
         if reason is not None:
@@ -76,6 +76,11 @@ def select(op: str, *args: Any, **kwargs: Any) -> Callable[..., Any]:
             return entry.function
         _log_once(op, name, reason)
     raise RuntimeError(f"{op}: no backend can be used: {reasons(op, *args, **kwargs)}")
+
+
+def asked() -> str:
+    """The backend that is forced here; "auto" where none is."""
+    return _forced.get() or _environment()
 
 
 def is_free(name: str) -> bool:

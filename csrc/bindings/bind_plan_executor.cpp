@@ -5,7 +5,6 @@
 #include <algorithm>
 #include <deque>
 #include <future>
-#include <limits>
 #include <map>
 #include <stdexcept>
 #include <string>
@@ -133,8 +132,7 @@ public:
             batch.count = count;
             batch.seed = seed;
             batch.start = start + static_cast<uint64_t>(first);
-            // Finite, so that times the zero of the likeliest level it is zero.
-            batch.inverse_temperature = std::min(1.0 / temperature, double{std::numeric_limits<float>::max()});
+            batch.inverse_temperature = plan_inverse_temperature(temperature);
             batch.workspace = reinterpret_cast<float*>(workspace);
             batch.levels = reinterpret_cast<int32_t*>(levels) + first * elements;
             if (known) batch.known = reinterpret_cast<const int32_t*>(known) + first * elements;

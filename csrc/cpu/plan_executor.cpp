@@ -15,15 +15,6 @@ namespace {
 constexpr int64_t kPanelColumns = kPlanPanel;
 static_assert(kPanelColumns == kPanel<float>);
 
-FASTGEN_INLINE int64_t mod(int64_t a, int64_t n) {
-    const int64_t r = a % n;
-    return r < 0 ? r + n : r;
-}
-
-FASTGEN_INLINE int64_t div_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-FASTGEN_INLINE int64_t div_down(int64_t a, int64_t n) { return n == 1 ? a : (a - mod(a, n)) / n; }
-
 // An operand of the elementwise program: rows x panels of 16 floats.
 struct Value {
     const float* p;
@@ -201,18 +192,6 @@ private:
                 rows_[i] = inside ? at(address.plane, source, 0) + address.channel : nullptr;
             }
         }
-    }
-
-    // The position of a frame at a pixel of the image, -1 if there is none.
-    static int64_t frame_position(int64_t pixel, int64_t stride, int64_t size, int64_t period, int64_t phase) {
-        if (pixel < 0) return -1;
-        int64_t position = pixel;
-        if (stride > 1) {
-            if (pixel % stride != 0) return -1;
-            position = pixel / stride;
-        }
-        if (position >= size || (period > 1 && position % period != phase)) return -1;
-        return position;
     }
 
     void run_pixel(int64_t x) {

@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 from fastgen import backends
 from fastgen.sampling.executors import Batch
 from fastgen.sampling.executors.cpu import CpuExecutor
+from fastgen.sampling.executors.cuda import CudaExecutor, why_not_cuda
 from fastgen.sampling.executors.reference import ReferenceExecutor
 from fastgen.sampling.heads import Head
 from fastgen.sampling.pack import compile_graph
@@ -28,6 +29,7 @@ MEMORY_SHARE = 0.25  # of the machine's memory, for the caches of one batch
 
 backends.register("sample_plan", "reference", ReferenceExecutor)
 backends.register("sample_plan", "cpu", CpuExecutor)
+backends.register("sample_plan", "cuda", CudaExecutor, why_not=why_not_cuda)
 
 
 class Sampler:
@@ -55,7 +57,8 @@ class Sampler:
         precision: "fp32", or "bf16": the weights of products are rounded to bfloat16, activations and sums stay
             float32. Half the memory traffic of a pixel; the samples are exactly those of the model with rounded
             weights, which is not quite the same model.
-        backend: "reference", "cpu", or "auto": what `fastgen.backend` or FASTGEN_BACKEND asks for, else the fastest.
+        backend: "reference", "cpu", "cuda" (for a model on a GPU), or "auto": what `fastgen.backend` or FASTGEN_BACKEND
+            asks for, else the CPU.
         max_batch: most samples drawn at a time; default: what fits a quarter of the memory, at most 256. Changes no
             sample.
 
@@ -85,16 +88,16 @@ class Sampler:
         check_precision(precision)
         # "auto" leaves the choice to the environment and to an enclosing `with fastgen.backend(...)`.
         with contextlib.nullcontext() if backend == "auto" else backends.backend(backend):
-            executor = backends.select("sample_plan")
+            executor = backends.select("sample_plan", *_where_it_runs(self._subject.like))
         with _one_thread():
             self._compile()
             if precision == "bf16":
                 self.plan.round_weights()
             _check_finite(self.plan)
-            with host_defaults():
+            with host_defaults(), _device(self._subject.like):
                 self._executor = executor(self.plan)
         self.max_batch = max_batch or _batch_that_fits(self.plan)
-        if isinstance(self._executor, CpuExecutor):
+        if not isinstance(self._executor, ReferenceExecutor):
             self.plan.drop_weights()
 
     plan: Plan
@@ -190,6 +193,15 @@ class Sampler:
             mask=None if request.mask is None else request.mask[part],
             on_rows=bar.update,
         )
+
+
+def _where_it_runs(like: Tensor) -> tuple[Tensor, ...]:
+    """The arguments that `backends.select` chooses by: the CPU draws for models on a GPU, too, unless asked not to."""
+    return (like,) if backends.asked() == "cuda" else ()
+
+
+def _device(like: Tensor) -> contextlib.AbstractContextManager[object]:
+    return torch.cuda.device(like.device) if like.is_cuda else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

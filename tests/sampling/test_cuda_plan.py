@@ -1,0 +1,178 @@
+"""The scheduling code of the persistent CUDA kernel draws what the C++ executor draws: on a team of host threads, under
+ThreadSanitizer, and on a GPU where there is one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastgen import backends
+from fastgen.models import PixelCNNpp
+from fastgen.sampling import Categorical, Sampler, audit, naive_sample
+from fastgen.sampling.executors.cuda import Strategy
+
+from .host_team import host_sampler, program
+from .networks import LEVELS, NETWORKS, make
+from .test_engine import MODELS, make_model
+from .test_levels import CASES
+from .test_levels import make as make_levels
+
+STRATEGIES = [Strategy.LATENCY, Strategy.THROUGHPUT]
+
+
+def wide() -> PixelCNNpp:
+    """Sums of several chunks and steps of several panels; three levels of stride."""
+    return pixelcnnpp((3, 4, 5), num_filters=40)
+
+
+def pixelcnnpp(image_shape: tuple[int, int, int], **options: int) -> PixelCNNpp:
+    torch.manual_seed(2)
+    model = PixelCNNpp(image_shape=image_shape, **{"num_filters": 6, "num_blocks": 1, "num_mixtures": 3, **options})
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.1 * torch.randn_like(parameter)
+    labels = None if model.num_classes is None else torch.arange(4) % model.num_classes
+    model.initialize(torch.randint(model.levels, (4, *image_shape), dtype=torch.uint8), labels)
+    return model.eval()
+
+
+def assert_same(images: Tensor, expected: Tensor, model: nn.Module, **options: object) -> None:
+    """The same images, but for proven ties: log, erf and draws go through other libraries' functions."""
+    if not torch.equal(images, expected):
+        report = audit(model, images, **options)  # type: ignore[arg-type]
+        assert report.ok, report
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_models_equal_the_cpu(name: str) -> None:
+    model, labels = make_model(name)
+    options = {"seed": 2**63 + 1, "start": 5, "labels": labels}
+    images = host_sampler(model).sample(6, **options)
+    assert torch.equal(images, Sampler(model, backend="cpu").sample(6, **options))
+    assert len(images.unique()) > 1
+
+
+@pytest.mark.parametrize("size", [(5, 6), (1, 1)], ids=lambda s: "x".join(map(str, s)))
+@pytest.mark.parametrize("name", NETWORKS)
+def test_foreign_networks_equal_the_naive_loop(name: str, size: tuple[int, int]) -> None:
+    network, channels, num_classes = make(name, *size)
+    given = {"image_shape": (channels, *size), "head": Categorical(LEVELS), "num_classes": num_classes}
+    labels = torch.arange(3) % num_classes if num_classes else None
+    images = host_sampler(network, **given).sample(3, seed=5, labels=labels)
+    assert torch.equal(images, naive_sample(network, 3, **given, seed=5, labels=labels))
+
+
+@pytest.mark.parametrize("run", CASES, ids=lambda f: f.__name__)
+def test_levels_equal_the_cpu(run: Callable) -> None:
+    network, given = make_levels(run, (7, 6))
+    labels = torch.tensor([2, 0, 1])
+    images = host_sampler(network, **given).sample(3, labels=labels)
+    assert torch.equal(images, Sampler(network, **given, backend="cpu").sample(3, labels=labels))
+
+
+@pytest.mark.parametrize("image_shape", [(3, 9, 10), (1, 5, 11), (3, 5, 1)], ids=lambda s: "x".join(map(str, s)))
+def test_pixelcnnpp_equals_the_cpu(image_shape: tuple[int, int, int]) -> None:
+    model = pixelcnnpp(image_shape)
+    images = host_sampler(model).sample(3, seed=1)
+    assert torch.equal(images, Sampler(model, backend="cpu").sample(3, seed=1))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_several_chunks_and_panels(precision: str) -> None:
+    model = wide()
+    images = host_sampler(model, precision=precision, strategy=Strategy.LATENCY).sample(2, seed=1)
+    assert torch.equal(images, Sampler(model, precision=precision, backend="cpu").sample(2, seed=1))
+
+
+@pytest.mark.parametrize("name", ["gated labels", "pixelcnn rgb", "pixelcnn binary"])
+def test_known_pixels_and_temperature(name: str) -> None:
+    model, labels = make_model(name)
+    known = torch.randint(model.levels, (6, *model.image_shape)).to(torch.uint8)
+    mask = torch.rand(6, *model.image_shape[1:]) < 0.4
+    options = {"seed": 1, "labels": labels, "temperature": 0.6, "known": known, "mask": mask}
+    assert torch.equal(host_sampler(model).sample(6, **options), Sampler(model, backend="cpu").sample(6, **options))
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda s: s.name.lower())
+@pytest.mark.parametrize("team", [(1, 1), (1, 5), (3, 1), (5, 2)], ids=lambda t: f"{t[0]}x{t[1]}")
+def test_team_and_strategy_change_no_bit(team: tuple[int, int], strategy: Strategy) -> None:
+    """Of a model whose sums have several chunks."""
+    model = wide()
+    expected = host_sampler(model, workers=2, lanes=2).sample(2, seed=4)
+    sampler = host_sampler(model, workers=team[0], lanes=team[1], strategy=strategy)
+    assert torch.equal(sampler.sample(2, seed=4), expected)
+
+
+@pytest.mark.parametrize("name", ["gated labels", "pixelcnn rgb"])
+@pytest.mark.parametrize("max_batch", [1, 4, 7])
+def test_batches_change_no_bit(name: str, max_batch: int) -> None:
+    model, _ = make_model(name)
+    labels = None if model.num_classes is None else torch.arange(7) % model.num_classes
+    expected = host_sampler(model).sample(7, seed=9, labels=labels)
+    assert torch.equal(host_sampler(model, max_batch=max_batch).sample(7, seed=9, labels=labels), expected)
+    part = None if labels is None else labels[3:]
+    assert torch.equal(host_sampler(model).sample(4, seed=9, start=3, labels=part), expected[3:])
+
+
+def test_threads_are_watched() -> None:
+    if not program()[1]:
+        pytest.skip("the compiler has no ThreadSanitizer")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_request_fails() -> None:
+    model, _ = make_model("gated")
+    with pytest.raises(RuntimeError, match="the backend 'cuda' was asked for, but cannot be used: "):
+        Sampler(model, backend="cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", MODELS)
+def test_models_on_a_gpu(name: str) -> None:
+    model, labels = make_model(name)
+    options = {"seed": 3, "start": 2, "labels": labels}
+    expected = Sampler(model, backend="cpu").sample(6, **options)
+    images = Sampler(model.cuda(), backend="cuda").sample(6, **options)
+    assert_same(images, expected, model.cpu(), **options)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_batches_and_strategies_on_a_gpu(precision: str) -> None:
+    model = wide()
+    expected = Sampler(model, precision=precision, backend="cpu").sample(70, seed=4)
+    sampler = Sampler(model.cuda(), precision=precision, backend="cuda")
+    images = sampler.sample(70, seed=4)
+    for strategy in STRATEGIES:
+        sampler._executor.strategy = strategy  # type: ignore[union-attr]
+        assert torch.equal(sampler.sample(70, seed=4), images)
+    for max_batch in (1, 9):
+        small = Sampler(model, precision=precision, backend="cuda", max_batch=max_batch)
+        assert torch.equal(small.sample(10, seed=4), images[:10])
+    assert_same(images, expected, model.cpu(), seed=4, precision=precision)
+
+
+@pytest.mark.gpu
+def test_known_pixels_on_another_stream() -> None:
+    model, labels = make_model("gated labels")
+    known = torch.randint(model.levels, (6, *model.image_shape)).to(torch.uint8)
+    mask = torch.rand(6, *model.image_shape[1:]) < 0.4
+    options = {"seed": 1, "labels": labels, "temperature": 0.6, "known": known, "mask": mask}
+    expected = Sampler(model, backend="cpu").sample(6, **options)
+    sampler = Sampler(model.cuda(), backend="cuda")
+    with torch.cuda.stream(torch.cuda.Stream()):
+        images = sampler.sample(6, **options)
+    del options["known"]
+    assert_same(images, expected, model.cpu(), **options)
+
+
+@pytest.mark.gpu
+def test_the_gpu_is_the_models() -> None:
+    model, _ = make_model("gated")
+    with pytest.raises(RuntimeError, match="it takes cuda tensors, got one on cpu"):
+        Sampler(model, backend="cuda")
+    assert backends.reasons("sample_plan", torch.zeros(1, device="cuda"))["cuda"] is not None
