@@ -24,8 +24,8 @@ help: ## show this list
 demo: $(VENV)/demo.stamp ## install, train a small model on real digits, sample it fast and slowly, compare (3 minutes)
 	$(BIN)/fastgen demo
 
-test: $(VENV)/test.stamp ## install and run every test
-	$(BIN)/python -m pytest $(ARGS)
+test: $(VENV)/test.stamp ## install and run every test, two at a time
+	$(BIN)/python -m pytest --numprocesses 2 $(ARGS)
 
 lint: $(VENV)/dev.stamp ## ruff, clang-format and mypy
 	$(BIN)/ruff check

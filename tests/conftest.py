@@ -22,8 +22,6 @@ if not torch.cuda.is_available():
 
 from fastgen import __version__, backends
 
-TOLD = pytest.StashKey[list[str]]()
-
 
 def poison(tensor: torch.Tensor) -> torch.Tensor:
     """Fills uninitialised memory with what no result may hold: NaN, the largest integer, True."""
@@ -70,15 +68,17 @@ def setup() -> ModuleType:
 
 
 @pytest.fixture
-def tell(pytestconfig: pytest.Config) -> Callable[[str], None]:
+def tell(request: pytest.FixtureRequest) -> Callable[[str], None]:
     """Adds a line to the table of CUDA kernels at the end of the run; what passing tests print is not shown."""
-    return pytestconfig.stash.setdefault(TOLD, []).append
+    return lambda line: request.node.user_properties.append(("CUDA kernel", line))
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    if TOLD in config.stash:
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    reports = [*terminalreporter.getreports("passed"), *terminalreporter.getreports("failed")]
+    told = [line for report in reports for name, line in report.user_properties if name == "CUDA kernel"]
+    if told:
         terminalreporter.section("CUDA kernels")
-        terminalreporter.write_line("\n".join(config.stash[TOLD]))
+        terminalreporter.write_line("\n".join(told))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
