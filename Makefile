@@ -24,8 +24,8 @@ help: ## show this list
 demo: $(VENV)/demo.stamp ## install, train a small model on real digits, sample it fast and slowly, compare (3 minutes)
 	$(BIN)/fastgen demo
 
-test: $(VENV)/test.stamp ## install and run every test
-	$(BIN)/python -m pytest $(ARGS)
+test: $(VENV)/test.stamp ## install and run every test, two at a time
+	$(BIN)/python -m pytest --numprocesses 2 $(ARGS)
 
 lint: $(VENV)/dev.stamp ## ruff, clang-format and mypy
 	$(BIN)/ruff check
@@ -44,9 +44,9 @@ asan: $(VENV)/test.stamp ## native tests under AddressSanitizer and UBSan
 	$(SANITIZE) LD_PRELOAD=$(LIBRARIES) ASAN_OPTIONS=detect_leaks=0 PYTHONPATH=build/asan \
 	    $(BIN)/pytest -p no:cacheprovider $(NATIVE_TESTS) $(ARGS)
 
-gpu: $(VENV)/test.stamp ## build the CUDA module and run the tests that need a GPU; fails without nvcc or GPU
-	FASTGEN_CUDA=1 $(BIN)/python setup.py -q build_ext --inplace
-	$(BIN)/python -m pytest -m gpu --require-gpu $(ARGS)
+# With .venv where make test has completed it and its torch sees the GPU, else with PYTHON, which then needs all packages.
+gpu: ## build, test and measure on a GPU (10 minutes), into bench/results; fails without nvcc or GPU
+	$(PYTHON) -m bench.gpu $(ARGS)
 
 bench: $(VENV)/bench.stamp ## measure SUITES and write bench/results
 	for suite in $(SUITES); do $(BIN)/python -m bench $$suite --plot || exit 1; done

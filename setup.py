@@ -40,7 +40,7 @@ FLAGS = (
     "-std=c++17 -O3 -DNDEBUG -fPIC -fvisibility=hidden -fopenmp "
     "-ffp-contract=off -fno-math-errno -fno-trapping-math -Wall -Wextra"
 )
-CUDA_FLAGS = "-std=c++17 -O3 -DNDEBUG -fmad=false -Xcompiler=-fPIC,-fvisibility=hidden,-Wall -Xptxas=-warn-spills"
+CUDA_FLAGS = "-std=c++17 -O3 -DNDEBUG -fmad=false -Xcompiler=-fPIC,-fvisibility=hidden,-Wall -Xptxas=-v,-warn-spills"
 CUDA_ARCHS = ("80", "90", "100")
 HEADER = "// Written by setup.py.\n#pragma once\n"
 
@@ -150,6 +150,12 @@ def include(path: Path | str) -> str:
     return shlex.quote(f"-I{path}").replace("$", "$$")
 
 
+def build_folder() -> Path:
+    """Where objects go, relative to ROOT."""
+    parts = ["native", sysconfig.get_platform(), sys.implementation.cache_tag, os.environ.get("FASTGEN_SANITIZE")]
+    return Path("build", "-".join(filter(None, parts)).replace(",", "-"))
+
+
 def write_if_changed(path: Path, text: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists() or path.read_text() != text:
@@ -164,6 +170,7 @@ class NinjaFile:
     """The text of a build.ninja, and of the headers with what the sources need to know about the build.
 
     The CUDA runtime is linked statically and its symbols are hidden: it must not mix with the one that torch brings.
+    What nvcc reports of each kernel's registers and spills stays in a log beside the object; tests read it.
     """
 
     def __init__(self, folder: Path, version: str):
@@ -218,7 +225,8 @@ rule cxx
   depfile = $out.d
   deps = gcc
 rule nvcc
-  command = $nvcc $cuflags -MMD -MF $out.d -c $in -o $out
+  command = $nvcc $cuflags -MMD -MF $out.d -c $in -o $out > $out.log 2>&1; status=$$?; $
+      grep -Ev 'ptxas info|bytes stack frame' $out.log; exit $$status
   description = nvcc $out
   depfile = $out.d
   deps = gcc
@@ -262,8 +270,7 @@ class NinjaBuild(build_ext):
     """`build_ext` that writes a build.ninja, runs it and copies the modules to where setuptools wants them."""
 
     def run(self) -> None:
-        parts = ["native", sysconfig.get_platform(), sys.implementation.cache_tag, os.environ.get("FASTGEN_SANITIZE")]
-        folder = Path("build", "-".join(filter(None, parts)).replace(",", "-"))
+        folder = build_folder()
         (ROOT / folder).mkdir(parents=True, exist_ok=True)
         with open(ROOT / folder / "lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # two builds in one checkout take turns

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 import random
 import signal
 from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -55,6 +58,29 @@ def _fixed_start() -> None:
     random.seed(0)
 
 
+@pytest.fixture
+def setup() -> ModuleType:
+    """setup.py as a module."""
+    spec = importlib.util.spec_from_file_location("fastgen_setup", Path(__file__).resolve().parents[1] / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def tell(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Adds a line to the table of CUDA kernels at the end of the run; what passing tests print is not shown."""
+    return lambda line: request.node.user_properties.append(("CUDA kernel", line))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    reports = [*terminalreporter.getreports("passed"), *terminalreporter.getreports("failed")]
+    told = [line for report in reports for name, line in report.user_properties if name == "CUDA kernel"]
+    if told:
+        terminalreporter.section("CUDA kernels")
+        terminalreporter.write_line("\n".join(told))
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--require-gpu", action="store_true", help="fail, rather than skip, where there is no GPU")
 
@@ -86,6 +112,4 @@ def pytest_report_header() -> str:
 
 
 def _why_no_gpu() -> str | None:
-    if backends.import_error("_cuda"):
-        return backends.import_error("_cuda")
-    return None if backends.native_cuda().device_count() else "no GPU: the CUDA runtime sees no device"
+    return None if torch.cuda.is_available() else "no GPU: torch sees none"

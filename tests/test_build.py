@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import os
 import shutil
 import subprocess
@@ -165,15 +165,6 @@ def test_cuda_draws_the_same_numbers(cuda, count):
     pointers = [counter.data_ptr() for counter in on_gpu]
     cuda.philox_uint32(2**63 + 5, *pointers, count, out.data_ptr(), torch.cuda.current_stream().cuda_stream)
     assert torch.equal(out.cpu(), philox.philox_reference(2**63 + 5, *counters))
-
-
-@pytest.fixture
-def setup() -> ModuleType:
-    """setup.py as a module."""
-    spec = importlib.util.spec_from_file_location("fastgen_setup", ROOT / "setup.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_other_processors_compile_the_portable_code_alone(setup, monkeypatch):

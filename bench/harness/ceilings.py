@@ -45,8 +45,8 @@ class Ceilings:
         return isa, options[isa]
 
     def peak_bandwidth(self, threads: int) -> float:
-        """Bytes/s of main memory, the better of read and copy."""
-        return max(self.bandwidth["read", threads], self.bandwidth["copy", threads])
+        """Bytes/s of main memory, the better of read and copy; of a GPU, copy alone is measured."""
+        return max(self.bandwidth[what, threads] for what in ("read", "copy") if (what, threads) in self.bandwidth)
 
     def rows(self) -> list[dict[str, Any]]:
         """JSON rows, one per ceiling, in GFLOP/s and GB/s."""

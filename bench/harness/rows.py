@@ -125,11 +125,11 @@ def make(
         numbers = timing(times[name], facts["scale"])
         row = {
             "schema": SCHEMA,
+            "memory_method": memory.METHOD,
             **common,
             "provider": name,
             **numbers,
             "peak_memory_bytes": peaks[name],
-            "memory_method": memory.METHOD,
             "flops": float(description["flops"]),
             "bytes": float(description["bytes"]),
             **floor,

@@ -3,10 +3,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <array>
 #include <cmath>
 #include <cstring>
 #include <memory>
+#include <vector>
 
 #include "cpu/conv_transpose2d_bn_act.h"
 #include "cpu/isa.h"
@@ -307,11 +309,13 @@ uint64_t fingerprint(uintptr_t data, int64_t bytes) {
     const int64_t spread = samples < kSamples ? samples - 1 : bytes / 8 - kWords;  // lines, or words, to the last one
     const int64_t unit = samples < kSamples ? 64 : 8;
     const int64_t step = samples > 1 ? spread / (samples - 1) : 0, extra = samples > 1 ? spread % (samples - 1) : 0;
+    constexpr int64_t kAhead = 24;  // lines on their way from memory, about as many as a core keeps track of
     for (int64_t s = 0, carry = 0, at = 0; s < samples; ++s, at += step, carry += extra) {
         if (carry >= samples - 1 && s > 0) {
             carry -= samples - 1;
             ++at;
         }
+        if (s + kAhead < samples) __builtin_prefetch(from + (at + kAhead * step) * unit);
         mix_line(from + at * unit);
     }
     char last[64] = {};
@@ -322,10 +326,90 @@ uint64_t fingerprint(uintptr_t data, int64_t bytes) {
     return hash;
 }
 
+// Blocks that each take the result of the one before, in one call: for one image it is the calls that cost. What is given
+// when a block is added must stay as it is while the sequence is used; whether the weights did is looked at in each run.
+template <class E>
+class ConvSequence {
+public:
+    void add(const Plan& plan, int64_t threads, uintptr_t packed, const ChannelTensors& tensors, double eps,
+             Activation activation, double parameter, uintptr_t weight, int64_t weight_bytes) {
+        const int64_t channels = plan.out_channels(), width = plan.get().x.out_size * channels;
+        blocks_.push_back({plan,
+                           threads,
+                           packed,
+                           tensors,
+                           eps,
+                           activation,
+                           parameter,
+                           weight,
+                           weight_bytes,
+                           fingerprint(weight, weight_bytes),
+                           {plan.get().y.out_size * width, 1, width, channels}});
+    }
+
+    // In sums: two results between blocks, and what one block needs.
+    int64_t scratch_size(int64_t batch, const Strides& strides) const {
+        int64_t most = 0;
+        for (size_t i = 0; i < blocks_.size(); ++i) {
+            const Strides& from = i ? blocks_[i - 1].strides : strides;
+            most = std::max(most, fastgen::scratch_size<E>(blocks_[i].plan, batch, blocks_[i].threads, from));
+        }
+        return 2 * result_size(batch) + most;
+    }
+
+    // Whether the weights are what they were when their blocks were added; if not, nothing is computed.
+    bool run(int64_t batch, uintptr_t input, const Strides& strides, uintptr_t output, uintptr_t scratch) const {
+        for (const Block& block : blocks_) {
+            if (fingerprint(block.weight, block.weight_bytes) != block.fingerprint) return false;
+        }
+        const int64_t size = result_size(batch) * sizeof(SumOf<E>);
+        for (size_t i = 0; i < blocks_.size(); ++i) {
+            const Block& block = blocks_[i];
+            const uintptr_t result = i + 1 < blocks_.size() ? scratch + i % 2 * size : output;
+            fastgen::run<E>(block.plan, batch, block.threads, input, i ? blocks_[i - 1].strides : strides, block.packed,
+                            block.tensors, block.eps, block.activation, block.parameter, result, scratch + 2 * size);
+            input = result;
+        }
+        return true;
+    }
+
+private:
+    struct Block {
+        Plan plan;
+        int64_t threads;
+        uintptr_t packed;
+        ChannelTensors tensors;
+        double eps;
+        Activation activation;
+        double parameter;
+        uintptr_t weight;
+        int64_t weight_bytes;
+        uint64_t fingerprint;
+        Strides strides;  // of its result
+    };
+
+    // Of the largest result between two blocks.
+    int64_t result_size(int64_t batch) const {
+        int64_t most = 0;
+        for (size_t i = 0; i + 1 < blocks_.size(); ++i) most = std::max(most, batch * blocks_[i].strides[0]);
+        return line_up<SumOf<E>>(most);
+    }
+
+    std::vector<Block> blocks_;
+};
+
 template <class E>
 void define_conv(pybind11::module_& module, const std::string& dtype) {
     namespace py = pybind11;
     using release = py::call_guard<py::gil_scoped_release>;
+    using Sequence = ConvSequence<E>;
+    py::class_<Sequence>(module, ("ConvSequence_" + dtype).c_str(), "Fused blocks, one after the other in one call")
+        .def(py::init<>())
+        .def("add", &Sequence::add, py::arg("plan"), py::arg("threads"), py::arg("packed"), py::arg("tensors"),
+             py::arg("eps"), py::arg("activation"), py::arg("parameter"), py::arg("weight"), py::arg("weight_bytes"))
+        .def("scratch_size", &Sequence::scratch_size, py::arg("batch"), py::arg("strides"))
+        .def("run", &Sequence::run, py::arg("batch"), py::arg("input"), py::arg("strides"), py::arg("output"),
+             py::arg("scratch"), release(), "False, with nothing computed, if a weight has changed");
     module.def(("conv_packed_size_" + dtype).c_str(),
                [](const Plan& plan) { return conv_kernels<E>().packed_size(plan.get(), nullptr); }, py::arg("plan"));
     module.def(("conv_pack_" + dtype).c_str(), pack<E>, py::arg("plan"), py::arg("weight"), py::arg("strides"),

@@ -18,6 +18,8 @@ from fastgen.acceleration import blocks
 from fastgen.acceleration.report import Entry, Report
 from fastgen.acceleration.tracing import Trace, has_hooks
 from fastgen.acceleration.writes import written
+from fastgen.ops.conv_sequence import BLOCK_TENSORS, conv_transpose2d_bn_act_sequence
+from fastgen.ops.conv_transpose2d_bn_act_cpu import Options
 
 
 class _Skip(Exception):
@@ -56,7 +58,35 @@ def fuse(trace: Trace, prefix: str) -> tuple[Report, set[str]]:
             report.skipped.append(Entry(*_name(node, trace, prefix), str(reason)))
         else:
             bypassed |= chain.bypassed
+    for run in _runs(trace.graph):
+        _join(run, trace.graph)
     return report, bypassed
+
+
+def _runs(graph: fx.Graph) -> list[list[fx.Node]]:
+    """Fused transposed convolutions that each are all that takes the result of the one before, two or more."""
+    runs: dict[fx.Node, list[fx.Node]] = {}  # by the last
+    for node in graph.nodes:
+        if node.target is not blocks.conv_transpose2d_bn_act or "output_size" in node.kwargs:
+            continue
+        before = runs.pop(node.args[0], []) if len(node.args[0].users) == 1 else []
+        runs[node] = [*before, node]
+    return [run for run in runs.values() if len(run) > 1]
+
+
+def _join(run: list[fx.Node], graph: fx.Graph) -> None:
+    tensors, options = [], []
+    for node in run:
+        tensors += [*node.args[1:], *[None] * (1 + BLOCK_TENSORS - len(node.args))]
+        given = {"eps": 1e-5, "activation": "none", **node.kwargs}
+        given["parameter"] = given.get("alpha" if given["activation"] == "elu" else "negative_slope", 0.0)
+        options.append(tuple(False if name == "training" else given[name] for name in Options._fields))
+    with graph.inserting_before(run[-1]):
+        arguments = run[0].args[0], tuple(tensors), tuple(options)
+        joined = graph.call_function(conv_transpose2d_bn_act_sequence, arguments)
+    run[-1].replace_all_uses_with(joined)
+    for node in reversed(run):
+        graph.erase_node(node)
 
 
 class _Chain:

@@ -19,6 +19,7 @@ from fastgen.acceleration import blocks
 from fastgen.acceleration.chains import is_identity
 from fastgen.acceleration.tracing import Trace
 from fastgen.acceleration.writes import IN_PLACE, written
+from fastgen.ops.conv_sequence import conv_transpose2d_bn_act_sequence
 
 # Take any strides.
 _ACTIVATIONS = (
@@ -43,7 +44,7 @@ _LAYERS = (
     *(nn.GroupNorm, nn.PixelShuffle, nn.Identity, nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d),
     *_ACTIVATIONS,
 )
-_BLOCKS = {blocks.conv_transpose2d_bn_act, ops.conv2d_bn_act}
+_BLOCKS = {blocks.conv_transpose2d_bn_act, conv_transpose2d_bn_act_sequence, ops.conv2d_bn_act}
 _NEW = {  # return new memory
     *_BLOCKS,
     *(operator.add, operator.sub, operator.mul, operator.truediv, operator.neg, F.conv2d, F.conv_transpose2d),

@@ -14,7 +14,7 @@ from fastgen import backends
 from fastgen.ops.packed_weights import packed_weight
 
 _MIN_THREAD_WORK = 1_000_000  # multiply-adds: below, waking a thread costs more than it saves
-_CPU = torch.device("cpu")  # whatever the default device is
+CPU = torch.device("cpu")  # whatever the default device is
 _SLACK = 64  # bytes behind a gradient that the kernels may read
 
 Tensors = Sequence["Tensor | None"]  # bias, running_mean, running_var, bn_weight, bn_bias
@@ -103,13 +103,13 @@ class Inference:
         self.sums = _sum_dtype(block.dtype)
 
     def __call__(self, input: Tensor, weight: Tensor, *tensors: Tensor | None) -> Tensor:
-        output = torch.empty(self.shape, dtype=input.dtype, device=_CPU, memory_format=torch.channels_last)
+        output = torch.empty(self.shape, dtype=input.dtype, device=CPU, memory_format=torch.channels_last)
         if not self.scratch:
             return output
         packed = packed_weight(weight, self.plan, self.groups, self.threads)
         dense = [_dense(tensor) for tensor in tensors]
         addresses = [0 if tensor is None else tensor.data_ptr() for tensor in dense]
-        scratch = torch.empty(self.scratch, dtype=self.sums, device=_CPU)
+        scratch = torch.empty(self.scratch, dtype=self.sums, device=CPU)
         self.function(
             self.plan, self.shape[0], self.threads, input.data_ptr(), self.strides, packed.data_ptr(), addresses,
             *self.act, output.data_ptr(), scratch.data_ptr(),

@@ -80,8 +80,13 @@ def tensor_state(tensor: Tensor) -> tuple[Any, ...]:
     fingerprint = _fingerprint()
     if fingerprint is None or tensor.device.type != "cpu":
         return pointer, strides, tensor._version
-    span = 1 + sum(stride * (size - 1) for stride, size in zip(strides, tensor.shape, strict=True))
-    return pointer, strides, tensor._version, fingerprint(pointer, span * tensor.element_size())
+    return pointer, strides, tensor._version, fingerprint(pointer, span_bytes(tensor))
+
+
+def span_bytes(tensor: Tensor) -> int:
+    """From the first to the last element."""
+    span = 1 + sum(stride * (size - 1) for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+    return span * tensor.element_size()
 
 
 @functools.cache

@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,33 +17,14 @@ ROOT = Path(__file__).resolve().parents[2]
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
 
-@pytest.fixture(scope="module")
-def compilers() -> Iterator[dict[int, subprocess.Popen[str]]]:
-    """One process for each architecture, all at once; not interpreted."""
+@pytest.mark.parametrize("arch", SHARED)
+def test_no_kernel_spills(arch):
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
-    processes = {
-        arch: subprocess.Popen(
-            [sys.executable, "-m", "tests.kernels.compiled", str(arch)],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for arch in SHARED
-    }
-    yield processes
-    for process in processes.values():
-        process.kill()
-        process.wait()
-
-
-@pytest.mark.parametrize("arch", SHARED)
-def test_no_kernel_spills(compilers, arch):
-    output, _ = compilers[arch].communicate()
-    assert compilers[arch].returncode == 0, output[-4000:]
-    rows = [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+    command = [sys.executable, "-m", "tests.kernels.compiled", str(arch)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    rows = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     assert {row["case"] for row in rows} >= {*PLANS, *(name for name in CASES if "grad" not in name)}
     for row in rows:
         print(f"sm_{arch} {row['kernel']:18} {row['registers']:4} registers {row['shared']:7} bytes  {row['case']}")

@@ -26,7 +26,7 @@ STRATEGIES = [Strategy.LATENCY, Strategy.THROUGHPUT]
 
 def wide() -> PixelCNNpp:
     """Sums of several chunks and steps of several panels; three levels of stride."""
-    return pixelcnnpp((3, 4, 5), num_filters=40)
+    return pixelcnnpp((3, 3, 4), num_filters=40)
 
 
 def pixelcnnpp(image_shape: tuple[int, int, int], **options: int) -> PixelCNNpp:
@@ -97,18 +97,20 @@ def test_known_pixels_and_temperature(name: str) -> None:
     assert torch.equal(host_sampler(model).sample(6, **options), Sampler(model, backend="cpu").sample(6, **options))
 
 
-@pytest.mark.parametrize("strategy", STRATEGIES, ids=lambda s: s.name.lower())
-@pytest.mark.parametrize("team", [(1, 1), (1, 5), (3, 1), (5, 2)], ids=lambda t: f"{t[0]}x{t[1]}")
-def test_team_and_strategy_change_no_bit(team: tuple[int, int], strategy: Strategy) -> None:
+@pytest.mark.parametrize(
+    ("workers", "lanes", "strategy"),
+    [(1, 1, Strategy.THROUGHPUT), (1, 5, Strategy.LATENCY), (3, 1, Strategy.LATENCY), (3, 2, Strategy.THROUGHPUT)],
+)
+def test_team_and_strategy_change_no_bit(workers: int, lanes: int, strategy: Strategy) -> None:
     """Of a model whose sums have several chunks."""
     model = wide()
     expected = host_sampler(model, workers=2, lanes=2).sample(2, seed=4)
-    sampler = host_sampler(model, workers=team[0], lanes=team[1], strategy=strategy)
+    sampler = host_sampler(model, workers=workers, lanes=lanes, strategy=strategy)
     assert torch.equal(sampler.sample(2, seed=4), expected)
 
 
 @pytest.mark.parametrize("name", ["gated labels", "pixelcnn rgb"])
-@pytest.mark.parametrize("max_batch", [1, 4, 7])
+@pytest.mark.parametrize("max_batch", [1, 4])
 def test_batches_change_no_bit(name: str, max_batch: int) -> None:
     model, _ = make_model(name)
     labels = None if model.num_classes is None else torch.arange(7) % model.num_classes

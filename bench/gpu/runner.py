@@ -1,0 +1,165 @@
+"""Runs commands under time ceilings, and makes a row of each whatever becomes of it. Knows neither torch nor a GPU."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+GRACE_SECONDS = 5.0  # from Ctrl-C, on which pytest still reports, to the end of a part that is past its ceiling
+LOOK_SECONDS = 0.05  # between two looks at what runs
+TAIL = 3000  # characters of a failed part's output that its row keeps
+SUMMARY = re.compile(r"^(?:=+ )?((?:\d+ [a-z]+(?:, )?)+) in [\d.]+s", re.MULTILINE)  # pytest's last line
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One command.
+
+    Attributes:
+        name: unique.
+        command: the program and its arguments.
+        ceiling: seconds that it may take.
+        needs: names of parts; unless all of them passed, `--no-tests` joins the command.
+        environment: what differs from this process's.
+    """
+
+    name: str
+    command: Sequence[str]
+    ceiling: float
+    needs: Sequence[str] = ()
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+def seconds_of(stages: Iterable[Sequence[Part]]) -> float:
+    """The longest that stages can take: parts of a stage run side by side."""
+    return sum(max(part.ceiling for part in stage) for stage in stages)
+
+
+def run(
+    stages: Sequence[Sequence[Part]],
+    limit: float,
+    root: Path,
+    logs: Path,
+    on_row: Callable[[Part, Row], object] = lambda part, row: None,
+) -> list[Row]:
+    """Run stages one after the other, the parts of each side by side; one that fails stops no other.
+
+    Args:
+        stages: of parts.
+        limit: seconds for all. A part is skipped where none are left; the last stage may take all that are.
+        root: the folder in which commands run.
+        logs: a folder for the output of parts, made if missing.
+        on_row: called with every part that has come to its end.
+
+    Returns:
+        A row for each part: {"part", "status", "seconds", "ceiling_s", "command"}, the status one of "passed",
+        "failed", "timed out", "skipped"; with the "tests" that pytest counted, and the end of the output as "error"
+        where it did not pass.
+    """
+    logs.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + limit
+    done: list[Row] = []
+    for stage in stages:
+        passed = {row["part"] for row in done if row["status"] == "passed"}
+        running: list[Running] = []
+        try:
+            for part in stage:
+                left = max(0.0, end - time.monotonic())
+                ceiling = left if stage is stages[-1] else min(part.ceiling, left)
+                running.append(Running(part, ceiling, passed, root, logs))
+            waiting = list(running)
+            while waiting:
+                for one in list(waiting):
+                    row = one.row()
+                    if row is not None:
+                        waiting.remove(one)
+                        done.append(row)
+                        on_row(one.part, row)
+                time.sleep(LOOK_SECONDS if waiting else 0)
+        finally:
+            for one in running:
+                one.stop()
+    return done
+
+
+class Running:
+    """A part that was begun, or could not be."""
+
+    def __init__(self, part: Part, ceiling: float, passed: set[str], root: Path, logs: Path):
+        self.part, self.ceiling = part, round(ceiling, 1)
+        self.command = [*part.command, *(["--no-tests"] if set(part.needs) - passed else [])]
+        self.log = logs / f"{re.sub('[^a-z0-9_]+', '-', part.name)}.log"
+        self.start = time.monotonic()
+        self.late = False
+        self.process: subprocess.Popen[bytes] | None = None
+        self.trouble = self._begin(root)
+
+    def _begin(self, root: Path) -> Row:
+        """Start the command; what is wrong if that cannot be."""
+        if self.ceiling == 0:
+            return {"status": "skipped", "error": "no time was left"}
+        try:
+            with open(self.log, "wb") as output:
+                self.process = subprocess.Popen(
+                    self.command,
+                    cwd=root,
+                    env={**os.environ, **self.part.environment},
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,  # a group of its own, which can be ended with all that it started
+                )
+        except FileNotFoundError:
+            return {"status": "skipped", "error": f"there is no {self.command[0]}"}
+        except OSError as error:
+            return {"status": "failed", "error": str(error)}
+        return {}
+
+    def row(self) -> Row | None:
+        """What became of it; None while it runs. Past its ceiling it is stopped: by Ctrl-C, then at once."""
+        if self.process is None:
+            return self._row(self.trouble)
+        if self.process.poll() is None:
+            late = time.monotonic() - self.start - self.ceiling
+            if late <= 0:
+                return None
+            if not self.late:
+                self.late = True
+                os.killpg(self.process.pid, signal.SIGINT)
+            if late <= GRACE_SECONDS:
+                return None
+            self.stop()
+        status = None if self.late else self.process.returncode
+        said = self.log.read_text(errors="replace").strip()
+        outcome: Row = {"status": "timed out" if status is None else "failed" if status else "passed"}
+        summaries = SUMMARY.findall(said)
+        if summaries:
+            counts = (count.split() for count in summaries[-1].split(", "))
+            outcome["tests"] = {kind: int(number) for number, kind in counts}
+        if status != 0:
+            outcome["error"] = f"{said[-TAIL:]}\nexit status {self.process.returncode}".strip()
+        return self._row(outcome)
+
+    def _row(self, outcome: Row) -> Row:
+        seconds = 0.0 if self.process is None else round(time.monotonic() - self.start, 1)
+        row = {"part": self.part.name, "seconds": seconds, "ceiling_s": self.ceiling, "command": self.command}
+        return row | outcome
+
+    def stop(self) -> None:
+        """End it at once, with all that it started, if it still runs."""
+        if self.process is None or self.process.poll() is not None:
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(GRACE_SECONDS)  # a process that waits for a GPU that hangs cannot be ended

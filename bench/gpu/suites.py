@@ -1,0 +1,424 @@
+"""What `make gpu` measures: python -m bench.gpu.suites SUITE --results FILE.
+
+Every row is written as soon as it is measured. What cannot run becomes a row with the reason. `ceilings` begins the
+file; the other suites take their limits from its first row. `--compile` adds torch.compile's max-autotune, which takes
+a minute; `--rehearse` is everything tiny and on the CPU.
+
+Short calls are measured as they are ("eager") and as CUDA graphs, all peers alike; torch.compile brings its own graphs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import datetime
+import hashlib
+import json
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bench import generator, logistic_mixture_nll, masked_conv2d, reparameterize
+from bench.harness import environment, gpu, measure, report, rows
+from bench.harness.case import Case, Provider, Work
+from bench.harness.ceilings import Ceilings
+from bench.sampling import plain_forward, timed
+
+SECONDS = 3.0  # for all providers of a case, without warm-up
+REHEARSAL_SECONDS = 0.05
+NAIVE_PIXELS = 4  # of the naive loop that are run
+CHECKED_IMAGES = 4
+SHARE = 64  # of the sizes of ceilings, in a rehearsal
+
+Row = dict[str, Any]
+Call = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where to measure, and how much.
+
+    compile: torch.compile takes part.
+    """
+
+    device: str = "cuda"
+    tiny: bool = False
+    compile: bool = False
+
+    @property
+    def modes(self) -> Sequence[str]:
+        return ("compile",) if self.compile else ("eager", "graph")
+
+    def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """By torch.compile, at the first call."""
+        if self.device == "cuda":
+            return torch.compile(function, mode="max-autotune", dynamic=False)
+        return torch.compile(function, backend="eager", dynamic=False)
+
+
+@dataclass(frozen=True)
+class Check:
+    """Something that is true or not; `run` returns what was found, JSON values."""
+
+    name: str
+    run: Callable[[], Row]
+
+
+def reason(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".strip()[:400]
+
+
+def peers(place: Place, mode: str, calls: dict[str, Call], flops: float, bytes: float) -> Work:
+    """Providers of those calls that work here; all but "fastgen" are baselines, "compile" is in its own mode only."""
+    providers, skipped = {}, {}
+    for name, call in calls.items():
+        if name == "compile" and mode != "compile":
+            continue
+        try:
+            _, first = timed(call)
+            run = call if mode == "eager" or name == "compile" else gpu.graphed(call, place.device)
+            run()
+        except Exception as error:  # one broken provider must not cost the others their turn
+            skipped[name] = reason(error)
+            continue
+        providers[name] = Provider(run, name != "fastgen", extra={"first_call_s": first})
+    return Work(providers, flops, bytes, skipped)
+
+
+def reparameterize_cases(place: Place) -> Iterator[Case]:
+    size = reparameterize.Size(*((3, 5) if place.tiny else (8192, 1024)))
+
+    def build(train: bool, mode: str) -> Work:
+        mu, logvar, grad = torch.randn(3, size.samples, size.dimensions, device=place.device)
+        grads = [grad, torch.randn(size.samples, device=place.device)]
+
+        def call(function: reparameterize.Function) -> Call:
+            inputs = [value.clone().requires_grad_(train) for value in (mu, logvar)]
+            return partial(reparameterize.step, function, inputs, grads) if train else partial(function, *inputs)
+
+        calls = {
+            "eager": call(reparameterize.formulas),
+            "compile": call(place.compiled(reparameterize.formulas)),
+            "fastgen": call(reparameterize.fused),
+        }
+        # Forward: two read, one written. Backward: two and a gradient read, two written; the noise is made again.
+        count = mu.numel()
+        flops = (2 if train else 1) * reparameterize.FORWARD_FLOPS * count
+        return peers(place, mode, calls, flops, 4 * (8 if train else 3) * count)
+
+    for mode in place.modes:
+        for train in (False, True):
+            name = f"KL {size.name} {'forward+backward' if train else 'forward'}, {mode}"
+            yield Case(name, {"mu": [size.samples, size.dimensions]}, partial(build, train, mode))
+
+
+def logistic_mixture_nll_cases(place: Place) -> Iterator[Case]:
+    size = logistic_mixture_nll.Size(*((2, 3, 5, 7, 2) if place.tiny else (256, 3, 32, 32, 10)))
+
+    def build(train: bool, mode: str) -> Work:
+        from fastgen import ops
+
+        params = torch.randn(size.batch, size.params, size.height, size.width, device=place.device)
+        images = torch.randint(256, (size.batch, size.channels, size.height, size.width), device=place.device).byte()
+        run = logistic_mixture_nll.backward if train else logistic_mixture_nll.without_grad
+
+        def call(function: Callable[..., Tensor], memory_format: torch.memory_format) -> Call:
+            own = params.contiguous(memory_format=memory_format).clone().requires_grad_(train)
+            return partial(run, function, own, images)
+
+        formula = logistic_mixture_nll.formula
+        calls = {
+            "eager": call(formula, torch.contiguous_format),
+            "eager channels_last": call(formula, torch.channels_last),
+            "compile": call(place.compiled(formula), torch.channels_last),
+            "fastgen": call(ops.logistic_mixture_nll, torch.contiguous_format),
+        }
+        # Forward: parameters and images read, a number per pixel written. Backward adds the gradient, written.
+        bytes = 4 * params.numel() * (2 if train else 1) + images.numel() + 4 * size.pixels
+        return peers(place, mode, calls, logistic_mixture_nll.flops(size, train), bytes)
+
+    for mode in place.modes:
+        for train in (False, True):
+            name = f"{size.name} {'forward+backward' if train else 'forward'}, {mode}"
+            yield Case(name, {"batch": size.batch, "params": size.params}, partial(build, train, mode))
+
+
+def masked_conv2d_cases(place: Place) -> Iterator[Case]:
+    def build(size: masked_conv2d.Size, mode: str) -> Work:
+        from fastgen import ops
+
+        def made(*shape: int) -> Tensor:
+            value = torch.randn(shape, device=place.device, dtype=torch.bfloat16)
+            return value.contiguous(memory_format=torch.channels_last) if len(shape) == 4 else value
+
+        x = made(size.batch, size.inputs, size.height, size.width)
+        weight, bias = made(size.outputs, size.inputs, size.kernel, size.kernel) * 0.05, made(size.outputs)
+        mask = ops.conv_mask(weight.shape, size.mask_type).to(weight)
+
+        def call(function: Callable[..., Tensor], weight: Tensor = weight) -> Call:
+            return partial(masked_conv2d.without_grad, function, (x, weight, bias))
+
+        dense = partial(masked_conv2d.masked_weights, mask=mask)
+        calls = {
+            "eager": call(dense),
+            "masked before": call(partial(torch.conv2d, padding=size.kernel // 2), weight * mask),  # cuDNN alone
+            "compile": call(place.compiled(dense)),
+            "fastgen": call(partial(ops.masked_conv2d, mask_type=size.mask_type)),
+        }
+        flops = masked_conv2d.useful_flops(mask.float().cpu(), size.batch, size.height, size.width)
+        return peers(place, mode, calls, flops, 2 * (2 * x.numel() + int(mask.sum()) + bias.numel()))
+
+    sizes = [(2, 8, 8, 5, 4)] if place.tiny else [(256, 128, 128, 32, 32), (16, 128, 128, 32, 32)]
+    for size in [masked_conv2d.Size(*numbers, kernel=3, mask_type="B") for numbers in sizes]:
+        for mode in place.modes:
+            shapes = {"batch": size.batch, "channels": size.inputs, "image": [size.height, size.width]}
+            yield Case(f"{size.name} bf16, {mode}", shapes, partial(build, size, mode), dtype="bfloat16")
+
+
+def generator_cases(place: Place) -> Iterator[Case]:
+    def build(batch: int, mode: str) -> Work:
+        import fastgen
+
+        plain = generator.make(generator.DCGAN, *((2,) if place.tiny else ()))
+        flops = generator.flops(plain, plain.inputs(1)) * batch
+        network = plain.to(place.device, torch.bfloat16, memory_format=torch.channels_last)
+        (z,) = plain.inputs(batch)
+        z = z.to(place.device, torch.bfloat16).contiguous(memory_format=torch.channels_last)
+
+        def call(module: generator.Module) -> Call:
+            return partial(generator.infer, module, z)
+
+        calls = {
+            "eager": call(network),
+            "folded": call(generator.fold(network)),
+            "compile": call(place.compiled(copy.deepcopy(network))),
+            "fastgen": call(fastgen.accelerate(network)),
+        }
+        numbers = sum(p.numel() for p in network.parameters()) + z.numel() + generator.infer(network, z).numel()
+        return peers(place, mode, calls, flops, 2 * numbers)
+
+    for batch in (2,) if place.tiny else (64, 1024):
+        for mode in place.modes:
+            name = f"DCGAN-64 bf16 channels_last, batch {batch}, {mode}"
+            yield Case(name, {"batch": batch}, partial(build, batch, mode), dtype="bfloat16")
+
+
+class Subject:
+    """PixelCNN++ at its published size, 53,659,080 parameters, with random weights, and its sampler."""
+
+    def __init__(self, backend: str, place: Place):
+        import fastgen
+        from fastgen import models
+
+        small = {"image_shape": (3, 4, 5), "num_filters": 4, "num_blocks": 1, "num_mixtures": 2}
+        self.backend, self.place = backend, place
+        self.batches = (1, 3) if place.tiny else (1, 256)
+        torch.manual_seed(0)
+        self.model = models.PixelCNNpp(**(small if place.tiny else {})).eval()
+        self.on_cpu = copy.deepcopy(self.model)
+        self.model.to(place.device)
+        self.sampler, self.error = None, ""
+        try:
+            make = partial(fastgen.Sampler, self.model, backend=backend, max_batch=self.batches[-1])
+            self.sampler, self.compile_seconds = timed(make)
+        except Exception as error:  # no such executor, or one that fails: the peers are measured all the same
+            self.error = reason(error)
+
+    def naive(self, batch: int) -> None:
+        """The first pixels of the loop: a forward pass of the whole batch for each, and its draw."""
+        from fastgen.sampling.subject import make_subject
+
+        subject = make_subject(self.model, None, None, None)
+        head = subject.head
+        images = torch.zeros(batch, *subject.image_shape, dtype=torch.uint8)
+        for x in range(NAIVE_PIXELS):
+            for group in head.groups(len(images[0])):
+                params = subject.head.encode(images).to(self.place.device)
+                params = plain_forward(self.model, params)[:, group.params, 0, x].cpu()
+                uniforms = torch.rand(batch, head.num_uniforms(len(images[0])))[:, group.uniforms]
+                images[:, group.colours, 0, x] = head.draw(params, uniforms, 1.0)
+
+    def build(self, batch: int) -> Work:
+        channels, height, width = self.model.image_shape
+        images = torch.randint(256, (batch, channels, height, width), dtype=torch.uint8)
+        encoded = self.model.head.encode(images).to(self.place.device)
+        note = (
+            f"extrapolated: the first {NAIVE_PIXELS} of {height * width} pixels were drawn, with PyTorch's kernels and "
+            "PyTorch's default precision (convolutions in TF32)"
+        )
+        scale = height * width / NAIVE_PIXELS
+        providers = {
+            "naive": Provider(partial(self.naive, batch), True, scale, note),
+            "forward": Provider(partial(plain_forward, self.model, encoded), True, note="scores, draws nothing"),
+        }
+        name, bytes = f"fastgen {self.backend}", images.numel()
+        if self.sampler is None:
+            return Work(providers, 0.0, bytes, {name: self.error})
+        draw, plan = partial(self.sampler.sample, batch), self.sampler.plan
+        flops, bytes = plan.flops * batch, bytes + self.sampler.weight_bytes
+        try:
+            _, first = timed(draw)
+        except Exception as error:
+            return Work(providers, flops, bytes, {name: reason(error)})
+        extra = {
+            "compile_s": self.compile_seconds,
+            "first_call_s": first,
+            "workspace_bytes": plan.cache_bytes * batch,
+            "weight_bytes": self.sampler.weight_bytes,
+            "executed_mflop_per_sample": self.sampler.flops / 1e6,
+        }
+        providers[name] = Provider(draw, extra=extra)
+        return Work(providers, flops, bytes)
+
+    def check(self) -> Row:
+        """The same images as on the CPU, but for ties; the hash is to be compared with that of other executors."""
+        import fastgen
+
+        assert self.sampler is not None
+        images = self.sampler.sample(CHECKED_IMAGES)
+        expected = fastgen.Sampler(self.on_cpu, backend="cpu").sample(CHECKED_IMAGES)
+        found = fastgen.audit(self.on_cpu, images)
+        return {
+            "ok": found.ok,
+            "backend": self.backend,
+            "images": CHECKED_IMAGES,
+            "sha256": hashlib.sha256(images.numpy().tobytes()).hexdigest(),
+            "images_equal_to_cpu": int((images == expected).flatten(1).all(1).sum()),
+            "audit": {"mismatches": found.mismatches, "ties": found.ties, "elements": found.elements},
+        }
+
+
+def sampling_cases(backend: str, place: Place) -> Iterator[Case | Check]:
+    subject = Subject(backend, place)
+    for batch in subject.batches:
+        yield Case(f"PixelCNN++, batch {batch}", {"batch": batch}, partial(subject.build, batch))
+    if subject.sampler is not None:
+        yield Check(f"PixelCNN++, images of {backend}", subject.check)
+
+
+SUITES: dict[str, Callable[[Place], Iterator[Case | Check]]] = {
+    "reparameterize": reparameterize_cases,
+    "logistic_mixture_nll": logistic_mixture_nll_cases,
+    "masked_conv2d": masked_conv2d_cases,
+    "generator": generator_cases,
+    **{f"sampling-{backend}": partial(sampling_cases, backend) for backend in ("cuda", "triton", "cpu")},
+}
+
+
+def append(path: Path, row: Row) -> None:
+    with open(path, "a") as file:
+        file.write(json.dumps(row) + "\n")
+
+
+def now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
+def write_ceilings(path: Path, place: Place, revision: Row) -> None:
+    """The first row of the file."""
+    found = gpu.measure_ceilings(place.device, SHARE if place.tiny else 1)
+    row = {
+        "environment": {**gpu.machine(place.device), "torch": torch.__version__, **revision, "date": now()},
+        "copy_gbs": found.bandwidth["copy", 1] / 1e9,
+        "matrix_tflops": {kind: rate / 1e12 for (_, kind, _), rate in found.flops.items()},
+    }
+    print(json.dumps(row, indent=1))
+    append(path, row)
+
+
+def read_ceilings(path: Path) -> Ceilings | None:
+    """From the first row of the file; None where it has none, because measuring them failed."""
+    with open(path) as file:
+        first = json.loads(file.readline() or "{}")
+    if "copy_gbs" not in first:
+        return None
+    rates = {("matrix product", kind, 1): rate * 1e12 for kind, rate in first["matrix_tflops"].items()}
+    return Ceilings(rates, {("copy", 1): first["copy_gbs"] * 1e9})
+
+
+def measure_case(case: Case, place: Place, limits: Ceilings, common: Row, clock: Callable[..., float]) -> list[Row]:
+    """The rows of a case, with those of the providers that could not run."""
+    facts = {**common, "case": case.name, "shapes": case.shapes, "dtype": case.dtype, "threads": 1}
+    facts |= {"load_average": environment.load_average(), "date": now()}
+    work = case.build()
+    watch = environment.Watch()
+    turns = {name: partial(clock, provider.call) for name, provider in work.providers.items()}
+    times = measure.interleave(turns, REHEARSAL_SECONDS if place.tiny else SECONDS)
+    peaks = {name: gpu.peak_bytes(provider.call, place.device) for name, provider in work.providers.items()}
+    facts["others"] = watch.others()
+    providers = {
+        name: {"baseline": p.baseline, "scale": p.scale, "note": p.note, "extra": p.extra}
+        for name, p in work.providers.items()
+    }
+    found = rows.make(facts, {"providers": providers, "flops": work.flops, "bytes": work.bytes}, times, peaks, limits)
+    for row in found:
+        rates = {"share_of_copy_bandwidth": row["bytes"] / row["median_s"] / row["peak_bandwidth"]}
+        if "batch" in case.shapes:
+            rates["items_per_s"] = case.shapes["batch"] / row["median_s"]
+        row["extra"] = {**row["extra"], **rates}
+    print(report.case_table(found) if found else f"{case.name}: nothing could run", flush=True)
+    suite = {"suite": common["suite"], "case": case.name}
+    return found + [{**suite, "provider": name, "unavailable": why} for name, why in work.skipped.items()]
+
+
+def run(suite: str, place: Place, path: Path, common: Row) -> bool:
+    """Measure a suite, rows appended to the file; whether nothing failed."""
+    limits = read_ceilings(path) or gpu.measure_ceilings(place.device, SHARE if place.tiny else 1)
+    clock, failed = gpu.seconds_of(place.device), False
+    common = {"suite": suite, "machine": gpu.machine(place.device), "memory_method": gpu.MEMORY_METHOD, **common}
+    common["versions"] = environment.versions()
+    for case in SUITES[suite](place):
+        print(f"{time.strftime('%X')} {case.name}", flush=True)
+        start = {"suite": suite, "case": case.name}
+        try:
+            if isinstance(case, Check):
+                found = [{**start, "check": case.run()}]
+                failed |= not found[0]["check"]["ok"]
+            else:
+                found = measure_case(case, place, limits, common, clock)
+        except Exception as error:  # one broken case must not cost the others
+            traceback.print_exc()
+            found = [{**start, "error": reason(error)}]
+            failed = True
+        for row in found:
+            append(path, row)
+            if "median_s" not in row:
+                print(json.dumps(row), flush=True)
+    return not failed
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu.suites", description="What make gpu measures.")
+    parser.add_argument("suites", nargs="+", choices=["ceilings", *SUITES])
+    parser.add_argument("--results", type=Path, required=True, metavar="FILE", help="rows are appended to it")
+    parser.add_argument("--commit", help="as `git describe --always --dirty` has it, where the checkout is no clone")
+    parser.add_argument("--compile", action="store_true", help="with torch.compile")
+    parser.add_argument("--no-tests", action="store_true", help="the tests did not pass: rows carry no speed-up")
+    parser.add_argument("--rehearse", action="store_true", help="tiny, on the CPU")
+    options = parser.parse_args(arguments)
+    place = Place("cpu" if options.rehearse else "cuda", options.rehearse, options.compile)
+    torch.backends.cudnn.benchmark = True  # the peers at their best
+    if options.rehearse:
+        torch.set_num_threads(1)
+    revision = environment.revision()
+    if options.commit:
+        revision = {"commit": options.commit.removesuffix("-dirty"), "dirty": options.commit.endswith("-dirty")}
+    common = {"tests": "not run" if options.no_tests else "passed", "command": " ".join(options.suites), **revision}
+    fine = True
+    for suite in options.suites:
+        if suite == "ceilings":
+            write_ceilings(options.results, place, revision)
+        else:
+            fine &= run(suite, place, options.results, common)
+    return 0 if fine else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

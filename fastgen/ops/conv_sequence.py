@@ -1,0 +1,123 @@
+"""Several `conv_transpose2d_bn_act` one after the other. For one image it is the calls that cost: here they are one."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from fastgen import backends
+from fastgen.ops import conv_transpose2d_bn_act_cpu as cpu
+from fastgen.ops.conv_block import goes_straight
+from fastgen.ops.conv_transpose2d_bn_act import conv_transpose2d_bn_act
+from fastgen.ops.conv_transpose2d_bn_act_cpu import Options
+from fastgen.ops.packed_weights import packed_weight, span_bytes
+
+BLOCK_TENSORS = 6  # weight, bias, running_mean, running_var, bn_weight, bn_bias
+_GEOMETRY = Options._fields[:5]
+_MAX_KEPT = 64  # of one first weight, for inputs of other sizes
+
+Blocks = tuple[tuple[Any, ...], ...]
+
+_kept = WeakTensorKeyDictionary()  # by the first weight
+
+
+def conv_transpose2d_bn_act_sequence(input: Tensor, tensors: Sequence[Tensor | None], blocks: Blocks) -> Tensor:
+    """The last result of `conv_transpose2d_bn_act` applied in turn, each to the result of the one before.
+
+    Args:
+        input: [N, Cin, H, W].
+        tensors: weight, bias, running_mean, running_var, bn_weight and bn_bias of the first block, then of the second,
+            and so on.
+        blocks: `Options` of each block, as a tuple.
+    """
+    straight = not torch.compiler.is_compiling() and isinstance(input, Tensor) and goes_straight((input, *tensors))
+    if not straight:
+        return _one_by_one(input, tensors, blocks)
+    key = (input.dtype, input.shape, input.stride(), blocks, torch.get_num_threads(), backends.native_cpu().isa())
+    kept = _kept.setdefault(tensors[0], {})
+    if key in kept:
+        output = kept[key](input, tensors)
+        if output is not None:
+            return output
+        kept.clear()  # the others would notice, too, and keep old packs until then
+    calls: list[cpu.Inference | None] = []
+    output = _one_by_one(input, tensors, blocks, calls)
+    dense = all(tensor is None or (tensor.is_contiguous() and not tensor.is_inference()) for tensor in tensors)
+    if dense and all(call is not None and call.scratch for call in calls):
+        if len(kept) >= _MAX_KEPT:
+            kept.clear()
+        kept[key] = _Sequence(tensors, calls)  # type: ignore[arg-type]
+    return output
+
+
+def _one_by_one(
+    input: Tensor, tensors: Sequence[Tensor | None], blocks: Blocks, calls: list[cpu.Inference | None] | None = None
+) -> Tensor:
+    """`calls` gets what served the blocks."""
+    for i, block in enumerate(blocks):
+        weight, *channels = tensors[i * BLOCK_TENSORS : (i + 1) * BLOCK_TENSORS]
+        assert weight is not None
+        *geometry, _, eps, activation, parameter = block
+        options: dict[str, Any] = dict(zip(_GEOMETRY, geometry, strict=True))
+        options |= {"eps": eps, "activation": activation, "negative_slope": parameter, "alpha": parameter}
+        output = conv_transpose2d_bn_act(input, weight, *channels, **options)
+        if calls is not None:
+            calls.append(cpu.served((input, weight, *channels), block))
+        input = output
+    return input
+
+
+class _Sequence:
+    """Of inputs that are alike, and blocks that were served one by one."""
+
+    def __init__(self, tensors: Sequence[Tensor | None], calls: Sequence[cpu.Inference]):
+        dtype = str(tensors[0].dtype).removeprefix("torch.")  # type: ignore[union-attr]
+        self.native = getattr(backends.native_cpu(), f"ConvSequence_{dtype}")()
+        self.packs = []  # that the native sequence reads
+        for i, call in enumerate(calls):
+            weight, *channels = tensors[i * BLOCK_TENSORS : (i + 1) * BLOCK_TENSORS]
+            assert weight is not None
+            packed = packed_weight(weight, call.plan, call.groups, call.threads)
+            addresses = [0 if tensor is None else tensor.data_ptr() for tensor in channels]
+            memory = weight.data_ptr(), span_bytes(weight)
+            self.native.add(call.plan, call.threads, packed.data_ptr(), addresses, *call.act, *memory)
+            self.packs.append(packed)
+        self.seen = [_Seen.of(tensor) for tensor in tensors]
+        self.batch, self.strides = calls[0].shape[0], calls[0].strides
+        self.shape, self.sums = calls[-1].shape, calls[-1].sums
+        self.scratch = self.native.scratch_size(self.batch, self.strides)
+
+    def __call__(self, input: Tensor, tensors: Sequence[Tensor | None]) -> Tensor | None:
+        """None if one of the tensors is not what it was."""
+        for tensor, seen in zip(tensors, self.seen, strict=True):
+            if not seen.still(tensor):
+                return None
+        output = torch.empty(self.shape, dtype=input.dtype, device=cpu.CPU, memory_format=torch.channels_last)
+        scratch = torch.empty(self.scratch, dtype=self.sums, device=cpu.CPU)
+        addresses = output.data_ptr(), scratch.data_ptr()
+        return output if self.native.run(self.batch, input.data_ptr(), self.strides, *addresses) else None
+
+
+class _Seen(NamedTuple):
+    """What tells whether a tensor, or None, is the same one and was not written to by PyTorch."""
+
+    reference: Callable[[], Tensor | None] | None
+    state: tuple[Any, ...] = ()
+
+    @classmethod
+    def of(cls, tensor: Tensor | None) -> _Seen:
+        return cls(None) if tensor is None else cls(weakref.ref(tensor), _state(tensor))
+
+    def still(self, tensor: Tensor | None) -> bool:
+        if tensor is None or self.reference is None:
+            return tensor is self.reference
+        return self.reference() is tensor and self.state == _state(tensor)
+
+
+def _state(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tensor._version, tensor.shape, tensor.stride()

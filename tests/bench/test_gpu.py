@@ -1,0 +1,160 @@
+"""`make gpu` without a GPU: what it plans, what becomes of parts that fail or hang, and its suites tiny on the CPU."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench.gpu import __main__ as command
+from bench.gpu import suites
+from bench.gpu.python import choose
+from bench.gpu.runner import Part, run, seconds_of
+from bench.harness import rows
+
+FACTS = {"gpu": "NVIDIA H200", "arch": "90", "torch": "2.6"}
+
+
+def python(name: str, code: str, ceiling: float = 20, *needs: str) -> Part:
+    return Part(name, [sys.executable, "-c", code], ceiling, needs)
+
+
+def test_every_part_leaves_a_row(tmp_path):
+    stages = [
+        [
+            python("good", "print('== 3 passed, 1 skipped in 0.5s ==')"),
+            python("bad", "print('why'); raise SystemExit(3)"),
+            python("hangs", "import time; print('begun', flush=True); time.sleep(60)", 0.8),
+            Part("absent", ["no-such-program"], 5),
+        ],
+        [python("proven", "import sys; print(sys.argv[1:]); 1/0", 20, "good")],
+        [python("unproven", "import sys; print(sys.argv[1:]); 1/0", 20, "good", "bad")],
+    ]
+    found, start = {}, time.monotonic()
+    run(stages, 30, tmp_path, tmp_path / "logs", lambda part, row: found.update({part.name: row}))
+    assert time.monotonic() - start < 25
+    assert {name: row["status"] for name, row in found.items()} == {
+        "good": "passed",
+        "bad": "failed",
+        "hangs": "timed out",
+        "absent": "skipped",
+        "proven": "failed",
+        "unproven": "failed",
+    }
+    assert found["good"]["tests"] == {"passed": 3, "skipped": 1}
+    assert found["bad"]["error"] == "why\nexit status 3"
+    assert found["hangs"]["error"].startswith("begun")
+    assert "no-such-program" in found["absent"]["error"]
+    assert found["proven"]["error"].startswith("[]") and found["unproven"]["error"].startswith("['--no-tests']")
+
+
+def test_ctrl_c_is_not_heeded(tmp_path, monkeypatch):
+    """Then the part is ended at once; what comes after has no time left."""
+    monkeypatch.setattr("bench.gpu.runner.GRACE_SECONDS", 0.5)
+    deaf = (
+        "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('deaf', flush=True); time.sleep(60)"
+    )
+    found = run([[python("deaf", deaf)], [python("late", "")]], 1.5, tmp_path, tmp_path)
+    assert [row["status"] for row in found] == ["timed out", "skipped"]
+    assert found[0]["seconds"] < 10
+
+
+@pytest.fixture
+def stages() -> list[list[Part]]:
+    return command.plan(Path("python"), FACTS, Path("results.jsonl"), False, "")
+
+
+def test_it_fits_into_ten_minutes(stages):
+    assert seconds_of(stages) <= command.LIMIT < 600
+    parts = [part for stage in stages for part in stage]
+    assert len({part.name for part in parts}) == len(parts)
+    done: set[str] = set()
+    for stage in stages:
+        assert all(set(part.needs) <= done for part in stage)
+        done |= {part.name for part in stage}
+
+
+def test_every_test_is_run(stages):
+    """Each file whole, beside the choice of those that need a GPU."""
+    named = [
+        argument
+        for stage in stages
+        for part in stage
+        if "-m" not in part.command[3:] and "-k" not in part.command
+        for argument in part.command
+        if argument.startswith("tests/")
+    ]
+    files = [str(path.relative_to(command.ROOT)) for path in (command.ROOT / "tests").rglob("test_*.py")]
+    assert sorted(named) == sorted(files)
+
+
+def test_the_interpreter(tmp_path):
+    own, environment = Path(sys.executable), tmp_path / ".venv/bin/python"
+    assert choose(tmp_path, lambda path: FACTS) == (own, FACTS)
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / ".venv/test.stamp").touch()
+    assert choose(tmp_path, lambda path: FACTS) == (environment, FACTS)
+    assert choose(tmp_path, lambda path: "blind" if path == environment else FACTS) == (own, FACTS)
+    with pytest.raises(RuntimeError, match=r"\.venv: blind\n.*: blind"):
+        choose(tmp_path, lambda path: "blind")
+
+
+def test_the_plan_is_said(capsys):
+    assert command.main(["--plan", "--rehearse", "--only", "^bench gen"]) == 0
+    assert "bench generator compiled" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so(capsys, monkeypatch):
+    monkeypatch.setattr(command, "choose", lambda root: choose(root, lambda path: "torch sees no GPU"))
+    monkeypatch.setenv("NVCC", "nvcc")
+    assert command.main([]) == 2
+    assert "torch sees no GPU" in capsys.readouterr().err
+
+
+def measured(path: Path, *arguments: str) -> list[dict]:
+    threads = torch.get_num_threads()
+    try:
+        assert suites.main([*arguments, "--rehearse", "--results", str(path), "--commit", "abc-dirty"]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    return rows.read(path)
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_suites_on_the_cpu(compile, tmp_path, capsys):
+    names = [name for name in suites.SUITES if not name.startswith("sampling")]
+    first, *found = measured(tmp_path / "rows", "ceilings", *names, *["--compile"] * compile)
+    assert first["environment"]["commit"] == "abc" and first["environment"]["dirty"]
+    assert first["copy_gbs"] > 0 and set(first["matrix_tflops"]) == {"float32", "tf32", "bfloat16", "float16"}
+    assert {row["suite"] for row in found} == set(names)
+    for row in found:
+        rows.check(row)
+        assert (row["provider"] == "fastgen") == bool(row["speedup"])
+    assert ("compile" in {row["provider"] for row in found}) == compile
+    assert "DCGAN-64" in command.summary(tmp_path / "rows")
+
+
+def test_sampling_on_the_cpu(tmp_path, capsys):
+    found = measured(tmp_path / "rows", "ceilings", "sampling-cpu", "sampling-cuda")
+    checks = [row["check"] for row in found if "check" in row]
+    assert [check["backend"] for check in checks] == ["cpu"]
+    assert checks[0]["ok"] and checks[0]["images_equal_to_cpu"] == suites.CHECKED_IMAGES
+    assert len([row for row in found if row.get("provider") == "fastgen cpu"]) == 2
+    unavailable = [row for row in found if "unavailable" in row]
+    assert {row["provider"] for row in unavailable} == {"fastgen cuda"}
+    assert all("cuda" in row["unavailable"] for row in unavailable)
+
+
+def test_a_broken_provider_is_a_row(tmp_path, monkeypatch, capsys):
+    def broken(*_: object) -> None:
+        raise MemoryError("too much")
+
+    monkeypatch.setattr(suites.reparameterize, "fused", broken)
+    found = measured(tmp_path / "rows", "ceilings", "reparameterize")
+    assert [row["unavailable"] for row in found if "unavailable" in row] == ["MemoryError: too much"] * 4
+    assert json.dumps(found[1])

@@ -1,0 +1,233 @@
+"""Fused blocks in one call: the bits of the blocks one by one, whatever changes between calls."""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import itertools
+
+import pytest
+import torch
+
+import fastgen
+from fastgen import backends, ops
+from fastgen.ops.conv_transpose2d_bn_act_cpu import Options
+
+module = importlib.import_module("fastgen.ops.conv_sequence")
+
+PLAIN = Options((1, 1), (0, 0), (0, 0), 1, (1, 1), False, 1e-5, "none", 0.0)
+UP = PLAIN._replace(stride=(2, 2), padding=(1, 1))
+# Channels from block to block, kernels, and options.
+NETWORKS = {
+    "dcgan": ([10, 32, 18, 3], [4, 4, 4], [PLAIN._replace(activation="relu"), UP, UP._replace(activation="tanh")]),
+    "minimal filtering": ([32, 32, 16], [4, 4], [UP._replace(activation="elu", parameter=0.7)] * 2),
+    "groups": ([6, 12, 8], [3, 3], [UP._replace(groups=3, output_padding=(1, 0)), PLAIN._replace(dilation=(2, 1))]),
+    "growing": ([2, 4, 64, 2, 6], [3, 2, 3, 1], [UP, UP._replace(activation="leaky_relu", parameter=0.3), UP, PLAIN]),
+}
+
+
+class Network:
+    def __init__(self, name, dtype=torch.float32):
+        widths, kernels, self.blocks = NETWORKS[name]
+        self.blocks = tuple(tuple(block) for block in self.blocks)
+        self.inputs, self.dtype, self.tensors = widths[0], dtype, []
+        for i, (width, out) in enumerate(itertools.pairwise(widths)):
+            weight = torch.randn(width, out // self.blocks[i][3], kernels[i], kernels[i], dtype=dtype) / 8
+            norm = [torch.randn(out, dtype=dtype), torch.rand(out, dtype=dtype) + 0.5, *torch.randn(2, out).to(dtype)]
+            self.tensors += [
+                weight,
+                torch.randn(out, dtype=dtype) if i else None,
+                *(norm if i % 2 == 0 else [None] * 4),
+            ]
+
+    def input(self, batch=3, height=3, width=2):
+        return torch.randn(batch, self.inputs, height, width, dtype=self.dtype)
+
+    def __call__(self, x):
+        return module.conv_transpose2d_bn_act_sequence(x, self.tensors, self.blocks)
+
+    def one_by_one(self, x):
+        for i, block in enumerate(self.blocks):
+            o = Options(*block)
+            x = ops.conv_transpose2d_bn_act(
+                x, *self.tensors[6 * i : 6 * i + 6], stride=o.stride, padding=o.padding,
+                output_padding=o.output_padding, groups=o.groups, dilation=o.dilation, eps=o.eps,
+                activation=o.activation, negative_slope=o.parameter, alpha=o.parameter,
+            )  # fmt: skip
+        return x
+
+    def check(self, x):
+        expected, actual = self.one_by_one(x), self(x)
+        assert torch.equal(actual, expected) and actual.stride() == expected.stride()
+
+    def kept(self):
+        return list(module._kept.get(self.tensors[0], {}).values())
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """What native calls returned."""
+    results = []
+    call = module._Sequence.__call__
+    monkeypatch.setattr(module._Sequence, "__call__", lambda *args: results.append(call(*args)) or results[-1])
+    return results
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_bits_are_those_of_the_blocks(name, dtype, calls):
+    network = Network(name, dtype)
+    for batch in (3, 1, 40):
+        x = network.input(batch)
+        for _ in range(3):
+            network.check(x)
+    assert len(calls) == 6 and None not in calls
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_threads_and_instruction_sets(name, calls):
+    network = Network(name)
+    x = network.input(7)
+    try:
+        for isa in backends.native_cpu().isas():
+            backends.native_cpu().set_isa(isa)
+            for threads in (1, 3):
+                torch.set_num_threads(threads)
+                network.check(x)
+                network.check(x)
+    finally:
+        backends.native_cpu().set_isa("")
+    assert len(calls) == 2 * len(backends.native_cpu().isas()) and None not in calls
+
+
+def test_layouts_and_sizes(calls):
+    network = Network("dcgan")
+    for x in (
+        network.input(),
+        network.input().contiguous(memory_format=torch.channels_last),
+        network.input(6)[::2],
+        network.input().transpose(2, 3),
+        network.input(1).expand(4, -1, -1, -1),
+        network.input(2, 5, 4),
+    ):
+        network.check(x)
+        network.check(x)
+    assert len(calls) == 6 and None not in calls
+    assert network(network.input(0)).shape == (0, 3, 24, 20)
+
+
+def _replace(network):
+    network.tensors[6] = torch.randn_like(network.tensors[6])
+
+
+def _replace_statistics(network):
+    network.tensors[2] = torch.randn_like(network.tensors[2])
+
+
+def _move_statistics(network):
+    network.tensors[2].data = torch.randn(2 * len(network.tensors[2]))[::2]
+
+
+CHANGES = {
+    "in place": lambda network: network.tensors[6].mul_(2.0),
+    "first in place": lambda network: network.tensors[0].mul_(2.0),
+    "one element": lambda network: network.tensors[6].view(-1)[50].add_(100.0),
+    "past the version counter": lambda network: network.tensors[6].data.mul_(2.0),
+    "other data": lambda network: network.tensors.__getitem__(6).set_(torch.randn_like(network.tensors[6])),
+    "other strides": lambda network: setattr(
+        network.tensors[6], "data", network.tensors[6].data.flip(2).transpose(2, 3)
+    ),
+    "another weight": _replace,
+    "statistics in place": lambda network: network.tensors[2].data.add_(1.0),
+    "other statistics": _replace_statistics,
+    "statistics with gaps": _move_statistics,
+    "no more bias": lambda network: network.tensors.__setitem__(7, None),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_changes_are_noticed(change):
+    network = Network("dcgan")
+    x = network.input()
+    before = network(x)
+    assert torch.equal(network(x), before)
+    for _ in range(2):
+        change(network)
+        network.check(x)
+        network.check(x)
+    assert not torch.equal(network(x), before)
+
+
+def test_what_noticed_a_change_is_made_again(calls):
+    network = Network("dcgan")
+    xs = network.input(), network.input(5)
+    for x in xs * 2:
+        network(x)
+    first = network.kept()
+    network.tensors[6].mul_(2.0)
+    for x in xs * 2:
+        network.check(x)
+    second = network.kept()
+    assert len(first) == len(second) == 2 and not set(map(id, first)) & set(map(id, second))
+    assert [call is None for call in calls] == [False, False, True, False, False]
+
+
+def test_it_is_forgotten_with_the_first_weight():
+    gc.collect()
+    before = len(module._kept)
+    network = Network("dcgan")
+    network(network.input())
+    assert len(module._kept) == before + 1
+    del network
+    gc.collect()
+    assert len(module._kept) == before
+
+
+def test_few_sizes_are_kept(monkeypatch):
+    monkeypatch.setattr(module, "_MAX_KEPT", 2)
+    network = Network("dcgan")
+    for height in (1, 2, 3):
+        network.check(network.input(1, height))
+    assert len(network.kept()) == 1
+
+
+def test_gradients(calls):
+    network = Network("dcgan")
+    x = network.input().requires_grad_()
+    network(x.detach())
+    weight = network.tensors[6].requires_grad_()
+    expected = torch.autograd.grad(network.one_by_one(x).square().sum(), (x, weight))
+    actual = torch.autograd.grad(network(x).square().sum(), (x, weight))
+    assert torch.equal(actual[0], expected[0]) and torch.equal(actual[1], expected[1])
+    assert not calls
+    with torch.no_grad():
+        network.check(x)
+        network.check(x)
+    assert len(calls) == 2
+
+
+def test_where_others_watch(calls):
+    """Transforms, autocast, compilation, and tensors without a version counter go the long way."""
+    network = Network("dcgan")
+    x = network.input()
+    expected = network(x)
+    torch.testing.assert_close(torch.func.vmap(network)(x[None])[0], expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert network(x).dtype is torch.bfloat16
+    with fastgen.backend("reference"):
+        torch.testing.assert_close(network(x), expected)
+    assert not calls
+    with torch.inference_mode():
+        other = Network("dcgan")
+        for _ in range(3):
+            other.check(other.input())
+    assert not calls and not other.kept()
+
+
+def test_errors_are_those_of_the_blocks():
+    network = Network("dcgan")
+    network(network.input())
+    with pytest.raises(ValueError, match="channels"):
+        network(torch.randn(1, 11, 3, 2))
+    with pytest.raises(TypeError, match="dtype"):
+        network(network.input().double())
