@@ -23,6 +23,7 @@ _ALIGNED = 8  # elements: Triton looks whether pointers are multiples of 16 byte
 _MULTIPROCESSORS = 128  # of a large GPU
 _MAX_ROWS = 2**31 - 2**10  # of a step: they are counted in 32 bits
 _STAGES = 4  # of a product's pipeline
+_PRODUCTS = {"highest": "ieee"}
 _ROW_SIZE = 256  # operands of a program of `begin_row`
 _DRAW_SAMPLES, _DRAW_LEVELS = 1, 512  # of a program that draws from logits, at a time
 _MIXTURE_SAMPLES = 16
@@ -97,7 +98,7 @@ class TritonExecutor:
 
     def sample(self, batch: Batch) -> Tensor:
         """Levels [count, C, H, W], on the CPU."""
-        precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+        precision = _PRODUCTS.get(torch.get_float32_matmul_precision(), "tf32")
         with self._one_at_a_time, device_of(self._fields):
             space = self.space(batch.count, precision)
             try:
