@@ -8,7 +8,7 @@
 namespace py = pybind11;
 
 namespace fastgen::cuda {
-void bind_plan_executor(py::module_& module);  // cuda_plan_executor.cpp
+void bind_pixel_stage(py::module_& module);  // cuda_pixel_stage.cpp
 }
 
 namespace {
@@ -32,5 +32,5 @@ PYBIND11_MODULE(_cuda, module) {
     module.def("philox_uint32", philox_uint32, py::arg("seed"), py::arg("block"), py::arg("position"),
                py::arg("sample"), py::arg("count"), py::arg("out"), py::arg("stream"),
                "Philox4x32-10 of int64 [count] counters into int64 [count, 4], on the GPU.");
-    fastgen::cuda::bind_plan_executor(module);
+    fastgen::cuda::bind_pixel_stage(module);
 }

@@ -15,7 +15,6 @@ from tqdm.auto import tqdm
 from fastgen import backends
 from fastgen.sampling.executors import Batch
 from fastgen.sampling.executors.cpu import CpuExecutor
-from fastgen.sampling.executors.cuda import CudaExecutor, why_not_cuda
 from fastgen.sampling.executors.reference import ReferenceExecutor
 from fastgen.sampling.heads import Head
 from fastgen.sampling.pack import compile_graph
@@ -36,15 +35,29 @@ def _triton_executor(plan: Plan) -> Any:
     return TritonExecutor(plan)
 
 
+def _cuda_executor(plan: Plan) -> Any:
+    """Imports Triton, too."""
+    from fastgen.sampling.executors.cuda import CudaExecutor
+
+    return CudaExecutor(plan)
+
+
 def _why_not_triton(like: Tensor) -> str | None:
     """Whatever the model's dtype, the executor computes in float32."""
     return backends.why_not_triton(like.new_empty(0, dtype=torch.float32))
 
 
+def _why_not_cuda(like: Tensor) -> str | None:
+    """Its kernel draws pixels, Triton's do the rest."""
+    if torch.cuda.get_device_capability(like.device) < (9, 0):
+        return "it takes GPUs of compute capability 9.0 and newer, which have clusters of thread blocks"
+    return backends.unavailable("triton") or _why_not_triton(like)
+
+
 backends.register("sample_plan", "reference", ReferenceExecutor)
 backends.register("sample_plan", "cpu", CpuExecutor)
 backends.register("sample_plan", "triton", _triton_executor, why_not=_why_not_triton)
-backends.register("sample_plan", "cuda", CudaExecutor, why_not=why_not_cuda)
+backends.register("sample_plan", "cuda", _cuda_executor, why_not=_why_not_cuda)
 
 
 class Sampler:

@@ -1,95 +1,91 @@
-"""The plan executed by one persistent CUDA kernel (csrc/cuda/plan_executor.h): tables, memory, the stream."""
+"""The plan executed by Triton kernels for whole rows and by a CUDA kernel (csrc/cuda/pixel_stage.h) for pixels."""
 
 from __future__ import annotations
 
-from enum import IntEnum
+from enum import Enum
 
 import torch
 from torch import Tensor
 
 from fastgen import backends
-from fastgen.sampling.executors import Batch
-from fastgen.sampling.executors.tables import PlanTables
-from fastgen.sampling.heads import Head
+from fastgen.sampling.executors.pixel_tables import PixelTables
+from fastgen.sampling.executors.triton import Pattern, Space, TritonExecutor, key_of
 from fastgen.sampling.plan import Plan
 
-HEADS = ("categorical", "bernoulli", "logisticmixture")  # enum PlanHead
+
+class Strategy(Enum):
+    """How many blocks a cluster has, which shares the channels of each step of some samples. Changes no sample.
+
+    LATENCY: many, so that few samples are drawn soon. THROUGHPUT: fewer, so that more clusters draw at a time.
+    AUTOMATIC: LATENCY where all samples get a cluster of their own at the same time.
+    """
+
+    AUTOMATIC = ()
+    THROUGHPUT = (7,)
+    LATENCY = (16, 8)  # the first size that the GPU has
 
 
-class Strategy(IntEnum):
-    """How steps are cut, see csrc/cuda/plan_schedule.h. Changes no sample."""
+class CudaExecutor(TritonExecutor):
+    """Plans on the current GPU. All pixels of an image row are one launch, a part of the row's CUDA graph.
 
-    AUTOMATIC = 0
-    LATENCY = 1
-    THROUGHPUT = 2
-
-
-class CudaExecutor:
-    """Plans on the current GPU in float32, a batch in one launch on the current stream.
+    Products of pixel steps have the precision of float32, whatever `torch.set_float32_matmul_precision` asks for.
 
     Raises:
-        RuntimeError: there is no GPU, or the CUDA module was not built; the text says so.
+        RuntimeError: there is no GPU, or none with thread block clusters; the CUDA module was not built; or the plan's
+            tables are too large for the memory that the blocks of a cluster share.
     """
 
     def __init__(self, plan: Plan, strategy: Strategy = Strategy.AUTOMATIC):
         native = backends.native_cuda()
-        if not native.device_count():
-            raise RuntimeError("the cuda executor needs a GPU: the CUDA runtime sees no device")
-        self.plan, self.strategy = plan, strategy
-        self.device = torch.device("cuda", torch.cuda.current_device())
-        self._tables = PlanTables(plan, filtered=False)
-        self.flops = self._tables.flops
-        # The kernel uses the tables in place; its launch looks at some of those on the host.
-        self._host = self._tables.tensors()
-        self._device = {name: tensor.to(self.device) for name, tensor in self._host.items()}
-        self.weight_bytes = self._device["weights"].nbytes
-        self._host["weights"] = self._host["weights"][:0]
-        self._native = native.PlanExecutor(
-            host=_pointers(self._host), device=_pointers(self._device), sizes=plan_sizes(self._tables)
+        super().__init__(plan, pixel_weights=False)
+        self.strategy = strategy
+        self._pixels = PixelTables(plan, self._tables)
+        self._actions: dict[object, Tensor] = {}
+        tables = self._pixels.tensors()
+        steps = tables["steps"].numpy().tobytes()
+        self._on_gpu = {name: tensor.to(self.device) for name, tensor in tables.items()}
+        self.weight_bytes += self._on_gpu["weights"].nbytes
+        self._native = native.PixelStage(
+            tables={name: tensor.data_ptr() for name, tensor in self._on_gpu.items()},
+            sizes=self._pixels.sizes,
+            steps=steps,
+        )
+        self._clusters = {size: self._native.clusters(size) for s in Strategy for size in s.value}
+
+    def launch_pixels(self, pattern: Pattern, space: Space) -> None:
+        key = key_of(pattern)
+        if key not in self._actions:  # at the first launch, which is never captured
+            self._actions[key] = self._pixels.actions(pattern).to(self.device)
+        actions = self._actions[key]
+        size, clusters = self._cut(space.count)
+        self._native.run(
+            actions=actions.data_ptr(),
+            num_actions=len(actions),
+            **{name: tensor.data_ptr() for name, tensor in pixel_memory(space).items()},
+            count=space.count,
+            size=size,
+            clusters=clusters,
+            stream=torch.cuda.current_stream().cuda_stream,
         )
 
-    def sample(self, batch: Batch) -> Tensor:
-        """Levels [count, C, H, W], on the CPU."""
-        plan = self.plan
-        with torch.cuda.device(self.device):
-            space = self._tables.fill(batch, 0, batch.count, self.device)
-            levels = torch.zeros(batch.count, *plan.image_shape, dtype=torch.int32, device=self.device)
-            known = None if batch.known is None else batch.known.to(self.device, torch.int32).contiguous()
-            mask = None if batch.mask is None else batch.mask.to(self.device).contiguous()
-            arrivals = torch.zeros(1, dtype=torch.int64, device=self.device)
-            self._native.sample(
-                count=batch.count,
-                seed=batch.seed,
-                start=batch.start,
-                temperature=batch.temperature,
-                workspace=space.data_ptr(),
-                levels=levels.data_ptr(),
-                known=0 if known is None else known.data_ptr(),
-                mask=0 if mask is None else mask.data_ptr(),
-                arrivals=arrivals.data_ptr(),
-                strategy=int(self.strategy),
-                row_begin=plan.first_row,
-                row_end=plan.image_shape[1],
-                stream=torch.cuda.current_stream().cuda_stream,
-            )
-            finished = levels.to("cpu", plan.head.dtype)
-        batch.on_rows(plan.image_shape[1])
-        return finished
+    def _cut(self, count: int) -> tuple[int, int]:
+        """Blocks of a cluster, and clusters: as many as run at a time, with as many samples each."""
+        sizes = [self._size_of(strategy) for strategy in (Strategy.LATENCY, Strategy.THROUGHPUT)]
+        if self.strategy is not Strategy.AUTOMATIC:
+            size = self._size_of(self.strategy)
+        else:
+            size = sizes[0] if count <= self._clusters[sizes[0]] else sizes[1]
+        samples = -(-count // self._clusters[size])
+        return size, -(-count // samples)
+
+    def _size_of(self, strategy: Strategy) -> int:
+        sizes = [size for size in strategy.value if self._clusters[size]]
+        if not sizes:
+            raise RuntimeError("the cuda executor needs a GPU that runs clusters of thread blocks")
+        return sizes[0]
 
 
-def plan_sizes(tables: PlanTables) -> dict[str, int]:
-    """The sizes that csrc/common/plan_tables.h names."""
-    return {**tables.sizes(), "head": HEADS.index(_name(tables.plan.head))}
-
-
-def why_not_cuda(like: Tensor) -> str | None:
-    """Measured against no other executor yet, so it is no automatic choice."""
-    return None if backends.asked() == "cuda" else "its kernel runs where it is asked for: backend='cuda'"
-
-
-def _name(head: Head) -> str:
-    return type(head).__name__.lower()
-
-
-def _pointers(tables: dict[str, Tensor]) -> dict[str, tuple[int, int]]:
-    return {name: (tensor.data_ptr(), len(tensor)) for name, tensor in tables.items()}
+def pixel_memory(space: Space) -> dict[str, Tensor]:
+    """What the pixel stage reads and writes, by the names of PixelBatch."""
+    names = ("where", "state", "inverse_temperature", "levels", "known", "mask")
+    return {"workspace": space.planes, **{name: getattr(space, name) for name in names}}

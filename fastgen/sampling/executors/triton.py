@@ -59,6 +59,11 @@ def tiles(groups: int, precision: str, products: str) -> tuple[Tile, ...]:
 Pattern = tuple[tuple[Step, ...], tuple[Step, ...], bool]
 
 
+def key_of(pattern: Pattern) -> tuple[object, ...]:
+    """The same for patterns of the same steps."""
+    return tuple(id(s) for steps in pattern[:2] for s in steps), pattern[2]
+
+
 class TritonExecutor:
     """Plans on the current GPU in float32, or on the CPU where Triton's kernels are interpreted.
 
@@ -73,11 +78,11 @@ class TritonExecutor:
         RuntimeError: there is no GPU.
     """
 
-    def __init__(self, plan: Plan, device: torch.device | None = None):
+    def __init__(self, plan: Plan, device: torch.device | None = None, pixel_weights: bool = True):
         self.plan = plan
         self.device = _here() if device is None else device
         self.flops = plan.flops
-        tables = _Tables(plan)
+        tables = Operands(plan, pixel_weights)
         self._tables = tables
         self._row_fields = tables.integers(tables.row_fields, torch.int64).to(self.device)
         self._fields = tables.integers(tables.fields, torch.int32).to(self.device)
@@ -115,7 +120,7 @@ class TritonExecutor:
 
     def _run(self, pattern: Pattern, space: Space) -> None:
         """Launches a row; the second time, and on a GPU, captures it first."""
-        key = tuple(id(s) for steps in pattern[:2] for s in steps), pattern[2]
+        key = key_of(pattern)
         graph = space.graphs.get(key)
         if graph is None and self._capturing is not None and key in space.graphs:
             graph = torch.cuda.CUDAGraph()
@@ -135,7 +140,7 @@ class TritonExecutor:
 
     def launch_row(self, pattern: Pattern, space: Space) -> None:
         """Everything of one image row, whose number is in the memory of the space."""
-        plan, (row_steps, pixel_steps, drawn) = self.plan, pattern
+        plan, (row_steps, _, _) = self.plan, pattern
         operands = len(space.where)
         kernels.begin_row[(-(-operands // _ROW_SIZE),)](
             self._row_fields, space.where, space.state, operands, SIZE=_ROW_SIZE
@@ -143,6 +148,12 @@ class TritonExecutor:
         for step in row_steps:
             columns = len(range(step.phase[1], plan.planes[step.out].width, step.period[1]))
             self.launch_step(step, space, step.phase[1], columns)
+        self.launch_pixels(pattern, space)
+        kernels.end_row[(1,)](space.state)
+
+    def launch_pixels(self, pattern: Pattern, space: Space) -> None:
+        """The pixels of a row, one after the other."""
+        plan, (_, pixel_steps, drawn) = self.plan, pattern
         for x in plan.columns():
             for rank, _ in enumerate(plan.draws):
                 for step in pixel_steps:
@@ -151,7 +162,6 @@ class TritonExecutor:
                         self.launch_step(step, space, column, 1)
                 if drawn and 0 <= x < plan.image_shape[2]:
                     self._launch_draw(rank, space, x)
-        kernels.end_row[(1,)](space.state)
 
     def launch_step(self, step: Step, space: Space, column: int, columns: int) -> None:
         if columns == 0:
@@ -219,7 +229,7 @@ class TritonExecutor:
 class Space:
     """Memory and graphs of one batch size."""
 
-    def __init__(self, plan: Plan, tables: _Tables, count: int, precision: str, device: torch.device):
+    def __init__(self, plan: Plan, tables: Operands, count: int, precision: str, device: torch.device):
         if count * max(p.width for p in plan.planes) >= _MAX_ROWS:
             raise ValueError(f"rows of a batch of {count} images are too long: a smaller max_batch is needed")
 
@@ -253,10 +263,11 @@ class _Launch:
 
 
 @dataclass
-class _Tables:
+class Operands:
     """The plan's operands as rows of integers (kernels/sample_plan.py), and what else its kernels read."""
 
     plan: Plan
+    pixel_weights: bool = True  # those of pixel steps are packed, too
     offsets: list[int] = field(default_factory=list)  # of each plane, floats per sample
     floats: int = 0  # of all planes, per sample
     row_fields: list[tuple[int, ...]] = field(default_factory=list)
@@ -307,7 +318,7 @@ class _Tables:
             operand, init, first, self._num_weights, 0 if step.bias is None else self._num_biases, constant,
             _vector(step), tuple(program), stores,
         )  # fmt: skip
-        if step.weight is not None:
+        if step.weight is not None and (step.stage == Stage.ROW or self.pixel_weights):
             self._num_weights += self._keep(self.weights, _packed(step.weight, step))
         if step.bias is not None:
             self._num_biases += self._keep(self.biases, _packed(step.bias, step))

@@ -1,0 +1,376 @@
+#include <cooperative_groups.h>
+#include <cuda_bf16.h>
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "device.h"
+#include "pixel_stage_kernel.h"
+
+namespace fastgen::cuda {
+namespace {
+
+extern __shared__ __align__(16) char shared[];
+
+constexpr int kLanes = 256, kWarps = kLanes / 32;
+constexpr int kBlocksPerProcessor = 2;  // while one waits for its cluster, the other multiplies
+constexpr int kRound = 8;               // blocks of channels that a warp reads at a time
+constexpr int kTiles = 3;               // that it multiplies them by
+static_assert(kWarps == kPixelParts, "a warp has a part of each sum");
+
+// Shared memory of a block, in bytes from its start.
+struct Space {
+    int64_t partial, values, probabilities, where, operands, steps, instrs, stores, weights;
+    int64_t weights_of_warp;  // bytes
+    int64_t total() const { return weights + kWarps * weights_of_warp; }
+};
+
+// Two bfloat16: that of a in the low half.
+__device__ uint32_t pair(float a, float b) {
+    const __nv_bfloat162 both = __floats2bfloat162_rn(a, b);
+    return *reinterpret_cast<const uint32_t*>(&both);
+}
+
+__device__ float low_of(uint32_t both) { return __uint_as_float(both << 16); }
+__device__ float high_of(uint32_t both) { return __uint_as_float(both & 0xffff0000u); }
+
+// Three bfloat16 numbers have the 24 bits of a float: parts[0] + parts[1] + parts[2] is (a, b).
+__device__ void split(float a, float b, uint32_t parts[3]) {
+#pragma unroll
+    for (int i = 0; i < 3; ++i) {
+        parts[i] = pair(a, b);
+        a -= low_of(parts[i]);
+        b -= high_of(parts[i]);
+    }
+}
+
+__device__ void multiply_add(float acc[4], const uint32_t a[4], const uint32_t b[2]) {
+    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+// The blocks of a cluster, which GPUs have from compute capability 9.0 on. A warp computes a part of each sum on tensor cores: floats are split into three bfloat16
+// numbers, and of the products of two such sums those that count are taken, small ones first.
+#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+template <bool kBfloat16>
+class ClusterTeam {
+public:
+    __device__ explicit ClusterTeam(const Space& space) : space_(space) {}
+    __device__ int32_t rank() const { return cooperative_groups::cluster_group::block_rank(); }
+    __device__ int32_t size() const { return cooperative_groups::cluster_group::num_blocks(); }
+    __device__ int32_t lane() const { return threadIdx.x; }
+    __device__ int32_t lanes() const { return kLanes; }
+    __device__ void sync() { __syncthreads(); }
+    __device__ void arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+    __device__ void wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+    __device__ float* partial() const { return reinterpret_cast<float*>(shared + space_.partial); }
+    __device__ float* values() const { return reinterpret_cast<float*>(shared + space_.values); }
+    __device__ float* probabilities() const { return reinterpret_cast<float*>(shared + space_.probabilities); }
+
+    // Copies as many tiles of the warp's weights as there is room for.
+    __device__ void fetch(const PixelStage& stage, const PixelStep& step, PixelRange tiles) {
+        fetched_ = 0;
+        const PixelRange blocks = own(step);
+        const int32_t bytes = blocks.size() * kFragment;  // of a tile
+        if (bytes == 0 || bytes > space_.weights_of_warp) return;
+        const int32_t room = static_cast<int32_t>(space_.weights_of_warp) / bytes;
+        fetched_ = tiles.size() < room ? tiles.size() : room;
+        __syncwarp();  // nobody reads what was fetched before any more
+        for (int32_t tile = 0; tile < fetched_; ++tile) {
+            const char* from = fragment(stage, step, tiles.begin + tile, blocks.begin);
+            const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(weights_of_warp() + tile * bytes));
+            for (int32_t i = threadIdx.x % 32 * 16; i < bytes; i += 32 * 16) {
+                asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + i), "l"(from + i) : "memory");
+            }
+        }
+        asm volatile("cp.async.commit_group;" ::: "memory");
+    }
+
+    // Lane i of a warp finds the i-th of its blocks.
+    __device__ void locate(const PixelStage& stage, const PixelBatch& batch, const PixelStep& step, int32_t column) {
+        const PixelRange blocks = own(step);
+        const int32_t block = blocks.begin + static_cast<int32_t>(threadIdx.x % 32);
+        found_ = block < blocks.end ? find(stage, batch, step, block, column) : Found{};
+    }
+
+    // Part `warp` of the sums of some rows. A lane has columns lane / 4 and that + 8 of a tile and two of the rows.
+    __device__ void multiply(const PixelStage& stage, const PixelBatch& batch, const PixelStep& step, PixelRange tiles,
+                             PixelRange rows, int32_t column) {
+        const int32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+        const PixelRange blocks = own(step);
+        for (int32_t first = tiles.begin; first < tiles.end; first += kTiles) {
+            float acc[kTiles][2][4] = {};  // two chains, for the latency of each
+            for (int32_t begin = blocks.begin; begin < blocks.end; begin += kRound) {
+                float4 b[kRound];
+#pragma unroll
+                for (int r = 0; r < kRound; ++r) {
+                    const Found from = found(stage, batch, step, blocks, begin + r, column);
+                    b[r] = activations(from, rows.begin + lane / 4, lane / 4 < rows.size());
+                }
+                asm volatile("cp.async.wait_all;" ::: "memory");
+                __syncwarp();
+#pragma unroll
+                for (int r = 0; r < kRound; ++r) {
+                    if (begin + r >= blocks.end) break;
+                    uint32_t low[3], high[3];
+                    split(b[r].x, b[r].y, low);
+                    split(b[r].z, b[r].w, high);
+                    const uint32_t of_b[3][2] = {{low[0], high[0]}, {low[1], high[1]}, {low[2], high[2]}};
+#pragma unroll
+                    for (int j = 0; j < kTiles; ++j) {
+                        if (first + j >= tiles.end) break;
+                        const int32_t tile = first + j - tiles.begin;
+                        const char* from = tile < fetched_
+                                               ? weights_of_warp() +
+                                                     (tile * blocks.size() + begin + r - blocks.begin) * kFragment
+                                               : fragment(stage, step, first + j, begin + r);
+                        multiply_tile(acc[j][r % 2], from, lane, of_b);
+                    }
+                }
+            }
+            const int32_t to = (first - tiles.begin) * kPixelColumns + lane / 4, row = lane % 4 * 2;
+#pragma unroll
+            for (int j = 0; j < kTiles; ++j) {
+                if (first + j >= tiles.end) break;
+#pragma unroll
+                for (int i = 0; i < 4; ++i) {
+                    const int32_t packed = to + j * kPixelColumns + i / 2 * 8;
+                    partial()[partial_at(warp, row + i % 2, packed, tiles)] = acc[j][0][i] + acc[j][1][i];
+                }
+            }
+        }
+    }
+
+private:
+    static constexpr int32_t kFragment = kBfloat16 ? 512 : 1024;  // bytes of a block's weights in a tile
+
+    // Where the channels of a block are; null: zeros.
+    struct Found {
+        const float* first;
+        int32_t pitch, count;  // count kFast: all of them, at a multiple of 16 bytes
+    };
+    static constexpr int32_t kFast = kPixelDepth + 1;
+
+    __device__ static PixelRange own(const PixelStep& step) {
+        return pixel_share(step.num_blocks, static_cast<int32_t>(threadIdx.x / 32), kWarps);
+    }
+
+    __device__ char* weights_of_warp() const {
+        return shared + space_.weights + threadIdx.x / 32 * space_.weights_of_warp;
+    }
+
+    __device__ const char* fragment(const PixelStage& stage, const PixelStep& step, int32_t tile, int32_t block) const {
+        const int64_t index = step.weight + int64_t{tile} * step.num_blocks + block;
+        return static_cast<const char*>(stage.weights) + index * kFragment;
+    }
+
+    __device__ static Found find(const PixelStage& stage, const PixelBatch& batch, const PixelStep& step, int32_t block,
+                                 int32_t column) {
+        const int4 packed = __ldg(reinterpret_cast<const int4*>(stage.blocks) + step.first_block + block);
+        const PixelPlace from = pixel_place(stage, batch, packed.x, column);
+        return {from.first ? from.first + packed.y : nullptr, from.pitch, packed.w ? kFast : packed.z};
+    }
+
+    // Of a block of the warp: looked up by one of its lanes before, as far as there were lanes.
+    __device__ Found found(const PixelStage& stage, const PixelBatch& batch, const PixelStep& step, PixelRange blocks,
+                           int32_t block, int32_t column) const {
+        const int32_t index = block - blocks.begin;
+        if (index >= 32) return block < blocks.end ? find(stage, batch, step, block, column) : Found{};
+        const auto first = reinterpret_cast<unsigned long long>(found_.first);
+        return {reinterpret_cast<const float*>(__shfl_sync(~0u, first, index)), __shfl_sync(~0u, found_.pitch, index),
+                __shfl_sync(~0u, found_.count, index)};
+    }
+
+    // Four channels, from 4 * (lane % 4) on, of a sample.
+    __device__ static float4 activations(const Found& from, int32_t sample, bool exists) {
+        float4 a = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+        if (!from.first || !exists) return a;
+        const int32_t t = threadIdx.x % 4 * 4;
+        const float* first = from.first + int64_t{sample} * from.pitch + t;
+        if (from.count == kFast) return __ldcg(reinterpret_cast<const float4*>(first));
+        if (t < from.count) a.x = __ldcg(first);
+        if (t + 1 < from.count) a.y = __ldcg(first + 1);
+        if (t + 2 < from.count) a.z = __ldcg(first + 2);
+        if (t + 3 < from.count) a.w = __ldcg(first + 3);
+        return a;
+    }
+
+    // acc += a fragment of weights times activations, in three parts. Products below 2^-24 of the whole are left out.
+    __device__ static void multiply_tile(float acc[4], const char* weights, int32_t lane, const uint32_t b[3][2]) {
+        if (kBfloat16) {
+            const uint4 a = reinterpret_cast<const uint4*>(weights)[lane];
+            const uint32_t of_a[4] = {a.x, a.z, a.y, a.w};
+#pragma unroll
+            for (int i = 2; i >= 0; --i) multiply_add(acc, of_a, b[i]);
+        } else {
+            const int32_t flip = lane / 4 % 2;  // so that eight lanes share no memory bank
+            float4 own = reinterpret_cast<const float4*>(weights)[lane * 2 + flip];
+            float4 other = reinterpret_cast<const float4*>(weights)[lane * 2 + 1 - flip];
+            if (flip) {
+                const float4 kept = own;
+                own = other;
+                other = kept;
+            }
+            uint32_t parts[4][3], a[3][4];
+            split(own.x, own.y, parts[0]);
+            split(other.x, other.y, parts[1]);
+            split(own.z, own.w, parts[2]);
+            split(other.z, other.w, parts[3]);
+#pragma unroll
+            for (int i = 0; i < 12; ++i) a[i % 3][i / 3] = parts[i / 3][i % 3];
+            multiply_add(acc, a[2], b[0]);
+            multiply_add(acc, a[0], b[2]);
+            multiply_add(acc, a[1], b[1]);
+            multiply_add(acc, a[1], b[0]);
+            multiply_add(acc, a[0], b[1]);
+            multiply_add(acc, a[0], b[0]);
+        }
+    }
+
+    const Space& space_;
+    int32_t fetched_ = 0;  // tiles
+    Found found_{};
+};
+
+#endif
+
+// Copies a table to shared memory, where a barrier of the cluster does not drop it from a cache.
+template <class T>
+__device__ const T* copied(const T* from, char* to, int64_t rows) {
+    const auto* source = reinterpret_cast<const int32_t*>(from);
+    auto* target = reinterpret_cast<int32_t*>(to);
+    const auto words = static_cast<int32_t>(rows * int64_t{sizeof(T)} / 4);
+    for (int32_t i = static_cast<int32_t>(threadIdx.x); i < words; i += kLanes) target[i] = source[i];
+    return reinterpret_cast<const T*>(to);
+}
+
+template <bool kBfloat16>
+__global__ void __launch_bounds__(kLanes, kBlocksPerProcessor)
+    pixel_row(const __grid_constant__ PixelStage given, const __grid_constant__ PixelBatch asked,
+              const __grid_constant__ Space space) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    __shared__ PixelStage stage;  // with these pointers registers would not do
+    __shared__ PixelBatch batch;
+    if (threadIdx.x == 0) {
+        stage = given;
+        batch = asked;
+    }
+    __syncthreads();
+    batch.where = copied(asked.where, shared + space.where, stage.num_operands);
+    stage.operands = copied(given.operands, shared + space.operands, stage.num_operands);
+    stage.steps = copied(given.steps, shared + space.steps, stage.num_steps);
+    stage.instrs = copied(given.instrs, shared + space.instrs, stage.num_instrs);
+    stage.stores = copied(given.stores, shared + space.stores, stage.num_stores);
+    __syncthreads();
+    ClusterTeam<kBfloat16> team(space);
+    const auto clusters = static_cast<int32_t>(gridDim.x) / team.size();
+    const PixelRange samples = pixel_share(batch.count, static_cast<int32_t>(blockIdx.x) / team.size(), clusters);
+    PixelSchedule<ClusterTeam<kBfloat16>>(stage, batch, samples, team).run();
+#endif
+}
+
+void check(cudaError_t error, const std::string& what) {
+    if (error == cudaSuccess) return;
+    cudaGetLastError();  // or the next launch would be blamed for it
+    throw std::runtime_error("pixel_stage: " + what + ": " + cudaGetErrorString(error));
+}
+
+int64_t attribute(cudaDeviceAttr name) {
+    int device = 0, value = 0;
+    check(cudaGetDevice(&device), "no GPU");
+    check(cudaDeviceGetAttribute(&value, name, device), "cannot ask the GPU");
+    return value;
+}
+
+int64_t aligned(int64_t bytes) { return div_up(bytes, 16) * 16; }
+
+// As much room for weights as the largest step can use and kBlocksPerProcessor leave.
+Space space_of(const PixelStage& stage, const PixelStep* steps, int64_t size) {
+    const PixelScratch scratch = pixel_scratch(stage, steps, kLanes, size);
+    Space space{};
+    int64_t next = 0;
+    const auto take = [&](int64_t bytes) {
+        const int64_t at = next;
+        next += aligned(bytes);
+        return at;
+    };
+    space.partial = take(scratch.partial * 4);
+    space.values = take(scratch.values * 4);
+    space.probabilities = take(scratch.probabilities * 4);
+    space.where = take(stage.num_operands * 8);
+    space.operands = take(stage.num_operands * int64_t{sizeof(PixelOperand)});
+    space.steps = take(stage.num_steps * int64_t{sizeof(PixelStep)});
+    space.instrs = take(stage.num_instrs * int64_t{sizeof(PixelInstr)});
+    space.stores = take(stage.num_stores * int64_t{sizeof(PixelStore)});
+    space.weights = next;
+    int64_t most = 0;
+    for (int64_t s = 0; s < stage.num_steps; ++s) {
+        const int64_t fragments = div_up(steps[s].num_blocks, kWarps) * div_up(pixel_tiles(steps[s]), size);
+        if (fragments > most) most = fragments;
+    }
+    const int64_t fragment = stage.bfloat16 ? 512 : 1024;
+    const int64_t all = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / kBlocksPerProcessor -
+                        attribute(cudaDevAttrReservedSharedMemoryPerBlock);
+    const int64_t room = all > next ? (all - next) / kWarps / fragment : 0;
+    space.weights_of_warp = (most < room ? most : room) * fragment;
+    return space;
+}
+
+const void* kernel_of(const PixelStage& stage) {
+    return stage.bfloat16 ? reinterpret_cast<const void*>(pixel_row<true>)
+                          : reinterpret_cast<const void*>(pixel_row<false>);
+}
+
+struct Launch {
+    cudaLaunchAttribute attribute{};
+    cudaLaunchConfig_t config{};
+};
+
+void configure(Launch& launch, const void* kernel, const Space& space, int64_t size, int64_t clusters, CUstream_st* stream) {
+    const int64_t bytes = space.total(), room = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+    if (bytes > room) {
+        throw std::runtime_error("pixel_stage: the plan needs " + std::to_string(bytes) +
+                                 " bytes of shared memory, this GPU has " + std::to_string(room));
+    }
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
+          "cannot get shared memory");
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "cannot get clusters");
+    launch.attribute.id = cudaLaunchAttributeClusterDimension;
+    launch.attribute.val.clusterDim.x = static_cast<unsigned>(size);
+    launch.attribute.val.clusterDim.y = launch.attribute.val.clusterDim.z = 1;
+    launch.config.gridDim = dim3(static_cast<unsigned>(size * clusters));
+    launch.config.blockDim = dim3(kLanes);
+    launch.config.dynamicSmemBytes = static_cast<size_t>(bytes);
+    launch.config.stream = stream;
+    launch.config.attrs = &launch.attribute;
+    launch.config.numAttrs = 1;
+}
+
+}  // namespace
+
+int64_t pixel_clusters(const PixelStage& stage, const PixelStep* host_steps, int64_t size) {
+    Launch launch;
+    const void* kernel = kernel_of(stage);
+    configure(launch, kernel, space_of(stage, host_steps, size), size, 1, nullptr);
+    int clusters = 0;
+    if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &launch.config) == cudaSuccess) return clusters;
+    cudaGetLastError();  // no such clusters
+    return 0;
+}
+
+void run_pixel_stage(const PixelStage& stage, const PixelStep* host_steps, const PixelBatch& batch, int64_t size,
+                     int64_t clusters, CUstream_st* stream) {
+    Space space = space_of(stage, host_steps, size);
+    PixelStage plan = stage;
+    PixelBatch part = batch;
+    void* arguments[] = {&plan, &part, &space};
+    const void* kernel = kernel_of(stage);
+    Launch launch;
+    configure(launch, kernel, space, size, clusters, stream);
+    check(cudaLaunchKernelExC(&launch.config, kernel, arguments), "launch");
+}
+
+}  // namespace fastgen::cuda

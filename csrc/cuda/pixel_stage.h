@@ -1,0 +1,538 @@
+// The pixel stage of a sampling plan: what comes one pixel after the other, steps and draws, for one image row.
+//
+// A cluster of blocks draws some samples of the batch, all pixels of the row without a launch in between; clusters know
+// nothing of each other. What there is to do is a list of actions (fastgen/sampling/executors/cuda.py), the same for all
+// samples: steps, which the blocks of a cluster share by channels, and draws, which they share by samples. Where an
+// action reads what another block wrote, the cluster waits for itself before.
+//
+// Workspace, `where` and operands are those of kernels/sample_plan.py. A step's product runs over blocks of 16 channels
+// of its taps and over tiles of 16 columns, packed as tensor cores want them: see PixelStage::weights. It is summed in
+// kPixelParts parts, then over these, so that neither batch nor cluster changes a bit.
+//
+// The code is a template over a Team, so that tests run it on threads of the host. A Team has
+//
+//     int rank(), size()      this block, and how many the cluster has
+//     int lane(), lanes()     this lane, and how many a block has
+//     void sync()             returns when all lanes of this block have called it
+//     void arrive(), wait()   the latter returns when all lanes of all blocks have called the former; what they wrote
+//                             before is seen
+//     float* partial()        PixelScratch::partial floats that the block shares; likewise values(), probabilities()
+//     void fetch(stage, step, tiles)      may begin to load the weights of the product that comes next
+//     void locate(stage, batch, step, column)             what comes before `multiply` and needs nobody else's results
+//     void multiply(stage, batch, step, tiles, rows, column)     writes the parts of a product, see `partial_at`
+#pragma once
+
+#include <cstdint>
+
+#include "common/logistic_mixture.h"
+#include "common/philox.h"
+#include "common/plan_math.h"
+#include "common/plan_tables.h"
+
+#if defined(__CUDA_ARCH__)
+#define FASTGEN_UNROLL _Pragma("unroll")
+#else
+#define FASTGEN_UNROLL
+#endif
+
+namespace fastgen {
+
+constexpr int32_t kPixelRows = 8;      // samples that are multiplied at a time
+constexpr int32_t kPixelDepth = 16;    // channels of a block of the product
+constexpr int32_t kPixelColumns = 16;  // of a tile: `per_tile` channels of each group
+constexpr int32_t kPixelParts = 8;     // of a sum
+constexpr int32_t kPixelDraw = 0x8000;
+constexpr int32_t kPixelPitch = 9;     // floats from a column of a part to the next: rows that share no memory bank
+
+struct PixelAction {
+    int32_t what;  // 65536 * column, of the step's frame or of the image, + step, or of a draw kPixelDraw + its rank
+    int32_t how;   // 65536 * waits, for the cluster, + the step whose weights come next, or kPixelDraw
+    FASTGEN_HOST_DEVICE int32_t column() const { return what >> 16; }
+    FASTGEN_HOST_DEVICE int32_t step() const { return what & 0xffff; }
+    FASTGEN_HOST_DEVICE bool draws() const { return step() >= kPixelDraw; }
+    FASTGEN_HOST_DEVICE bool waits() const { return how >> 16; }
+    FASTGEN_HOST_DEVICE int32_t fetches() const { return how & 0xffff; }
+};
+
+// What lies where in a column of a frame, as in kernels/sample_plan.py.
+struct PixelOperand {
+    int32_t numerator, denominator, shift, width, pitch, channel, count, more, colour;
+};
+
+struct PixelStep {
+    int32_t channels, groups, per_tile;
+    int32_t operand;  // the first one; instructions and stores count from it
+    int32_t init;     // operand that the sum starts from; -1: none
+    int32_t bias;     // offset of the values that it starts from otherwise
+    int32_t constant, weight;  // offsets; that of weights counts blocks of a tile
+    int32_t first_block, num_blocks, first_instr, num_instrs, first_store, num_stores;
+};
+
+// Channels [channel, channel + count) of a tap. fast: 16 of them, at a multiple of 4.
+struct PixelBlock {
+    int32_t operand, channel, count, fast;
+};
+
+struct PixelInstr {
+    int32_t op, a, b, operand;  // op: PlanOp; a: register, or group of acc, or which of the loads; operand: or constant
+};
+
+struct PixelStore {
+    int32_t reg, operand;
+};
+
+struct PixelDraw {
+    int32_t operand, count, first_colour, num_colours, first_uniform, num_uniforms;
+};
+
+// Of a plan. weights [tiles][blocks][lane of 32][2][4], float or bfloat16, of each step: lane 4 * c + t holds rows 4 * t
+// to 4 * t + 3 of the block, of columns c and c + 8 of the tile. Column g * per_tile + i of tile j is group g of channel
+// j * per_tile + i.
+struct PixelStage {
+    const PixelOperand* operands;
+    const PixelStep* steps;
+    const PixelBlock* blocks;
+    const PixelInstr* instrs;
+    const PixelStore* stores;
+    const PixelDraw* draws;
+    const void* weights;
+    const float* biases;
+    const float* constants;
+    const float* encoded;  // tables of the encodings
+    const float* values;   // logistic mixture: the value in [-1, 1] of each level
+    int64_t num_operands, num_steps, num_instrs, num_stores;  // rows of tables
+    int64_t registers;                                        // most that a step has
+    int64_t first_encoding, num_encodings;                    // operands
+    int64_t colours, height, width, num_levels, components;
+    int64_t bfloat16;
+    int64_t head;  // PlanHead
+};
+
+// Of a batch: where its memory lies.
+struct PixelBatch {
+    const PixelAction* actions;
+    int64_t num_actions, count;
+    float* workspace;
+    const int64_t* where;  // floats per sample before the row of each operand; -1: outside
+    const int64_t* state;  // image row, seed, index of the first sample
+    const double* inverse_temperature;
+    int32_t* levels;       // [count, colours, height, width]
+    const int32_t* known;  // the same
+    const uint8_t* mask;   // [count, height, width]: 1 where the pixel is given
+};
+
+// Calls f(name, pointer) for each table of the plan.
+template <class F>
+void for_each_pixel_table(PixelStage& stage, F f) {
+    f("operands", stage.operands);
+    f("steps", stage.steps);
+    f("blocks", stage.blocks);
+    f("instrs", stage.instrs);
+    f("stores", stage.stores);
+    f("draws", stage.draws);
+    f("weights", stage.weights);
+    f("biases", stage.biases);
+    f("constants", stage.constants);
+    f("encoded", stage.encoded);
+    f("values", stage.values);
+}
+
+template <class F>
+void for_each_pixel_size(PixelStage& stage, F f) {
+    f("num_operands", stage.num_operands);
+    f("num_steps", stage.num_steps);
+    f("num_instrs", stage.num_instrs);
+    f("num_stores", stage.num_stores);
+    f("registers", stage.registers);
+    f("first_encoding", stage.first_encoding);
+    f("num_encodings", stage.num_encodings);
+    f("colours", stage.colours);
+    f("height", stage.height);
+    f("width", stage.width);
+    f("num_levels", stage.num_levels);
+    f("components", stage.components);
+    f("bfloat16", stage.bfloat16);
+    f("head", stage.head);
+}
+
+// [begin, end)
+struct PixelRange {
+    int32_t begin, end;
+    FASTGEN_HOST_DEVICE int32_t size() const { return end - begin; }
+};
+
+// The share of one of `size`.
+FASTGEN_HOST_DEVICE PixelRange pixel_share(int64_t all, int32_t rank, int32_t size) {
+    return {static_cast<int32_t>(all * rank / size), static_cast<int32_t>(all * (rank + 1) / size)};
+}
+
+FASTGEN_HOST_DEVICE int32_t pixel_tiles(const PixelStep& step) {
+    return (step.channels + step.per_tile - 1) / step.per_tile;
+}
+
+// Floats of the memory that a block shares.
+struct PixelScratch {
+    int64_t partial, values, probabilities;
+};
+
+// steps: on the host.
+inline PixelScratch pixel_scratch(const PixelStage& stage, const PixelStep* steps, int64_t lanes, int64_t size) {
+    int64_t most = 0;
+    for (int64_t s = 0; s < stage.num_steps; ++s) {
+        const int64_t tiles = steps[s].num_blocks ? div_up(pixel_tiles(steps[s]), size) : 0;
+        most = tiles > most ? tiles : most;
+    }
+    return {kPixelParts * kPixelColumns * most * kPixelPitch, stage.registers * lanes, div_up(stage.num_levels, 4) * 4};
+}
+
+// Element of a product's parts, of a column of the block's tiles.
+FASTGEN_HOST_DEVICE int32_t partial_at(int32_t part, int32_t row, int32_t column, PixelRange tiles) {
+    return (part * tiles.size() * kPixelColumns + column) * kPixelPitch + row;
+}
+
+// The channels of an operand in a column, for the first sample of the batch; null outside, where all is zero.
+struct PixelPlace {
+    float* first;
+    int32_t pitch;
+    FASTGEN_HOST_DEVICE float* of(int32_t sample) const { return first + int64_t{sample} * pitch; }
+};
+
+FASTGEN_HOST_DEVICE PixelPlace pixel_place(const PixelStage& stage, const PixelBatch& batch, int32_t operand,
+                                           int32_t column) {
+    const PixelOperand& at = stage.operands[operand];
+    const int64_t row = batch.where[operand];
+    int32_t x = column * at.numerator + at.shift;
+    if (at.denominator != 1) {
+        const int32_t rest = x % at.denominator;
+        x = x / at.denominator - (rest < 0);
+    }
+    if (row < 0 || x < 0 || x >= at.width) return {nullptr, 0};
+    return {batch.workspace + (row + int64_t{x} * at.pitch) * batch.count + at.channel, at.pitch};
+}
+
+// A float that another block may have written.
+FASTGEN_HOST_DEVICE float pixel_load(const float* from) {
+#if defined(__CUDA_ARCH__)
+    return __ldcg(from);  // not from the cache of this multiprocessor, which does not see the others' writes
+#else
+    return *from;
+#endif
+}
+
+FASTGEN_HOST_DEVICE float pixel_apply(PlanOp op, float a, float b) {
+    switch (op) {
+        case PlanOp::copy:
+            return a;
+        case PlanOp::neg:
+            return -a;
+        case PlanOp::abs:
+            return scalar::abs(a);
+        case PlanOp::relu:
+            return 0.0f > a ? 0.0f : a;
+        case PlanOp::elu:
+            return scalar::positive_or(a, scalar::expm1_of_minus_abs(a));
+        case PlanOp::expm1_of_minus_abs:
+            return scalar::expm1_of_minus_abs(a);
+        case PlanOp::exp:
+            return scalar::exp(a);
+        case PlanOp::expm1:
+            return scalar::expm1(a);
+        case PlanOp::log:
+            return __builtin_logf(a);
+        case PlanOp::sqrt:
+            return __builtin_sqrtf(a);
+        case PlanOp::erf:
+            return __builtin_erff(a);
+        case PlanOp::tanh:
+            return scalar::tanh(a);
+        case PlanOp::sigmoid:
+            return scalar::sigmoid(a);
+        case PlanOp::add:
+            return a + b;
+        case PlanOp::sub:
+            return a - b;
+        case PlanOp::mul:
+            return a * b;
+        case PlanOp::div:
+            return a / b;
+        case PlanOp::max:
+            return a > b ? a : b;
+        case PlanOp::min:
+            return a < b ? a : b;
+        case PlanOp::positive_or:
+            return scalar::positive_or(a, b);
+        case PlanOp::acc:
+        case PlanOp::load:
+        case PlanOp::constant:
+            break;
+    }
+    return 0.0f;
+}
+
+template <class Team>
+class PixelSchedule {
+public:
+    // samples: those of this cluster.
+    FASTGEN_HOST_DEVICE PixelSchedule(const PixelStage& stage, const PixelBatch& batch, PixelRange samples, Team& team)
+        : stage_(stage), batch_(batch), samples_(samples), team_(team) {}
+
+    FASTGEN_HOST_DEVICE void run() {
+        PixelAction next = batch_.actions[0];
+        for (int32_t i = 0; i < batch_.num_actions; ++i) {
+            const PixelAction action = next;
+            if (i + 1 < batch_.num_actions) next = batch_.actions[i + 1];
+            if (action.waits()) team_.arrive();
+            Lane lane{};
+            if (!action.draws()) lane = prepare(stage_.steps[action.step()], action.column());
+            if (action.waits()) {
+                team_.wait();
+            } else {
+                team_.sync();  // nobody reads the scratch memory of the action before any more
+            }
+            if (action.draws()) {
+                draw(stage_.draws[action.step() - kPixelDraw], action.column());
+            } else {
+                run_step(action, lane);
+            }
+        }
+    }
+
+private:
+    static constexpr int32_t kEarly = 2;
+
+    // What a lane finishes of the first rows, and what it reads for that besides the product: the first loads of the
+    // program and what the first groups of the sum start from. Addresses are found before the cluster has met, values
+    // are on their way while it multiplies.
+    struct Lane {
+        int32_t row, channel;  // of the block; row -1: nothing
+        const float *load_from[kEarly], *start_from[kEarly];
+        float load[kEarly], start[kEarly];
+    };
+
+    FASTGEN_HOST_DEVICE PixelPlace place(int32_t operand, int32_t column) const {
+        return pixel_place(stage_, batch_, operand, column);
+    }
+
+    FASTGEN_HOST_DEVICE PixelRange share(const PixelStep& step) const {
+        return pixel_share(pixel_tiles(step), team_.rank(), team_.size());
+    }
+
+    // Channels of the step that are the block's.
+    FASTGEN_HOST_DEVICE static PixelRange channels_of(const PixelStep& step, PixelRange tiles) {
+        const int32_t end = tiles.end * step.per_tile;
+        return {tiles.begin * step.per_tile, end < step.channels ? end : step.channels};
+    }
+
+    FASTGEN_HOST_DEVICE PixelRange rows_from(int32_t row) const {
+        return {row, row + kPixelRows < samples_.end ? row + kPixelRows : samples_.end};
+    }
+
+    FASTGEN_HOST_DEVICE Lane prepare(const PixelStep& step, int32_t column) {
+        if (step.num_blocks) team_.locate(stage_, batch_, step, column);
+        const PixelRange channels = channels_of(step, share(step)), rows = rows_from(samples_.begin);
+        Lane lane{-1, 0, {}, {}, {}, {}};
+        if (team_.lane() >= rows.size() * channels.size()) return lane;
+        lane.row = team_.lane() / channels.size();
+        lane.channel = team_.lane() % channels.size();
+        const int32_t sample = rows.begin + lane.row, channel = channels.begin + lane.channel;
+        FASTGEN_UNROLL
+        for (int32_t g = 0; g < kEarly; ++g) {
+            if (g < step.groups) lane.start_from[g] = start_of(step, sample, channel, g, column);
+        }
+        const PixelInstr* instr = stage_.instrs + step.first_instr;
+        for (int32_t k = 0; k < step.num_instrs; ++k, ++instr) {
+            if (instr->op != static_cast<int32_t>(PlanOp::load)) continue;
+            FASTGEN_UNROLL
+            for (int32_t e = 0; e < kEarly; ++e) {
+                if (instr->a == e) lane.load_from[e] = loaded_of(step, *instr, sample, channel, column);
+            }
+        }
+        return lane;
+    }
+
+    // Null: zero.
+    FASTGEN_HOST_DEVICE const float* start_of(const PixelStep& step, int32_t sample, int32_t channel, int32_t group,
+                                              int32_t column) const {
+        const int32_t of_step = group * step.channels + channel;
+        if (step.init < 0) return stage_.biases + step.bias + of_step;
+        const PixelPlace from = place(step.init, column);
+        return from.first ? from.of(sample) + of_step : nullptr;
+    }
+
+    FASTGEN_HOST_DEVICE const float* loaded_of(const PixelStep& step, const PixelInstr& instr, int32_t sample,
+                                               int32_t channel, int32_t column) const {
+        const PixelPlace from = place(step.operand + instr.operand, column);
+        return from.first ? from.of(sample) + channel : nullptr;
+    }
+
+    FASTGEN_HOST_DEVICE static float value_at(const float* from) { return from ? pixel_load(from) : 0.0f; }
+
+    FASTGEN_HOST_DEVICE void run_step(const PixelAction& action, Lane& lane) {
+        const PixelStep& step = stage_.steps[action.step()];
+        const PixelRange tiles = share(step);
+        FASTGEN_UNROLL
+        for (int32_t e = 0; e < kEarly; ++e) {
+            lane.load[e] = value_at(lane.load_from[e]);
+            lane.start[e] = value_at(lane.start_from[e]);
+        }
+        for (int32_t row = samples_.begin; row < samples_.end; row += kPixelRows) {
+            const PixelRange rows = rows_from(row);
+            if (row > samples_.begin) team_.sync();
+            if (step.num_blocks) team_.multiply(stage_, batch_, step, tiles, rows, action.column());
+            if (rows.end == samples_.end && action.fetches() != kPixelDraw) {
+                const PixelStep& next = stage_.steps[action.fetches()];
+                team_.fetch(stage_, next, share(next));
+            }
+            if (step.num_blocks) team_.sync();
+            finish(step, tiles, rows, action.column(), lane);
+        }
+    }
+
+    // The step's program and its stores, a lane for each sample and channel.
+    FASTGEN_HOST_DEVICE void finish(const PixelStep& step, PixelRange tiles, PixelRange rows, int32_t column,
+                                    const Lane& lane) {
+        const PixelRange channels = channels_of(step, tiles);
+        float* values = team_.values() + team_.lane();
+        for (int32_t i = team_.lane(); i < rows.size() * channels.size(); i += team_.lanes()) {
+            const bool early = i == team_.lane() && rows.begin == samples_.begin;
+            const int32_t row = early ? lane.row : i / channels.size();
+            const int32_t of_block = early ? lane.channel : i % channels.size();
+            const int32_t sample = rows.begin + row, channel = channels.begin + of_block;
+            const PixelInstr* instr = stage_.instrs + step.first_instr;
+            for (int32_t k = 0; k < step.num_instrs; ++k, ++instr) {
+                float value;
+                if (instr->op == static_cast<int32_t>(PlanOp::acc)) {
+                    const int32_t g = instr->a;
+                    value = early && g < kEarly ? (g == 0 ? lane.start[0] : lane.start[1])
+                                                : value_at(start_of(step, sample, channel, g, column));
+                    if (step.num_blocks) value = add_parts(value, step, tiles, row, of_block, g);
+                } else if (instr->op == static_cast<int32_t>(PlanOp::load)) {
+                    value = early && instr->a < kEarly ? (instr->a == 0 ? lane.load[0] : lane.load[1])
+                                                       : value_at(loaded_of(step, *instr, sample, channel, column));
+                } else if (instr->op == static_cast<int32_t>(PlanOp::constant)) {
+                    value = stage_.constants[step.constant + instr->operand];
+                } else {
+                    value = pixel_apply(static_cast<PlanOp>(instr->op), values[instr->a * team_.lanes()],
+                                        values[instr->b * team_.lanes()]);
+                }
+                values[k * team_.lanes()] = value;
+            }
+            for (int32_t s = step.first_store; s < step.first_store + step.num_stores; ++s) {
+                const PixelStore& store = stage_.stores[s];
+                const PixelPlace to = place(step.operand + store.operand, column);
+                to.of(sample)[channel] = values[store.reg * team_.lanes()];
+            }
+        }
+    }
+
+    FASTGEN_HOST_DEVICE float add_parts(float total, const PixelStep& step, PixelRange tiles, int32_t row,
+                                        int32_t channel, int32_t group) const {
+        const int32_t packed = channel / step.per_tile * kPixelColumns + group * step.per_tile + channel % step.per_tile;
+        FASTGEN_UNROLL
+        for (int32_t part = 0; part < kPixelParts; ++part) {
+            total += team_.partial()[partial_at(part, row, packed, tiles)];
+        }
+        return total;
+    }
+
+    // The lanes of a block share the levels of a sample, or its samples.
+    FASTGEN_HOST_DEVICE void draw(const PixelDraw& source, int32_t x) {
+        const PixelPlace from = place(source.operand, x);
+        const bool categorical = stage_.head == static_cast<int64_t>(PlanHead::categorical);
+        const int32_t lane = categorical ? 0 : team_.lane(), lanes = categorical ? 1 : team_.lanes();
+        for (int32_t n = samples_.begin + team_.rank() + lane * team_.size(); n < samples_.end;
+             n += lanes * team_.size()) {
+            if (categorical) {
+                draw_categorical(source, from.of(n), x, n);
+            } else {
+                draw_others(source, from.of(n), x, n);
+            }
+        }
+    }
+
+    FASTGEN_HOST_DEVICE void draw_others(const PixelDraw& source, const float* from, int32_t x, int32_t n) {
+        const double scale = *batch_.inverse_temperature;
+        int32_t drawn[kMaxJointColours];
+        if (stage_.head == static_cast<int64_t>(PlanHead::bernoulli)) {
+            const double logit = pixel_load(from), odds = __builtin_exp(-__builtin_fabs(logit) * scale);
+            drawn[0] = (logit < 0 ? 1.0 : odds) / (1.0 + odds) < uniform(source.first_uniform, x, n);
+        } else {
+            float uniforms[1 + kMaxJointColours];
+            for (int32_t i = 0; i < source.num_uniforms; ++i) uniforms[i] = uniform(source.first_uniform + i, x, n);
+            logistic_mixture_draw(SharedFloats{from}, stage_.components, source.num_colours, stage_.num_levels,
+                                  uniforms, scale, stage_.values, drawn);
+        }
+        keep(source, x, n, drawn);
+    }
+
+    // The smallest level whose cumulative probability is at least the uniform.
+    FASTGEN_HOST_DEVICE void draw_categorical(const PixelDraw& source, const float* from, int32_t x, int32_t n) {
+        float* probabilities = team_.probabilities();
+        float top = pixel_load(from);
+        for (int32_t k = 1; k < source.count; ++k) {
+            const float logit = pixel_load(from + k);
+            top = logit > top ? logit : top;
+        }
+        const double most = 3.4028234663852886e38;  // finite, so that times the zero of the likeliest level it is zero
+        const double inverse = *batch_.inverse_temperature;
+        const float scale = static_cast<float>(inverse < most ? inverse : most);
+        team_.sync();  // the sample before is drawn
+        for (int32_t k = team_.lane(); k < source.count; k += team_.lanes()) {
+            probabilities[k] = scalar::exp((pixel_load(from + k) - top) * scale);
+        }
+        team_.sync();
+        if (team_.lane() != 0) return;
+        double total = 0, sum = 0;
+        for (int32_t k = 0; k < source.count; ++k) total += probabilities[k];
+        const double target = uniform(source.first_uniform, x, n) * total;
+        int32_t level = 0;
+        for (; level < source.count - 1; ++level) {
+            sum += probabilities[level];
+            if (sum >= target) break;
+        }
+        keep(source, x, n, &level);
+    }
+
+    // Parameters that other blocks wrote, for logistic_mixture_draw.
+    struct SharedFloats {
+        const float* first;
+        FASTGEN_HOST_DEVICE float operator[](int64_t i) const { return pixel_load(first + i); }
+        FASTGEN_HOST_DEVICE SharedFloats operator+(int64_t i) const { return {first + i}; }
+    };
+
+    // Of a pixel in its image.
+    FASTGEN_HOST_DEVICE int64_t position(int32_t x) const { return batch_.state[0] * stage_.width + x; }
+
+    FASTGEN_HOST_DEVICE float uniform(int32_t index, int32_t x, int32_t n) const {
+        uint32_t bits[4];
+        philox_draw(static_cast<uint64_t>(batch_.state[1]), static_cast<uint32_t>(index / 4),
+                    static_cast<uint32_t>(position(x)),
+                    static_cast<uint64_t>(batch_.state[2]) + static_cast<uint64_t>(n), bits);
+        return philox_uniform(index % 4 == 0 ? bits[0] : index % 4 == 1 ? bits[1] : index % 4 == 2 ? bits[2] : bits[3]);
+    }
+
+    // Writes the levels of a group of colours, drawn or given, and their encodings: the next input.
+    FASTGEN_HOST_DEVICE void keep(const PixelDraw& source, int32_t x, int32_t n, const int32_t* drawn) {
+        const int64_t pixels = stage_.height * stage_.width, position = this->position(x);
+        const bool given = batch_.mask[n * pixels + position];
+        for (int32_t c = 0; c < source.num_colours; ++c) {
+            const int32_t colour = source.first_colour + c;
+            const int64_t element = (n * stage_.colours + colour) * pixels + position;
+            const int32_t level = given ? batch_.known[element] : drawn[c];
+            batch_.levels[element] = level;
+            for (int64_t e = stage_.first_encoding; e < stage_.first_encoding + stage_.num_encodings; ++e) {
+                const PixelOperand& at = stage_.operands[e];
+                if (at.colour != colour) continue;
+                float* to = place(static_cast<int32_t>(e), x).of(n);
+                for (int32_t i = 0; i < at.count; ++i) to[i] = stage_.encoded[at.more + level * at.count + i];
+            }
+        }
+    }
+
+    const PixelStage& stage_;
+    const PixelBatch& batch_;
+    const PixelRange samples_;
+    Team& team_;
+};
+
+}  // namespace fastgen

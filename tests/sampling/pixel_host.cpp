@@ -1,0 +1,162 @@
+// Runs csrc/cuda/pixel_stage.h, the code of the CUDA kernel, on threads of the host.
+//
+//     pixel_host CALL RESULT
+//
+// CALL holds entries: a name of 24 bytes, the number of bytes as int64, and the bytes. RESULT takes the workspace and the
+// levels.
+#include "cuda/pixel_stage.h"
+
+#include <atomic>
+#include <fstream>
+#include <map>
+#include <memory>
+#include <string>
+#include <thread>
+#include <type_traits>
+#include <vector>
+
+namespace {
+
+using namespace fastgen;
+
+class Barrier {
+public:
+    explicit Barrier(int size) : size_(size) {}
+    void wait() {
+        const int round = round_.load(std::memory_order_relaxed);
+        if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
+            arrived_.store(0, std::memory_order_relaxed);
+            round_.store(round + 1, std::memory_order_release);
+        } else {
+            while (round_.load(std::memory_order_acquire) == round) std::this_thread::yield();
+        }
+    }
+
+private:
+    const int size_;
+    std::atomic<int> arrived_{0}, round_{0};
+};
+
+// What the lanes of a block share.
+struct Block {
+    Block(int lanes, const PixelScratch& scratch)
+        : lanes(lanes), partial(scratch.partial), values(scratch.values), probabilities(scratch.probabilities) {}
+    Barrier lanes;
+    std::vector<float> partial, values, probabilities;
+};
+
+class HostTeam {
+public:
+    HostTeam(Barrier& all, Block& block, int rank, int size, int lane, int lanes)
+        : all_(all), block_(block), rank_(rank), size_(size), lane_(lane), lanes_(lanes) {}
+    int32_t rank() const { return rank_; }
+    int32_t size() const { return size_; }
+    int32_t lane() const { return lane_; }
+    int32_t lanes() const { return lanes_; }
+    void sync() { block_.lanes.wait(); }
+    void arrive() {}
+    void wait() { all_.wait(); }
+    float* partial() const { return block_.partial.data(); }
+    float* values() const { return block_.values.data(); }
+    float* probabilities() const { return block_.probabilities.data(); }
+    void fetch(const PixelStage&, const PixelStep& step, PixelRange) { fetched_ = &step; }
+    void locate(const PixelStage&, const PixelBatch&, const PixelStep&, int32_t column) { located_ = column; }
+
+    void multiply(const PixelStage& stage, const PixelBatch& batch, const PixelStep& step, PixelRange tiles,
+                  PixelRange rows, int32_t column) {
+        if ((fetched_ && fetched_ != &step) || located_ != column) std::abort();
+        for (int32_t part = lane_; part < kPixelParts; part += lanes_) {
+            const PixelRange blocks = pixel_share(step.num_blocks, part, kPixelParts);
+            for (int32_t packed = 0; packed < tiles.size() * kPixelColumns; ++packed) {
+                for (int32_t row = 0; row < rows.size(); ++row) {
+                    float sum = 0.0f;
+                    for (int32_t b = blocks.begin; b < blocks.end; ++b) {
+                        const PixelBlock& block = stage.blocks[step.first_block + b];
+                        const PixelPlace from = pixel_place(stage, batch, block.operand, column);
+                        if (!from.first) continue;
+                        const float* a = from.of(rows.begin + row) + block.channel;
+                        const int64_t tile = tiles.begin + packed / kPixelColumns;
+                        for (int32_t k = 0; k < block.count; ++k) {
+                            sum = scalar::fma(a[k], weight(stage, step, tile, b, k, packed % kPixelColumns), sum);
+                        }
+                    }
+                    partial()[partial_at(part, row, packed, tiles)] = sum;
+                }
+            }
+        }
+    }
+
+private:
+    static float weight(const PixelStage& stage, const PixelStep& step, int64_t tile, int32_t block, int32_t k,
+                        int32_t column) {
+        const int64_t fragment = step.weight + tile * step.num_blocks + block, lane = column % 8 * 4 + k / 4;
+        const int64_t at = ((fragment * 32 + lane) * 2 + column / 8) * 4 + k % 4;
+        if (!stage.bfloat16) return static_cast<const float*>(stage.weights)[at];
+        return scalar::as_float(static_cast<int32_t>(uint32_t{static_cast<const uint16_t*>(stage.weights)[at]} << 16));
+    }
+
+    Barrier& all_;
+    Block& block_;
+    const int rank_, size_, lane_, lanes_;
+    const PixelStep* fetched_ = nullptr;
+    int32_t located_ = -1;
+};
+
+std::map<std::string, std::vector<char>> read(const char* path) {
+    std::map<std::string, std::vector<char>> entries;
+    std::ifstream file(path, std::ios::binary);
+    char name[25] = {};
+    int64_t size;
+    while (file.read(name, 24) && file.read(reinterpret_cast<char*>(&size), sizeof(size))) {
+        std::vector<char>& entry = entries[name];
+        entry.resize(size);
+        file.read(entry.data(), size);
+    }
+    return entries;
+}
+
+}  // namespace
+
+int main(int, char** arguments) {
+    auto entries = read(arguments[1]);
+    const auto point = [&](const char* name, auto& pointer) {
+        pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(entries.at(name).data());
+    };
+    const auto number = [&](const char* name) { return *reinterpret_cast<int64_t*>(entries.at(name).data()); };
+    PixelStage stage{};
+    for_each_pixel_table(stage, point);
+    for_each_pixel_size(stage, [&](const char* name, int64_t& value) { value = number(name); });
+    PixelBatch batch{};
+    point("actions", batch.actions);
+    batch.num_actions = number("num_actions");
+    batch.count = number("count");
+    point("workspace", batch.workspace);
+    point("where", batch.where);
+    point("state", batch.state);
+    point("inverse_temperature", batch.inverse_temperature);
+    point("levels", batch.levels);
+    point("known", batch.known);
+    point("mask", batch.mask);
+
+    const int size = static_cast<int>(number("size")), lanes = static_cast<int>(number("lanes"));
+    const int clusters = static_cast<int>(number("clusters"));
+    const PixelScratch scratch = pixel_scratch(stage, stage.steps, lanes, size);
+    std::vector<std::unique_ptr<Barrier>> all;
+    std::vector<std::unique_ptr<Block>> blocks;
+    for (int i = 0; i < clusters; ++i) all.push_back(std::make_unique<Barrier>(size * lanes));
+    for (int i = 0; i < clusters * size; ++i) blocks.push_back(std::make_unique<Block>(lanes, scratch));
+    std::vector<std::thread> threads;
+    for (int i = 0; i < clusters * size * lanes; ++i) {
+        threads.emplace_back([&, i] {
+            const int block = i / lanes, cluster = block / size;
+            HostTeam team(*all[cluster], *blocks[block], block % size, size, i % lanes, lanes);
+            PixelSchedule<HostTeam>(stage, batch, pixel_share(batch.count, cluster, clusters), team).run();
+        });
+    }
+    for (std::thread& thread : threads) thread.join();
+    std::ofstream result(arguments[2], std::ios::binary);
+    for (const char* name : {"workspace", "levels"}) {
+        result.write(entries.at(name).data(), static_cast<std::streamsize>(entries.at(name).size()));
+    }
+    return 0;
+}
