@@ -32,13 +32,13 @@ public:
         std::memcpy(steps_.data(), rows.data(), rows.size());
     }
 
-    int64_t clusters(int64_t size) const { return pixel_clusters(stage_, steps_.data(), size); }
+    int64_t clusters(int64_t size, int64_t share) const { return pixel_clusters(stage_, steps_.data(), size, share); }
 
     void run(uintptr_t actions, int64_t num_actions, int64_t count, uintptr_t workspace, uintptr_t where,
              uintptr_t state, uintptr_t inverse_temperature, uintptr_t levels, uintptr_t known, uintptr_t mask,
-             int64_t size, int64_t clusters, uintptr_t stream) const {
-        if (size < 1 || clusters < 1 || clusters > count) {
-            throw std::invalid_argument("size and clusters must be positive, and no cluster without samples");
+             int64_t size, int64_t share, int64_t clusters, uintptr_t stream) const {
+        if (size < 1 || share < 1 || clusters < 1 || clusters > count) {
+            throw std::invalid_argument("size, share and clusters must be positive, and no cluster without samples");
         }
         PixelBatch batch{};
         batch.actions = reinterpret_cast<const PixelAction*>(actions);
@@ -51,7 +51,7 @@ public:
         batch.levels = reinterpret_cast<int32_t*>(levels);
         batch.known = reinterpret_cast<const int32_t*>(known);
         batch.mask = reinterpret_cast<const uint8_t*>(mask);
-        run_pixel_stage(stage_, steps_.data(), batch, size, clusters, reinterpret_cast<CUstream_st*>(stream));
+        run_pixel_stage(stage_, steps_.data(), batch, size, share, clusters, reinterpret_cast<CUstream_st*>(stream));
     }
 
 private:
@@ -68,12 +68,12 @@ void bind_pixel_stage(py::module_& module) {
         .def(py::init<const std::map<std::string, uintptr_t>&, const std::map<std::string, int64_t>&,
                       const py::bytes&>(),
              py::kw_only(), py::arg("tables"), py::arg("sizes"), py::arg("steps"))
-        .def("clusters", &PixelStageLaunch::clusters, py::arg("size"),
+        .def("clusters", &PixelStageLaunch::clusters, py::arg("size"), py::arg("share"),
              "How many clusters of so many blocks run at a time; 0 where the GPU has no such clusters.")
         .def("run", &PixelStageLaunch::run, py::kw_only(), py::arg("actions"), py::arg("num_actions"), py::arg("count"),
              py::arg("workspace"), py::arg("where"), py::arg("state"), py::arg("inverse_temperature"),
-             py::arg("levels"), py::arg("known"), py::arg("mask"), py::arg("size"), py::arg("clusters"),
-             py::arg("stream"));
+             py::arg("levels"), py::arg("known"), py::arg("mask"), py::arg("size"), py::arg("share"),
+             py::arg("clusters"), py::arg("stream"));
 }
 
 }  // namespace fastgen::cuda

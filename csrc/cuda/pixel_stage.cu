@@ -21,7 +21,7 @@ static_assert(kWarps == kPixelParts, "a warp has a part of each sum");
 
 // Shared memory of a block, in bytes from its start.
 struct Space {
-    int64_t partial, values, probabilities, where, operands, steps, instrs, stores, weights;
+    int64_t partial, values, probabilities, placed, steps, instrs, stores, weights;
     int64_t weights_of_warp;  // bytes
     int64_t total() const { return weights + kWarps * weights_of_warp; }
 };
@@ -58,7 +58,7 @@ __device__ void multiply_add(float acc[4], const uint32_t a[4], const uint32_t b
 template <bool kBfloat16>
 class ClusterTeam {
 public:
-    __device__ explicit ClusterTeam(const Space& space) : space_(space) {}
+    __device__ explicit ClusterTeam(const Space& space) : space_(space) { fetched() = 0; }
     __device__ int32_t rank() const { return cooperative_groups::cluster_group::block_rank(); }
     __device__ int32_t size() const { return cooperative_groups::cluster_group::num_blocks(); }
     __device__ int32_t lane() const { return threadIdx.x; }
@@ -70,20 +70,21 @@ public:
     __device__ float* values() const { return reinterpret_cast<float*>(shared + space_.values); }
     __device__ float* probabilities() const { return reinterpret_cast<float*>(shared + space_.probabilities); }
 
-    // Copies as many tiles of the warp's weights as there is room for.
+    // Copies as much of the warp's weights as there is room for.
     __device__ void fetch(const PixelStage& stage, const PixelStep& step, PixelRange tiles) {
-        fetched_ = 0;
         const PixelRange blocks = own(step);
-        const int32_t bytes = blocks.size() * kFragment;  // of a tile
-        if (bytes == 0 || bytes > space_.weights_of_warp) return;
-        const int32_t room = static_cast<int32_t>(space_.weights_of_warp) / bytes;
-        fetched_ = tiles.size() < room ? tiles.size() : room;
+        const int32_t room = static_cast<int32_t>(space_.weights_of_warp) / kFragment;
+        const int32_t all = tiles.size() * blocks.size(), count = all < room ? all : room;
         __syncwarp();  // nobody reads what was fetched before any more
-        for (int32_t tile = 0; tile < fetched_; ++tile) {
-            const char* from = fragment(stage, step, tiles.begin + tile, blocks.begin);
-            const uint32_t to = static_cast<uint32_t>(__cvta_generic_to_shared(weights_of_warp() + tile * bytes));
-            for (int32_t i = threadIdx.x % 32 * 16; i < bytes; i += 32 * 16) {
-                asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + i), "l"(from + i) : "memory");
+        fetched() = count;
+        const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(weights_of_warp())) + threadIdx.x % 32 * 16;
+        for (int32_t begin = 0, tile = tiles.begin; begin < count; begin += blocks.size(), ++tile) {
+            const int32_t left = count - begin, bytes = (left < blocks.size() ? left : blocks.size()) * kFragment;
+            const char* from = fragment(stage, step, tile, blocks.begin) + threadIdx.x % 32 * 16;
+            for (int32_t i = 0; i < bytes; i += 32 * 16) {
+                asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + begin * kFragment + i),
+                             "l"(from + i)
+                             : "memory");
             }
         }
         asm volatile("cp.async.commit_group;" ::: "memory");
@@ -101,8 +102,9 @@ public:
                              PixelRange rows, int32_t column) {
         const int32_t warp = threadIdx.x / 32, lane = threadIdx.x % 32;
         const PixelRange blocks = own(step);
+        const int32_t in_shared = fetched();
         for (int32_t first = tiles.begin; first < tiles.end; first += kTiles) {
-            float acc[kTiles][2][4] = {};  // two chains, for the latency of each
+            float acc[kTiles][kChains][4] = {};
             for (int32_t begin = blocks.begin; begin < blocks.end; begin += kRound) {
                 float4 b[kRound];
 #pragma unroll
@@ -122,12 +124,10 @@ public:
 #pragma unroll
                     for (int j = 0; j < kTiles; ++j) {
                         if (first + j >= tiles.end) break;
-                        const int32_t tile = first + j - tiles.begin;
-                        const char* from = tile < fetched_
-                                               ? weights_of_warp() +
-                                                     (tile * blocks.size() + begin + r - blocks.begin) * kFragment
-                                               : fragment(stage, step, first + j, begin + r);
-                        multiply_tile(acc[j][r % 2], from, lane, of_b);
+                        const int32_t index = (first + j - tiles.begin) * blocks.size() + begin + r - blocks.begin;
+                        const char* from = index < in_shared ? weights_of_warp() + index * kFragment
+                                                             : fragment(stage, step, first + j, begin + r);
+                        multiply_tile(acc[j][r % kChains], from, lane, of_b);
                     }
                 }
             }
@@ -138,7 +138,8 @@ public:
 #pragma unroll
                 for (int i = 0; i < 4; ++i) {
                     const int32_t packed = to + j * kPixelColumns + i / 2 * 8;
-                    partial()[partial_at(warp, row + i % 2, packed, tiles)] = acc[j][0][i] + acc[j][1][i];
+                    const float other = kChains > 1 ? acc[j][kChains - 1][i] : 0.0f;
+                    partial()[partial_at(warp, row + i % 2, packed, tiles)] = acc[j][0][i] + other;
                 }
             }
         }
@@ -147,12 +148,20 @@ public:
 private:
     static constexpr int32_t kFragment = kBfloat16 ? 512 : 1024;  // bytes of a block's weights in a tile
 
+    static constexpr int kChains = kBfloat16 ? 1 : 2;  // of a sum: where it has many products, they wait for each other
+
     // Where the channels of a block are; null: zeros.
     struct Found {
         const float* first;
         int32_t pitch, count;  // count kFast: all of them, at a multiple of 16 bytes
     };
     static constexpr int32_t kFast = kPixelDepth + 1;
+
+    // Fragments that the warp has fetched; kept in shared memory, for want of registers.
+    __device__ static int32_t& fetched() {
+        __shared__ int32_t counts[kWarps];
+        return counts[threadIdx.x / 32];
+    }
 
     __device__ static PixelRange own(const PixelStep& step) {
         return pixel_share(step.num_blocks, static_cast<int32_t>(threadIdx.x / 32), kWarps);
@@ -170,7 +179,7 @@ private:
     __device__ static Found find(const PixelStage& stage, const PixelBatch& batch, const PixelStep& step, int32_t block,
                                  int32_t column) {
         const int4 packed = __ldg(reinterpret_cast<const int4*>(stage.blocks) + step.first_block + block);
-        const PixelPlace from = pixel_place(stage, batch, packed.x, column);
+        const PixelPlace from = pixel_place(batch, packed.x, column);
         return {from.first ? from.first + packed.y : nullptr, from.pitch, packed.w ? kFast : packed.z};
     }
 
@@ -231,7 +240,6 @@ private:
     }
 
     const Space& space_;
-    int32_t fetched_ = 0;  // tiles
     Found found_{};
 };
 
@@ -259,8 +267,10 @@ __global__ void __launch_bounds__(kLanes, kBlocksPerProcessor)
         batch = asked;
     }
     __syncthreads();
-    batch.where = copied(asked.where, shared + space.where, stage.num_operands);
-    stage.operands = copied(given.operands, shared + space.operands, stage.num_operands);
+    const int64_t first = given.first_operand, operands = given.num_operands - first;
+    auto* placed = reinterpret_cast<PixelPlaced*>(shared + space.placed);
+    for (int64_t i = threadIdx.x; i < operands; i += kLanes) placed[i] = pixel_placed(given, asked, first + i);
+    batch.placed = placed - first;
     stage.steps = copied(given.steps, shared + space.steps, stage.num_steps);
     stage.instrs = copied(given.instrs, shared + space.instrs, stage.num_instrs);
     stage.stores = copied(given.stores, shared + space.stores, stage.num_stores);
@@ -287,8 +297,8 @@ int64_t attribute(cudaDeviceAttr name) {
 
 int64_t aligned(int64_t bytes) { return div_up(bytes, 16) * 16; }
 
-// As much room for weights as the largest step can use and kBlocksPerProcessor leave.
-Space space_of(const PixelStage& stage, const PixelStep* steps, int64_t size) {
+// As much room for weights as the largest step can use and `share` blocks of a multiprocessor leave each other.
+Space space_of(const PixelStage& stage, const PixelStep* steps, int64_t size, int64_t share) {
     const PixelScratch scratch = pixel_scratch(stage, steps, kLanes, size);
     Space space{};
     int64_t next = 0;
@@ -300,8 +310,8 @@ Space space_of(const PixelStage& stage, const PixelStep* steps, int64_t size) {
     space.partial = take(scratch.partial * 4);
     space.values = take(scratch.values * 4);
     space.probabilities = take(scratch.probabilities * 4);
-    space.where = take(stage.num_operands * 8);
-    space.operands = take(stage.num_operands * int64_t{sizeof(PixelOperand)});
+    const int64_t operands = stage.num_operands - stage.first_operand;
+    space.placed = take(operands * int64_t{sizeof(PixelPlaced)});
     space.steps = take(stage.num_steps * int64_t{sizeof(PixelStep)});
     space.instrs = take(stage.num_instrs * int64_t{sizeof(PixelInstr)});
     space.stores = take(stage.num_stores * int64_t{sizeof(PixelStore)});
@@ -312,7 +322,7 @@ Space space_of(const PixelStage& stage, const PixelStep* steps, int64_t size) {
         if (fragments > most) most = fragments;
     }
     const int64_t fragment = stage.bfloat16 ? 512 : 1024;
-    const int64_t all = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / kBlocksPerProcessor -
+    const int64_t all = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / share -
                         attribute(cudaDevAttrReservedSharedMemoryPerBlock);
     const int64_t room = all > next ? (all - next) / kWarps / fragment : 0;
     space.weights_of_warp = (most < room ? most : room) * fragment;
@@ -329,7 +339,8 @@ struct Launch {
     cudaLaunchConfig_t config{};
 };
 
-void configure(Launch& launch, const void* kernel, const Space& space, int64_t size, int64_t clusters, CUstream_st* stream) {
+void configure(Launch& launch, const void* kernel, const Space& space, int64_t size, int64_t clusters,
+               CUstream_st* stream) {
     const int64_t bytes = space.total(), room = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
     if (bytes > room) {
         throw std::runtime_error("pixel_stage: the plan needs " + std::to_string(bytes) +
@@ -351,10 +362,10 @@ void configure(Launch& launch, const void* kernel, const Space& space, int64_t s
 
 }  // namespace
 
-int64_t pixel_clusters(const PixelStage& stage, const PixelStep* host_steps, int64_t size) {
+int64_t pixel_clusters(const PixelStage& stage, const PixelStep* host_steps, int64_t size, int64_t share) {
     Launch launch;
     const void* kernel = kernel_of(stage);
-    configure(launch, kernel, space_of(stage, host_steps, size), size, 1, nullptr);
+    configure(launch, kernel, space_of(stage, host_steps, size, share), size, 1, nullptr);
     int clusters = 0;
     if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &launch.config) == cudaSuccess) return clusters;
     cudaGetLastError();  // no such clusters
@@ -362,8 +373,8 @@ int64_t pixel_clusters(const PixelStage& stage, const PixelStep* host_steps, int
 }
 
 void run_pixel_stage(const PixelStage& stage, const PixelStep* host_steps, const PixelBatch& batch, int64_t size,
-                     int64_t clusters, CUstream_st* stream) {
-    Space space = space_of(stage, host_steps, size);
+                     int64_t share, int64_t clusters, CUstream_st* stream) {
+    Space space = space_of(stage, host_steps, size, share);
     PixelStage plan = stage;
     PixelBatch part = batch;
     void* arguments[] = {&plan, &part, &space};

@@ -42,7 +42,7 @@ constexpr int32_t kPixelDepth = 16;    // channels of a block of the product
 constexpr int32_t kPixelColumns = 16;  // of a tile: `per_tile` channels of each group
 constexpr int32_t kPixelParts = 8;     // of a sum
 constexpr int32_t kPixelDraw = 0x8000;
-constexpr int32_t kPixelPitch = 9;     // floats from a column of a part to the next: rows that share no memory bank
+constexpr int32_t kPixelPitch = 9;  // floats from a column of a part to the next: rows that share no memory bank
 
 struct PixelAction {
     int32_t what;  // 65536 * column, of the step's frame or of the image, + step, or of a draw kPixelDraw + its rank
@@ -61,9 +61,9 @@ struct PixelOperand {
 
 struct PixelStep {
     int32_t channels, groups, per_tile;
-    int32_t operand;  // the first one; instructions and stores count from it
-    int32_t init;     // operand that the sum starts from; -1: none
-    int32_t bias;     // offset of the values that it starts from otherwise
+    int32_t operand;           // the first one; instructions and stores count from it
+    int32_t init;              // operand that the sum starts from; -1: none
+    int32_t bias;              // offset of the values that it starts from otherwise
     int32_t constant, weight;  // offsets; that of weights counts blocks of a tile
     int32_t first_block, num_blocks, first_instr, num_instrs, first_store, num_stores;
 };
@@ -73,12 +73,14 @@ struct PixelBlock {
     int32_t operand, channel, count, fast;
 };
 
+// a: register, or group of acc, or which of the loads; operand: or constant.
 struct PixelInstr {
-    int32_t op, a, b, operand;  // op: PlanOp; a: register, or group of acc, or which of the loads; operand: or constant
+    uint8_t op, a, b, operand;
+    FASTGEN_HOST_DEVICE bool is(PlanOp other) const { return op == static_cast<uint8_t>(other); }
 };
 
 struct PixelStore {
-    int32_t reg, operand;
+    int16_t reg, operand;
 };
 
 struct PixelDraw {
@@ -98,14 +100,22 @@ struct PixelStage {
     const void* weights;
     const float* biases;
     const float* constants;
-    const float* encoded;  // tables of the encodings
-    const float* values;   // logistic mixture: the value in [-1, 1] of each level
+    const float* encoded;                                     // tables of the encodings
+    const float* values;                                      // logistic mixture: the value in [-1, 1] of each level
+    int64_t first_operand;                                    // that is used
     int64_t num_operands, num_steps, num_instrs, num_stores;  // rows of tables
     int64_t registers;                                        // most that a step has
     int64_t first_encoding, num_encodings;                    // operands
     int64_t colours, height, width, num_levels, components;
     int64_t bfloat16;
     int64_t head;  // PlanHead
+};
+
+// An operand in the row that is drawn.
+struct PixelPlaced {
+    int64_t first;  // float of the workspace: its first channel in column 0 of its plane, first sample; -1: outside
+    int16_t numerator, denominator, shift, width;
+    int32_t pitch;
 };
 
 // Of a batch: where its memory lies.
@@ -116,9 +126,10 @@ struct PixelBatch {
     const int64_t* where;  // floats per sample before the row of each operand; -1: outside
     const int64_t* state;  // image row, seed, index of the first sample
     const double* inverse_temperature;
-    int32_t* levels;       // [count, colours, height, width]
-    const int32_t* known;  // the same
-    const uint8_t* mask;   // [count, height, width]: 1 where the pixel is given
+    int32_t* levels;            // [count, colours, height, width]
+    const int32_t* known;       // the same
+    const uint8_t* mask;        // [count, height, width]: 1 where the pixel is given
+    const PixelPlaced* placed;  // of each operand, by `pixel_placed`
 };
 
 // Calls f(name, pointer) for each table of the plan.
@@ -139,6 +150,7 @@ void for_each_pixel_table(PixelStage& stage, F f) {
 
 template <class F>
 void for_each_pixel_size(PixelStage& stage, F f) {
+    f("first_operand", stage.first_operand);
     f("num_operands", stage.num_operands);
     f("num_steps", stage.num_steps);
     f("num_instrs", stage.num_instrs);
@@ -197,17 +209,26 @@ struct PixelPlace {
     FASTGEN_HOST_DEVICE float* of(int32_t sample) const { return first + int64_t{sample} * pitch; }
 };
 
-FASTGEN_HOST_DEVICE PixelPlace pixel_place(const PixelStage& stage, const PixelBatch& batch, int32_t operand,
-                                           int32_t column) {
+FASTGEN_HOST_DEVICE PixelPlaced pixel_placed(const PixelStage& stage, const PixelBatch& batch, int64_t operand) {
     const PixelOperand& at = stage.operands[operand];
     const int64_t row = batch.where[operand];
+    return {row < 0 ? -1 : row * batch.count + at.channel,
+            static_cast<int16_t>(at.numerator),
+            static_cast<int16_t>(at.denominator),
+            static_cast<int16_t>(at.shift),
+            static_cast<int16_t>(at.width),
+            at.pitch};
+}
+
+FASTGEN_HOST_DEVICE PixelPlace pixel_place(const PixelBatch& batch, int32_t operand, int32_t column) {
+    const PixelPlaced& at = batch.placed[operand];
     int32_t x = column * at.numerator + at.shift;
     if (at.denominator != 1) {
         const int32_t rest = x % at.denominator;
         x = x / at.denominator - (rest < 0);
     }
-    if (row < 0 || x < 0 || x >= at.width) return {nullptr, 0};
-    return {batch.workspace + (row + int64_t{x} * at.pitch) * batch.count + at.channel, at.pitch};
+    if (at.first < 0 || x < 0 || x >= at.width) return {nullptr, 0};
+    return {batch.workspace + at.first + int64_t{x} * at.pitch * batch.count, at.pitch};
 }
 
 // A float that another block may have written.
@@ -304,13 +325,12 @@ private:
     // program and what the first groups of the sum start from. Addresses are found before the cluster has met, values
     // are on their way while it multiplies.
     struct Lane {
-        int32_t row, channel;  // of the block; row -1: nothing
         const float *load_from[kEarly], *start_from[kEarly];
         float load[kEarly], start[kEarly];
     };
 
     FASTGEN_HOST_DEVICE PixelPlace place(int32_t operand, int32_t column) const {
-        return pixel_place(stage_, batch_, operand, column);
+        return pixel_place(batch_, operand, column);
     }
 
     FASTGEN_HOST_DEVICE PixelRange share(const PixelStep& step) const {
@@ -330,18 +350,17 @@ private:
     FASTGEN_HOST_DEVICE Lane prepare(const PixelStep& step, int32_t column) {
         if (step.num_blocks) team_.locate(stage_, batch_, step, column);
         const PixelRange channels = channels_of(step, share(step)), rows = rows_from(samples_.begin);
-        Lane lane{-1, 0, {}, {}, {}, {}};
+        Lane lane{};
         if (team_.lane() >= rows.size() * channels.size()) return lane;
-        lane.row = team_.lane() / channels.size();
-        lane.channel = team_.lane() % channels.size();
-        const int32_t sample = rows.begin + lane.row, channel = channels.begin + lane.channel;
+        const int32_t sample = rows.begin + team_.lane() / channels.size();
+        const int32_t channel = channels.begin + team_.lane() % channels.size();
         FASTGEN_UNROLL
         for (int32_t g = 0; g < kEarly; ++g) {
             if (g < step.groups) lane.start_from[g] = start_of(step, sample, channel, g, column);
         }
         const PixelInstr* instr = stage_.instrs + step.first_instr;
         for (int32_t k = 0; k < step.num_instrs; ++k, ++instr) {
-            if (instr->op != static_cast<int32_t>(PlanOp::load)) continue;
+            if (!instr->is(PlanOp::load)) continue;
             FASTGEN_UNROLL
             for (int32_t e = 0; e < kEarly; ++e) {
                 if (instr->a == e) lane.load_from[e] = loaded_of(step, *instr, sample, channel, column);
@@ -395,21 +414,20 @@ private:
         float* values = team_.values() + team_.lane();
         for (int32_t i = team_.lane(); i < rows.size() * channels.size(); i += team_.lanes()) {
             const bool early = i == team_.lane() && rows.begin == samples_.begin;
-            const int32_t row = early ? lane.row : i / channels.size();
-            const int32_t of_block = early ? lane.channel : i % channels.size();
+            const int32_t row = i / channels.size(), of_block = i % channels.size();
             const int32_t sample = rows.begin + row, channel = channels.begin + of_block;
             const PixelInstr* instr = stage_.instrs + step.first_instr;
             for (int32_t k = 0; k < step.num_instrs; ++k, ++instr) {
                 float value;
-                if (instr->op == static_cast<int32_t>(PlanOp::acc)) {
+                if (instr->is(PlanOp::acc)) {
                     const int32_t g = instr->a;
                     value = early && g < kEarly ? (g == 0 ? lane.start[0] : lane.start[1])
                                                 : value_at(start_of(step, sample, channel, g, column));
                     if (step.num_blocks) value = add_parts(value, step, tiles, row, of_block, g);
-                } else if (instr->op == static_cast<int32_t>(PlanOp::load)) {
+                } else if (instr->is(PlanOp::load)) {
                     value = early && instr->a < kEarly ? (instr->a == 0 ? lane.load[0] : lane.load[1])
                                                        : value_at(loaded_of(step, *instr, sample, channel, column));
-                } else if (instr->op == static_cast<int32_t>(PlanOp::constant)) {
+                } else if (instr->is(PlanOp::constant)) {
                     value = stage_.constants[step.constant + instr->operand];
                 } else {
                     value = pixel_apply(static_cast<PlanOp>(instr->op), values[instr->a * team_.lanes()],
@@ -427,7 +445,8 @@ private:
 
     FASTGEN_HOST_DEVICE float add_parts(float total, const PixelStep& step, PixelRange tiles, int32_t row,
                                         int32_t channel, int32_t group) const {
-        const int32_t packed = channel / step.per_tile * kPixelColumns + group * step.per_tile + channel % step.per_tile;
+        const int32_t packed =
+            channel / step.per_tile * kPixelColumns + group * step.per_tile + channel % step.per_tile;
         FASTGEN_UNROLL
         for (int32_t part = 0; part < kPixelParts; ++part) {
             total += team_.partial()[partial_at(part, row, packed, tiles)];

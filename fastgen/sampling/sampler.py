@@ -225,14 +225,18 @@ class Sampler:
 
 
 def _select(like: Tensor) -> Callable[[Plan], Any]:
-    """The executor that is asked for; else Triton for models on a GPU where it can run, else the CPU for them, too."""
+    """The executor that is asked for; else, for models on a GPU, the first of cuda and triton that can run there; else
+    the CPU, for them, too.
+    """
     asked = backends.asked()
     if asked == "auto" and like.is_cuda:
-        reason = backends.reasons("sample_plan", like)["triton"]
-        if reason is None:
-            with backends.backend("triton"):
-                return backends.select("sample_plan", like)
-        backends.log_once("sample_plan", "triton", reason)
+        reasons = backends.reasons("sample_plan", like)
+        for name in ("cuda", "triton"):
+            reason = reasons[name]
+            if reason is None:
+                with backends.backend(name):
+                    return backends.select("sample_plan", like)
+            backends.log_once("sample_plan", name, reason)
     return backends.select("sample_plan", *((like,) if asked in ("triton", "cuda") else ()))
 
 

@@ -18,7 +18,7 @@ from fastgen.sampling import Head, Sampler
 from fastgen.sampling.executors.cuda import pixel_memory
 from fastgen.sampling.executors.pixel_tables import PixelTables
 from fastgen.sampling.executors.triton import Pattern, Space, TritonExecutor
-from fastgen.sampling.plan import Plan
+from fastgen.sampling.plan import Plan, Read, Step, StepTap, apply
 
 ROOT = Path(__file__).parents[2]
 # Products are fused into sums where the source says fma, and nowhere else: as setup.py compiles.
@@ -48,10 +48,7 @@ def program() -> tuple[Path, bool]:
 
 
 class HostTeamExecutor(TritonExecutor):
-    """Pixels on `clusters` of `size` groups of `lanes` threads, rows by interpreted Triton kernels.
-
-    A data race is an error.
-    """
+    """Pixels on `clusters` of `size` blocks of `lanes` threads, rows in plain PyTorch. A data race is an error."""
 
     def __init__(self, plan: Plan, clusters: int = 2, size: int = 2, lanes: int = 2):
         super().__init__(plan, torch.device("cpu"), pixel_weights=False)
@@ -59,6 +56,58 @@ class HostTeamExecutor(TritonExecutor):
         self._parts = self._pixels.tensors()
         self._team = {"size": size, "lanes": lanes, **self._pixels.sizes}
         self._most_clusters = clusters
+        self._row_weights = {id(step): step.weight for step in plan.row_steps()}
+
+    def launch_row(self, pattern: Pattern, space: Space) -> None:
+        y = int(space.state[0])
+        space.where.copy_(torch.tensor([_row_of(fields, y) for fields in self._tables.row_fields]))
+        for step in pattern[0]:
+            row = self.plan.position(step, 0, y)
+            for column in range(step.phase[1], self.plan.planes[step.out].width, step.period[1]):
+                self._run_step(step, space, row, column)
+        self.launch_pixels(pattern, space)
+        space.state[0] += 1
+
+    def _run_step(self, step: Step, space: Space, row: int, column: int) -> None:
+        """As the plan defines it."""
+        plan = self.plan
+
+        def read(at: Read | StepTap, count: int) -> Tensor:
+            plane = plan.planes[at.plane]
+            y, x = (plan.source(step, at.plane, *axis) for axis in ((0, row, at.dy), (1, column, at.dx)))
+            if plane.broadcast:
+                y = x = 0
+            if not (0 <= y < plane.height and 0 <= x < plane.width):
+                return torch.zeros(space.count, count)
+            return self._pixel(space, at.plane, y, x)[:, at.channel : at.channel + count]
+
+        acc = torch.zeros(space.count, step.groups * step.width)
+        if step.init is not None:
+            acc = acc + read(step.init, acc.shape[1])
+        elif step.bias is not None:
+            acc = acc + step.bias
+        if step.taps:
+            acc = acc + torch.cat([read(tap, tap.count) for tap in step.taps], 1) @ self._row_weights[id(step)]
+        values: list[Tensor] = []
+        for instr in step.program:
+            if instr.op == "acc":
+                values.append(acc[:, instr.a * step.width :][:, : step.width])
+            elif instr.op == "load":
+                values.append(read(instr.read, step.width))
+            elif instr.op == "const":
+                values.append(torch.full((space.count, step.width), instr.value))
+            else:
+                values.append(apply(instr.op, *(values[r] for r in instr.operands)))
+        for store in step.stores:
+            at = self._pixel(space, store.plane, row, column)
+            at[:, store.channel : store.channel + step.width] = values[store.register]
+
+    def _pixel(self, space: Space, index: int, y: int, x: int) -> Tensor:
+        """[count, pitch] of a plane."""
+        plane = self.plan.planes[index]
+        kept, pitch = plane.height if plane.given else plane.rows, -(-plane.channels // 4) * 4
+        first = (self._tables.offsets[index] + (y % kept * plane.width + x) * pitch) * space.count
+        return space.planes[first : first + space.count * pitch].view(space.count, pitch)
 
     def launch_pixels(self, pattern: Pattern, space: Space) -> None:
         actions = self._pixels.actions(pattern)
@@ -80,6 +129,13 @@ class HostTeamExecutor(TritonExecutor):
         workspace, levels = memory["workspace"], memory["levels"]
         workspace.copy_(torch.from_numpy(written[: workspace.nbytes].view(np.float32)))
         levels.copy_(torch.from_numpy(written[workspace.nbytes :].view(np.int32)).view_as(levels))
+
+
+def _row_of(fields: tuple[int, ...], y: int) -> int:
+    """What `begin_row` of kernels/sample_plan.py finds."""
+    lag, stride, numerator, denominator, shift, height, kept, floats, offset = fields
+    row = ((y - lag) // stride * numerator + shift) // denominator
+    return offset + row % kept * floats if 0 <= row < height else -1
 
 
 def _bytes(tensor: Tensor) -> bytes:

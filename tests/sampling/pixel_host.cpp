@@ -72,7 +72,7 @@ public:
                     float sum = 0.0f;
                     for (int32_t b = blocks.begin; b < blocks.end; ++b) {
                         const PixelBlock& block = stage.blocks[step.first_block + b];
-                        const PixelPlace from = pixel_place(stage, batch, block.operand, column);
+                        const PixelPlace from = pixel_place(batch, block.operand, column);
                         if (!from.first) continue;
                         const float* a = from.of(rows.begin + row) + block.channel;
                         const int64_t tile = tiles.begin + packed / kPixelColumns;
@@ -137,6 +137,10 @@ int main(int, char** arguments) {
     point("levels", batch.levels);
     point("known", batch.known);
     point("mask", batch.mask);
+
+    std::vector<PixelPlaced> placed;
+    for (int64_t i = 0; i < stage.num_operands; ++i) placed.push_back(pixel_placed(stage, batch, i));
+    batch.placed = placed.data();
 
     const int size = static_cast<int>(number("size")), lanes = static_cast<int>(number("lanes"));
     const int clusters = static_cast<int>(number("clusters"));

@@ -1,5 +1,5 @@
-"""The scheduling code of the persistent CUDA kernel draws what the C++ executor draws: on a team of host threads, under
-ThreadSanitizer, and on a GPU where there is one.
+"""The CUDA kernel for pixels draws what the C++ executor draws: its code on a team of host threads, under
+ThreadSanitizer, and as a whole on a GPU where there is one.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from fastgen import backends
 from fastgen.models import PixelCNNpp
 from fastgen.sampling import Categorical, Sampler, audit, naive_sample
 from fastgen.sampling.executors.cuda import Strategy
+from fastgen.sampling.executors.pixel_tables import COLUMNS, DEPTH, DRAW, PixelTables
+from fastgen.sampling.executors.triton import Operands
 
 from .host_team import host_sampler, program
 from .networks import LEVELS, NETWORKS, make
@@ -21,11 +23,9 @@ from .test_engine import MODELS, make_model
 from .test_levels import CASES
 from .test_levels import make as make_levels
 
-STRATEGIES = [Strategy.LATENCY, Strategy.THROUGHPUT]
-
 
 def wide() -> PixelCNNpp:
-    """Sums of several chunks and steps of several panels; three levels of stride."""
+    """Sums of several blocks and steps of several tiles; three levels of stride."""
     return pixelcnnpp((3, 3, 4), num_filters=40)
 
 
@@ -52,7 +52,7 @@ def test_models_equal_the_cpu(name: str) -> None:
     model, labels = make_model(name)
     options = {"seed": 2**63 + 1, "start": 5, "labels": labels}
     images = host_sampler(model).sample(6, **options)
-    assert torch.equal(images, Sampler(model, backend="cpu").sample(6, **options))
+    assert_same(images, Sampler(model, backend="cpu").sample(6, **options), model, **options)
     assert len(images.unique()) > 1
 
 
@@ -63,7 +63,8 @@ def test_foreign_networks_equal_the_naive_loop(name: str, size: tuple[int, int])
     given = {"image_shape": (channels, *size), "head": Categorical(LEVELS), "num_classes": num_classes}
     labels = torch.arange(3) % num_classes if num_classes else None
     images = host_sampler(network, **given).sample(3, seed=5, labels=labels)
-    assert torch.equal(images, naive_sample(network, 3, **given, seed=5, labels=labels))
+    expected = naive_sample(network, 3, **given, seed=5, labels=labels)
+    assert_same(images, expected, network, **given, seed=5, labels=labels)
 
 
 @pytest.mark.parametrize("run", CASES, ids=lambda f: f.__name__)
@@ -71,21 +72,23 @@ def test_levels_equal_the_cpu(run: Callable) -> None:
     network, given = make_levels(run, (7, 6))
     labels = torch.tensor([2, 0, 1])
     images = host_sampler(network, **given).sample(3, labels=labels)
-    assert torch.equal(images, Sampler(network, **given, backend="cpu").sample(3, labels=labels))
+    expected = Sampler(network, **given, backend="cpu").sample(3, labels=labels)
+    assert_same(images, expected, network, **given, labels=labels)
 
 
 @pytest.mark.parametrize("image_shape", [(3, 9, 10), (1, 5, 11), (3, 5, 1)], ids=lambda s: "x".join(map(str, s)))
 def test_pixelcnnpp_equals_the_cpu(image_shape: tuple[int, int, int]) -> None:
     model = pixelcnnpp(image_shape)
     images = host_sampler(model).sample(3, seed=1)
-    assert torch.equal(images, Sampler(model, backend="cpu").sample(3, seed=1))
+    assert_same(images, Sampler(model, backend="cpu").sample(3, seed=1), model, seed=1)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_several_chunks_and_panels(precision: str) -> None:
+def test_several_blocks_and_tiles(precision: str) -> None:
     model = wide()
-    images = host_sampler(model, precision=precision, strategy=Strategy.LATENCY).sample(2, seed=1)
-    assert torch.equal(images, Sampler(model, precision=precision, backend="cpu").sample(2, seed=1))
+    images = host_sampler(model, precision=precision).sample(2, seed=1)
+    expected = Sampler(model, precision=precision, backend="cpu").sample(2, seed=1)
+    assert_same(images, expected, model, seed=1, precision=precision)
 
 
 @pytest.mark.parametrize("name", ["gated labels", "pixelcnn rgb", "pixelcnn binary"])
@@ -94,35 +97,103 @@ def test_known_pixels_and_temperature(name: str) -> None:
     known = torch.randint(model.levels, (6, *model.image_shape)).to(torch.uint8)
     mask = torch.rand(6, *model.image_shape[1:]) < 0.4
     options = {"seed": 1, "labels": labels, "temperature": 0.6, "known": known, "mask": mask}
-    assert torch.equal(host_sampler(model).sample(6, **options), Sampler(model, backend="cpu").sample(6, **options))
+    images = host_sampler(model).sample(6, **options)
+    expected = Sampler(model, backend="cpu").sample(6, **options)
+    assert_same(images, expected, model, **{k: v for k, v in options.items() if k != "known"})
+
+
+def test_a_temperature_of_almost_nothing() -> None:
+    """1 / temperature is infinite in float32."""
+    model, _ = make_model("gated")
+    images = host_sampler(model).sample(2, temperature=1e-40)
+    assert torch.equal(images, Sampler(model, backend="cpu").sample(2, temperature=1e-40))
 
 
 @pytest.mark.parametrize(
-    ("workers", "lanes", "strategy"),
-    [(1, 1, Strategy.THROUGHPUT), (1, 5, Strategy.LATENCY), (3, 1, Strategy.LATENCY), (3, 2, Strategy.THROUGHPUT)],
+    ("clusters", "size", "lanes"), [(1, 1, 1), (1, 1, 5), (1, 3, 1), (2, 3, 2), (3, 1, 2), (2, 16, 1)]
 )
-def test_team_and_strategy_change_no_bit(workers: int, lanes: int, strategy: Strategy) -> None:
-    """Of a model whose sums have several chunks."""
+def test_team_changes_no_bit(clusters: int, size: int, lanes: int) -> None:
+    """More blocks than tiles; sums of several blocks."""
     model = wide()
-    expected = host_sampler(model, workers=2, lanes=2).sample(2, seed=4)
-    sampler = host_sampler(model, workers=workers, lanes=lanes, strategy=strategy)
-    assert torch.equal(sampler.sample(2, seed=4), expected)
+    expected = host_sampler(model).sample(3, seed=4)
+    assert torch.equal(host_sampler(model, clusters=clusters, size=size, lanes=lanes).sample(3, seed=4), expected)
 
 
 @pytest.mark.parametrize("name", ["gated labels", "pixelcnn rgb"])
-@pytest.mark.parametrize("max_batch", [1, 4])
+@pytest.mark.parametrize("max_batch", [1, 4, 19])
 def test_batches_change_no_bit(name: str, max_batch: int) -> None:
+    """19: a cluster multiplies more samples than fit into its rows."""
     model, _ = make_model(name)
-    labels = None if model.num_classes is None else torch.arange(7) % model.num_classes
-    expected = host_sampler(model).sample(7, seed=9, labels=labels)
-    assert torch.equal(host_sampler(model, max_batch=max_batch).sample(7, seed=9, labels=labels), expected)
-    part = None if labels is None else labels[3:]
-    assert torch.equal(host_sampler(model).sample(4, seed=9, start=3, labels=part), expected[3:])
+    labels = None if model.num_classes is None else torch.arange(19) % model.num_classes
+    expected = host_sampler(model, max_batch=7).sample(19, seed=9, labels=labels)
+    assert torch.equal(host_sampler(model, max_batch=max_batch).sample(19, seed=9, labels=labels), expected)
+    part = None if labels is None else labels[3:7]
+    assert torch.equal(host_sampler(model).sample(4, seed=9, start=3, labels=part), expected[3:7])
 
 
 def test_threads_are_watched() -> None:
     if not program()[1]:
         pytest.skip("the compiler has no ThreadSanitizer")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_weights_are_packed_for_tensor_cores(precision: str) -> None:
+    """Fragment by fragment, against the definition."""
+    plan = Sampler(wide(), precision=precision, backend="reference").plan
+    operands = Operands(plan, pixel_weights=False)
+    tables = PixelTables(plan, operands)
+    packed, steps = tables.tensors()["weights"].float(), tables.rows
+    compared = 0
+    for row, step in zip(steps, plan.pixel_steps(0), strict=True):
+        width, groups, per_tile, weight, blocks = row[0], row[1], row[2], row[7], row[9]
+        if not blocks:
+            continue
+        tiles = -(-width // per_tile)
+        ours = packed[weight * 32 * 8 :][: tiles * blocks * 32 * 8].view(tiles, blocks, 8, 4, 2, 4)
+        block = 0
+        first = 0  # row of the weight
+        for tap in step.taps:
+            for k in range(tap.count):
+                at, depth = divmod(k, DEPTH)
+                for g in range(groups):
+                    for channel in range(0, width, 7):
+                        tile, i = divmod(channel, per_tile)
+                        column = g * per_tile + i
+                        found = ours[tile, block + at, column % 8, depth // 4, column // 8, depth % 4]
+                        assert found == step.weight[first + k, g * width + channel]
+                        compared += 1
+            first += tap.count
+            block += -(-tap.count // DEPTH)
+        assert block == blocks
+        assert ours.count_nonzero() <= step.weight.count_nonzero()
+    assert compared > 1000
+    assert COLUMNS == 16
+
+
+def test_the_cluster_waits_where_it_must() -> None:
+    """Before whatever reads a plane that was written since it waited; weights are fetched for the next product."""
+    model = wide()
+    plan = Sampler(model, backend="reference").plan
+    tables = PixelTables(plan, Operands(plan, pixel_weights=False))
+    steps = plan.pixel_steps(0)
+    written: set[int] = set()
+    expected_fetch = None
+    actions = tables.actions(((), tuple(steps), True)).tolist()
+    for what, how in actions:
+        waits, what = how >> 16, what & 0xFFFF
+        if what >= DRAW:
+            reads, writes = {plan.draws[what - DRAW].plane}, {e.plane for e in plan.encodings}
+        else:
+            step = steps[what]
+            reads = {t.plane for t in step.taps} | {r.plane for r in step.reads()}
+            writes = {s.plane for s in step.stores}
+            if step.taps:
+                assert expected_fetch in (None, what)
+                expected_fetch = how & 0xFFFF
+        assert waits == bool(reads & written)
+        written = (set() if waits else written) | writes
+    assert expected_fetch == DRAW  # after the last one
+    assert 0 < sum(how >> 16 for _, how in actions) < len(actions)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -132,7 +203,13 @@ def test_without_a_gpu_the_request_fails() -> None:
         Sampler(model, backend="cuda")
 
 
+needs_clusters = pytest.mark.skipif(
+    torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0), reason="the GPU has no clusters"
+)
+
+
 @pytest.mark.gpu
+@needs_clusters
 @pytest.mark.parametrize("name", MODELS)
 def test_models_on_a_gpu(name: str) -> None:
     model, labels = make_model(name)
@@ -143,14 +220,16 @@ def test_models_on_a_gpu(name: str) -> None:
 
 
 @pytest.mark.gpu
+@needs_clusters
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_batches_and_strategies_on_a_gpu(precision: str) -> None:
     model = wide()
     expected = Sampler(model, precision=precision, backend="cpu").sample(70, seed=4)
     sampler = Sampler(model.cuda(), precision=precision, backend="cuda")
     images = sampler.sample(70, seed=4)
-    for strategy in STRATEGIES:
+    for strategy in Strategy:
         sampler._executor.strategy = strategy  # type: ignore[union-attr]
+        sampler._executor._spaces.clear()  # type: ignore[union-attr]
         assert torch.equal(sampler.sample(70, seed=4), images)
     for max_batch in (1, 9):
         small = Sampler(model, precision=precision, backend="cuda", max_batch=max_batch)
@@ -159,6 +238,7 @@ def test_batches_and_strategies_on_a_gpu(precision: str) -> None:
 
 
 @pytest.mark.gpu
+@needs_clusters
 def test_known_pixels_on_another_stream() -> None:
     model, labels = make_model("gated labels")
     known = torch.randint(model.levels, (6, *model.image_shape)).to(torch.uint8)
@@ -173,8 +253,9 @@ def test_known_pixels_on_another_stream() -> None:
 
 
 @pytest.mark.gpu
+@needs_clusters
 def test_the_gpu_is_the_models() -> None:
     model, _ = make_model("gated")
     with pytest.raises(RuntimeError, match="it takes cuda tensors, got one on cpu"):
         Sampler(model, backend="cuda")
-    assert backends.reasons("sample_plan", torch.zeros(1, device="cuda"))["cuda"] is not None
+    assert backends.reasons("sample_plan", torch.zeros(1, device="cuda"))["cuda"] is None

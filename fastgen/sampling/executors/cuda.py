@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import Enum
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,13 +17,25 @@ from fastgen.sampling.plan import Plan
 class Strategy(Enum):
     """How many blocks a cluster has, which shares the channels of each step of some samples. Changes no sample.
 
-    LATENCY: many, so that few samples are drawn soon. THROUGHPUT: fewer, so that more clusters draw at a time.
-    AUTOMATIC: LATENCY where all samples get a cluster of their own at the same time.
+    LATENCY: many, so that few samples are drawn soon. THROUGHPUT: fewer, two on a multiprocessor, so that more clusters
+    draw at a time and one works while another waits. AUTOMATIC: LATENCY where each sample has a cluster of its own.
     """
 
-    AUTOMATIC = ()
-    THROUGHPUT = (7,)
-    LATENCY = (16, 8)  # the first size that the GPU has
+    AUTOMATIC = "automatic"
+    LATENCY = "latency"
+    THROUGHPUT = "throughput"
+
+
+# (blocks of a cluster, blocks on a multiprocessor), the first that the GPU has
+_CLUSTERS = {Strategy.LATENCY: ((16, 1), (8, 1)), Strategy.THROUGHPUT: ((7, 2),)}
+
+
+class Cut(NamedTuple):
+    """size: blocks of a cluster; share: blocks on a multiprocessor; clusters: at a time."""
+
+    size: int
+    share: int
+    clusters: int
 
 
 class CudaExecutor(TritonExecutor):
@@ -50,39 +63,41 @@ class CudaExecutor(TritonExecutor):
             sizes=self._pixels.sizes,
             steps=steps,
         )
-        self._clusters = {size: self._native.clusters(size) for s in Strategy for size in s.value}
+        self._cuts = {strategy: self._cut(shapes) for strategy, shapes in _CLUSTERS.items()}
+
+    def _cut(self, shapes: tuple[tuple[int, int], ...]) -> Cut:
+        for size, share in shapes:
+            most = self._native.clusters(size, share)
+            if most:
+                return Cut(size, share, most)
+        raise RuntimeError("the cuda executor needs a GPU that runs clusters of thread blocks")
 
     def launch_pixels(self, pattern: Pattern, space: Space) -> None:
         key = key_of(pattern)
         if key not in self._actions:  # at the first launch, which is never captured
             self._actions[key] = self._pixels.actions(pattern).to(self.device)
         actions = self._actions[key]
-        size, clusters = self._cut(space.count)
+        cut = self.cut(space.count)
         self._native.run(
             actions=actions.data_ptr(),
             num_actions=len(actions),
             **{name: tensor.data_ptr() for name, tensor in pixel_memory(space).items()},
             count=space.count,
-            size=size,
-            clusters=clusters,
+            size=cut.size,
+            share=cut.share,
+            clusters=cut.clusters,
             stream=torch.cuda.current_stream().cuda_stream,
         )
 
-    def _cut(self, count: int) -> tuple[int, int]:
-        """Blocks of a cluster, and clusters: as many as run at a time, with as many samples each."""
-        sizes = [self._size_of(strategy) for strategy in (Strategy.LATENCY, Strategy.THROUGHPUT)]
-        if self.strategy is not Strategy.AUTOMATIC:
-            size = self._size_of(self.strategy)
-        else:
-            size = sizes[0] if count <= self._clusters[sizes[0]] else sizes[1]
-        samples = -(-count // self._clusters[size])
-        return size, -(-count // samples)
-
-    def _size_of(self, strategy: Strategy) -> int:
-        sizes = [size for size in strategy.value if self._clusters[size]]
-        if not sizes:
-            raise RuntimeError("the cuda executor needs a GPU that runs clusters of thread blocks")
-        return sizes[0]
+    def cut(self, count: int) -> Cut:
+        """Clusters for a batch: no more than run at a time, with as many samples each."""
+        strategy = self.strategy
+        if strategy is Strategy.AUTOMATIC:
+            few = count <= self._cuts[Strategy.LATENCY].clusters
+            strategy = Strategy.LATENCY if few else Strategy.THROUGHPUT
+        cut = self._cuts[strategy]
+        samples = -(-count // cut.clusters)
+        return cut._replace(clusters=-(-count // samples))
 
 
 def pixel_memory(space: Space) -> dict[str, Tensor]:

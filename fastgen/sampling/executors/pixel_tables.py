@@ -9,7 +9,6 @@ from fastgen.sampling.executors.tables import OPS
 from fastgen.sampling.executors.triton import Operands, Pattern
 from fastgen.sampling.heads import LogisticMixture
 from fastgen.sampling.plan import Plan, Step
-from fastgen.sampling.schedule import Stage
 
 HEADS = ("categorical", "bernoulli", "logisticmixture")  # enum PlanHead
 DEPTH, COLUMNS = 16, 16  # kPixelDepth, kPixelColumns
@@ -28,22 +27,25 @@ class PixelTables:
         self.plan, self._operands = plan, operands
         self._steps = [s for rank, _ in enumerate(plan.draws) for s in plan.pixel_steps(rank)]
         self._index = {id(step): i for i, step in enumerate(self._steps)}
-        if len(self._steps) >= DRAW or plan.columns().stop >= DRAW or any(s.groups > COLUMNS for s in self._steps):
-            raise RuntimeError(f"a pixel stage takes at most {DRAW - 1} steps and columns and {COLUMNS} groups")
+        most = max((max(s.groups, len(s.program), len(s.reads()), len(s.stores)) for s in self._steps), default=0)
+        if len(self._steps) >= DRAW or plan.columns().stop >= DRAW or most > 100 or self._groups() > COLUMNS:
+            raise RuntimeError("the plan has too many steps, columns, groups or instructions for the cuda executor")
         self._blocks: list[tuple[int, ...]] = []
         self._instrs: list[tuple[int, ...]] = []
         self._stores: list[tuple[int, ...]] = []
         self._num_biases = self._num_weights = 0
         no_bias = torch.zeros(max((s.groups * s.width for s in self._steps), default=0) + 1)
-        self._biases, self._weights = [no_bias], []
+        self._biases = [no_bias]
+        self._weights: list[Tensor] = []
         self._num_biases = no_bias.numel()
-        self._rows = [self._step(step) for step in self._steps]
+        self.rows = [self._step(step) for step in self._steps]
         first, count = operands.encodings
         colours, height, width = plan.image_shape
         head = plan.head
         self.sizes = {
+            "first_operand": operands.of_pixels,
             "num_operands": len(operands.fields),
-            "num_steps": len(self._rows),
+            "num_steps": len(self.rows),
             "num_instrs": len(self._instrs),
             "num_stores": len(self._stores),
             "registers": max((len(s.program) for s in self._steps), default=0),
@@ -62,7 +64,7 @@ class PixelTables:
         """All tables by their names; they can be made once, for the weights leave this object."""
         plan, integers = self.plan, self._operands.integers
         groups = zip(plan.draws, plan.head.groups(plan.image_shape[0]), self._operands.draws, strict=True)
-        draws = [
+        draws: list[tuple[int, ...]] = [
             (operand, d.count, g.colours.start, len(g.colours), g.uniforms.start, len(g.uniforms))
             for d, g, operand in groups
         ]
@@ -71,15 +73,17 @@ class PixelTables:
         self._weights.clear()
         return {
             "operands": integers(self._operands.fields, torch.int32),
-            "steps": integers(self._rows, torch.int32),
+            "steps": integers(self.rows, torch.int32),
             "blocks": integers(self._blocks or [(0, 0, 0, 0)], torch.int32),
-            "instrs": integers(self._instrs, torch.int32),
-            "stores": integers(self._stores, torch.int32),
+            "instrs": integers(self._instrs, torch.uint8),
+            "stores": integers(self._stores, torch.int16),
             "draws": integers(draws, torch.int32),
             "weights": weights,
             "biases": torch.cat(self._biases),
             "constants": torch.tensor(self._operands.constants or [0.0]),
-            "encoded": torch.cat([e.table.detach().flatten().float().cpu() for e in plan.encodings]),
+            "encoded": torch.cat(
+                [e.table.detach().flatten().float().cpu() for e in plan.encodings] or [torch.zeros(1)]
+            ),
             "values": plan.head.encoding().float(),
         }
 
@@ -108,11 +112,14 @@ class PixelTables:
         last = None
         for action in reversed(actions):
             what = action[1]
-            if what < DRAW and self._rows[what][9] > 0:  # it has a product
+            if what < DRAW and self.rows[what][9] > 0:  # it has a product
                 action[3] = DRAW if last is None else last
                 last = what
         rows = [(column << 16 | what, waits << 16 | fetches) for column, what, waits, fetches in actions]
         return torch.tensor(rows, dtype=torch.int64).to(torch.int32).view(-1, 2)
+
+    def _groups(self) -> int:
+        return max((step.groups for step in self._steps), default=0)
 
     def _step(self, step: Step) -> tuple[int, ...]:
         launch = self._operands.launches[id(step)]

@@ -285,7 +285,11 @@ class Operands:
         no_bias = torch.zeros(max((s.groups * _columns(s.width) for s in plan.steps), default=0))
         self._keep(self.biases, no_bias)
         self._num_biases = self.biases[0].numel()
-        self.launches = {id(step): self._step(step) for step in plan.steps}
+        by_stage = sorted(plan.steps, key=lambda step: step.stage)
+        row_steps = len(plan.row_steps())
+        self.launches = {id(step): self._step(step) for step in by_stage[:row_steps]}
+        self.of_pixels = len(self.fields)  # from here on operands are those of pixel steps and draws
+        self.launches |= {id(step): self._step(step) for step in by_stage[row_steps:]}
         self.draws = [self._pixel(draw, draw.count) for draw in plan.draws]
         self.encodings = len(self.fields), len(plan.encodings)
         offset = 0
