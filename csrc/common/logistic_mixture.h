@@ -24,8 +24,7 @@ FASTGEN_HOST_DEVICE constexpr int64_t logistic_mixture_params(int64_t colours, i
 }
 
 // The smallest component whose cumulative probability softmax(logits * inverse_temperature) is at least `uniform`.
-template <class Floats>
-FASTGEN_HOST_DEVICE int64_t logistic_mixture_component(Floats logits, int64_t components, double uniform,
+FASTGEN_HOST_DEVICE int64_t logistic_mixture_component(const float* logits, int64_t components, double uniform,
                                                        double inverse_temperature) {
     double largest = logits[0] * inverse_temperature, sum = 0.0, cumulative = 0.0;
     for (int64_t k = 1; k < components; ++k) {
@@ -48,28 +47,32 @@ FASTGEN_HOST_DEVICE int32_t logistic_mixture_level(double x, int64_t levels) {
     return static_cast<int32_t>(__builtin_ceil(position));
 }
 
-// Draws the levels of a pixel. Floats: const float*, or what reads like one.
+// Scale and standard noise of a draw.
+FASTGEN_HOST_DEVICE double logistic_mixture_scale(double log_scale) {
+    return __builtin_exp(log_scale < kMinLogScale ? kMinLogScale : log_scale > kMaxLogScale ? kMaxLogScale : log_scale);
+}
+
+FASTGEN_HOST_DEVICE double logistic_mixture_noise(double uniform) { return __builtin_log(uniform / (1.0 - uniform)); }
+
+// Draws the levels of a pixel.
 //   params     [logistic_mixture_params(colours, components)]
 //   uniforms   [1 + colours] in (0, 1): for the component, then for each colour
 //   encoding   [levels]: the value that each level has in the means of later colours
 //   drawn      [colours]
-template <class Floats>
-FASTGEN_HOST_DEVICE void logistic_mixture_draw(Floats params, int64_t components, int64_t colours, int64_t levels,
+FASTGEN_HOST_DEVICE void logistic_mixture_draw(const float* params, int64_t components, int64_t colours, int64_t levels,
                                                const float* uniforms, double inverse_temperature, const float* encoding,
                                                int32_t* drawn) {
     const int64_t k = logistic_mixture_component(params, components, uniforms[0], inverse_temperature);
     const int64_t block = logistic_mixture_kinds(colours) * components;
     for (int64_t c = 0; c < colours; ++c) {
-        const Floats own = params + (components + c * block + k);
+        const float* own = params + components + c * block + k;
         double mean = own[0];
         for (int64_t i = 0; i < c; ++i) {
             const float coefficient = params[components + (i + c - 1) * block + 2 * components + k];
             mean += __builtin_tanh(coefficient) * encoding[drawn[i]];
         }
-        double log_scale = own[components];
-        log_scale = log_scale < kMinLogScale ? kMinLogScale : log_scale > kMaxLogScale ? kMaxLogScale : log_scale;
-        const double uniform = uniforms[1 + c], logistic = __builtin_log(uniform / (1.0 - uniform));
-        drawn[c] = logistic_mixture_level(mean + __builtin_exp(log_scale) / inverse_temperature * logistic, levels);
+        const double spread = logistic_mixture_scale(own[components]) / inverse_temperature;
+        drawn[c] = logistic_mixture_level(mean + spread * logistic_mixture_noise(uniforms[1 + c]), levels);
     }
 }
 

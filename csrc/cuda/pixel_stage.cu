@@ -17,11 +17,12 @@ constexpr int kLanes = 256, kWarps = kLanes / 32;
 constexpr int kBlocksPerProcessor = 2;  // while one waits for its cluster, the other multiplies
 constexpr int kRound = 8;               // blocks of channels that a warp reads at a time
 constexpr int kTiles = 3;               // that it multiplies them by
+static_assert(32 % kRound == 0, "lanes find blocks for whole rounds");
 static_assert(kWarps == kPixelParts, "a warp has a part of each sum");
 
 // Shared memory of a block, in bytes from its start.
 struct Space {
-    int64_t partial, values, probabilities, placed, steps, instrs, stores, weights;
+    int64_t partial, values, doubles, placed, steps, instrs, stores, weights;
     int64_t weights_of_warp;  // bytes
     int64_t total() const { return weights + kWarps * weights_of_warp; }
 };
@@ -58,17 +59,26 @@ __device__ void multiply_add(float acc[4], const uint32_t a[4], const uint32_t b
 template <bool kBfloat16>
 class ClusterTeam {
 public:
-    __device__ explicit ClusterTeam(const Space& space) : space_(space) { fetched() = 0; }
+    __device__ explicit ClusterTeam(const Space& space) : space_(space) {
+        if (threadIdx.x % 32 == 0) fetched() = 0;
+        __syncwarp();
+    }
     __device__ int32_t rank() const { return cooperative_groups::cluster_group::block_rank(); }
     __device__ int32_t size() const { return cooperative_groups::cluster_group::num_blocks(); }
     __device__ int32_t lane() const { return threadIdx.x; }
     __device__ int32_t lanes() const { return kLanes; }
     __device__ void sync() { __syncthreads(); }
-    __device__ void arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
-    __device__ void wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+    __device__ void arrive() {
+        __syncwarp();  // aligned: the lanes of a warp come together
+        asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+    }
+    __device__ void wait() {
+        __syncwarp();
+        asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+    }
     __device__ float* partial() const { return reinterpret_cast<float*>(shared + space_.partial); }
     __device__ float* values() const { return reinterpret_cast<float*>(shared + space_.values); }
-    __device__ float* probabilities() const { return reinterpret_cast<float*>(shared + space_.probabilities); }
+    __device__ double* doubles() const { return reinterpret_cast<double*>(shared + space_.doubles); }
 
     // Copies as much of the warp's weights as there is room for.
     __device__ void fetch(const PixelStage& stage, const PixelStep& step, PixelRange tiles) {
@@ -76,7 +86,7 @@ public:
         const int32_t room = static_cast<int32_t>(space_.weights_of_warp) / kFragment;
         const int32_t all = tiles.size() * blocks.size(), count = all < room ? all : room;
         __syncwarp();  // nobody reads what was fetched before any more
-        fetched() = count;
+        if (threadIdx.x % 32 == 0) fetched() = count;
         const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(weights_of_warp())) + threadIdx.x % 32 * 16;
         for (int32_t begin = 0, tile = tiles.begin; begin < count; begin += blocks.size(), ++tile) {
             const int32_t left = count - begin, bytes = (left < blocks.size() ? left : blocks.size()) * kFragment;
@@ -93,8 +103,7 @@ public:
     // Lane i of a warp finds the i-th of its blocks.
     __device__ void locate(const PixelStage& stage, const PixelBatch& batch, const PixelStep& step, int32_t column) {
         const PixelRange blocks = own(step);
-        const int32_t block = blocks.begin + static_cast<int32_t>(threadIdx.x % 32);
-        found_ = block < blocks.end ? find(stage, batch, step, block, column) : Found{};
+        found_ = find(stage, batch, step, blocks.begin, blocks.end, column);
     }
 
     // Part `warp` of the sums of some rows. A lane has columns lane / 4 and that + 8 of a tile and two of the rows.
@@ -106,10 +115,12 @@ public:
         for (int32_t first = tiles.begin; first < tiles.end; first += kTiles) {
             float acc[kTiles][kChains][4] = {};
             for (int32_t begin = blocks.begin; begin < blocks.end; begin += kRound) {
+                const int32_t passed = (begin - blocks.begin) % 32;
+                if (blocks.size() > 32 && passed == 0) found_ = find(stage, batch, step, begin, blocks.end, column);
                 float4 b[kRound];
 #pragma unroll
                 for (int r = 0; r < kRound; ++r) {
-                    const Found from = found(stage, batch, step, blocks, begin + r, column);
+                    const Found from = found(passed + r);
                     b[r] = activations(from, rows.begin + lane / 4, lane / 4 < rows.size());
                 }
                 asm volatile("cp.async.wait_all;" ::: "memory");
@@ -176,18 +187,17 @@ private:
         return static_cast<const char*>(stage.weights) + index * kFragment;
     }
 
-    __device__ static Found find(const PixelStage& stage, const PixelBatch& batch, const PixelStep& step, int32_t block,
-                                 int32_t column) {
+    __device__ static Found find(const PixelStage& stage, const PixelBatch& batch, const PixelStep& step, int32_t begin,
+                                 int32_t end, int32_t column) {
+        const int32_t block = begin + static_cast<int32_t>(threadIdx.x % 32);
+        if (block >= end) return {};
         const int4 packed = __ldg(reinterpret_cast<const int4*>(stage.blocks) + step.first_block + block);
         const PixelPlace from = pixel_place(batch, packed.x, column);
         return {from.first ? from.first + packed.y : nullptr, from.pitch, packed.w ? kFast : packed.z};
     }
 
-    // Of a block of the warp: looked up by one of its lanes before, as far as there were lanes.
-    __device__ Found found(const PixelStage& stage, const PixelBatch& batch, const PixelStep& step, PixelRange blocks,
-                           int32_t block, int32_t column) const {
-        const int32_t index = block - blocks.begin;
-        if (index >= 32) return block < blocks.end ? find(stage, batch, step, block, column) : Found{};
+    // What lane `index` has found.
+    __device__ Found found(int32_t index) const {
         const auto first = reinterpret_cast<unsigned long long>(found_.first);
         return {reinterpret_cast<const float*>(__shfl_sync(~0u, first, index)), __shfl_sync(~0u, found_.pitch, index),
                 __shfl_sync(~0u, found_.count, index)};
@@ -247,12 +257,12 @@ private:
 
 // Copies a table to shared memory, where a barrier of the cluster does not drop it from a cache.
 template <class T>
-__device__ const T* copied(const T* from, char* to, int64_t rows) {
+__device__ T* copy(const T* from, char* to, int64_t rows) {
     const auto* source = reinterpret_cast<const int32_t*>(from);
     auto* target = reinterpret_cast<int32_t*>(to);
     const auto words = static_cast<int32_t>(rows * int64_t{sizeof(T)} / 4);
     for (int32_t i = static_cast<int32_t>(threadIdx.x); i < words; i += kLanes) target[i] = source[i];
-    return reinterpret_cast<const T*>(to);
+    return reinterpret_cast<T*>(to);
 }
 
 template <bool kBfloat16>
@@ -262,18 +272,20 @@ __global__ void __launch_bounds__(kLanes, kBlocksPerProcessor)
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
     __shared__ PixelStage stage;  // with these pointers registers would not do
     __shared__ PixelBatch batch;
-    if (threadIdx.x == 0) {
-        stage = given;
-        batch = asked;
-    }
-    __syncthreads();
     const int64_t first = given.first_operand, operands = given.num_operands - first;
     auto* placed = reinterpret_cast<PixelPlaced*>(shared + space.placed);
     for (int64_t i = threadIdx.x; i < operands; i += kLanes) placed[i] = pixel_placed(given, asked, first + i);
-    batch.placed = placed - first;
-    stage.steps = copied(given.steps, shared + space.steps, stage.num_steps);
-    stage.instrs = copied(given.instrs, shared + space.instrs, stage.num_instrs);
-    stage.stores = copied(given.stores, shared + space.stores, stage.num_stores);
+    const PixelStep* steps = copy(given.steps, shared + space.steps, given.num_steps);
+    const PixelInstr* instrs = copy(given.instrs, shared + space.instrs, given.num_instrs);
+    const PixelStore* stores = copy(given.stores, shared + space.stores, given.num_stores);
+    if (threadIdx.x == 0) {
+        stage = given;
+        stage.steps = steps;
+        stage.instrs = instrs;
+        stage.stores = stores;
+        batch = asked;
+        batch.placed = placed - first;
+    }
     __syncthreads();
     ClusterTeam<kBfloat16> team(space);
     const auto clusters = static_cast<int32_t>(gridDim.x) / team.size();
@@ -295,6 +307,11 @@ int64_t attribute(cudaDeviceAttr name) {
     return value;
 }
 
+const void* kernel_of(const PixelStage& stage) {
+    return stage.bfloat16 ? reinterpret_cast<const void*>(pixel_row<true>)
+                          : reinterpret_cast<const void*>(pixel_row<false>);
+}
+
 int64_t aligned(int64_t bytes) { return div_up(bytes, 16) * 16; }
 
 // As much room for weights as the largest step can use and `share` blocks of a multiprocessor leave each other.
@@ -309,7 +326,7 @@ Space space_of(const PixelStage& stage, const PixelStep* steps, int64_t size, in
     };
     space.partial = take(scratch.partial * 4);
     space.values = take(scratch.values * 4);
-    space.probabilities = take(scratch.probabilities * 4);
+    space.doubles = take(scratch.doubles * 8);
     const int64_t operands = stage.num_operands - stage.first_operand;
     space.placed = take(operands * int64_t{sizeof(PixelPlaced)});
     space.steps = take(stage.num_steps * int64_t{sizeof(PixelStep)});
@@ -322,16 +339,14 @@ Space space_of(const PixelStage& stage, const PixelStep* steps, int64_t size, in
         if (fragments > most) most = fragments;
     }
     const int64_t fragment = stage.bfloat16 ? 512 : 1024;
+    cudaFuncAttributes facts{};
+    check(cudaFuncGetAttributes(&facts, kernel_of(stage)), "cannot ask for the kernel");
     const int64_t all = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / share -
-                        attribute(cudaDevAttrReservedSharedMemoryPerBlock);
+                        attribute(cudaDevAttrReservedSharedMemoryPerBlock) -
+                        static_cast<int64_t>(facts.sharedSizeBytes);
     const int64_t room = all > next ? (all - next) / kWarps / fragment : 0;
     space.weights_of_warp = (most < room ? most : room) * fragment;
     return space;
-}
-
-const void* kernel_of(const PixelStage& stage) {
-    return stage.bfloat16 ? reinterpret_cast<const void*>(pixel_row<true>)
-                          : reinterpret_cast<const void*>(pixel_row<false>);
 }
 
 struct Launch {
@@ -347,6 +362,8 @@ void configure(Launch& launch, const void* kernel, const Space& space, int64_t s
                                  " bytes of shared memory, this GPU has " + std::to_string(room));
     }
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
+          "cannot get shared memory");
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
           "cannot get shared memory");
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "cannot get clusters");
     launch.attribute.id = cudaLaunchAttributeClusterDimension;

@@ -16,7 +16,7 @@
 //     void sync()             returns when all lanes of this block have called it
 //     void arrive(), wait()   the latter returns when all lanes of all blocks have called the former; what they wrote
 //                             before is seen
-//     float* partial()        PixelScratch::partial floats that the block shares; likewise values(), probabilities()
+//     float* partial()        PixelScratch::partial floats that the block shares; likewise values(), doubles()
 //     void fetch(stage, step, tiles)      may begin to load the weights of the product that comes next
 //     void locate(stage, batch, step, column)             what comes before `multiply` and needs nobody else's results
 //     void multiply(stage, batch, step, tiles, rows, column)     writes the parts of a product, see `partial_at`
@@ -42,7 +42,8 @@ constexpr int32_t kPixelDepth = 16;    // channels of a block of the product
 constexpr int32_t kPixelColumns = 16;  // of a tile: `per_tile` channels of each group
 constexpr int32_t kPixelParts = 8;     // of a sum
 constexpr int32_t kPixelDraw = 0x8000;
-constexpr int32_t kPixelPitch = 9;  // floats from a column of a part to the next: rows that share no memory bank
+constexpr int32_t kPixelSegments = 16;  // of the levels of a draw
+constexpr int32_t kPixelPitch = 9;      // floats from a column of a part to the next: rows that share no memory bank
 
 struct PixelAction {
     int32_t what;  // 65536 * column, of the step's frame or of the image, + step, or of a draw kPixelDraw + its rank
@@ -182,9 +183,9 @@ FASTGEN_HOST_DEVICE int32_t pixel_tiles(const PixelStep& step) {
     return (step.channels + step.per_tile - 1) / step.per_tile;
 }
 
-// Floats of the memory that a block shares.
+// Elements of the memory that a block shares.
 struct PixelScratch {
-    int64_t partial, values, probabilities;
+    int64_t partial, values, doubles;
 };
 
 // steps: on the host.
@@ -194,7 +195,10 @@ inline PixelScratch pixel_scratch(const PixelStage& stage, const PixelStep* step
         const int64_t tiles = steps[s].num_blocks ? div_up(pixel_tiles(steps[s]), size) : 0;
         most = tiles > most ? tiles : most;
     }
-    return {kPixelParts * kPixelColumns * most * kPixelPitch, stage.registers * lanes, div_up(stage.num_levels, 4) * 4};
+    const int64_t of_levels = kPixelSegments + div_up(stage.num_levels, 2);
+    const int64_t of_mixture = 2 * stage.components + 3 * kMaxJointColours;
+    return {kPixelParts * kPixelColumns * most * kPixelPitch, stage.registers * lanes,
+            of_levels > of_mixture ? of_levels : of_mixture};
 }
 
 // Element of a product's parts, of a column of the block's tiles.
@@ -454,70 +458,128 @@ private:
         return total;
     }
 
-    // The lanes of a block share the levels of a sample, or its samples.
+    // The blocks of a cluster share the samples; the lanes of a block work on one after the other.
     FASTGEN_HOST_DEVICE void draw(const PixelDraw& source, int32_t x) {
         const PixelPlace from = place(source.operand, x);
-        const bool categorical = stage_.head == static_cast<int64_t>(PlanHead::categorical);
-        const int32_t lane = categorical ? 0 : team_.lane(), lanes = categorical ? 1 : team_.lanes();
-        for (int32_t n = samples_.begin + team_.rank() + lane * team_.size(); n < samples_.end;
-             n += lanes * team_.size()) {
-            if (categorical) {
+        for (int32_t n = samples_.begin + team_.rank(); n < samples_.end; n += team_.size()) {
+            if (n >= samples_.begin + team_.size()) team_.sync();  // the sample before is drawn
+            if (stage_.head == static_cast<int64_t>(PlanHead::categorical)) {
                 draw_categorical(source, from.of(n), x, n);
-            } else {
-                draw_others(source, from.of(n), x, n);
+            } else if (stage_.head == static_cast<int64_t>(PlanHead::logistic_mixture)) {
+                draw_mixture(source, from.of(n), x, n);
+            } else if (team_.lane() == 0) {
+                const double logit = pixel_load(from.of(n));
+                const double odds = __builtin_exp(-__builtin_fabs(logit) * *batch_.inverse_temperature);
+                const int32_t drawn = (logit < 0 ? 1.0 : odds) / (1.0 + odds) < uniform(source.first_uniform, x, n);
+                keep(source, x, n, &drawn);
             }
         }
     }
 
-    FASTGEN_HOST_DEVICE void draw_others(const PixelDraw& source, const float* from, int32_t x, int32_t n) {
-        const double scale = *batch_.inverse_temperature;
-        int32_t drawn[kMaxJointColours];
-        if (stage_.head == static_cast<int64_t>(PlanHead::bernoulli)) {
-            const double logit = pixel_load(from), odds = __builtin_exp(-__builtin_fabs(logit) * scale);
-            drawn[0] = (logit < 0 ? 1.0 : odds) / (1.0 + odds) < uniform(source.first_uniform, x, n);
-        } else {
-            float uniforms[1 + kMaxJointColours];
-            for (int32_t i = 0; i < source.num_uniforms; ++i) uniforms[i] = uniform(source.first_uniform + i, x, n);
-            logistic_mixture_draw(SharedFloats{from}, stage_.components, source.num_colours, stage_.num_levels,
-                                  uniforms, scale, stage_.values, drawn);
-        }
-        keep(source, x, n, drawn);
-    }
-
-    // The smallest level whose cumulative probability is at least the uniform.
+    // The smallest level whose cumulative probability is at least the uniform. Levels are summed in segments first.
     FASTGEN_HOST_DEVICE void draw_categorical(const PixelDraw& source, const float* from, int32_t x, int32_t n) {
-        float* probabilities = team_.probabilities();
-        float top = pixel_load(from);
-        for (int32_t k = 1; k < source.count; ++k) {
-            const float logit = pixel_load(from + k);
-            top = logit > top ? logit : top;
+        double* totals = team_.doubles();  // of segments; before, their largest logits
+        float* odds = reinterpret_cast<float*>(totals + kPixelSegments);
+        const int32_t length = (source.count + kPixelSegments - 1) / kPixelSegments;
+        for (int32_t k = team_.lane(); k < source.count; k += team_.lanes()) odds[k] = pixel_load(from + k);
+        team_.sync();
+        for (int32_t s = team_.lane(); s < kPixelSegments; s += team_.lanes()) {
+            const PixelRange own = segment(s, length, source.count);
+            float most = own.size() > 0 ? odds[own.begin] : odds[0];
+            for (int32_t k = own.begin; k < own.end; ++k) most = odds[k] > most ? odds[k] : most;
+            totals[s] = most;
         }
+        team_.sync();
+        double top = totals[0];
+        for (int32_t s = 1; s < kPixelSegments; ++s) top = totals[s] > top ? totals[s] : top;
         const double most = 3.4028234663852886e38;  // finite, so that times the zero of the likeliest level it is zero
         const double inverse = *batch_.inverse_temperature;
         const float scale = static_cast<float>(inverse < most ? inverse : most);
-        team_.sync();  // the sample before is drawn
         for (int32_t k = team_.lane(); k < source.count; k += team_.lanes()) {
-            probabilities[k] = scalar::exp((pixel_load(from + k) - top) * scale);
+            odds[k] = scalar::exp((odds[k] - static_cast<float>(top)) * scale);
+        }
+        team_.sync();
+        for (int32_t s = team_.lane(); s < kPixelSegments; s += team_.lanes()) {
+            const PixelRange own = segment(s, length, source.count);
+            double total = 0;
+            for (int32_t k = own.begin; k < own.end; ++k) total += odds[k];
+            totals[s] = total;
         }
         team_.sync();
         if (team_.lane() != 0) return;
-        double total = 0, sum = 0;
-        for (int32_t k = 0; k < source.count; ++k) total += probabilities[k];
-        const double target = uniform(source.first_uniform, x, n) * total;
-        int32_t level = 0;
+        double all = 0, sum = 0;
+        for (int32_t s = 0; s < kPixelSegments; ++s) all += totals[s];
+        const double target = uniform(source.first_uniform, x, n) * all;
+        int32_t s = 0;
+        for (; (s + 1) * length < source.count && sum + totals[s] < target; ++s) sum += totals[s];
+        int32_t level = s * length;
         for (; level < source.count - 1; ++level) {
-            sum += probabilities[level];
+            sum += odds[level];
             if (sum >= target) break;
         }
         keep(source, x, n, &level);
     }
 
-    // Parameters that other blocks wrote, for logistic_mixture_draw.
-    struct SharedFloats {
-        const float* first;
-        FASTGEN_HOST_DEVICE float operator[](int64_t i) const { return pixel_load(first + i); }
-        FASTGEN_HOST_DEVICE SharedFloats operator+(int64_t i) const { return {first + i}; }
-    };
+    FASTGEN_HOST_DEVICE static PixelRange segment(int32_t index, int32_t length, int32_t count) {
+        const int32_t begin = index * length, end = begin + length;
+        return {begin < count ? begin : count, end < count ? end : count};
+    }
+
+    // As `logistic_mixture_draw`, operation by operation, what depends on nothing else side by side.
+    FASTGEN_HOST_DEVICE void draw_mixture(const PixelDraw& source, const float* from, int32_t x, int32_t n) {
+        const auto components = static_cast<int32_t>(stage_.components), colours = source.num_colours;
+        const auto block = static_cast<int32_t>(logistic_mixture_kinds(colours)) * components;
+        const double scale = *batch_.inverse_temperature;
+        double* shares = team_.doubles();
+        double* odds = shares + components;
+        double* spreads = odds + components;
+        double* slopes = spreads + kMaxJointColours;
+        double* means = slopes + kMaxJointColours;
+        for (int32_t k = team_.lane(); k < components; k += team_.lanes()) shares[k] = pixel_load(from + k) * scale;
+        team_.sync();
+        for (int32_t k = team_.lane(); k < components; k += team_.lanes()) {
+            double most = shares[0];
+            for (int32_t i = 1; i < components; ++i) most = shares[i] > most ? shares[i] : most;
+            odds[k] = __builtin_exp(shares[k] - most);
+        }
+        team_.sync();
+        for (int32_t k = team_.lane(); k < components; k += team_.lanes()) {
+            double total = 0;
+            for (int32_t i = 0; i < components; ++i) total += odds[i];
+            shares[k] = odds[k] / total;
+        }
+        team_.sync();
+        const double which = uniform(source.first_uniform, x, n);
+        double sum = 0;
+        int32_t chosen = 0;
+        for (; chosen < components - 1; ++chosen) {
+            sum += shares[chosen];
+            if (sum >= which) break;
+        }
+        const float* own = from + components + chosen;
+        for (int32_t i = team_.lane(); i < 2 * kMaxJointColours; i += team_.lanes()) {
+            const int32_t c = i % kMaxJointColours;
+            if (i < kMaxJointColours && c < colours) {
+                const double scale_of = logistic_mixture_scale(pixel_load(own + c * block + components));
+                spreads[c] = scale_of / scale * logistic_mixture_noise(uniform(source.first_uniform + 1 + c, x, n));
+                means[c] = pixel_load(own + c * block);
+            } else if (i >= kMaxJointColours && c < colours * (colours - 1) / 2) {
+                slopes[c] = __builtin_tanh(pixel_load(own + c * block + 2 * components));
+            }
+        }
+        team_.sync();
+        if (team_.lane() != 0) return;
+        int32_t drawn[kMaxJointColours];
+        FASTGEN_UNROLL
+        for (int32_t c = 0; c < kMaxJointColours; ++c) {
+            if (c >= colours) break;
+            double mean = means[c];
+            FASTGEN_UNROLL
+            for (int32_t i = 0; i < c; ++i) mean += slopes[i + c - 1] * stage_.values[drawn[i]];
+            drawn[c] = logistic_mixture_level(mean + spreads[c], stage_.num_levels);
+        }
+        keep(source, x, n, drawn);
+    }
 
     // Of a pixel in its image.
     FASTGEN_HOST_DEVICE int64_t position(int32_t x) const { return batch_.state[0] * stage_.width + x; }

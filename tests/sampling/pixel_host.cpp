@@ -40,9 +40,10 @@ private:
 // What the lanes of a block share.
 struct Block {
     Block(int lanes, const PixelScratch& scratch)
-        : lanes(lanes), partial(scratch.partial), values(scratch.values), probabilities(scratch.probabilities) {}
+        : lanes(lanes), partial(scratch.partial), values(scratch.values), doubles(scratch.doubles) {}
     Barrier lanes;
-    std::vector<float> partial, values, probabilities;
+    std::vector<float> partial, values;
+    std::vector<double> doubles;
 };
 
 class HostTeam {
@@ -58,7 +59,7 @@ public:
     void wait() { all_.wait(); }
     float* partial() const { return block_.partial.data(); }
     float* values() const { return block_.values.data(); }
-    float* probabilities() const { return block_.probabilities.data(); }
+    double* doubles() const { return block_.doubles.data(); }
     void fetch(const PixelStage&, const PixelStep& step, PixelRange) { fetched_ = &step; }
     void locate(const PixelStage&, const PixelBatch&, const PixelStep&, int32_t column) { located_ = column; }
 
