@@ -210,11 +210,14 @@ def generator_cases(place: Place) -> Iterator[Case]:
             yield Case(name, {"batch": batch}, partial(build, batch, mode), dtype="bfloat16")
 
 
+# Of fastgen's samplers: the name in rows -> precision of weights, of float32 products.
+VARIANTS = {"": ("fp32", "highest"), " tf32": ("fp32", "high"), " bf16 weights": ("bf16", "highest")}
+
+
 class Subject:
-    """PixelCNN++ at its published size, 53,659,080 parameters, with random weights, and its sampler."""
+    """PixelCNN++ at its published size, 53,659,080 parameters, with random weights, and its samplers."""
 
     def __init__(self, backend: str, place: Place):
-        import fastgen
         from fastgen import models
 
         small = {"image_shape": (3, 4, 5), "num_filters": 4, "num_blocks": 1, "num_mixtures": 2}
@@ -224,12 +227,16 @@ class Subject:
         self.model = models.PixelCNNpp(**(small if place.tiny else {})).eval()
         self.on_cpu = copy.deepcopy(self.model)
         self.model.to(place.device)
-        self.sampler, self.error = None, ""
-        try:
-            make = partial(fastgen.Sampler, self.model, backend=backend, max_batch=self.batches[-1])
-            self.sampler, self.compile_seconds = timed(make)
-        except Exception as error:  # no such executor, or one that fails: the peers are measured all the same
-            self.error = reason(error)
+        self.samplers: dict[str, tuple[Any, float]] = {}  # by precision: sampler, seconds to make it
+        self.errors: dict[str, str] = {}  # no such executor, or one that fails: the peers are measured all the same
+
+    def sampler(self, precision: str) -> tuple[Any, float]:
+        import fastgen
+
+        if precision not in self.samplers:
+            options = {"backend": self.backend, "max_batch": self.batches[-1], "precision": precision}
+            self.samplers[precision] = timed(partial(fastgen.Sampler, self.model, **options))
+        return self.samplers[precision]
 
     def naive(self, batch: int) -> None:
         """The first pixels of the loop: a forward pass of the whole batch for each, and its draw."""
@@ -258,36 +265,40 @@ class Subject:
             "naive": Provider(partial(self.naive, batch), True, scale, note),
             "forward": Provider(partial(plain_forward, self.model, encoded), True, note="scores, draws nothing"),
         }
-        name, bytes = f"fastgen {self.backend}", images.numel()
-        if self.sampler is None:
-            return Work(providers, 0.0, bytes, {name: self.error})
-        draw, plan = partial(self.sampler.sample, batch), self.sampler.plan
-        flops, bytes = plan.flops * batch, bytes + self.sampler.weight_bytes
-        try:
-            _, first = timed(draw)
-        except Exception as error:
-            return Work(providers, flops, bytes, {name: reason(error)})
-        extra = {
-            "compile_s": self.compile_seconds,
-            "first_call_s": first,
-            "workspace_bytes": plan.cache_bytes * batch,
-            "weight_bytes": self.sampler.weight_bytes,
-            "executed_mflop_per_sample": self.sampler.flops / 1e6,
-        }
-        providers[name] = Provider(draw, extra=extra)
-        return Work(providers, flops, bytes)
+        skipped, flops, bytes = {}, 0.0, images.numel()
+        for variant, (precision, products) in VARIANTS.items():
+            name = f"fastgen {self.backend}{variant}"
+            try:
+                sampler, seconds = self.sampler(precision)
+                draw = partial(with_products, products, sampler.sample, batch)
+                _, first = timed(draw)
+            except Exception as error:
+                skipped[name] = reason(error)
+                continue
+            if not flops:
+                flops, bytes = sampler.plan.flops * batch, bytes + sampler.weight_bytes
+            extra = {
+                "compile_s": seconds,
+                "first_call_s": first,
+                "workspace_bytes": sampler.plan.cache_bytes * batch,
+                "weight_bytes": sampler.weight_bytes,
+                "executed_mflop_per_sample": sampler.flops / 1e6,
+            }
+            providers[name] = Provider(draw, extra=extra)
+        return Work(providers, flops, bytes, skipped)
 
-    def check(self) -> Row:
+    def check(self, precision: str) -> Row:
         """The same images as on the CPU, but for ties; the hash is to be compared with that of other executors."""
         import fastgen
 
-        assert self.sampler is not None
-        images = self.sampler.sample(CHECKED_IMAGES)
-        expected = fastgen.Sampler(self.on_cpu, backend="cpu").sample(CHECKED_IMAGES)
-        found = fastgen.audit(self.on_cpu, images)
+        sampler, _ = self.sampler(precision)
+        images = sampler.sample(CHECKED_IMAGES)
+        expected = fastgen.Sampler(self.on_cpu, backend="cpu", precision=precision).sample(CHECKED_IMAGES)
+        found = fastgen.audit(self.on_cpu, images, precision=precision)
         return {
             "ok": found.ok,
             "backend": self.backend,
+            "precision": precision,
             "images": CHECKED_IMAGES,
             "sha256": hashlib.sha256(images.numpy().tobytes()).hexdigest(),
             "images_equal_to_cpu": int((images == expected).flatten(1).all(1).sum()),
@@ -295,12 +306,22 @@ class Subject:
         }
 
 
+def with_products(precision: str, call: Callable[..., Any], *arguments: Any) -> Any:
+    """`call` with float32 products of a precision, see `torch.set_float32_matmul_precision`."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        return call(*arguments)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def sampling_cases(backend: str, place: Place) -> Iterator[Case | Check]:
     subject = Subject(backend, place)
-    for batch in subject.batches:
+    for batch in reversed(subject.batches):
         yield Case(f"PixelCNN++, batch {batch}", {"batch": batch}, partial(subject.build, batch))
-    if subject.sampler is not None:
-        yield Check(f"PixelCNN++, images of {backend}", subject.check)
+    for precision in subject.samplers:
+        yield Check(f"PixelCNN++, images of {backend}, {precision}", partial(subject.check, precision))
 
 
 SUITES: dict[str, Callable[[Place], Iterator[Case | Check]]] = {

@@ -354,13 +354,11 @@ struct Launch {
     cudaLaunchConfig_t config{};
 };
 
+bool fits(const Space& space) { return space.total() <= attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
+
 void configure(Launch& launch, const void* kernel, const Space& space, int64_t size, int64_t clusters,
                CUstream_st* stream) {
-    const int64_t bytes = space.total(), room = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
-    if (bytes > room) {
-        throw std::runtime_error("pixel_stage: the plan needs " + std::to_string(bytes) +
-                                 " bytes of shared memory, this GPU has " + std::to_string(room));
-    }
+    const int64_t bytes = space.total();
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
           "cannot get shared memory");
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
@@ -382,7 +380,9 @@ void configure(Launch& launch, const void* kernel, const Space& space, int64_t s
 int64_t pixel_clusters(const PixelStage& stage, const PixelStep* host_steps, int64_t size, int64_t share) {
     Launch launch;
     const void* kernel = kernel_of(stage);
-    configure(launch, kernel, space_of(stage, host_steps, size, share), size, 1, nullptr);
+    const Space space = space_of(stage, host_steps, size, share);
+    if (!fits(space)) return 0;
+    configure(launch, kernel, space, size, 1, nullptr);
     int clusters = 0;
     if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &launch.config) == cudaSuccess) return clusters;
     cudaGetLastError();  // no such clusters

@@ -9,12 +9,12 @@ struct CUstream_st;  // cudaStream_t is a pointer to it
 
 namespace fastgen::cuda {
 
-// How many clusters of `size` blocks the current GPU runs at a time; 0 if it has no such clusters.
+// How many clusters of `size` blocks the current GPU runs at a time; 0 if it has no such clusters, or too little memory.
 // host_steps: the steps of the stage, on the host. share: blocks, 1 or 2, that share the memory of a multiprocessor.
 int64_t pixel_clusters(const PixelStage& stage, const PixelStep* host_steps, int64_t size, int64_t share);
 
 // Draws one image row of a batch, `clusters` of them sharing its samples evenly. stage, batch: pointers to device memory.
-// Throws std::runtime_error if the launch fails or the plan needs more shared memory than the current GPU has.
+// Throws std::runtime_error if the launch fails.
 void run_pixel_stage(const PixelStage& stage, const PixelStep* host_steps, const PixelBatch& batch, int64_t size,
                      int64_t share, int64_t clusters, CUstream_st* stream);
 

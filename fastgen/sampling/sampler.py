@@ -36,10 +36,16 @@ def _triton_executor(plan: Plan) -> Any:
 
 
 def _cuda_executor(plan: Plan) -> Any:
-    """Imports Triton, too."""
-    from fastgen.sampling.executors.cuda import CudaExecutor
+    """Where nobody insists, Triton runs plans that are too large for it."""
+    from fastgen.sampling.executors.cuda import CudaExecutor, UnsupportedPlan
 
-    return CudaExecutor(plan)
+    try:
+        return CudaExecutor(plan)
+    except UnsupportedPlan as error:
+        if backends.asked() == "cuda":
+            raise
+        backends.log_once("sample_plan", "cuda", str(error))
+        return _triton_executor(plan)
 
 
 def _why_not_triton(like: Tensor) -> str | None:
@@ -86,7 +92,7 @@ class Sampler:
             float32. Half the memory traffic of a pixel; the samples are exactly those of the model with rounded
             weights, which is not quite the same model.
         backend: "reference", "cpu", "triton" or "cuda" (for a model on a GPU), or "auto": what `fastgen.backend` or
-            FASTGEN_BACKEND asks for, else Triton for a model on a GPU, else the CPU.
+            FASTGEN_BACKEND asks for, else for a model on a GPU cuda or triton, the first that it can run, else the CPU.
         max_batch: most samples drawn at a time; default: what fits a quarter of the memory of the machine, or of
             the GPU that draws, at most 256. Changes no sample.
 
@@ -114,15 +120,14 @@ class Sampler:
         if max_batch is not None and (isinstance(max_batch, bool) or not isinstance(max_batch, int) or max_batch < 1):
             raise ValueError(f"max_batch must be a positive integer, got {max_batch!r}")
         check_precision(precision)
-        # "auto" leaves the choice to the environment and to an enclosing `with fastgen.backend(...)`.
-        with contextlib.nullcontext() if backend == "auto" else backends.backend(backend):
+        with _choice(backend):
             executor = _select(self._subject.like)
         with _one_thread():
             self._compile()
             if precision == "bf16":
                 self.plan.round_weights()
             _check_finite(self.plan)
-            with host_defaults(), _device(self._subject.like):
+            with host_defaults(), _device(self._subject.like), _choice(backend):
                 self._executor = executor(self.plan)
         self.max_batch = max_batch or _batch_that_fits(self.plan, _memory_of(self._executor))
         if not isinstance(self._executor, ReferenceExecutor):
@@ -238,6 +243,11 @@ def _select(like: Tensor) -> Callable[[Plan], Any]:
                     return backends.select("sample_plan", like)
             backends.log_once("sample_plan", name, reason)
     return backends.select("sample_plan", *((like,) if asked in ("triton", "cuda") else ()))
+
+
+def _choice(backend: str) -> contextlib.AbstractContextManager[object]:
+    """ "auto" leaves the choice to the environment and to an enclosing `with fastgen.backend(...)`."""
+    return contextlib.nullcontext() if backend == "auto" else backends.backend(backend)
 
 
 def _device(like: Tensor) -> contextlib.AbstractContextManager[object]:

@@ -142,11 +142,13 @@ def test_suites_on_the_cpu(compile, tmp_path, capsys):
 def test_sampling_on_the_cpu(tmp_path, capsys):
     found = measured(tmp_path / "rows", "ceilings", "sampling-cpu", "sampling-cuda")
     checks = [row["check"] for row in found if "check" in row]
-    assert [check["backend"] for check in checks] == ["cpu"]
-    assert checks[0]["ok"] and checks[0]["images_equal_to_cpu"] == suites.CHECKED_IMAGES
-    assert len([row for row in found if row.get("provider") == "fastgen cpu"]) == 2
+    assert [(check["backend"], check["precision"]) for check in checks] == [("cpu", "fp32"), ("cpu", "bf16")]
+    assert all(check["ok"] and check["images_equal_to_cpu"] == suites.CHECKED_IMAGES for check in checks)
+    for variant in suites.VARIANTS:
+        measurements = [row for row in found if row.get("provider") == f"fastgen cpu{variant}" and "median_s" in row]
+        assert len(measurements) == 2
     unavailable = [row for row in found if "unavailable" in row]
-    assert {row["provider"] for row in unavailable} == {"fastgen cuda"}
+    assert {row["provider"] for row in unavailable} == {f"fastgen cuda{variant}" for variant in suites.VARIANTS}
     assert all("cuda" in row["unavailable"] for row in unavailable)
 
 
