@@ -94,7 +94,7 @@ def _nll(
 
     A thread has every ROWS-th component of a pixel; an image has `size` pixels, whole tiles if WHOLE.  `guess` [1] is
     the gradient with respect to the result that is assumed where `grad` is None, 0 for none; `assumed` [tiles of all
-    images] says what was assumed: given `grad`, too, tiles for which it was right are left alone.
+    images] says what was assumed, NaN for nothing: given `grad`, too, tiles for which it was right are left alone.
     """
     n = (tl.program_id(0) // tiles).to(tl.int64)
     pixel = tl.program_id(0) % tiles * PIXELS + tl.arange(0, PIXELS)
@@ -107,7 +107,7 @@ def _nll(
         g = tl.load(grad + n * gs_n + pixel * gs_s, exists, 0.0)
         if assumed is not None:
             before = tl.load(assumed + tl.program_id(0))
-            needed = tl.max((exists & ((g != before) | (before == 0))).to(tl.int32), 0) > 0
+            needed = tl.max((exists & (g != before)).to(tl.int32), 0) > 0
             if tl.program_id(0) == 0:
                 most = tl.max(tl.where(exists, g, -float("inf")), 0)
                 tl.store(guess, tl.where(tl.min(tl.where(exists, g, float("inf")), 0) == most, most, 0.0))
@@ -196,9 +196,10 @@ def _tile(
     if out is not None:
         known = True
         if assumed is not None:
-            g = tl.zeros([PIXELS], tl.float32) + tl.max(g, 0)  # the same number in all threads
-            known = tl.max(g, 0) != 0
-            tl.store(assumed + tl.program_id(0), tl.max(g, 0))
+            seen = tl.max(g, 0)  # the same number in all threads, whatever another stream does to it
+            g = tl.zeros([PIXELS], tl.float32) + seen
+            known = seen != 0
+            tl.store(assumed + tl.program_id(0), tl.where(known, seen, float("nan")))
         if known:
             to = out + n * os_n + (pixel * os_s)[None, :]
             of_prior, of_posterior = (g / prior_sum)[None, :], (g / posterior_sum)[None, :]
@@ -311,7 +312,7 @@ def _tiling(params: Tensor, images: Tensor) -> tuple[dict[str, int | bool], int]
     """Constants, and tiles of an image."""
     colors, height, width = images.shape[1:]
     components = params.shape[1] // (10 if colors == 3 else 3)
-    rows = min(_CLOSE_ROWS if params.stride(1) == 1 else _ROWS, triton.next_power_of_2(components))
+    rows = min(_CLOSE_ROWS if params.stride(1) == 1 else _ROWS, 1 << (components - 1).bit_length())
     pixels = _THREADS // rows
     constants = {
         "K": components, "COLORS": colors, "ROWS": rows, "PIXELS": pixels, "WHOLE": height * width % pixels == 0,

@@ -128,13 +128,13 @@ def backward(
 
 def _tiling(count: int, size: int) -> tuple[tuple[int, int], dict[str, int]]:
     """Grid and tile sizes: a program has whole rows where they are short, else a part of one."""
-    columns = min(_TILE, max(4, triton.next_power_of_2(size)))
+    columns = min(_TILE, max(4, 1 << (size - 1).bit_length()))
     rows = _TILE // columns
-    return (triton.cdiv(count, rows), triton.cdiv(size, columns)), {"ROWS": rows, "COLUMNS": columns}
+    return (-(-count // rows), -(-size // columns)), {"ROWS": rows, "COLUMNS": columns}
 
 
 def _dense_rows(tensor: Tensor, size: int) -> tuple[Tensor, int]:
     """A tensor whose rows are dense, and the elements from one row to the next; halves of a batch need no copy."""
-    if not tensor[0].is_contiguous():
+    if not (tensor.is_contiguous() or tensor[0].is_contiguous()):
         tensor = tensor.contiguous()
     return tensor, tensor.stride(0) if tensor.shape[0] > 1 else size
