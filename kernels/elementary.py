@@ -43,6 +43,16 @@ def reciprocal(x):
 
 
 @triton.jit
+def sqrt_normal(x):
+    """sqrt(x), rounded correctly, for x from 2^-100 to 2^127: no branch looks after others."""
+    if _INTERPRETED:
+        return tl.sqrt_rn(x)
+    y = tl.inline_asm_elementwise("rsqrt.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+    root = x * y
+    return tl.fma(tl.fma(-root, root, x), 0.5 * y, root)
+
+
+@triton.jit
 def exp_bounded(x):
     """`exp` for x of at most 88, 0 where that is subnormal."""
     rounded = x * _LOG2_E
