@@ -35,7 +35,7 @@ from fastgen.kernels.launch import device_of
 
 _ROWS = 2  # threads that share the components of a pixel: fewer have too many numbers to hold, more are idle more often
 _CLOSE_ROWS = 16  # of channels-last parameters
-_THREADS = 128  # of a program
+_THREADS = 64  # of a program
 _MIN_LOG_SCALE = tl.constexpr(-7.0)
 _FAR = tl.constexpr(3.4028234e38 / 16)  # sums of six such numbers are finite
 _LOG2_E = tl.constexpr(1.4426950408889634)
@@ -87,12 +87,12 @@ def _bin(x, first, last, half, mean, log_scale):
 @triton.jit
 def _nll(
     values, images, nll, out, grad, guess, assumed, levels, size, tiles,
-    ps_n, ps_c, ps_s, is_n, is_c, is_s, gs_n, gs_s, os_n, os_c, os_s,
+    ps_n, ps_c: tl.constexpr, ps_s, is_n, is_c, is_s, gs_n, gs_s, os_n, os_c: tl.constexpr, os_s,
     K: tl.constexpr, COLORS: tl.constexpr, ROWS: tl.constexpr, PIXELS: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """The result, the gradient or both of a tile of an image, each where there is a tensor for it.
 
-    A thread has every ROWS-th component of a pixel; an image has `size` pixels, whole tiles if WHOLE.  `guess` [1] is
+    A thread has every ROWS-th component of a pixel, at addresses whose distances are constants; an image has `size` pixels, whole tiles if WHOLE.  `guess` [1] is
     the gradient with respect to the result that is assumed where `grad` is None, 0 for none; `assumed` [tiles of all
     images] says what was assumed, NaN for nothing: given `grad`, too, tiles for which it was right are left alone.
     """
@@ -123,7 +123,7 @@ def _nll(
 @triton.jit
 def _tile(
     values, images, nll, out, g, assumed, n, pixel, exists, K: tl.constexpr, levels, size,
-    ps_n, ps_c, ps_s, is_n, is_c, is_s, os_n, os_c, os_s,
+    ps_n, ps_c: tl.constexpr, ps_s, is_n, is_c, is_s, os_n, os_c: tl.constexpr, os_s,
     COLORS: tl.constexpr, ROWS: tl.constexpr, PIXELS: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     row = tl.arange(0, ROWS)[:, None]
@@ -194,24 +194,22 @@ def _tile(
         result = tl.log(prior_sum) - tl.log(posterior_sum) - inners * tl.log(2.0 * half) - tl.sum(top, 0) + lost
         tl.store(nll + n * size + pixel, tl.where(wrong, float("nan"), result), exists)
     if out is not None:
-        known = True
         if assumed is not None:
             seen = tl.max(g, 0)  # the same number in all threads, whatever another stream does to it
             g = tl.zeros([PIXELS], tl.float32) + seen
-            known = seen != 0
-            tl.store(assumed + tl.program_id(0), tl.where(known, seen, float("nan")))
-        if known:
-            to = out + n * os_n + (pixel * os_s)[None, :]
-            of_prior, of_posterior = (g / prior_sum)[None, :], (g / posterior_sum)[None, :]
-            KINDS: tl.constexpr = 9 if COLORS == 3 else 2
-            for step in tl.static_range(STEPS):
-                k = step * ROWS + row
-                inside = _inside(k, exists, K, step * ROWS + ROWS > K, WHOLE)
-                weight = posteriors[step] * of_posterior
-                _write(to, k, os_c, priors[step] * of_prior - weight, inside)
-                for kind in tl.static_range(KINDS):
-                    value = derivatives[step * KINDS + kind] * -weight
-                    _write(to, (kind + 1) * K + k, os_c, value, inside)
+            exists = exists & (g != 0)
+            tl.store(assumed + tl.program_id(0), tl.where(seen != 0, seen, float("nan")))
+        to = out + n * os_n + (pixel * os_s)[None, :]
+        of_prior, of_posterior = (g / prior_sum)[None, :], (g / posterior_sum)[None, :]
+        KINDS: tl.constexpr = 9 if COLORS == 3 else 2
+        for step in tl.static_range(STEPS):
+            k = step * ROWS + row
+            inside = _inside(k, exists, K, step * ROWS + ROWS > K, WHOLE and assumed is None)
+            weight = posteriors[step] * of_posterior
+            _write(to, k, os_c, priors[step] * of_prior - weight, inside)
+            for kind in tl.static_range(KINDS):
+                value = derivatives[step * KINDS + kind] * -weight
+                _write(to, (kind + 1) * K + k, os_c, value, inside)
 
 
 @triton.jit
