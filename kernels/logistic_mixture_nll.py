@@ -13,8 +13,8 @@ exponents are summed in L, and R, a product of factors that are neither tiny nor
 needs no logarithm; a pixel needs two.
 
 A program reads each parameter once, in the layout that the tensor has, and holds the derivatives of its components in
-registers until the sum over all components is known.  Arithmetic is float32.  (The parameters are the kernels' `values`:
-Triton's launcher cannot do with an argument called `params`.)
+registers until the sum over all components is known.  Arithmetic is float32.  (The parameters are the kernel's
+`values`: Triton's launcher cannot do with an argument called `params`.)
 
 The gradient with respect to the result is nearly always one number, that of the previous step: the result is averaged.
 So the training forward pass assumes that number and writes the gradient along with the result; the backward pass
@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgen.kernels.elementary import exp_bounded, exp2_flushed, reciprocal
+from fastgen.kernels.elementary import exp2_flushed, exp_bounded, reciprocal
 from fastgen.kernels.launch import device_of
 
 _ROWS = 2  # threads that share the components of a pixel: fewer have too many numbers to hold, more are idle more often
@@ -92,9 +92,10 @@ def _nll(
 ):  # fmt: skip
     """The result, the gradient or both of a tile of an image, each where there is a tensor for it.
 
-    A thread has every ROWS-th component of a pixel, at addresses whose distances are constants; an image has `size` pixels, whole tiles if WHOLE.  `guess` [1] is
-    the gradient with respect to the result that is assumed where `grad` is None, 0 for none; `assumed` [tiles of all
-    images] says what was assumed, NaN for nothing: given `grad`, too, tiles for which it was right are left alone.
+    A thread has every ROWS-th component of a pixel, at addresses whose distances are constants: to compute them would
+    cost registers.  An image has `size` pixels, whole tiles if WHOLE.  `guess` [1] is the gradient with respect to the
+    result that is assumed where `grad` is None, 0 for none; `assumed` [tiles of all images] says what was assumed, NaN
+    for nothing: given `grad`, too, tiles for which it was right are left alone.
     """
     n = (tl.program_id(0) // tiles).to(tl.int64)
     pixel = tl.program_id(0) % tiles * PIXELS + tl.arange(0, PIXELS)

@@ -152,7 +152,7 @@ class _Reparameterize(torch.autograd.Function):
             return (None,) * 5
         tensors = (grad_z, grad_kl, *ctx.saved_tensors)
         args = (*tensors, *ctx.options)
-        function = torch.ops.fastgen.reparameterize_grad
+        function: Any = torch.ops.fastgen.reparameterize_grad
         if torch.is_grad_enabled():  # for second derivatives
             function = _grad_reference
         elif not torch.compiler.is_compiling() and _are_plain(tensors):
