@@ -36,6 +36,7 @@ from fastgen.kernels.launch import device_of
 _ROWS = 2  # threads that share the components of a pixel: fewer have too many numbers to hold, more are idle more often
 _CLOSE_ROWS = 16  # of channels-last parameters
 _THREADS = 64  # of a program
+_CHECKED = 8  # tiles that a program compares
 _MIN_LOG_SCALE = tl.constexpr(-7.0)
 _FAR = tl.constexpr(3.4028234e38 / 16)  # sums of six such numbers are finite
 _LOG2_E = tl.constexpr(1.4426950408889634)
@@ -94,8 +95,8 @@ def _nll(
 
     A thread has every ROWS-th component of a pixel, at addresses whose distances are constants: to compute them would
     cost registers.  An image has `size` pixels, whole tiles if WHOLE.  `guess` [1] is the gradient with respect to the
-    result that is assumed where `grad` is None, 0 for none; `assumed` [tiles of all images] says what was assumed, NaN
-    for nothing: given `grad`, too, tiles for which it was right are left alone.
+    result that is assumed where `grad` is None, 0 for none; `assumed` [tiles of all images] gets what was assumed, NaN
+    for nothing.
     """
     n = (tl.program_id(0) // tiles).to(tl.int64)
     pixel = tl.program_id(0) % tiles * PIXELS + tl.arange(0, PIXELS)
@@ -103,22 +104,46 @@ def _nll(
     if WHOLE:
         exists = pixel >= 0
     g = tl.zeros([PIXELS], tl.float32)
-    needed = True
     if grad is not None:
         g = tl.load(grad + n * gs_n + pixel * gs_s, exists, 0.0)
-        if assumed is not None:
-            before = tl.load(assumed + tl.program_id(0))
-            needed = tl.max((exists & (g != before)).to(tl.int32), 0) > 0
-            if tl.program_id(0) == 0:
-                most = tl.max(tl.where(exists, g, -float("inf")), 0)
-                tl.store(guess, tl.where(tl.min(tl.where(exists, g, float("inf")), 0) == most, most, 0.0))
     elif guess is not None:
         g = tl.load(guess + pixel * 0)
-    if needed:
-        _tile(
-            values, images, nll, out, g, assumed if grad is None else None, n, pixel, exists, K, levels, size,
-            ps_n, ps_c, ps_s, is_n, is_c, is_s, os_n, os_c, os_s, COLORS, ROWS, PIXELS, WHOLE,
-        )  # fmt: skip
+    _tile(
+        values, images, nll, out, g, assumed, n, pixel, exists, K, levels, size,
+        ps_n, ps_c, ps_s, is_n, is_c, is_s, os_n, os_c, os_s, COLORS, ROWS, PIXELS, WHOLE,
+    )  # fmt: skip
+
+
+@triton.jit
+def _complete(
+    values, images, out, grad, guess, assumed, levels, size, tiles, total,
+    ps_n, ps_c: tl.constexpr, ps_s, is_n, is_c, is_s, gs_n, gs_s, os_n, os_c: tl.constexpr, os_s,
+    K: tl.constexpr, COLORS: tl.constexpr, ROWS: tl.constexpr, PIXELS: tl.constexpr, WHOLE: tl.constexpr,
+    CHECKED: tl.constexpr,
+):  # fmt: skip
+    """The gradient where another one of the result was assumed than `grad`; the first program's becomes the `guess`."""
+    first = tl.program_id(0) * CHECKED
+    tile = first + tl.arange(0, CHECKED)[:, None]
+    pixel = tile % tiles * PIXELS + tl.arange(0, PIXELS)[None, :]
+    exists = (tile < total) & (pixel < size)
+    g = tl.load(grad + (tile // tiles).to(tl.int64) * gs_n + pixel * gs_s, exists, 0.0)
+    before = tl.load(assumed + tile, tile < total, 0.0)
+    if tl.program_id(0) == 0:
+        least = tl.min(tl.min(tl.where(exists, g, float("inf")), 1), 0)
+        most = tl.max(tl.max(tl.where(exists, g, -float("inf")), 1), 0)
+        tl.store(guess, tl.where(least == most, most, 0.0))
+    if tl.max(tl.max((exists & (g != before)).to(tl.int32), 1), 0) > 0:
+        for i in range(CHECKED):
+            if first + i < total:
+                n = ((first + i) // tiles).to(tl.int64)
+                at = (first + i) % tiles * PIXELS + tl.arange(0, PIXELS)
+                here = at < size
+                if WHOLE:
+                    here = at >= 0
+                _tile(
+                    values, images, None, out, tl.load(grad + n * gs_n + at * gs_s, here, 0.0), None, n, at, here,
+                    K, levels, size, ps_n, ps_c, ps_s, is_n, is_c, is_s, os_n, os_c, os_s, COLORS, ROWS, PIXELS, WHOLE,
+                )  # fmt: skip
 
 
 @triton.jit
@@ -291,6 +316,13 @@ def _launch(
     strides += (0, 0) if grad is None else (grad.stride(0), _pixel_stride(grad))
     strides += (0, 0, 0) if out is None else _strides(out)
     with device_of(params):
+        if grad is not None and assumed is not None:
+            total = tiles * count
+            _complete[(-(-total // _CHECKED),)](
+                params, images, out, grad, guess, assumed, levels, height * width, tiles, total, *strides, **constants,
+                CHECKED=_CHECKED,
+            )  # fmt: skip
+            return
         _nll[(tiles * count,)](
             params, images, nll, out, grad, guess, assumed, levels, height * width, tiles, *strides, **constants
         )
