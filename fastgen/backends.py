@@ -137,9 +137,15 @@ def why_not_triton(tensor: torch.Tensor) -> str | None:
         return f"it takes float32, float16 and bfloat16, got {tensor.dtype}"
     if tensor.layout is not torch.strided:
         return f"it takes strided tensors, got {tensor.layout}"
-    if tensor.is_cuda and torch.cuda.get_device_capability(tensor.device) < (8, 0):
+    if tensor.is_cuda and _capability(tensor.device) < (8, 0):
         return "it takes GPUs of compute capability 8.0 and newer"
     return None
+
+
+@functools.cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    """Of a GPU; PyTorch takes a while to say."""
+    return torch.cuda.get_device_capability(device)
 
 
 def native_cpu() -> ModuleType:
@@ -202,8 +208,7 @@ def _reason(op: str, backend: str, device: str, args: tuple[Any, ...], kwargs: d
     if reason is not None:
         return reason
     wanted = BACKENDS[backend]
-    interpreted = backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
-    if wanted not in (None, device) and not interpreted:
+    if wanted not in (None, device) and not (backend == "triton" and os.environ.get("TRITON_INTERPRET") == "1"):
         return f"it takes {wanted} tensors, got one on {device}"
     return entry.why_not(*args, **kwargs) if entry.why_not else None
 

@@ -1,11 +1,15 @@
 """Elementary functions of float32 tensors where Triton's own are too rough: `tl.exp` loses a bit for every doubling of
-its argument, and there is no expm1.
+its argument, and there is no expm1.  And where they are too slow: the hardware's functions, without care of subnormals.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+from fastgen.kernels.launch import INTERPRETED
+
+_INTERPRETED = tl.constexpr(INTERPRETED)
 
 _LOG2_E = tl.constexpr(1.4426950216293335)
 _LOG2_E_LOW = tl.constexpr(1.9259629911266175e-08)
@@ -19,6 +23,41 @@ def exp(x):
     rounded = x * _LOG2_E
     rest = tl.fma(x, tl.full(x.shape, _LOG2_E, tl.float32), -rounded) + x * _LOG2_E_LOW
     power = tl.exp2(rounded)
+    return tl.fma(power, rest * _LN_2, power)
+
+
+@triton.jit
+def exp2_flushed(x):
+    """2^x within 2 units in the last place, 0 where that is subnormal: one instruction."""
+    if _INTERPRETED:
+        return tl.exp2(x)
+    return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def reciprocal(x):
+    """1 / x within a unit in the last place, for normal x and results: one instruction."""
+    if _INTERPRETED:
+        return 1.0 / x
+    return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def sqrt_normal(x):
+    """sqrt(x), rounded correctly, for x from 2^-100 to 2^127: no branch looks after others."""
+    if _INTERPRETED:
+        return tl.sqrt_rn(x)
+    y = tl.inline_asm_elementwise("rsqrt.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+    root = x * y
+    return tl.fma(tl.fma(-root, root, x), 0.5 * y, root)
+
+
+@triton.jit
+def exp_bounded(x):
+    """`exp` for x of at most 88, 0 where that is subnormal."""
+    rounded = x * _LOG2_E
+    rest = tl.fma(x, tl.full(x.shape, _LOG2_E, tl.float32), -rounded) + x * _LOG2_E_LOW
+    power = exp2_flushed(rounded)
     return tl.fma(power, rest * _LN_2, power)
 
 

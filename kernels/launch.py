@@ -12,11 +12,14 @@ import triton
 from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # as Triton itself reads it, when a kernel is defined
+_NOTHING = nullcontext()
 
 
 def device_of(tensor: Tensor) -> AbstractContextManager[object]:
     """Makes the tensor's device the current one; Triton launches on that device's current stream."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+    if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
+        return _NOTHING
+    return torch.cuda.device(tensor.device)
 
 
 def tuned(

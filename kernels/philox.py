@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastgen.kernels.elementary import sqrt_normal
 from fastgen.kernels.launch import device_of
 
 _BLOCK = 256
@@ -73,7 +74,7 @@ def _radius(k):
     p = _fma(p, f, -0.666666636)
     square = f * f
     log_mantissa = _fma(f, -2.0, tl.fma(square * f, p, square))
-    return tl.sqrt_rn(_fma(n, -1.38629436, tl.fma(n, _like(n, 3.80930865e-9), log_mantissa)))
+    return sqrt_normal(_fma(n, -1.38629436, tl.fma(n, _like(n, 3.80930865e-9), log_mantissa)))
 
 
 @triton.jit

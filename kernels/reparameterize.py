@@ -17,11 +17,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgen.kernels.elementary import exp, exp_beyond_tangent
+from fastgen.kernels.elementary import exp_beyond_tangent, exp_bounded
 from fastgen.kernels.launch import device_of
 from fastgen.kernels.philox import normals
 
 _TILE = 1024  # elements of a program
+_WARPS = 4
 _MAX_LOGVAR = tl.constexpr(80.0)
 
 
@@ -47,15 +48,18 @@ def _forward(
 ):  # fmt: skip
     row, column, inside = _tile(N, D, ROWS, COLUMNS)
     m = tl.load(mu + row * mu_row + column, inside, 0.0).to(tl.float32)
-    lv = tl.minimum(tl.load(logvar + row * logvar_row + column, inside, 0.0).to(tl.float32), _MAX_LOGVAR)
-    sigma = exp(0.5 * lv)
+    lv = tl.load(logvar + row * logvar_row + column, inside, 0.0).to(tl.float32)
+    eps = _noise(seed, start, 0, row, COLUMNS)  # while they are loaded
+    lv = tl.minimum(lv, _MAX_LOGVAR)
+    sigma = exp_bounded(0.5 * lv)
+    to = z + row * D + column
+    tl.store(to, tl.fma(sigma, eps, m).to(z.dtype.element_ty), inside)
+    for draw in range(1, draws):
+        eps = _noise(seed, start, draw, row, COLUMNS)
+        tl.store(to + tl.cast(draw, tl.int64) * N * D, tl.fma(sigma, eps, m).to(z.dtype.element_ty), inside)
     share = 0.5 * tl.sum(m * m + exp_beyond_tangent(lv, sigma * sigma), 1)  # 0 where there is no element
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     tl.store(kl + tl.program_id(1).to(tl.int64) * N + rows, share, rows < N)
-    for draw in range(draws):
-        eps = _noise(seed, start, draw, row, COLUMNS)
-        to = z + (tl.cast(draw, tl.int64) * N + row) * D + column
-        tl.store(to, tl.fma(sigma, eps, m).to(z.dtype.element_ty), inside)
 
 
 @triton.jit(do_not_specialize=["seed", "start"])
@@ -68,7 +72,7 @@ def _backward(
     m = tl.load(mu + row * mu_row + column, inside, 0.0).to(tl.float32)
     given = tl.load(logvar + row * logvar_row + column, inside, 0.0).to(tl.float32)
     lv = tl.minimum(given, _MAX_LOGVAR)
-    sigma = exp(0.5 * lv)
+    sigma = exp_bounded(0.5 * lv)
     by_mu = tl.zeros([ROWS, COLUMNS], tl.float32)
     by_logvar = tl.zeros([ROWS, COLUMNS], tl.float32)
     if HAS_Z:
@@ -128,13 +132,13 @@ def backward(
 
 def _tiling(count: int, size: int) -> tuple[tuple[int, int], dict[str, int]]:
     """Grid and tile sizes: a program has whole rows where they are short, else a part of one."""
-    columns = min(_TILE, max(4, triton.next_power_of_2(size)))
+    columns = min(_TILE, max(4, 1 << (size - 1).bit_length()))
     rows = _TILE // columns
-    return (triton.cdiv(count, rows), triton.cdiv(size, columns)), {"ROWS": rows, "COLUMNS": columns}
+    return (-(-count // rows), -(-size // columns)), {"ROWS": rows, "COLUMNS": columns, "num_warps": _WARPS}
 
 
 def _dense_rows(tensor: Tensor, size: int) -> tuple[Tensor, int]:
     """A tensor whose rows are dense, and the elements from one row to the next; halves of a batch need no copy."""
-    if not tensor[0].is_contiguous():
+    if not (tensor.is_contiguous() or tensor[0].is_contiguous()):
         tensor = tensor.contiguous()
     return tensor, tensor.stride(0) if tensor.shape[0] > 1 else size

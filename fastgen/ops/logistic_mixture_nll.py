@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastgen import backends
+from fastgen.ops.conv_block import is_transformed, is_unobserved
 
 MIN_LOG_SCALE = -7.0  # smaller ones count as this
 _MIN_THREAD_PIXELS = 256  # below, waking a thread costs more than it saves
@@ -40,8 +41,9 @@ def logistic_mixture_nll(params: Tensor, images: Tensor, *, levels: int = 256) -
         the gradients.
 
     float32 and float64 run natively on the CPU; float32, float16 and bfloat16 on the GPU (Triton); others through plain
-    PyTorch.  The native ways keep nothing but their inputs for the backward pass.  Second derivatives need
-    ``with fastgen.backend("reference")``.
+    PyTorch.  For the backward pass the native ways keep their inputs and, on the GPU, the gradient: the forward pass
+    makes it for the gradient of the result that the last backward pass saw, and the backward pass only what differs.
+    Second derivatives need ``with fastgen.backend("reference")``.
 
     Raises:
         TypeError: an argument is not a tensor or not of the dtype above.
@@ -53,9 +55,15 @@ def logistic_mixture_nll(params: Tensor, images: Tensor, *, levels: int = 256) -
     _check(params, images, levels)
     if torch.compiler.is_compiling():
         return _LogisticMixtureNll.apply(params, images, levels)
-    if backends.select("logistic_mixture_nll", params, images, levels) is logistic_mixture_nll_reference:
+    function = backends.select("logistic_mixture_nll", params, images, levels)
+    if function is logistic_mixture_nll_reference:
         _check_levels(images, levels)
         return logistic_mixture_nll_reference(params, images, levels)
+    if function is _triton and is_unobserved((params, images)) and not is_transformed():
+        _check_levels(images, levels)
+        if not (torch.is_grad_enabled() and params.requires_grad):
+            return _triton(params, images, levels)
+        return _TritonLogisticMixtureNll.apply(params, images, levels)
     return _LogisticMixtureNll.apply(params, images, levels)
 
 
@@ -129,6 +137,23 @@ class _LogisticMixtureNll(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         params, images = ctx.saved_tensors
         return torch.ops.fastgen.logistic_mixture_nll_grad(grad, params, images, ctx.levels), None, None
+
+
+class _TritonLogisticMixtureNll(torch.autograd.Function):
+    """Without operators, and the gradient is nearly always made along with the result."""
+
+    @staticmethod
+    def forward(ctx: Any, params: Tensor, images: Tensor, levels: int) -> Tensor:
+        ctx.save_for_backward(params, images)
+        ctx.levels = levels
+        nll, *ctx.early = _triton_training(params, images, levels)
+        return nll
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        early, ctx.early = ctx.early, ()  # given away once: another backward pass makes its own
+        return _triton_grad(grad, *ctx.saved_tensors, ctx.levels, *early), None, None
 
 
 # Checks, shared by the real and the fake implementations
@@ -215,6 +240,11 @@ def _why_not_cpu(*args: Any) -> str | None:
     return None
 
 
+_triton, _triton_training, _triton_grad = (
+    backends.triton_kernel("logistic_mixture_nll", name) for name in ("forward", "training_forward", "backward")
+)
+
+
 # Registration
 
 _SCHEMAS = {
@@ -224,7 +254,7 @@ _SCHEMAS = {
 _library = torch.library.Library("fastgen", "FRAGMENT")
 
 
-def _register(name: str, check: Any, reference: Any, cpu: Any, triton: str, empty: Any) -> None:
+def _register(name: str, check: Any, reference: Any, cpu: Any, triton: Any, empty: Any) -> None:
     """One check for the real and the fake implementation; `empty` allocates what the fake one returns."""
 
     def real(*args: Any) -> Any:
@@ -238,8 +268,7 @@ def _register(name: str, check: Any, reference: Any, cpu: Any, triton: str, empt
 
     backends.register(name, "reference", reference)
     backends.register(name, "cpu", cpu, why_not=_why_not_cpu)
-    kernel = backends.triton_kernel("logistic_mixture_nll", triton)
-    backends.register(name, "triton", kernel, why_not=lambda *args: backends.why_not_triton(args[-3]))
+    backends.register(name, "triton", triton, why_not=lambda *args: backends.why_not_triton(args[-3]))
     _library.define(name + _SCHEMAS[name], tags=torch.Tag.pt2_compliant_tag)
     _library.impl(name, real, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastgen::{name}", fake, lib=_library)
@@ -253,5 +282,5 @@ def _grad_empty(grad: Tensor, params: Tensor, images: Tensor, levels: int) -> Te
     return torch.empty_like(params)
 
 
-_register("logistic_mixture_nll", _check, logistic_mixture_nll_reference, _forward_cpu, "forward", _forward_empty)
-_register("logistic_mixture_nll_grad", _check_grad, _grad_reference, _grad_cpu, "backward", _grad_empty)
+_register("logistic_mixture_nll", _check, logistic_mixture_nll_reference, _forward_cpu, _triton, _forward_empty)
+_register("logistic_mixture_nll_grad", _check_grad, _grad_reference, _grad_cpu, _triton_grad, _grad_empty)

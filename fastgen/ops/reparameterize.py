@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastgen import backends
 from fastgen.ops import philox
-from fastgen.ops.conv_block import is_transformed
+from fastgen.ops.conv_block import is_transformed, is_unobserved
 from fastgen.ops.normal import normals_reference
 
 _dispatch_modes, _is_tracing = torch._C._len_torch_dispatch_stack, torch._C._is_tracing
@@ -68,9 +68,13 @@ def reparameterize(
         mu, logvar = mu.float(), logvar.float() if isinstance(logvar, Tensor) else logvar
     args = (mu, logvar, signed, start, draws)
     _check(*args)
-    if not compiling and (is_transformed() or backends.select("reparameterize", *args) is reparameterize_reference):
-        return reparameterize_reference(*args)
-    return _Reparameterize.apply(*args)
+    if compiling:
+        return _Reparameterize.apply(*args)
+    function = reparameterize_reference if is_transformed() else backends.select("reparameterize", *args)
+    if function is _triton and is_unobserved((mu, logvar)):
+        wants_grad = torch.is_grad_enabled() and (mu.requires_grad or logvar.requires_grad)
+        return _Reparameterize.apply(*args) if wants_grad else function(*args)
+    return function(*args) if function is reparameterize_reference else _Reparameterize.apply(*args)
 
 
 def _goes_straight(mu: Tensor, logvar: Tensor) -> bool:
@@ -108,6 +112,11 @@ def _is_native(mu: Tensor) -> bool:
     )
 
 
+def _is_for_triton(name: str, args: tuple[Any, ...], function: Any) -> bool:
+    """Whether the operator would call the Triton kernel, and nobody watches."""
+    return is_unobserved(()) and backends.select(name, *args) is function
+
+
 def reparameterize_reference(mu: Tensor, logvar: Tensor, seed: int, start: int, draws: int) -> tuple[Tensor, Tensor]:
     """The definition, in plain PyTorch; draws = 0 is one draw without a dimension of its own."""
     rows, columns = _rows_and_columns(mu)
@@ -129,22 +138,29 @@ class _Reparameterize(torch.autograd.Function):
         ctx.save_for_backward(mu, logvar)
         ctx.options = (seed, start, draws)
         ctx.set_materialize_grads(False)
-        if not torch.compiler.is_compiling() and _are_plain((mu, logvar)) and _is_native(mu):
-            return _forward_cpu(mu, logvar, seed, start, draws)
-        return torch.ops.fastgen.reparameterize(mu, logvar, seed, start, draws)
+        args = (mu, logvar, seed, start, draws)
+        if not torch.compiler.is_compiling() and _are_plain((mu, logvar)):
+            if _is_native(mu):
+                return _forward_cpu(*args)
+            if _is_for_triton("reparameterize", args, _triton):
+                return _triton(*args)
+        return torch.ops.fastgen.reparameterize(*args)
 
     @staticmethod
     def backward(ctx: Any, grad_z: Tensor | None, grad_kl: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_z is None and grad_kl is None:
             return (None,) * 5
         tensors = (grad_z, grad_kl, *ctx.saved_tensors)
+        args = (*tensors, *ctx.options)
+        function: Any = torch.ops.fastgen.reparameterize_grad
         if torch.is_grad_enabled():  # for second derivatives
             function = _grad_reference
-        elif not torch.compiler.is_compiling() and _are_plain(tensors) and _is_native(tensors[2]):
-            function = _grad_cpu
-        else:
-            function = torch.ops.fastgen.reparameterize_grad
-        return (*function(*tensors, *ctx.options), None, None, None)
+        elif not torch.compiler.is_compiling() and _are_plain(tensors):
+            if _is_native(tensors[2]):
+                function = _grad_cpu
+            elif _is_for_triton("reparameterize_grad", args, _triton_grad):
+                function = _triton_grad
+        return (*function(*args), None, None, None)
 
 
 # Checks, shared by the real and the fake implementations
@@ -275,6 +291,9 @@ def _why_not_cpu(*args: Any) -> str | None:
     return None
 
 
+_triton, _triton_grad = (backends.triton_kernel("reparameterize", name) for name in ("forward", "backward"))
+
+
 # Registration
 
 _SCHEMAS = {
@@ -285,7 +304,7 @@ _SCHEMAS = {
 _library = torch.library.Library("fastgen", "FRAGMENT")
 
 
-def _register(name: str, check: Any, reference: Any, cpu: Any, triton: str, empty: Any) -> None:
+def _register(name: str, check: Any, reference: Any, cpu: Any, triton: Any, empty: Any) -> None:
     """One check for the real and the fake implementation; `empty` allocates what the fake one returns."""
 
     def real(*args: Any) -> Any:
@@ -298,8 +317,7 @@ def _register(name: str, check: Any, reference: Any, cpu: Any, triton: str, empt
 
     backends.register(name, "reference", reference)
     backends.register(name, "cpu", cpu, why_not=_why_not_cpu)
-    kernel = backends.triton_kernel("reparameterize", triton)
-    backends.register(name, "triton", kernel, why_not=lambda *args: backends.why_not_triton(args[-5]))
+    backends.register(name, "triton", triton, why_not=lambda *args: backends.why_not_triton(args[-5]))
     _library.define(name + _SCHEMAS[name], tags=torch.Tag.pt2_compliant_tag)
     _library.impl(name, real, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastgen::{name}", fake, lib=_library)
@@ -321,5 +339,5 @@ def _grad_empty(grad_z: Tensor | None, grad_kl: Tensor | None, mu: Tensor, *rest
     return mu.new_empty(mu.shape), mu.new_empty(mu.shape)
 
 
-_register("reparameterize", _check, reparameterize_reference, _forward_cpu, "forward", _forward_empty)
-_register("reparameterize_grad", _check_grad, _grad_reference, _grad_cpu, "backward", _grad_empty)
+_register("reparameterize", _check, reparameterize_reference, _forward_cpu, _triton, _forward_empty)
+_register("reparameterize_grad", _check_grad, _grad_reference, _grad_cpu, _triton_grad, _grad_empty)

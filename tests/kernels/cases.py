@@ -39,9 +39,12 @@ def nll(colors: int, dtype: torch.dtype, layout: torch.memory_format) -> dict[st
     """10 components, as PixelCNN++."""
     params = torch.zeros(2, 100 if colors == 3 else 30, 32, 32, dtype=dtype).contiguous(memory_format=layout)
     images, grad = torch.zeros(2, colors, 32, 32, dtype=torch.uint8), torch.zeros(2, 32, 32)
+    module, early = "logistic_mixture_nll", (torch.zeros_like(params), torch.zeros(2048))
     return {
-        "logistic_mixture_nll": ("logistic_mixture_nll", "forward", lambda: (params, images, 256)),
-        "logistic_mixture_nll_grad": ("logistic_mixture_nll", "backward", lambda: (grad, params, images, 256)),
+        module: (module, "forward", lambda: (params, images, 256)),
+        f"{module}_training": (module, "training_forward", lambda: (params, images, 256)),
+        f"{module}_training_grad": (module, "backward", lambda: (grad, params, images, 256, *early)),
+        f"{module}_grad": (module, "backward", lambda: (grad, params, images, 256)),
     }
 
 

@@ -103,6 +103,31 @@ def test_as_a_backend(device, triton_backend):
     torch.testing.assert_close(gradient.cpu().double(), expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["grey", "17 levels", "odd image"])
+def test_an_assumed_gradient_changes_no_bit(name, device, triton_backend):
+    """Assumed nothing, right, wrong everywhere, wrong for one image; and the second backward pass of a graph."""
+    case = CASES[name]
+    params, images, _ = (tensor.to(device) for tensor in case.tensors())
+    params.requires_grad_()
+    one_image = torch.ones(case.batch, 1, 1, device=device)
+    one_image[-1] = 0.5
+    for weight in (one_image * 0 + 2.0, 2.0 * one_image / one_image, 3.0 * one_image / one_image, 3.0 * one_image):
+        nll = ops.logistic_mixture_nll(params, images, levels=case.levels)
+        grad = weight.expand_as(nll)
+        expected = kernel.backward(grad, params.detach(), images, case.levels)
+        for _ in range(2):
+            (gradient,) = torch.autograd.grad(nll, params, grad, retain_graph=True)
+            assert torch.equal(gradient, expected)
+            gradient.zero_()
+
+
+def test_training_gives_the_bits_of_the_forward_pass(device, triton_backend):
+    case = CASES["rgb"]
+    params, images, _ = (tensor.to(device) for tensor in case.tensors())
+    expected = ops.logistic_mixture_nll(params, images)
+    assert torch.equal(ops.logistic_mixture_nll(params.requires_grad_(), images).detach(), expected)
+
+
 def test_mass_of_all_levels_is_one(device):
     params = torch.randn(1, 9, 1, 256, device=device)[..., :1].expand(-1, -1, -1, 256)
     images = torch.arange(256, device=device).view(1, 1, 1, 256).to(torch.uint8)
