@@ -104,7 +104,7 @@ def plan(
         executor.launch_row(((), (), True), space)
         for count in groups:
             step = max((s for s in kept.steps if s.groups == count), key=lambda s: len(s.program))
-            for tile in tiles(step.groups, precision, products):
+            for tile in tiles(step, precision, products):
                 space.count = max(1, tile.programs * tile.rows)
                 executor.launch_step(step, space, 0, 1)
 
