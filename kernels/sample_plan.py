@@ -254,9 +254,9 @@ def step(
     PROGRAM: (op, register a, register b, operand) of each instruction; that of a "load" counts from `operand`, that of
     a "const" in `constants`. STORES: (register, operand) of each store. The product has GROUPS groups, none for 0.
     Its taps are the operands from `tap` on, of which CHANNELS are multiplied in each of all `turns`; FILLED: there are
-    as many in every turn. The workspace is float32, the weight [K, GROUPS, width] float32 or bfloat16, its width filled up to a multiple
-    of PITCH; or, with PARTS, that many bfloat16 weights whose sum it is, `part` elements apart. All operands, and their
-    channels, are multiples of VECTOR.
+    as many in every turn. The workspace is float32, the weight [K, GROUPS, width] float32 or bfloat16, its width filled
+    up to a multiple of PITCH; or, with PARTS, that many bfloat16 weights whose sum it is, `part` elements apart. APART:
+    see `_multiply_parts`. All operands, and their channels, are multiples of VECTOR.
     SPACING of the columns that operands lie in: "whole" if no ratio has a denominator, "even" if columns of the frame
     are as far from each other there, "any".
     """

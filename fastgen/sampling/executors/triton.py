@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
 from fastgen.kernels import sample_plan as kernels
@@ -22,6 +25,7 @@ _VECTOR = 4  # floats that are read at once where all that a step reads and writ
 _ALIGNED = kernels.ALIGNED
 _MULTIPROCESSORS = 128  # of a large GPU
 _MAX_ROWS = 2**31 - 2**10  # of a step: they are counted in 32 bits
+_COMPILERS = 16  # threads, at most
 _STAGES = 4  # of a product's pipeline
 _PRODUCTS = {"highest": "ieee"}
 _ROW_SIZE = 256  # operands of a program of `begin_row`
@@ -49,6 +53,7 @@ _FULL = (Tile(2 * _MULTIPROCESSORS, 64, 64, 8), Tile(_MULTIPROCESSORS, 32, 32, 4
 _TENSOR = (Tile(_MULTIPROCESSORS, 32, 32, 4), Tile(0, 16, 16, 4))
 _NO_PRODUCT = (Tile(0, 16, 32, 4),)
 _INTERPRETED = (Tile(0, 16, 16, 4),)  # so that small planes have several
+_EMPTY = 0.25  # columns of the tiles of a row step beyond its width, at most
 _APART = True  # products of row steps are summed in the precision of float32, turn by turn
 _PARTS = {"ieee": 3, "tf32": 2}  # bfloat16 numbers whose sum is a weight of a row step
 
@@ -60,7 +65,8 @@ def tiles(step: Step, precision: str, products: str) -> tuple[Tile, ...]:
     if step.groups == 0:
         return _NO_PRODUCT
     if step.stage == Stage.ROW:
-        return _ROW[1 if step.groups == 1 else 2]
+        *several, last = _ROW[1 if step.groups == 1 else 2]
+        return (*(t for t in several if -step.width % t.columns <= _EMPTY * step.width), last)
     return _FULL if (precision, products) == ("fp32", "ieee") else _TENSOR
 
 
@@ -113,6 +119,8 @@ class TritonExecutor:
         precision = _PRODUCTS.get(torch.get_float32_matmul_precision(), "tf32")
         with self._one_at_a_time, device_of(self._fields):
             space = self.space(batch.count, precision)
+            if not space.graphs and not INTERPRETED:
+                self._compile(space)
             try:
                 self._begin(batch, space)
                 for y, pattern in enumerate(self.patterns, self.plan.first_row):
@@ -153,8 +161,7 @@ class TritonExecutor:
             self._row_fields, space.where, space.state, operands, SIZE=_ROW_SIZE
         )
         for step in row_steps:
-            columns = len(range(step.phase[1], plan.planes[step.out].width, step.period[1]))
-            self.launch_step(step, space, step.phase[1], columns)
+            self.launch_step(step, space, step.phase[1], self._num_columns(step))
         for x in plan.columns():
             for rank, _ in enumerate(plan.draws):
                 for step in pixel_steps:
@@ -166,8 +173,14 @@ class TritonExecutor:
         kernels.end_row[(1,)](space.state)
 
     def launch_step(self, step: Step, space: Space, column: int, columns: int) -> None:
-        if columns == 0:
-            return
+        if columns > 0:
+            grid, arguments, options = self._call(step, space, column, columns)
+            kernels.step[grid](*arguments, **options)
+
+    def _call(
+        self, step: Step, space: Space, column: int, columns: int
+    ) -> tuple[tuple[int, int], tuple[Any, ...], dict[str, Any]]:
+        """Grid, arguments and constants of the kernel of a step."""
         launch, rows = self._tables.launches[id(step)], columns * space.count
         several = tiles(step, self.plan.precision, space.precision)
         tile = next(t for t in several if -(-rows // t.rows) * -(-step.width // t.columns) >= t.programs)
@@ -175,14 +188,32 @@ class TritonExecutor:
         weight, parts = self._weight, 0
         if step.stage == Stage.ROW and step.groups > 0:
             weight, parts = self._row_weight, 1 if self.plan.precision == "bf16" else _PARTS[space.precision]
-        kernels.step[(-(-rows // tile.rows), -(-step.width // tile.columns))](
+        arguments = (
             space.planes, space.where, self._fields, weight.view(-1)[launch.weight :], self._bias[launch.bias :],
-            self._constants[launch.constant :], launch.operand, launch.init, launch.first, turns,
-            weight.shape[-1], column, step.period[1], columns, space.count, step.width // launch.vector, PROGRAM=launch.program, STORES=launch.stores, GROUPS=step.groups,
-            VECTOR=launch.vector, SPACING=launch.spacing, PRECISION=space.precision, PARTS=parts, ROWS=tile.rows,
-            COLUMNS=tile.columns, CHANNELS=kernels.CHANNELS,
-            FILLED=all(t.count % kernels.CHANNELS == 0 for t in step.taps), APART=_APART, STAGES=tile.stages, num_warps=tile.warps,
+            self._constants[launch.constant :], launch.operand, launch.init, launch.first, turns, weight.shape[-1],
+            column, step.period[1], columns, space.count, step.width // launch.vector,
         )  # fmt: skip
+        options = {
+            "PROGRAM": launch.program, "STORES": launch.stores, "GROUPS": step.groups, "VECTOR": launch.vector,
+            "SPACING": launch.spacing, "PRECISION": space.precision, "PARTS": parts, "ROWS": tile.rows,
+            "COLUMNS": tile.columns, "CHANNELS": kernels.CHANNELS,
+            "FILLED": all(t.count % kernels.CHANNELS == 0 for t in step.taps), "APART": _APART, "STAGES": tile.stages,
+            "num_warps": tile.warps,
+        }  # fmt: skip
+        return (-(-rows // tile.rows), -(-step.width // tile.columns)), arguments, options
+
+    def _compile(self, space: Space) -> None:
+        """The kernels of the steps, side by side: each takes seconds."""
+        with ThreadPoolExecutor(min(os.cpu_count() or 1, _COMPILERS)) as pool, triton.AsyncCompileMode(pool):
+            for step in self.plan.steps:
+                columns = 1 if step.stage == Stage.PIXEL else self._num_columns(step)
+                if columns > 0:
+                    grid, arguments, options = self._call(step, space, 0, columns)
+                    kernels.step.warmup(*arguments, grid=grid, **options)
+
+    def _num_columns(self, step: Step) -> int:
+        """Of a row step's frame, that it computes."""
+        return len(range(step.phase[1], self.plan.planes[step.out].width, step.period[1]))
 
     def _launch_draw(self, rank: int, space: Space, x: int) -> None:
         head, draw, tables = self.plan.head, self.plan.draws[rank], self._tables
