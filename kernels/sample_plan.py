@@ -203,20 +203,21 @@ def _product(
     part = tl.multiple_of(tl.cast(part, tl.int64), _ALIGNED)
     c = tl.arange(0, CHANNELS)
     of_row = c[:, None] * (GROUPS * pitch)
-    at, known = tl.zeros_like(at), exists
-    channel, count, row = 0, 0, 0
+    place, known = tl.zeros_like(at), exists  # in units of VECTOR: Triton sees no alignment past a condition
+    turn, count, row = 0, 0, 0
     tap -= 1
     for _ in tl.range(0, turns, num_stages=STAGES):
-        if channel >= count:
+        if turn * CHANNELS >= count:
             tap += 1
             at, inside = _locate(where, fields, tap, column, every, j, sample, batch, VECTOR, SPACING)
-            known = inside & exists
-            channel, count, row = 0, tl.load(fields + tap * _FIELDS + 6), tl.load(fields + tap * _FIELDS + 7)
+            place, known = at // VECTOR, inside & exists
+            turn, count, row = 0, tl.load(fields + tap * _FIELDS + 6), tl.load(fields + tap * _FIELDS + 7)
+        channel = turn * CHANNELS
         a_read, b_read = known[:, None], of_weight[None, :]
         if not FILLED:
             left = tl.multiple_of(count - channel, VECTOR)
             a_read, b_read = a_read & (c < left)[None, :], b_read & (c < left)[:, None]
-        a = tl.load(workspace + tl.multiple_of(at + channel, [VECTOR])[:, None] + c[None, :], a_read, 0.0)
+        a = tl.load(workspace + (place * VECTOR + channel)[:, None] + c[None, :], a_read, 0.0)
         rows = weight + tl.cast(row + channel, tl.int64) * (GROUPS * pitch)
         weights = ()
         for g in tl.static_range(0, GROUPS, AT_ONCE):
@@ -233,7 +234,7 @@ def _product(
                 new = _multiply(a, weights[i], sums[i], PRECISION)
             added = added + (new,)
         sums = added
-        channel += CHANNELS
+        turn += 1
     if AT_ONCE == 1:
         return sums
     else:
