@@ -366,7 +366,8 @@ class _Tables:
 
     def _spacing(self, step: Step) -> str:
         """Of the columns in which its operands lie, see the kernel."""
-        ratios = [self.plan.ratio(step, at.plane, 1) for at in (*step.reads(), *step.taps, *step.stores)]
+        operands: tuple[Read | StepTap | Store, ...] = (*step.reads(), *step.taps, *step.stores)
+        ratios = [self.plan.ratio(step, operand.plane, 1) for operand in operands]
         if all(den == 1 for _, den in ratios):
             return "whole"
         even = step.stage == Stage.PIXEL or all(step.period[1] * num % den == 0 for num, den in ratios)
