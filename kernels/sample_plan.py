@@ -27,7 +27,9 @@ ROW_FIELDS = 9
 FIELDS = 9
 CHANNELS = 32  # of a tap that are multiplied at a time
 PITCH = 16  # columns of weights and biases come in multiples of it
+ALIGNED = 8  # numbers: parts of weights lie multiples of it apart, and Triton looks whether pointers are multiples
 _ROW_FIELDS, _FIELDS, _PITCH = tl.constexpr(ROW_FIELDS), tl.constexpr(FIELDS), tl.constexpr(PITCH)
+_ALIGNED = tl.constexpr(ALIGNED)
 _FAR = tl.constexpr(1 << 18)  # of the divisor: makes dividends positive, as division rounds towards zero
 
 
@@ -62,14 +64,23 @@ def end_row(state):
 
 
 @triton.jit
-def _locate(where, fields, operand, column, sample, batch, VECTOR: tl.constexpr):
-    """Where an operand's first channel lies in a column of the frame, at a multiple of VECTOR; whether it is inside."""
+def _locate(where, fields, operand, column, every, j, sample, batch, VECTOR: tl.constexpr, SPACING: tl.constexpr):
+    """Where an operand's first channel lies in column `column + j * every` of the frame, at a multiple of VECTOR;
+    whether it is inside. SPACING: see `step`.
+    """
     row, field = tl.load(where + operand), fields + operand * _FIELDS
-    x = _floor_div(column * tl.load(field) + tl.load(field + 2), tl.load(field + 1))
+    num, dx = tl.load(field), tl.load(field + 2)
+    if SPACING == "whole":
+        x = column * num + dx + j * (every * num)
+    elif SPACING == "even":
+        den = tl.load(field + 1)
+        x = _floor_div(column * num + dx, den) + j * (every * num // den)
+    else:
+        x = _floor_div((column + j * every) * num + dx, tl.load(field + 1))
     inside = (row >= 0) & (x >= 0) & (x < tl.load(field + 3))
-    pitch = tl.load(field + 4).to(tl.int64)
-    at = (row + x * pitch) * batch + sample * pitch + tl.load(field + 5)
-    return tl.multiple_of(tl.where(inside, at, 0), [VECTOR]), inside
+    position = tl.where(inside, x * batch + sample, 0).to(tl.int64)
+    at = tl.where(row >= 0, row * batch, 0) + position * tl.load(field + 4) + tl.load(field + 5)
+    return tl.multiple_of(at, [VECTOR]), inside
 
 
 @triton.jit
@@ -129,77 +140,143 @@ def _apply(OP: tl.constexpr, a, b):
 def _multiply(a, b, acc, PRECISION: tl.constexpr):
     """acc + a b for float32 a. A bfloat16 b is multiplied by the three bfloat16 numbers whose sum is a: exactly."""
     if b.dtype == tl.bfloat16:
-        high = a.to(tl.bfloat16)
-        rest = a - high.to(tl.float32)
-        middle = rest.to(tl.bfloat16)
-        low = (rest - middle.to(tl.float32)).to(tl.bfloat16)
+        high, middle, low = _split(a)
         return tl.dot(high, b, tl.dot(middle, b, tl.dot(low, b, acc)))
     else:
         return tl.dot(a, b, acc, input_precision=PRECISION)
 
 
 @triton.jit
+def _upper(a):
+    """The first eight digits of a float32; cut off, because rounding to bfloat16 and back costs more."""
+    return (a.to(tl.int32, bitcast=True) & -65536).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _split(a):
+    """The three bfloat16 numbers whose sum is a."""
+    high = _upper(a)
+    rest = a - high
+    middle = _upper(rest)
+    return high.to(tl.bfloat16), middle.to(tl.bfloat16), (rest - middle).to(tl.bfloat16)
+
+
+@triton.jit
+def _multiply_parts(a, b, acc, PARTS: tl.constexpr, APART: tl.constexpr):
+    """acc + a b, where a is float32 in three bfloat16 parts, b the first PARTS of three; without the products that are
+    too small to matter beside the parts that are left out. Small ones are summed first; with APART, all of them apart
+    from acc, because tensor cores cut off what they add.
+    """
+    new = tl.zeros_like(acc) if APART else acc
+    if PARTS == 1:
+        new = tl.dot(a[1], b[0], tl.dot(a[2], b[0], new))
+    elif PARTS == 2:
+        new = tl.dot(a[0], b[1], tl.dot(a[1], b[0], new))
+    else:
+        new = tl.dot(a[0], b[2], tl.dot(a[1], b[1], tl.dot(a[2], b[0], new)))
+        new = tl.dot(a[0], b[1], tl.dot(a[1], b[0], new))
+    new = tl.dot(a[0], b[0], new)
+    return acc + new if APART else new
+
+
+@triton.jit
 def _product(
-    workspace, where, fields, weight, bias, init, first, taps, column, sample, exists, m, batch, width,
-    GROUPS: tl.constexpr, VECTOR: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    CHANNELS: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """The groups of a step's sum, from its bias and, unless negative, the operand `init`."""
-    pitch = (width + _PITCH - 1) // _PITCH * _PITCH
-    of_weight = (m < pitch)[None, :]
-    at, inside = _locate(where, fields, tl.maximum(init, 0), column, sample, batch, VECTOR)
-    done = (inside & exists & (init >= 0))[:, None] & (m < width)[None, :]
-    sums = ()
-    for g in tl.static_range(GROUPS):
-        acc = tl.zeros([ROWS, COLUMNS], tl.float32) + tl.load(bias + g * pitch + m, m < pitch, 0.0)[None, :]
-        sums = sums + (acc + tl.load(workspace + at[:, None] + g * width + m[None, :], done, 0.0),)
-    for tap in range(first, first + taps):
-        at, inside = _locate(where, fields, tap, column, sample, batch, VECTOR)
-        known = (inside & exists)[:, None]
-        count = tl.multiple_of(tl.load(fields + tap * _FIELDS + 6), VECTOR)
-        row = tl.load(fields + tap * _FIELDS + 7)
-        for channel in tl.range(0, count, CHANNELS, num_stages=STAGES):
-            c = channel + tl.arange(0, CHANNELS)
-            a = tl.load(workspace + at[:, None] + c[None, :], known & (c < count)[None, :], 0.0)
-            k = (row + c).to(tl.int64) * (GROUPS * pitch)
-            added = ()
-            for g in tl.static_range(GROUPS):
-                b = tl.load(weight + k[:, None] + (g * pitch + m)[None, :], (c < count)[:, None] & of_weight, 0.0)
-                added = added + (_multiply(a, b, sums[g], PRECISION),)
-            sums = added
-    return sums
-
-
-@triton.jit(do_not_specialize=["operand", "init", "first", "taps", "column0", "every", "columns", "batch", "vectors"])
-def step(
-    workspace, where, fields, weight, bias, constants, operand, init, first, taps, column0, every, columns, batch,
-    vectors, PROGRAM: tl.constexpr, STORES: tl.constexpr, GROUPS: tl.constexpr, VECTOR: tl.constexpr,
-    PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr,
+    workspace, where, fields, weight, bias, init, tap, turns, part, column, every, j, sample, exists, batch, width,
+    GROUPS: tl.constexpr, VECTOR: tl.constexpr, SPACING: tl.constexpr, PRECISION: tl.constexpr, PARTS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, FILLED: tl.constexpr, APART: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Columns column0, column0 + every, ... of a step's frame, and VECTOR * vectors channels.
+    """The groups of a step's sum, from its bias and, unless negative, the operand `init`. Two groups are multiplied as
+    one, of twice the columns. All taps are one loop, so that its pipeline fills once.
+    """
+    AT_ONCE: tl.constexpr = 2 if GROUPS == 2 else 1
+    pitch = (width + _PITCH - 1) // _PITCH * _PITCH
+    n = tl.arange(0, AT_ONCE * COLUMNS)
+    m, group = tl.program_id(1) * COLUMNS + n % COLUMNS, n // COLUMNS
+    of_weight = m < pitch
+    at, inside = _locate(where, fields, tl.maximum(init, 0), column, every, j, sample, batch, VECTOR, SPACING)
+    done = (inside & exists & (init >= 0))[:, None] & (m < width)[None, :]
+    sums = ()
+    for g in tl.static_range(0, GROUPS, AT_ONCE):
+        begun = tl.load(workspace + at[:, None] + ((group + g) * width + m)[None, :], done, 0.0)
+        sums = sums + (begun + tl.load(bias + (group + g) * pitch + m, of_weight, 0.0)[None, :],)
+    part = tl.multiple_of(tl.cast(part, tl.int64), _ALIGNED)
+    c = tl.arange(0, CHANNELS)
+    of_row = c[:, None] * (GROUPS * pitch)
+    place, known = tl.zeros_like(at), exists  # in units of VECTOR: Triton sees no alignment past a condition
+    turn, count, row = 0, 0, 0
+    tap -= 1
+    for _ in tl.range(0, turns, num_stages=STAGES):
+        if turn * CHANNELS >= count:
+            tap += 1
+            at, inside = _locate(where, fields, tap, column, every, j, sample, batch, VECTOR, SPACING)
+            place, known = at // VECTOR, inside & exists
+            turn, count, row = 0, tl.load(fields + tap * _FIELDS + 6), tl.load(fields + tap * _FIELDS + 7)
+        channel = turn * CHANNELS
+        a_read, b_read = known[:, None], of_weight[None, :]
+        if not FILLED:
+            left = tl.multiple_of(count - channel, VECTOR)
+            a_read, b_read = a_read & (c < left)[None, :], b_read & (c < left)[:, None]
+        a = tl.load(workspace + (place * VECTOR + channel)[:, None] + c[None, :], a_read, 0.0)
+        rows = weight + tl.cast(row + channel, tl.int64) * (GROUPS * pitch)
+        weights = ()
+        for g in tl.static_range(0, GROUPS, AT_ONCE):
+            here = rows + of_row + ((group + g) * pitch + m)[None, :]
+            for p in tl.static_range(PARTS if PARTS > 0 else 1):
+                weights = weights + (tl.load(here + p * part, b_read, 0.0),)
+        if PARTS > 0:
+            parts = _split(a)
+        added = ()
+        for i in tl.static_range(len(sums)):
+            if PARTS > 0:
+                new = _multiply_parts(parts, weights[i * PARTS : i * PARTS + PARTS], sums[i], PARTS, APART)
+            else:
+                new = _multiply(a, weights[i], sums[i], PRECISION)
+            added = added + (new,)
+        sums = added
+        turn += 1
+    if AT_ONCE == 1:
+        return sums
+    else:
+        return tl.split(tl.permute(tl.reshape(sums[0], [ROWS, 2, COLUMNS]), [0, 2, 1]))
+
+
+@triton.jit(
+    do_not_specialize=["operand", "init", "tap", "turns", "part", "column", "every", "columns", "batch", "vectors"]
+)
+def step(
+    workspace, where, fields, weight, bias, constants, operand, init, tap, turns, part, column, every, columns, batch,
+    vectors, PROGRAM: tl.constexpr, STORES: tl.constexpr, GROUPS: tl.constexpr, VECTOR: tl.constexpr,
+    SPACING: tl.constexpr, PRECISION: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    CHANNELS: tl.constexpr, FILLED: tl.constexpr, APART: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Columns column, column + every, ... of a step's frame, and VECTOR * vectors channels.
 
     PROGRAM: (op, register a, register b, operand) of each instruction; that of a "load" counts from `operand`, that of
-    a "const" in `constants`. STORES: (register, operand) of each store. The product has GROUPS groups, none for 0, and
-    its taps are `taps` operands from `first` on. The workspace is float32, the weight [K, GROUPS, width] float32 or
-    bfloat16, its width filled up to a multiple of PITCH. All operands, and their channels, are multiples of VECTOR.
+    a "const" in `constants`. STORES: (register, operand) of each store. The product has GROUPS groups, none for 0.
+    Its taps are the operands from `tap` on, of which CHANNELS are multiplied in each of all `turns`; FILLED: there are
+    as many in every turn. The workspace is float32, the weight [K, GROUPS, width] float32 or bfloat16, its width filled
+    up to a multiple of PITCH; or, with PARTS, that many bfloat16 weights whose sum it is, `part` elements apart. APART:
+    see `_multiply_parts`. All operands, and their channels, are multiples of VECTOR.
+    SPACING of the columns that operands lie in: "whole" if no ratio has a denominator, "even" if columns of the frame
+    are as far from each other there, "any".
     """
     width = vectors * VECTOR
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     m = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    exists = r < columns * batch
-    column, sample = column0 + r // batch * every, r % batch
+    exists, j, sample = r < columns * batch, r // batch, r % batch
     if GROUPS > 0:
         sums = _product(
-            workspace, where, fields, weight, bias, init, first, taps, column, sample, exists, m, batch, width,
-            GROUPS, VECTOR, PRECISION, ROWS, COLUMNS, CHANNELS, STAGES,
+            workspace, where, fields, weight, bias, init, tap, turns, part, column, every, j, sample, exists, batch,
+            width, GROUPS, VECTOR, SPACING, PRECISION, PARTS, ROWS, COLUMNS, CHANNELS, FILLED, APART, STAGES,
         )  # fmt: skip
     values = ()
     for i in tl.static_range(len(PROGRAM)):
         if _part(PROGRAM, i, 0) == "acc":
             value = sums[_part(PROGRAM, i, 1)]
         elif _part(PROGRAM, i, 0) == "load":
-            at, inside = _locate(where, fields, operand + _part(PROGRAM, i, 3), column, sample, batch, VECTOR)
+            read = operand + _part(PROGRAM, i, 3)
+            at, inside = _locate(where, fields, read, column, every, j, sample, batch, VECTOR, SPACING)
             known = (inside & exists)[:, None] & (m < width)[None, :]
             value = tl.load(workspace + at[:, None] + m[None, :], known, 0.0)
         elif _part(PROGRAM, i, 0) == "const":
@@ -208,7 +285,8 @@ def step(
             value = _apply(_part(PROGRAM, i, 0), values[_part(PROGRAM, i, 1)], values[_part(PROGRAM, i, 2)])
         values = values + (value,)
     for s in tl.static_range(len(STORES)):
-        at, inside = _locate(where, fields, operand + _part(STORES, s, 1), column, sample, batch, VECTOR)
+        to = operand + _part(STORES, s, 1)
+        at, inside = _locate(where, fields, to, column, every, j, sample, batch, VECTOR, SPACING)
         here = (inside & exists)[:, None] & (m < width)[None, :]
         tl.store(workspace + at[:, None] + m[None, :], values[_part(STORES, s, 0)], here)
 
@@ -241,7 +319,7 @@ def _settle(
     tl.store(levels + at, level, exists)
     c = tl.arange(0, WIDEST)
     for e in range(encodings, encodings + num_encodings):
-        to, _ = _locate(where, fields, e, x, sample, batch, 1)
+        to, _ = _locate(where, fields, e, x, 0, 0, sample, batch, 1, "whole")
         count = tl.load(fields + e * _FIELDS + 6)
         here = exists[:, None] & (c < count)[None, :] & (tl.load(fields + e * _FIELDS + 8) == colour)
         code = tl.load(encoded + (tl.load(fields + e * _FIELDS + 7) + level * count)[:, None] + c[None, :], here, 0.0)
@@ -268,7 +346,7 @@ def draw_level(
     sample = tl.program_id(0).to(tl.int64) * SAMPLES + tl.arange(0, SAMPLES)
     exists, y = sample < batch, tl.load(state)
     u = _uniform(state, uniform, y * width + x, sample)
-    at, _ = _locate(where, fields, operand, x, sample, batch, 1)
+    at, _ = _locate(where, fields, operand, x, 0, 0, sample, batch, 1, "whole")
     scale = tl.load(inverse_temperature)
     if BERNOULLI:
         logit = tl.load(workspace + at, exists, 0.0)
@@ -320,7 +398,7 @@ def draw_mixture(
     sample = tl.program_id(0).to(tl.int64) * SAMPLES + tl.arange(0, SAMPLES)
     exists, y = sample < batch, tl.load(state)
     position = y * width + x
-    at, _ = _locate(where, fields, operand, x, sample, batch, 1)
+    at, _ = _locate(where, fields, operand, x, 0, 0, sample, batch, 1, "whole")
     at = tl.where(exists, at, 0)
     scale = tl.load(inverse_temperature)
     k = tl.arange(0, COMPONENT_BLOCK)

@@ -94,11 +94,14 @@ class Primitives(torch.nn.Module):
 def plan(
     network: Callable[[], torch.nn.Module], precision: str, products: str, *groups: int, **given: Any
 ) -> Callable[[], None]:
-    """Of what sampling a network launches: draws, and of steps with so many groups the longest program in all tiles."""
+    """Of what sampling a network launches: draws, and of the steps of each stage with so many groups the longest
+    program in all tiles.
+    """
 
     def launch() -> None:
         from fastgen.sampling import Sampler
         from fastgen.sampling.executors.triton import TritonExecutor, tiles
+        from fastgen.sampling.schedule import Stage
 
         # The plan of a sampler on the CPU keeps no weights; their values do not matter here.
         kept = Sampler(network(), **given, precision=precision, backend="reference").plan
@@ -106,16 +109,19 @@ def plan(
         space = executor.space(1, products)
         executor.launch_row(((), (), True), space)
         for count in groups:
-            step = max((s for s in kept.steps if s.groups == count), key=lambda s: len(s.program))
-            for tile in tiles(step.groups, precision, products):
-                space.count = max(1, tile.programs * tile.rows)
-                executor.launch_step(step, space, 0, 1)
+            for stage in Stage:
+                several = [s for s in kept.steps if (s.stage, s.groups) == (stage, count)]
+                if several:
+                    step = max(several, key=lambda s: len(s.program))
+                    for tile in tiles(step, precision, products):
+                        space.count = max(1, tile.programs * tile.rows)
+                        executor.launch_step(step, space, 0, 1)
 
     return launch
 
 
 def pixelcnnpp() -> torch.nn.Module:
-    return models.PixelCNNpp(image_shape=(3, 2, 2), num_filters=8, num_blocks=1)
+    return models.PixelCNNpp(image_shape=(3, 2, 2), num_filters=64, num_blocks=1)
 
 
 def gated() -> torch.nn.Module:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
 
 from fastgen.kernels import sample_plan as kernels
@@ -19,9 +22,10 @@ from fastgen.sampling.schedule import Stage
 
 _KEPT = 2  # batch sizes whose memory and graphs are kept: batches of one call differ by one sample at most
 _VECTOR = 4  # floats that are read at once where all that a step reads and writes comes in such pieces
-_ALIGNED = 8  # elements: Triton looks whether pointers are multiples of 16 bytes
+_ALIGNED = kernels.ALIGNED
 _MULTIPROCESSORS = 128  # of a large GPU
 _MAX_ROWS = 2**31 - 2**10  # of a step: they are counted in 32 bits
+_COMPILERS = 16  # threads, at most
 _STAGES = 4  # of a product's pipeline
 _PRODUCTS = {"highest": "ieee"}
 _ROW_SIZE = 256  # operands of a program of `begin_row`
@@ -36,22 +40,33 @@ class Tile(NamedTuple):
     rows: int
     columns: int
     warps: int
+    stages: int = _STAGES
 
 
-# Products on tensor cores take no more than 32 rows: from 64 on other instructions would multiply, and nobody promises
-# that they sum in the same order.
+# Tensor cores multiply with other instructions from 64 rows on, and nobody promises that they sum in the same order. So
+# tiles of a pixel step have fewer, even in large batches, those of a row step no less, even in small ones.
+_ROW = {
+    1: (Tile(2 * _MULTIPROCESSORS, 64, 128, 4, 3), Tile(_MULTIPROCESSORS, 64, 64, 4, 3), Tile(0, 64, 32, 4)),
+    2: (Tile(_MULTIPROCESSORS, 64, 64, 4, 3), Tile(_MULTIPROCESSORS // 2, 64, 32, 4, 3), Tile(0, 64, 16, 4)),
+}
 _FULL = (Tile(2 * _MULTIPROCESSORS, 64, 64, 8), Tile(_MULTIPROCESSORS, 32, 32, 4), Tile(0, 16, 16, 4))
 _TENSOR = (Tile(_MULTIPROCESSORS, 32, 32, 4), Tile(0, 16, 16, 4))
 _NO_PRODUCT = (Tile(0, 16, 32, 4),)
 _INTERPRETED = (Tile(0, 16, 16, 4),)  # so that small planes have several
+_EMPTY = 0.25  # columns of the tiles of a row step beyond its width, at most
+_APART = True  # products of row steps are summed in the precision of float32, turn by turn
+_PARTS = {"ieee": 3, "tf32": 2}  # bfloat16 numbers whose sum is a weight of a row step
 
 
-def tiles(groups: int, precision: str, products: str) -> tuple[Tile, ...]:
-    """Of steps with so many groups; weights of a precision, float32 products "ieee" or "tf32". All sum in one order."""
+def tiles(step: Step, precision: str, products: str) -> tuple[Tile, ...]:
+    """Of a step; weights of a precision, float32 products "ieee" or "tf32". All sum in one order."""
     if INTERPRETED:
         return _INTERPRETED
-    if groups == 0:
+    if step.groups == 0:
         return _NO_PRODUCT
+    if step.stage == Stage.ROW:
+        *several, last = _ROW[1 if step.groups == 1 else 2]
+        return (*(t for t in several if -step.width % t.columns <= _EMPTY * step.width), last)
     return _FULL if (precision, products) == ("fp32", "ieee") else _TENSOR
 
 
@@ -68,7 +83,8 @@ class TritonExecutor:
     """Plans on the current GPU in float32, or on the CPU where Triton's kernels are interpreted.
 
     Products of float32 have its full precision unless ``torch.set_float32_matmul_precision`` asks for TF32. Those by
-    bfloat16 weights are as precise: tensor cores multiply three bfloat16 parts of each number.
+    bfloat16 weights are as precise: tensor cores multiply three bfloat16 parts of each number. So do row steps with
+    float32 weights, which come in parts, too: three, or two instead of TF32.
 
     Rows of an image with the same steps are one CUDA graph, captured the second time that a batch size comes to them.
     Between the first row and the end of a batch nothing waits for the GPU, but capturing, which PyTorch lets wait.
@@ -88,13 +104,15 @@ class TritonExecutor:
         self._fields = tables.integers(tables.fields, torch.int32).to(self.device)
         dtype = torch.bfloat16 if plan.precision == "bf16" else torch.float32
         self._weight = _joined(tables.weights, dtype).to(self.device)
+        self._row_weight = _parts(_joined(tables.row_weights, torch.float32), plan.precision).to(self.device)
         self._bias = _joined(tables.biases, torch.float32).to(self.device)
         self._constants = torch.tensor(tables.constants or [0.0], dtype=torch.float32, device="cpu").to(self.device)
         self._encoded = _joined([e.table for e in plan.encodings], torch.float32).to(self.device)
         self._values = plan.head.encoding().to(self.device)
         self._widest = _power(max((e.table.shape[1] for e in plan.encodings), default=1))
-        self.weight_bytes = self._weight.nbytes
+        self.weight_bytes = self._weight.nbytes + self._row_weight.nbytes
         tables.weights.clear()
+        tables.row_weights.clear()
         tables.biases.clear()
         self.patterns = [self._pattern(y) for y in range(plan.first_row, plan.image_shape[1])]
         self._spaces: dict[tuple[int, str], Space] = {}
@@ -106,6 +124,8 @@ class TritonExecutor:
         precision = _PRODUCTS.get(torch.get_float32_matmul_precision(), "tf32")
         with self._one_at_a_time, device_of(self._fields):
             space = self.space(batch.count, precision)
+            if not space.graphs and not INTERPRETED:
+                self._compile(space)
             try:
                 self._begin(batch, space)
                 for y, pattern in enumerate(self.patterns, self.plan.first_row):
@@ -146,8 +166,7 @@ class TritonExecutor:
             self._row_fields, space.where, space.state, operands, SIZE=_ROW_SIZE
         )
         for step in row_steps:
-            columns = len(range(step.phase[1], plan.planes[step.out].width, step.period[1]))
-            self.launch_step(step, space, step.phase[1], columns)
+            self.launch_step(step, space, step.phase[1], self._num_columns(step))
         self.launch_pixels(pattern, space)
         kernels.end_row[(1,)](space.state)
 
@@ -164,19 +183,47 @@ class TritonExecutor:
                     self._launch_draw(rank, space, x)
 
     def launch_step(self, step: Step, space: Space, column: int, columns: int) -> None:
-        if columns == 0:
-            return
+        if columns > 0:
+            grid, arguments, options = self._call(step, space, column, columns)
+            kernels.step[grid](*arguments, **options)
+
+    def _call(
+        self, step: Step, space: Space, column: int, columns: int
+    ) -> tuple[tuple[int, int], tuple[Any, ...], dict[str, Any]]:
+        """Grid, arguments and constants of the kernel of a step."""
         launch, rows = self._tables.launches[id(step)], columns * space.count
-        several = tiles(step.groups, self.plan.precision, space.precision)
+        several = tiles(step, self.plan.precision, space.precision)
         tile = next(t for t in several if -(-rows // t.rows) * -(-step.width // t.columns) >= t.programs)
-        kernels.step[(-(-rows // tile.rows), -(-step.width // tile.columns))](
-            space.planes, space.where, self._fields, self._weight[launch.weight :], self._bias[launch.bias :],
-            self._constants[launch.constant :], launch.operand, launch.init, launch.first, len(step.taps),
+        turns = sum(-(-t.count // kernels.CHANNELS) for t in step.taps)
+        weight, parts = self._weight, 0
+        if step.stage == Stage.ROW and step.groups > 0:
+            weight, parts = self._row_weight, 1 if self.plan.precision == "bf16" else _PARTS[space.precision]
+        arguments = (
+            space.planes, space.where, self._fields, weight.view(-1)[launch.weight :], self._bias[launch.bias :],
+            self._constants[launch.constant :], launch.operand, launch.init, launch.first, turns, weight.shape[-1],
             column, step.period[1], columns, space.count, step.width // launch.vector,
-            PROGRAM=launch.program, STORES=launch.stores, GROUPS=step.groups, VECTOR=launch.vector,
-            PRECISION=space.precision, ROWS=tile.rows, COLUMNS=tile.columns, CHANNELS=kernels.CHANNELS,
-            STAGES=_STAGES, num_warps=tile.warps,
         )  # fmt: skip
+        options = {
+            "PROGRAM": launch.program, "STORES": launch.stores, "GROUPS": step.groups, "VECTOR": launch.vector,
+            "SPACING": launch.spacing, "PRECISION": space.precision, "PARTS": parts, "ROWS": tile.rows,
+            "COLUMNS": tile.columns, "CHANNELS": kernels.CHANNELS,
+            "FILLED": all(t.count % kernels.CHANNELS == 0 for t in step.taps), "APART": _APART, "STAGES": tile.stages,
+            "num_warps": tile.warps,
+        }  # fmt: skip
+        return (-(-rows // tile.rows), -(-step.width // tile.columns)), arguments, options
+
+    def _compile(self, space: Space) -> None:
+        """The kernels of the steps, side by side: each takes seconds."""
+        with ThreadPoolExecutor(min(os.cpu_count() or 1, _COMPILERS)) as pool, triton.AsyncCompileMode(pool):
+            for step in self.plan.steps if self._tables.pixel_weights else self.plan.row_steps():
+                columns = 1 if step.stage == Stage.PIXEL else self._num_columns(step)
+                if columns > 0:
+                    grid, arguments, options = self._call(step, space, 0, columns)
+                    kernels.step.warmup(*arguments, grid=grid, **options)
+
+    def _num_columns(self, step: Step) -> int:
+        """Of a row step's frame, that it computes."""
+        return len(range(step.phase[1], self.plan.planes[step.out].width, step.period[1]))
 
     def _launch_draw(self, rank: int, space: Space, x: int) -> None:
         head, draw, tables = self.plan.head, self.plan.draws[rank], self._tables
@@ -258,6 +305,7 @@ class _Launch:
     bias: int
     constant: int
     vector: int
+    spacing: str
     program: tuple[tuple[str, int, int, int], ...]
     stores: tuple[tuple[int, int], ...]
 
@@ -274,6 +322,7 @@ class Operands:
     fields: list[tuple[int, ...]] = field(default_factory=list)
     constants: list[float] = field(default_factory=list)
     weights: list[Tensor] = field(default_factory=list)
+    row_weights: list[Tensor] = field(default_factory=list)
     biases: list[Tensor] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -281,7 +330,8 @@ class Operands:
         for plane in plan.planes:
             self.offsets.append(self.floats)
             self.floats += _kept(plane) * plane.width * _pitch(plane)
-        self._num_weights = self._num_biases = 0
+        self._num_weights = {Stage.ROW: 0, Stage.PIXEL: 0}
+        self._num_biases = 0
         no_bias = torch.zeros(max((s.groups * _columns(s.width) for s in plan.steps), default=0))
         self._keep(self.biases, no_bias)
         self._num_biases = self.biases[0].numel()
@@ -319,14 +369,24 @@ class Operands:
             self._address(step, tap, tap.count, k)
             k += tap.count
         launch = _Launch(
-            operand, init, first, self._num_weights, 0 if step.bias is None else self._num_biases, constant,
-            _vector(step), tuple(program), stores,
+            operand, init, first, self._num_weights[step.stage], 0 if step.bias is None else self._num_biases,
+            constant, _vector(step), self._spacing(step), tuple(program), stores,
         )  # fmt: skip
         if step.weight is not None and (step.stage == Stage.ROW or self.pixel_weights):
-            self._num_weights += self._keep(self.weights, _packed(step.weight, step))
+            kept = self.row_weights if step.stage == Stage.ROW else self.weights
+            self._num_weights[step.stage] += self._keep(kept, _packed(step.weight, step))
         if step.bias is not None:
             self._num_biases += self._keep(self.biases, _packed(step.bias, step))
         return launch
+
+    def _spacing(self, step: Step) -> str:
+        """Of the columns in which its operands lie, see the kernel."""
+        operands: tuple[Read | StepTap | Store, ...] = (*step.reads(), *step.taps, *step.stores)
+        ratios = [self.plan.ratio(step, operand.plane, 1) for operand in operands]
+        if all(den == 1 for _, den in ratios):
+            return "whole"
+        even = step.stage == Stage.PIXEL or all(step.period[1] * num % den == 0 for num, den in ratios)
+        return "even" if even else "any"
 
     @staticmethod
     def _keep(kept: list[Tensor], tensor: Tensor) -> int:
@@ -392,6 +452,15 @@ def _packed(tensor: Tensor, step: Step) -> Tensor:
 
 def _joined(tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
     return torch.cat([t.detach().flatten().to("cpu", dtype) for t in tensors] or [torch.zeros(1, dtype=dtype)])
+
+
+def _parts(weight: Tensor, precision: str) -> Tensor:
+    """[parts, n] bfloat16, whose sum it is."""
+    parts = [weight.bfloat16()]
+    while precision == "fp32" and len(parts) < _PARTS["ieee"]:
+        weight = weight - parts[-1]
+        parts.append(weight.bfloat16())
+    return torch.stack(parts)
 
 
 def _power(n: int) -> int:
