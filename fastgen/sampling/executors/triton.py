@@ -160,12 +160,11 @@ class TritonExecutor:
 
     def launch_row(self, pattern: Pattern, space: Space) -> None:
         """Everything of one image row, whose number is in the memory of the space."""
-        plan, (row_steps, _, _) = self.plan, pattern
         operands = len(space.where)
         kernels.begin_row[(-(-operands // _ROW_SIZE),)](
             self._row_fields, space.where, space.state, operands, SIZE=_ROW_SIZE
         )
-        for step in row_steps:
+        for step in pattern[0]:
             self.launch_step(step, space, step.phase[1], self._num_columns(step))
         self.launch_pixels(pattern, space)
         kernels.end_row[(1,)](space.state)
@@ -213,8 +212,11 @@ class TritonExecutor:
         return (-(-rows // tile.rows), -(-step.width // tile.columns)), arguments, options
 
     def _compile(self, space: Space) -> None:
-        """The kernels of the steps, side by side: each takes seconds."""
-        with ThreadPoolExecutor(min(os.cpu_count() or 1, _COMPILERS)) as pool, triton.AsyncCompileMode(pool):
+        """The kernels of the steps, side by side where this Triton can: each takes seconds."""
+        side_by_side = getattr(triton, "AsyncCompileMode", None)
+        if side_by_side is None:
+            return
+        with ThreadPoolExecutor(min(os.cpu_count() or 1, _COMPILERS)) as pool, side_by_side(pool):
             for step in self.plan.steps if self._tables.pixel_weights else self.plan.row_steps():
                 columns = 1 if step.stage == Stage.PIXEL else self._num_columns(step)
                 if columns > 0:
