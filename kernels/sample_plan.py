@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastgen.kernels.elementary import exp, exp_beyond_tangent, tanh
+from fastgen.kernels.elementary import exp, expm1, tanh
 from fastgen.kernels.philox import philox
 
 # Of an operand, int64: lag and stride of the frame's rows; numerator and denominator of its ratio to the plane's, and
@@ -84,14 +84,6 @@ def _locate(where, fields, operand, column, every, j, sample, batch, VECTOR: tl.
 
 
 @triton.jit
-def _expm1(x):
-    """e^x - 1 without cancellation near 0; above 88 as if it were 88."""
-    x = tl.minimum(x, 88.0)
-    power = exp(x)
-    return tl.where(tl.abs(x) <= 0.5, exp_beyond_tangent(x, power) + x, power - 1.0)
-
-
-@triton.jit
 def _apply(OP: tl.constexpr, a, b):
     if OP == "copy":
         return a
@@ -102,13 +94,13 @@ def _apply(OP: tl.constexpr, a, b):
     elif OP == "relu":
         return tl.maximum(a, 0.0)
     elif OP == "elu":
-        return tl.where(a > 0, a, _expm1(tl.minimum(a, 0.0)))
+        return tl.where(a > 0, a, expm1(tl.minimum(a, 0.0)))
     elif OP == "expm1_of_minus_abs":
-        return _expm1(-tl.abs(a))
+        return expm1(-tl.abs(a))
     elif OP == "exp":
         return exp(a)
     elif OP == "expm1":
-        return _expm1(a)
+        return expm1(a)
     elif OP == "log":
         return tl.log(a)
     elif OP == "sqrt":

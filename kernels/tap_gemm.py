@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgen.kernels.elementary import exp, exp_beyond_tangent, tanh
+from fastgen.kernels.elementary import exp, expm1, tanh
 from fastgen.kernels.launch import INTERPRETED, device_of, tuned
 
 _MAX_ROWS = 2**31 - 2**10
@@ -58,7 +58,7 @@ def activate(x, ACTIVATION: tl.constexpr, parameter):
     elif ACTIVATION == "leaky_relu":
         x = tl.where(x > 0, x, x * parameter)
     elif ACTIVATION == "elu":
-        x = tl.where(x > 0, x, parameter * (exp_beyond_tangent(x, exp(x)) + x))
+        x = tl.where(x > 0, x, parameter * expm1(x))
     elif ACTIVATION == "tanh":
         x = tanh(x)
     elif ACTIVATION == "sigmoid":
@@ -109,7 +109,7 @@ def _prune_gradient(configs: list[triton.Config], args: dict[str, Any], **_: Any
 @triton.jit
 def _tap_gemm(
     image, weight, out, bias, mean, var, gamma, beta, sums, squares, counts, parameter, eps,
-    N, IH, IW, OH, OW, GH, GW, CI: tl.constexpr, CO: tl.constexpr, OPEN: tl.constexpr,
+    N, IH, IW, OH, OW, CI, CO, GH, GW, OPEN,
     TRANSPOSED: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
     PH: tl.constexpr, PW: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
     EVEN: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -126,12 +126,8 @@ def _tap_gemm(
         ry = tl.program_id(1) // SW
         rx = tl.program_id(1) % SW
         ky, kx = (ry + PH) % SH, (rx + PW) % SW  # the first tap of the phase
-        if KH % SH == 0 and KW % SW == 0:  # all phases have as many taps, a constant
-            across = KW // SW
-            taps = min(KH // SH * across, OPEN)
-        else:
-            across = (KW - kx + SW - 1) // SW  # 0 where the stride is wider than the kernel
-            taps = min((KH - ky + SH - 1) // SH * across, OPEN)
+        across = (KW - kx + SW - 1) // SW  # 0 where the stride is wider than the kernel
+        taps = tl.minimum((KH - ky + SH - 1) // SH * across, OPEN)
         y, x = gy + (ry + PH) // SH, gx + (rx + PW) // SW
         oy, ox = gy * SH + ry, gx * SW + rx
     else:
@@ -147,7 +143,7 @@ def _tap_gemm(
     for step in range(taps * blocks):
         tap = step // blocks
         k = step % blocks * CHANNELS + tl.arange(0, CHANNELS)
-        dy, dx = tap // max(across, 1), tap % max(across, 1)
+        dy, dx = tap // tl.maximum(across, 1), tap % tl.maximum(across, 1)
         if TRANSPOSED:
             t = (ky + dy * SH) * KW + kx + dx * SW
             dy, dx = -dy, -dx
@@ -296,7 +292,7 @@ def tap_gemm(
     with device_of(image):
         _tap_gemm[grid](
             image, weight, out, bias, *(norm or (None,) * 4), *(sums or (None,) * 3), parameter, eps,
-            count, *image.shape[2:], *size, *grid_size, image.shape[1], channels, taps.open,
+            count, *image.shape[2:], *size, image.shape[1], channels, *grid_size, taps.open,
             TRANSPOSED=transposed, **_geometry(taps), KH=taps.kernel[0], ACTIVATION=activation,
             PRECISION=_precision(), EVEN=image.shape[1] % block == 0, CHANNELS=block,
         )  # fmt: skip
