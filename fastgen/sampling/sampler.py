@@ -36,16 +36,10 @@ def _triton_executor(plan: Plan) -> Any:
 
 
 def _cuda_executor(plan: Plan) -> Any:
-    """Where nobody insists, Triton runs plans that are too large for it."""
-    from fastgen.sampling.executors.cuda import CudaExecutor, UnsupportedPlan
+    """Imports Triton, too."""
+    from fastgen.sampling.executors.cuda import CudaExecutor
 
-    try:
-        return CudaExecutor(plan)
-    except UnsupportedPlan as error:
-        if backends.asked() == "cuda":
-            raise
-        backends.log_once("sample_plan", "cuda", str(error))
-        return _triton_executor(plan)
+    return CudaExecutor(plan)
 
 
 def _why_not_triton(like: Tensor) -> str | None:
@@ -54,7 +48,9 @@ def _why_not_triton(like: Tensor) -> str | None:
 
 
 def _why_not_cuda(like: Tensor) -> str | None:
-    """Its kernel draws pixels, Triton's do the rest."""
+    """Measured against no other executor on a GPU yet, so it is no automatic choice."""
+    if backends.asked() != "cuda":
+        return "its kernel for pixels runs where it is asked for: backend='cuda'"
     if torch.cuda.get_device_capability(like.device) < (9, 0):
         return "it takes GPUs of compute capability 9.0 and newer, which have clusters of thread blocks"
     return backends.unavailable("triton") or _why_not_triton(like)
@@ -92,7 +88,7 @@ class Sampler:
             float32. Half the memory traffic of a pixel; the samples are exactly those of the model with rounded
             weights, which is not quite the same model.
         backend: "reference", "cpu", "triton" or "cuda" (for a model on a GPU), or "auto": what `fastgen.backend` or
-            FASTGEN_BACKEND asks for, else for a model on a GPU cuda or triton, the first that it can run, else the CPU.
+            FASTGEN_BACKEND asks for, else Triton for a model on a GPU, else the CPU.
         max_batch: most samples drawn at a time; default: what fits a quarter of the memory of the machine, or of
             the GPU that draws, at most 256. Changes no sample.
 
@@ -120,14 +116,15 @@ class Sampler:
         if max_batch is not None and (isinstance(max_batch, bool) or not isinstance(max_batch, int) or max_batch < 1):
             raise ValueError(f"max_batch must be a positive integer, got {max_batch!r}")
         check_precision(precision)
-        with _choice(backend):
+        # "auto" leaves the choice to the environment and to an enclosing `with fastgen.backend(...)`.
+        with contextlib.nullcontext() if backend == "auto" else backends.backend(backend):
             executor = _select(self._subject.like)
         with _one_thread():
             self._compile()
             if precision == "bf16":
                 self.plan.round_weights()
             _check_finite(self.plan)
-            with host_defaults(), _device(self._subject.like), _choice(backend):
+            with host_defaults(), _device(self._subject.like):
                 self._executor = executor(self.plan)
         self.max_batch = max_batch or _batch_that_fits(self.plan, _memory_of(self._executor))
         if not isinstance(self._executor, ReferenceExecutor):
@@ -230,24 +227,15 @@ class Sampler:
 
 
 def _select(like: Tensor) -> Callable[[Plan], Any]:
-    """The executor that is asked for; else, for models on a GPU, the first of cuda and triton that can run there; else
-    the CPU, for them, too.
-    """
+    """The executor that is asked for; else Triton for models on a GPU where it can run, else the CPU for them, too."""
     asked = backends.asked()
     if asked == "auto" and like.is_cuda:
-        reasons = backends.reasons("sample_plan", like)
-        for name in ("cuda", "triton"):
-            reason = reasons[name]
-            if reason is None:
-                with backends.backend(name):
-                    return backends.select("sample_plan", like)
-            backends.log_once("sample_plan", name, reason)
+        reason = backends.reasons("sample_plan", like)["triton"]
+        if reason is None:
+            with backends.backend("triton"):
+                return backends.select("sample_plan", like)
+        backends.log_once("sample_plan", "triton", reason)
     return backends.select("sample_plan", *((like,) if asked in ("triton", "cuda") else ()))
-
-
-def _choice(backend: str) -> contextlib.AbstractContextManager[object]:
-    """ "auto" leaves the choice to the environment and to an enclosing `with fastgen.backend(...)`."""
-    return contextlib.nullcontext() if backend == "auto" else backends.backend(backend)
 
 
 def _device(like: Tensor) -> contextlib.AbstractContextManager[object]:
