@@ -77,6 +77,8 @@ class CudaExecutor(TritonExecutor):
         if key not in self._actions:  # at the first launch, which is never captured
             self._actions[key] = self._pixels.actions(pattern).to(self.device)
         actions = self._actions[key]
+        if len(actions) == 0:  # rows above the image
+            return
         cut = self.cut(space.count)
         self._native.run(
             actions=actions.data_ptr(),
