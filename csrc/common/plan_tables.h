@@ -156,42 +156,6 @@ struct PlanTables {
     PlanHead head;
 };
 
-// Calls f(name, pointer, count) for each table, count being that of its rows where the plan keeps one, else null.
-template <class F>
-void for_each_table(PlanTables& plan, F f) {
-    int64_t* const uncounted = nullptr;
-    f("planes", plan.planes, &plan.num_planes);
-    f("addresses", plan.addresses, &plan.num_addresses);
-    f("steps", plan.steps, &plan.num_steps);
-    f("taps", plan.taps, uncounted);
-    f("instrs", plan.instrs, uncounted);
-    f("stores", plan.stores, uncounted);
-    f("sources", plan.sources, uncounted);
-    f("draws", plan.draws, &plan.num_draws);
-    f("encodings", plan.encodings, &plan.num_encodings);
-    f("weights", plan.weights, uncounted);
-    f("biases", plan.biases, uncounted);
-    f("constants", plan.constants, uncounted);
-    f("tables", plan.tables, uncounted);
-    f("levels", plan.levels, &plan.num_levels);
-}
-
-// Calls f(name, value) for each size that does not follow from the tables.
-template <class F>
-void for_each_size(PlanTables& plan, F f) {
-    f("row_steps", plan.row_steps);
-    f("colours", plan.colours);
-    f("height", plan.height);
-    f("width", plan.width);
-    f("components", plan.components);
-    f("first_column", plan.first_column);
-    f("end_column", plan.end_column);
-    f("workspace", plan.workspace);
-    f("buffers", plan.buffers);
-    f("bfloat16", plan.bfloat16);
-    f("head", plan.head);
-}
-
 // One group of samples and the threads that share it.
 struct PlanBatch {
     int64_t count;

@@ -38,7 +38,7 @@ class CpuExecutor:
 
     def __init__(self, plan: Plan):
         self.plan = plan
-        tables = PlanTables(plan, filtered=True)
+        tables = PlanTables(plan)
         self._tables = tables
         self._alone_until, self._alone_seconds = 0.0, ALONE_SECONDS
         self._weights = tables.packed_weights()  # used in place; the constructor copies the rest

@@ -32,13 +32,11 @@ COLUMNS = {
 
 class PlanTables:
     """The plan as rows of integers, column by column as in csrc/common/plan_tables.h; packed weights; memory.
-
-    filtered: rows by minimal filtering where that is worthwhile (`winograd`).
+    Rows are filtered with fewer multiplications where that is worthwhile (`winograd`).
     """
 
-    def __init__(self, plan: Plan, filtered: bool):
+    def __init__(self, plan: Plan):
         self.plan = plan
-        self.filtered = filtered
         self.depth = 2 if plan.precision == "bf16" else 1  # rows of a weight that share a word
         # The row stage leaves partial sums in the order in which the columns of the step that goes on from them are
         # packed.
@@ -72,10 +70,6 @@ class PlanTables:
         for part in flat.split([w.numel() for w in self.weights]):
             part.copy_(self.weights.pop(0).flatten().view(torch.int32))
         return flat
-
-    def tensors(self) -> dict[str, Tensor]:
-        """All tables by their names; the weights leave this object."""
-        return {**self.integers(), **self.floats(), "weights": self.packed_weights()}
 
     def integers(self) -> dict[str, Tensor]:
         plan = self.plan
@@ -124,9 +118,9 @@ class PlanTables:
             "bfloat16": int(self.depth == 2),
         }
 
-    def fill(self, batch: Batch, first: int, count: int, device: torch.device | None = None) -> Tensor:
+    def fill(self, batch: Batch, first: int, count: int) -> Tensor:
         """The planes of samples [first, first + count) of a batch: zeros, but for what is given."""
-        space = torch.zeros(count * self.workspace + PANEL, device=device)  # programs may read a panel past the end
+        space = torch.zeros(count * self.workspace + PANEL)  # programs may read a panel past the end
         given = dict(zip(self.plan.conditions, batch.conditions, strict=True))
         for i, plane in enumerate(self.plan.planes):
             if plane.given:
@@ -164,7 +158,7 @@ class PlanTables:
         init = -1 if step.init is None else self._address(step, step.init)
         self._program(step)
         weight_offset, bias_offset = self.num_weights, -1
-        filters = find_filters(plan, step) if self.filtered else None
+        filters = find_filters(plan, step)
         if filters is None:
             taps = list(step.taps)
             weight = step.weight if step.weight is not None else torch.zeros(0, layout.groups * layout.width)
