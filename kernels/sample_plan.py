@@ -154,12 +154,12 @@ def _split(a):
 
 
 @triton.jit
-def _multiply_parts(a, b, acc, PARTS: tl.constexpr, APART: tl.constexpr):
+def _multiply_parts(a, b, acc, PARTS: tl.constexpr):
     """acc + a b, where a is float32 in three bfloat16 parts, b the first PARTS of three; without the products that are
-    too small to matter beside the parts that are left out. Small ones are summed first; with APART, all of them apart
-    from acc, because tensor cores cut off what they add.
+    too small to matter beside the parts that are left out. Small ones are summed first, and all of them apart from
+    acc, because tensor cores cut off what they add.
     """
-    new = tl.zeros_like(acc) if APART else acc
+    new = tl.zeros_like(acc)
     if PARTS == 1:
         new = tl.dot(a[1], b[0], tl.dot(a[2], b[0], new))
     elif PARTS == 2:
@@ -168,14 +168,14 @@ def _multiply_parts(a, b, acc, PARTS: tl.constexpr, APART: tl.constexpr):
         new = tl.dot(a[0], b[2], tl.dot(a[1], b[1], tl.dot(a[2], b[0], new)))
         new = tl.dot(a[0], b[1], tl.dot(a[1], b[0], new))
     new = tl.dot(a[0], b[0], new)
-    return acc + new if APART else new
+    return acc + new
 
 
 @triton.jit
 def _product(
     workspace, where, fields, weight, bias, init, tap, turns, part, column, every, j, sample, exists, batch, width,
     GROUPS: tl.constexpr, VECTOR: tl.constexpr, SPACING: tl.constexpr, PRECISION: tl.constexpr, PARTS: tl.constexpr,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, FILLED: tl.constexpr, APART: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, FILLED: tl.constexpr,
     STAGES: tl.constexpr,
 ):  # fmt: skip
     """The groups of a step's sum, from its bias and, unless negative, the operand `init`. Two groups are multiplied as
@@ -221,7 +221,7 @@ def _product(
         added = ()
         for i in tl.static_range(len(sums)):
             if PARTS > 0:
-                new = _multiply_parts(parts, weights[i * PARTS : i * PARTS + PARTS], sums[i], PARTS, APART)
+                new = _multiply_parts(parts, weights[i * PARTS : i * PARTS + PARTS], sums[i], PARTS)
             else:
                 new = _multiply(a, weights[i], sums[i], PRECISION)
             added = added + (new,)
@@ -240,7 +240,7 @@ def step(
     workspace, where, fields, weight, bias, constants, operand, init, tap, turns, part, column, every, columns, batch,
     vectors, PROGRAM: tl.constexpr, STORES: tl.constexpr, GROUPS: tl.constexpr, VECTOR: tl.constexpr,
     SPACING: tl.constexpr, PRECISION: tl.constexpr, PARTS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    CHANNELS: tl.constexpr, FILLED: tl.constexpr, APART: tl.constexpr, STAGES: tl.constexpr,
+    CHANNELS: tl.constexpr, FILLED: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """Columns column, column + every, ... of a step's frame, and VECTOR * vectors channels.
 
@@ -248,8 +248,8 @@ def step(
     a "const" in `constants`. STORES: (register, operand) of each store. The product has GROUPS groups, none for 0.
     Its taps are the operands from `tap` on, of which CHANNELS are multiplied in each of all `turns`; FILLED: there are
     as many in every turn. The workspace is float32, the weight [K, GROUPS, width] float32 or bfloat16, its width filled
-    up to a multiple of PITCH; or, with PARTS, that many bfloat16 weights whose sum it is, `part` elements apart. APART:
-    see `_multiply_parts`. All operands, and their channels, are multiples of VECTOR.
+    up to a multiple of PITCH; or, with PARTS, that many bfloat16 weights whose sum it is, `part` elements apart.
+    All operands, and their channels, are multiples of VECTOR.
     SPACING of the columns that operands lie in: "whole" if no ratio has a denominator, "even" if columns of the frame
     are as far from each other there, "any".
     """
@@ -260,7 +260,7 @@ def step(
     if GROUPS > 0:
         sums = _product(
             workspace, where, fields, weight, bias, init, tap, turns, part, column, every, j, sample, exists, batch,
-            width, GROUPS, VECTOR, SPACING, PRECISION, PARTS, ROWS, COLUMNS, CHANNELS, FILLED, APART, STAGES,
+            width, GROUPS, VECTOR, SPACING, PRECISION, PARTS, ROWS, COLUMNS, CHANNELS, FILLED, STAGES,
         )  # fmt: skip
     values = ()
     for i in tl.static_range(len(PROGRAM)):

@@ -1,7 +1,7 @@
 // The pixel stage of a sampling plan: what comes one pixel after the other, steps and draws, for one image row.
 //
 // A cluster of blocks draws some samples of the batch, all pixels of the row without a launch in between; clusters know
-// nothing of each other. What there is to do is a list of actions (fastgen/sampling/executors/cuda.py), the same for all
+// nothing of each other. What there is to do is a list of actions (fastgen/sampling/executors/pixel_tables.py), the same for all
 // samples: steps, which the blocks of a cluster share by channels, and draws, which they share by samples. Where an
 // action reads what another block wrote, the cluster waits for itself before.
 //
@@ -37,11 +37,11 @@
 
 namespace fastgen {
 
-constexpr int32_t kPixelRows = 8;      // samples that are multiplied at a time
-constexpr int32_t kPixelDepth = 16;    // channels of a block of the product
-constexpr int32_t kPixelColumns = 16;  // of a tile: `per_tile` channels of each group
-constexpr int32_t kPixelParts = 8;     // of a sum
-constexpr int32_t kPixelDraw = 0x8000;
+constexpr int32_t kPixelRows = 8;       // samples that are multiplied at a time
+constexpr int32_t kPixelDepth = 16;     // channels of a block of the product
+constexpr int32_t kPixelColumns = 16;   // of a tile: `per_tile` channels of each group
+constexpr int32_t kPixelParts = 8;      // of a sum
+constexpr int32_t kPixelDraw = 0x8000;  // above all steps: draws in a PixelAction
 constexpr int32_t kPixelSegments = 16;  // of the levels of a draw
 constexpr int32_t kPixelPitch = 9;      // floats from a column of a part to the next: rows that share no memory bank
 
@@ -124,13 +124,13 @@ struct PixelBatch {
     const PixelAction* actions;
     int64_t num_actions, count;
     float* workspace;
-    const int64_t* where;  // floats per sample before the row of each operand; -1: outside
-    const int64_t* state;  // image row, seed, index of the first sample
-    const double* inverse_temperature;
-    int32_t* levels;            // [count, colours, height, width]
-    const int32_t* known;       // the same
-    const uint8_t* mask;        // [count, height, width]: 1 where the pixel is given
-    const PixelPlaced* placed;  // of each operand, by `pixel_placed`
+    const int64_t* where;               // floats per sample before the row of each operand; -1: outside
+    const int64_t* state;               // image row, seed, index of the first sample
+    const double* inverse_temperature;  // at most the largest float
+    int32_t* levels;                    // [count, colours, height, width]
+    const int32_t* known;               // the same
+    const uint8_t* mask;                // [count, height, width]: 1 where the pixel is given
+    const PixelPlaced* placed;          // of each operand, by `pixel_placed`
 };
 
 // Calls f(name, pointer) for each table of the plan.
@@ -492,9 +492,7 @@ private:
         team_.sync();
         double top = totals[0];
         for (int32_t s = 1; s < kPixelSegments; ++s) top = totals[s] > top ? totals[s] : top;
-        const double most = 3.4028234663852886e38;  // finite, so that times the zero of the likeliest level it is zero
-        const double inverse = *batch_.inverse_temperature;
-        const float scale = static_cast<float>(inverse < most ? inverse : most);
+        const float scale = static_cast<float>(*batch_.inverse_temperature);
         for (int32_t k = team_.lane(); k < source.count; k += team_.lanes()) {
             odds[k] = scalar::exp((odds[k] - static_cast<float>(top)) * scale);
         }

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastgen import backends
-from fastgen.sampling.executors.pixel_tables import PixelTables, UnsupportedPlan
+from fastgen.sampling.executors.pixel_tables import PixelTables
 from fastgen.sampling.executors.triton import Pattern, Space, TritonExecutor, key_of
 from fastgen.sampling.plan import Plan
 
@@ -44,8 +44,8 @@ class CudaExecutor(TritonExecutor):
     Products of pixel steps have the precision of float32, whatever `torch.set_float32_matmul_precision` asks for.
 
     Raises:
-        RuntimeError: there is no GPU, or the CUDA module was not built.
-        UnsupportedPlan: a GPU without thread block clusters, or too many steps, columns or groups for their memory.
+        RuntimeError: there is no GPU, or none with thread block clusters; the CUDA module was not built; or the plan
+            has too many steps, columns or groups for its tables, or for the memory that blocks share.
     """
 
     def __init__(self, plan: Plan, strategy: Strategy = Strategy.AUTOMATIC):
@@ -70,7 +70,7 @@ class CudaExecutor(TritonExecutor):
             most = self._native.clusters(size, share)
             if most:
                 return Cut(size, share, most)
-        raise UnsupportedPlan("the plan's tables are too large for the memory of a cluster of thread blocks")
+        raise RuntimeError("the plan's tables are too large for the memory of a cluster of thread blocks")
 
     def launch_pixels(self, pattern: Pattern, space: Space) -> None:
         key = key_of(pattern)

@@ -16,15 +16,11 @@ DRAW = 0x8000  # kPixelDraw
 _ALIGNED = 4  # channels that are read at once
 
 
-class UnsupportedPlan(RuntimeError):
-    """A plan that the cuda executor cannot run."""
-
-
 class PixelTables:
     """Built upon the operands that the kernels of kernels/sample_plan.py have for the same plan.
 
     Raises:
-        UnsupportedPlan: the plan has more steps, columns or groups than the tables can tell.
+        RuntimeError: the plan has more steps, columns or groups than the tables can tell.
     """
 
     def __init__(self, plan: Plan, operands: Operands):
@@ -33,7 +29,7 @@ class PixelTables:
         self._index = {id(step): i for i, step in enumerate(self._steps)}
         most = max((max(s.groups, len(s.program), len(s.reads()), len(s.stores)) for s in self._steps), default=0)
         if len(self._steps) >= DRAW or plan.columns().stop >= DRAW or most > 100 or self._groups() > COLUMNS:
-            raise UnsupportedPlan("the plan has too many steps, columns, groups or instructions for the cuda executor")
+            raise RuntimeError("the plan has too many steps, columns, groups or instructions for the cuda executor")
         self._blocks: list[tuple[int, ...]] = []
         self._instrs: list[tuple[int, ...]] = []
         self._stores: list[tuple[int, ...]] = []

@@ -27,7 +27,6 @@ _MULTIPROCESSORS = 128  # of a large GPU
 _MAX_ROWS = 2**31 - 2**10  # of a step: they are counted in 32 bits
 _COMPILERS = 16  # threads, at most
 _STAGES = 4  # of a product's pipeline
-_PRODUCTS = {"highest": "ieee"}
 _ROW_SIZE = 256  # operands of a program of `begin_row`
 _DRAW_SAMPLES, _DRAW_LEVELS = 1, 512  # of a program that draws from logits, at a time
 _MIXTURE_SAMPLES = 16
@@ -54,7 +53,6 @@ _TENSOR = (Tile(_MULTIPROCESSORS, 32, 32, 4), Tile(0, 16, 16, 4))
 _NO_PRODUCT = (Tile(0, 16, 32, 4),)
 _INTERPRETED = (Tile(0, 16, 16, 4),)  # so that small planes have several
 _EMPTY = 0.25  # columns of the tiles of a row step beyond its width, at most
-_APART = True  # products of row steps are summed in the precision of float32, turn by turn
 _PARTS = {"ieee": 3, "tf32": 2}  # bfloat16 numbers whose sum is a weight of a row step
 
 
@@ -121,7 +119,7 @@ class TritonExecutor:
 
     def sample(self, batch: Batch) -> Tensor:
         """Levels [count, C, H, W], on the CPU."""
-        precision = _PRODUCTS.get(torch.get_float32_matmul_precision(), "tf32")
+        precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
         with self._one_at_a_time, device_of(self._fields):
             space = self.space(batch.count, precision)
             if not space.graphs and not INTERPRETED:
@@ -206,7 +204,7 @@ class TritonExecutor:
             "PROGRAM": launch.program, "STORES": launch.stores, "GROUPS": step.groups, "VECTOR": launch.vector,
             "SPACING": launch.spacing, "PRECISION": space.precision, "PARTS": parts, "ROWS": tile.rows,
             "COLUMNS": tile.columns, "CHANNELS": kernels.CHANNELS,
-            "FILLED": all(t.count % kernels.CHANNELS == 0 for t in step.taps), "APART": _APART, "STAGES": tile.stages,
+            "FILLED": all(t.count % kernels.CHANNELS == 0 for t in step.taps), "STAGES": tile.stages,
             "num_warps": tile.warps,
         }  # fmt: skip
         return (-(-rows // tile.rows), -(-step.width // tile.columns)), arguments, options
@@ -269,7 +267,8 @@ class TritonExecutor:
                 part[..., : plane.channels].copy_(data.permute(2, 3, 0, 1))
         start = [self.plan.first_row, signed(batch.seed), batch.start]
         space.state.copy_(torch.tensor(start, dtype=torch.int64, device="cpu"))
-        space.inverse_temperature.fill_(1.0 / batch.temperature)
+        # Finite in float32, so that times the zero of the likeliest level it is zero.
+        space.inverse_temperature.fill_(min(1.0 / batch.temperature, torch.finfo(torch.float32).max))
         space.mask.zero_() if batch.mask is None else space.mask.copy_(batch.mask)
         if batch.known is not None:
             space.known.copy_(batch.known)
