@@ -228,7 +228,6 @@ class Subject:
         self.on_cpu = copy.deepcopy(self.model)
         self.model.to(place.device)
         self.samplers: dict[str, tuple[Any, float]] = {}  # by precision: sampler, seconds to make it
-        self.errors: dict[str, str] = {}  # no such executor, or one that fails: the peers are measured all the same
 
     def sampler(self, precision: str) -> tuple[Any, float]:
         import fastgen
@@ -272,7 +271,7 @@ class Subject:
                 sampler, seconds = self.sampler(precision)
                 draw = partial(with_products, products, sampler.sample, batch)
                 _, first = timed(draw)
-            except Exception as error:
+            except Exception as error:  # no such executor, or one that fails: the peers are measured all the same
                 skipped[name] = reason(error)
                 continue
             if not flops:
