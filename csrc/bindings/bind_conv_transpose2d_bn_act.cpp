@@ -331,6 +331,8 @@ uint64_t fingerprint(uintptr_t data, int64_t bytes) {
 template <class E>
 class ConvSequence {
 public:
+    explicit ConvSequence(bool contiguous) : contiguous_(contiguous) {}
+
     void add(const Plan& plan, int64_t threads, uintptr_t packed, const ChannelTensors& tensors, double eps,
              Activation activation, double parameter, uintptr_t weight, int64_t weight_bytes) {
         const int64_t channels = plan.out_channels(), width = plan.get().x.out_size * channels;
@@ -347,29 +349,31 @@ public:
                            {plan.get().y.out_size * width, 1, width, channels}});
     }
 
-    // In sums: two results between blocks, and what one block needs.
+    // In sums: two results between blocks, the last one where it is not yet contiguous, and what one block needs.
     int64_t scratch_size(int64_t batch, const Strides& strides) const {
         int64_t most = 0;
         for (size_t i = 0; i < blocks_.size(); ++i) {
             const Strides& from = i ? blocks_[i - 1].strides : strides;
             most = std::max(most, fastgen::scratch_size<E>(blocks_[i].plan, batch, blocks_[i].threads, from));
         }
-        return 2 * result_size(batch) + most;
+        return 2 * result_size(batch) + last_size(batch) + most;
     }
 
     // Whether the weights are what they were when their blocks were added; if not, nothing is computed.
     bool run(int64_t batch, uintptr_t input, const Strides& strides, uintptr_t output, uintptr_t scratch) const {
-        for (const Block& block : blocks_) {
-            if (fingerprint(block.weight, block.weight_bytes) != block.fingerprint) return false;
-        }
-        const int64_t size = result_size(batch) * sizeof(SumOf<E>);
+        if (!weights_are_what_they_were()) return false;
+        const int64_t size = result_size(batch) * sizeof(SumOf<E>), last = last_size(batch) * sizeof(SumOf<E>);
         for (size_t i = 0; i < blocks_.size(); ++i) {
             const Block& block = blocks_[i];
-            const uintptr_t result = i + 1 < blocks_.size() ? scratch + i % 2 * size : output;
+            const uintptr_t result = i + 1 < blocks_.size() ? scratch + i % 2 * size
+                                     : last                 ? scratch + 2 * size
+                                                            : output;
             fastgen::run<E>(block.plan, batch, block.threads, input, i ? blocks_[i - 1].strides : strides, block.packed,
-                            block.tensors, block.eps, block.activation, block.parameter, result, scratch + 2 * size);
+                            block.tensors, block.eps, block.activation, block.parameter, result,
+                            scratch + 2 * size + last);
             input = result;
         }
+        if (last) make_contiguous(batch, pointer<const E>(input), pointer<E>(output));
         return true;
     }
 
@@ -395,6 +399,39 @@ private:
         return line_up<SumOf<E>>(most);
     }
 
+    // Of the last result, where it is not the output.
+    int64_t last_size(int64_t batch) const {
+        return contiguous_ ? line_up<SumOf<E>>(batch * blocks_.back().strides[0]) : 0;
+    }
+
+    // The samples of all weights are cache misses, which threads share.
+    bool weights_are_what_they_were() const {
+        const int64_t count = static_cast<int64_t>(blocks_.size());
+        bool same = true;
+#pragma omp parallel for schedule(dynamic) num_threads(blocks_[0].threads) reduction(&& : same)
+        for (int64_t i = 0; i < count; ++i) {
+            const Block& block = blocks_[i];
+            same = same && fingerprint(block.weight, block.weight_bytes) == block.fingerprint;
+        }
+        return same;
+    }
+
+    void make_contiguous(int64_t batch, const E* from, E* to) const {
+        constexpr int64_t kRun = 64;  // positions that stay in the first-level cache
+        const Block& last = blocks_.back();
+        const int64_t channels = last.plan.out_channels(), positions = last.strides[0] / channels;
+        const int64_t runs = (positions + kRun - 1) / kRun;
+#pragma omp parallel for num_threads(last.threads)
+        for (int64_t i = 0; i < batch * runs; ++i) {
+            const int64_t begin = i % runs * kRun, end = std::min(positions, begin + kRun);
+            const int64_t image = i / runs * last.strides[0];
+            for (int64_t c = 0; c < channels; ++c) {
+                for (int64_t p = begin; p < end; ++p) to[image + c * positions + p] = from[image + p * channels + c];
+            }
+        }
+    }
+
+    bool contiguous_;
     std::vector<Block> blocks_;
 };
 
@@ -404,7 +441,7 @@ void define_conv(pybind11::module_& module, const std::string& dtype) {
     using release = py::call_guard<py::gil_scoped_release>;
     using Sequence = ConvSequence<E>;
     py::class_<Sequence>(module, ("ConvSequence_" + dtype).c_str(), "Fused blocks, one after the other in one call")
-        .def(py::init<>())
+        .def(py::init<bool>(), py::arg("contiguous"))
         .def("add", &Sequence::add, py::arg("plan"), py::arg("threads"), py::arg("packed"), py::arg("tensors"),
              py::arg("eps"), py::arg("activation"), py::arg("parameter"), py::arg("weight"), py::arg("weight_bytes"))
         .def("scratch_size", &Sequence::scratch_size, py::arg("batch"), py::arg("strides"))

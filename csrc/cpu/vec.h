@@ -138,8 +138,32 @@ FASTGEN_INLINE __m256i first_lanes_pd(int n) {
 }
 FASTGEN_INLINE Vec<float> load_n(const float* p, int n) { return _mm256_maskload_ps(p, first_lanes_ps(n)); }
 FASTGEN_INLINE Vec<double> load_n(const double* p, int n) { return _mm256_maskload_pd(p, first_lanes_pd(n)); }
-FASTGEN_INLINE void store_n(float* p, Vec<float> v, int n) { _mm256_maskstore_ps(p, first_lanes_ps(n), v); }
-FASTGEN_INLINE void store_n(double* p, Vec<double> v, int n) { _mm256_maskstore_pd(p, first_lanes_pd(n), v); }
+// By halves rather than by _mm256_maskstore, which takes AMD's processors 12 cycles and more.
+FASTGEN_INLINE void store_n(float* p, Vec<float> v, int n) {
+    if (n == kLanes<float>) return store(p, v);
+    __m128 rest = _mm256_castps256_ps128(v);
+    if (n & 4) {
+        _mm_storeu_ps(p, rest);
+        p += 4;
+        rest = _mm256_extractf128_ps(v, 1);
+    }
+    if (n & 2) {
+        _mm_storel_pi(reinterpret_cast<__m64*>(p), rest);
+        p += 2;
+        rest = _mm_movehl_ps(rest, rest);
+    }
+    if (n & 1) _mm_store_ss(p, rest);
+}
+FASTGEN_INLINE void store_n(double* p, Vec<double> v, int n) {
+    if (n == kLanes<double>) return store(p, v);
+    __m128d rest = _mm256_castpd256_pd128(v);
+    if (n & 2) {
+        _mm_storeu_pd(p, rest);
+        p += 2;
+        rest = _mm256_extractf128_pd(v, 1);
+    }
+    if (n & 1) _mm_store_sd(p, rest);
+}
 FASTGEN_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) { return _mm256_fmadd_ps(a, b, c); }
 FASTGEN_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) { return _mm256_fmadd_pd(a, b, c); }
 FASTGEN_INLINE Vec<float> max(Vec<float> a, Vec<float> b) { return _mm256_max_ps(a, b); }

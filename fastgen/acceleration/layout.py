@@ -80,6 +80,19 @@ def keep_contiguous(trace: Trace) -> None:
         with trace.graph.inserting_after(node):
             copy = trace.graph.call_method("contiguous", (node,))
         node.replace_all_uses_with(copy, lambda user, copy=copy: user is not copy)  # type: ignore[misc]
+    _ask_sequences(trace.graph)
+
+
+def _ask_sequences(graph: fx.Graph) -> None:
+    """Sequences of blocks make their result contiguous by themselves where that is all that is done with it."""
+    for node in list(graph.nodes):
+        if node.target is not conv_transpose2d_bn_act_sequence or len(node.users) != 1:
+            continue
+        copy = next(iter(node.users))
+        if copy.op == "call_method" and copy.target == "contiguous" and copy.args == (node,) and not copy.kwargs:
+            node.kwargs = {"contiguous": True}
+            copy.replace_all_uses_with(node)
+            graph.erase_node(copy)
 
 
 _Use = tuple[fx.Node, fx.Node]  # a node and one of its inputs

@@ -6,12 +6,14 @@ import inspect
 import logging
 import warnings
 from collections.abc import Iterable
+from functools import cache
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
 
+from fastgen import backends
 from fastgen.acceleration.tracing import state, unchanged
 
 _log = logging.getLogger("fastgen")
@@ -25,11 +27,11 @@ class Source(NamedTuple):
     modules: dict[str, str]
 
     @classmethod
-    def of(cls, graph: fx.Graph) -> Source:
+    def of(cls, graph: fx.Graph, root: torch.nn.Module) -> Source:
         code = graph.python_code("self")
         names = {name: value for name, value in code.globals.items() if not isinstance(value, ModuleType)}
         modules = {name: value.__name__ for name, value in code.globals.items() if isinstance(value, ModuleType)}
-        return cls(code.src, names, modules)
+        return cls(_with_direct_paths(code.src, graph, root), names, modules)
 
     def function(self) -> Any:
         scope = {**self.names, **{name: _module(path) for name, path in self.modules.items()}}
@@ -38,10 +40,37 @@ class Source(NamedTuple):
         return scope["forward"]
 
 
+def _with_direct_paths(text: str, graph: fx.Graph, root: torch.nn.Module) -> str:
+    """The code, fetching parameters and buffers without `torch.nn.Module.__getattr__`.
+
+    That is Python code, called for each name in a path; for one image it takes as long as a small layer.
+    """
+    places = {}
+    for node in graph.nodes:
+        *path, name = str(node.target).split(".") if node.op == "get_attr" else [""]
+        module = root.get_submodule(".".join(path))
+        members = next((kind for kind in ("_parameters", "_buffers") if name in getattr(module, kind)), None)
+        if members is not None:
+            place = [*(f"_modules[{part!r}]" for part in path), f"{members}[{name!r}]"]
+            places[f"    {node.name}"] = ".".join(["self", *place])
+    lines = text.split("\n")
+    for i, line in enumerate(lines):
+        assigned = line.partition(" = ")[0]
+        if assigned in places:
+            lines[i] = f"{assigned} = {places[assigned]}"
+    return "\n".join(lines)
+
+
 def _module(path: str) -> ModuleType:
     import importlib
 
     return importlib.import_module(path)
+
+
+@cache
+def _same_attributes() -> Any:
+    """Says at once whether all is as it was; None without native code."""
+    return None if backends.import_error("_cpu") else backends.native_cpu().same_attributes
 
 
 class Program:
@@ -127,6 +156,9 @@ class Program:
     def _holds(self) -> bool:
         if torch.nn.modules.module._has_any_global_hook():
             return False
+        same = _same_attributes()
+        if same is not None and same(self.states):
+            return True
         return all(unchanged(module, before) for module, before in self.states)
 
     def _tell(self, what: str, warn: bool = False) -> None:

@@ -115,7 +115,7 @@ def _program(part: nn.Module, path: str, report: Report, reasons: dict[str, str]
             keep_contiguous(traced)
             report.merge(found)
             if found.fused:
-                sources[names] = Source.of(traced.graph)
+                sources[names] = Source.of(traced.graph, part)
                 watched |= traced.inlined | bypassed
     except Untraceable as reason:
         reasons[path] = str(reason)

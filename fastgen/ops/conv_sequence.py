@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastgen import backends
 from fastgen.ops import conv_transpose2d_bn_act_cpu as cpu
@@ -23,10 +22,12 @@ _MAX_KEPT = 64  # of one first weight, for inputs of other sizes
 
 Blocks = tuple[tuple[Any, ...], ...]
 
-_kept = WeakTensorKeyDictionary()  # by the first weight
+_kept: dict[int, dict[tuple[Any, ...], _Sequence]] = {}  # by the identity of the first weight, as long as it lives
 
 
-def conv_transpose2d_bn_act_sequence(input: Tensor, tensors: Sequence[Tensor | None], blocks: Blocks) -> Tensor:
+def conv_transpose2d_bn_act_sequence(
+    input: Tensor, tensors: Sequence[Tensor | None], blocks: Blocks, contiguous: bool = False
+) -> Tensor:
     """The last result of `conv_transpose2d_bn_act` applied in turn, each to the result of the one before.
 
     Args:
@@ -34,24 +35,40 @@ def conv_transpose2d_bn_act_sequence(input: Tensor, tensors: Sequence[Tensor | N
         tensors: weight, bias, running_mean, running_var, bn_weight and bn_bias of the first block, then of the second,
             and so on.
         blocks: `Options` of each block, as a tuple.
+        contiguous: whether the result is made contiguous.
     """
-    straight = not torch.compiler.is_compiling() and isinstance(input, Tensor) and goes_straight((input, *tensors))
-    if not straight:
+    result = _apply(input, tensors, blocks, contiguous)
+    return result.contiguous() if contiguous else result
+
+
+def _apply(input: Tensor, tensors: Sequence[Tensor | None], blocks: Blocks, contiguous: bool) -> Tensor:
+    """The result, of any strides."""
+    if torch.compiler.is_compiling() or not isinstance(input, Tensor):
         return _one_by_one(input, tensors, blocks)
-    key = (input.dtype, input.shape, input.stride(), blocks, torch.get_num_threads(), backends.native_cpu().isa())
-    kept = _kept.setdefault(tensors[0], {})
+    # What is kept is for tensors that went straight, and notices others, but not that they want gradients now.
+    if not goes_straight((input, *tensors) if torch.is_grad_enabled() else (input,)):
+        return _one_by_one(input, tensors, blocks)
+    how = blocks, contiguous, torch.get_num_threads(), backends.native_cpu().isa()
+    key = input.dtype, input.shape, input.stride(), *how
+    first = id(tensors[0])
+    kept = _kept.get(first, {})
     if key in kept:
         output = kept[key](input, tensors)
         if output is not None:
             return output
         kept.clear()  # the others would notice, too, and keep old packs until then
+    if not goes_straight((input, *tensors)):
+        return _one_by_one(input, tensors, blocks)
     calls: list[cpu.Inference | None] = []
     output = _one_by_one(input, tensors, blocks, calls)
     dense = all(tensor is None or (tensor.is_contiguous() and not tensor.is_inference()) for tensor in tensors)
     if dense and all(call is not None and call.scratch for call in calls):
+        if first not in _kept:
+            weakref.finalize(tensors[0], _kept.pop, first, None).atexit = False
+            _kept[first] = {}
         if len(kept) >= _MAX_KEPT:
             kept.clear()
-        kept[key] = _Sequence(tensors, calls)  # type: ignore[arg-type]
+        _kept[first][key] = _Sequence(tensors, calls, contiguous)  # type: ignore[arg-type]
     return output
 
 
@@ -75,9 +92,9 @@ def _one_by_one(
 class _Sequence:
     """Of inputs that are alike, and blocks that were served one by one."""
 
-    def __init__(self, tensors: Sequence[Tensor | None], calls: Sequence[cpu.Inference]):
+    def __init__(self, tensors: Sequence[Tensor | None], calls: Sequence[cpu.Inference], contiguous: bool):
         dtype = str(tensors[0].dtype).removeprefix("torch.")  # type: ignore[union-attr]
-        self.native = getattr(backends.native_cpu(), f"ConvSequence_{dtype}")()
+        self.native = getattr(backends.native_cpu(), f"ConvSequence_{dtype}")(contiguous)
         self.packs = []  # that the native sequence reads
         for i, call in enumerate(calls):
             weight, *channels = tensors[i * BLOCK_TENSORS : (i + 1) * BLOCK_TENSORS]
@@ -87,37 +104,17 @@ class _Sequence:
             memory = weight.data_ptr(), span_bytes(weight)
             self.native.add(call.plan, call.threads, packed.data_ptr(), addresses, *call.act, *memory)
             self.packs.append(packed)
-        self.seen = [_Seen.of(tensor) for tensor in tensors]
+        self.seen = backends.native_cpu().SeenTensors(tensors)
+        self.format = torch.contiguous_format if contiguous else torch.channels_last
         self.batch, self.strides = calls[0].shape[0], calls[0].strides
         self.shape, self.sums = calls[-1].shape, calls[-1].sums
         self.scratch = self.native.scratch_size(self.batch, self.strides)
 
     def __call__(self, input: Tensor, tensors: Sequence[Tensor | None]) -> Tensor | None:
         """None if one of the tensors is not what it was."""
-        for tensor, seen in zip(tensors, self.seen, strict=True):
-            if not seen.still(tensor):
-                return None
-        output = torch.empty(self.shape, dtype=input.dtype, device=cpu.CPU, memory_format=torch.channels_last)
+        if not self.seen.still(tensors):
+            return None
+        output = torch.empty(self.shape, dtype=input.dtype, device=cpu.CPU, memory_format=self.format)
         scratch = torch.empty(self.scratch, dtype=self.sums, device=cpu.CPU)
         addresses = output.data_ptr(), scratch.data_ptr()
         return output if self.native.run(self.batch, input.data_ptr(), self.strides, *addresses) else None
-
-
-class _Seen(NamedTuple):
-    """What tells whether a tensor, or None, is the same one and was not written to by PyTorch."""
-
-    reference: Callable[[], Tensor | None] | None
-    state: tuple[Any, ...] = ()
-
-    @classmethod
-    def of(cls, tensor: Tensor | None) -> _Seen:
-        return cls(None) if tensor is None else cls(weakref.ref(tensor), _state(tensor))
-
-    def still(self, tensor: Tensor | None) -> bool:
-        if tensor is None or self.reference is None:
-            return tensor is self.reference
-        return self.reference() is tensor and self.state == _state(tensor)
-
-
-def _state(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.data_ptr(), tensor._version, tensor.shape, tensor.stride()

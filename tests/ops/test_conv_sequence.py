@@ -43,8 +43,8 @@ class Network:
     def input(self, batch=3, height=3, width=2):
         return torch.randn(batch, self.inputs, height, width, dtype=self.dtype)
 
-    def __call__(self, x):
-        return module.conv_transpose2d_bn_act_sequence(x, self.tensors, self.blocks)
+    def __call__(self, x, contiguous=False):
+        return module.conv_transpose2d_bn_act_sequence(x, self.tensors, self.blocks, contiguous=contiguous)
 
     def one_by_one(self, x):
         for i, block in enumerate(self.blocks):
@@ -61,7 +61,7 @@ class Network:
         assert torch.equal(actual, expected) and actual.stride() == expected.stride()
 
     def kept(self):
-        return list(module._kept.get(self.tensors[0], {}).values())
+        return list(module._kept.get(id(self.tensors[0]), {}).values())
 
 
 @pytest.fixture
@@ -98,6 +98,20 @@ def test_threads_and_instruction_sets(name, calls):
     finally:
         backends.native_cpu().set_isa("")
     assert len(calls) == 2 * len(backends.native_cpu().isas()) and None not in calls
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_contiguous_results(name, dtype, calls):
+    network = Network(name, dtype)
+    for batch, height, width in ((1, 3, 2), (5, 3, 2), (2, 7, 9)):
+        x = network.input(batch, height, width)
+        for _ in range(3):
+            result = network(x, contiguous=True)
+            assert result.is_contiguous() and torch.equal(result, network(x))
+    assert len(calls) == 12 and None not in calls
+    x.requires_grad_()
+    assert network(x, contiguous=True).is_contiguous()
 
 
 def test_layouts_and_sizes(calls):
@@ -226,6 +240,11 @@ def test_where_others_watch(calls):
 
 def test_errors_are_those_of_the_blocks():
     network = Network("dcgan")
+    network(network.input())
+    network.tensors[2].data = network.tensors[2].double()
+    with pytest.raises(TypeError, match="dtype"):
+        network(network.input())
+    network.tensors[2].data = network.tensors[2].float()
     network(network.input())
     with pytest.raises(ValueError, match="channels"):
         network(torch.randn(1, 11, 3, 2))

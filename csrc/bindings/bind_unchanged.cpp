@@ -1,0 +1,104 @@
+// fastgen._cpu.SeenTensors, same_attributes: whether Python objects are what they were, looked at without running Python
+// code. Between the calls of a network its weights push the interpreter out of the caches, so that for one image such
+// checks in Python cost a tenth of the time.
+#include <pybind11/pybind11.h>
+
+#include <vector>
+
+namespace fastgen {
+namespace {
+
+namespace py = pybind11;
+
+py::object owned(PyObject* result) {
+    if (result == nullptr) throw py::error_already_set();
+    return py::reinterpret_steal<py::object>(result);
+}
+
+bool equal(const py::object& a, const py::object& b) { return a.is(b) || a.equal(b); }
+
+// What tells whether a tensor, or None, is the same one and was not written to by PyTorch.
+class SeenTensors {
+public:
+    explicit SeenTensors(const py::sequence& tensors) {
+        for (const py::handle tensor : tensors) {
+            seen_.push_back(tensor.is_none() ? Seen{}
+                                             : Seen{owned(PyWeakref_NewRef(tensor.ptr(), nullptr)), of(tensor)});
+        }
+    }
+
+    bool still(const py::sequence& tensors) const {
+        const py::object items = owned(PySequence_Fast(tensors.ptr(), "tensors must be a sequence"));
+        if (PySequence_Fast_GET_SIZE(items.ptr()) != static_cast<Py_ssize_t>(seen_.size())) return false;
+        for (size_t i = 0; i < seen_.size(); ++i) {
+            const py::handle tensor = PySequence_Fast_GET_ITEM(items.ptr(), static_cast<Py_ssize_t>(i));
+            const Seen& seen = seen_[i];
+            if (seen.reference.ptr() == nullptr && tensor.is_none()) continue;
+            if (seen.reference.ptr() == nullptr || tensor.is_none()) return false;
+            if (!owned(PyObject_CallNoArgs(seen.reference.ptr())).is(tensor)) return false;
+            const State now = of(tensor);
+            if (!now.dtype.is(seen.state.dtype) || !equal(now.pointer, seen.state.pointer) ||
+                !equal(now.version, seen.state.version) || !equal(now.shape, seen.state.shape) ||
+                !equal(now.strides, seen.state.strides))
+                return false;
+        }
+        return true;
+    }
+
+private:
+    struct State {
+        py::object dtype, pointer, version, shape, strides;
+    };
+    struct Seen {
+        py::object reference;  // weak; null for None
+        State state;
+    };
+
+    State of(py::handle tensor) const {
+        const auto get = [&](const py::str& name) { return owned(PyObject_GetAttr(tensor.ptr(), name.ptr())); };
+        const auto call = [&](const py::str& name) {
+            return owned(PyObject_CallMethodNoArgs(tensor.ptr(), name.ptr()));
+        };
+        return {get(dtype_), call(data_ptr_), get(version_), get(shape_), call(stride_)};
+    }
+
+    py::str dtype_{"dtype"}, data_ptr_{"data_ptr"}, version_{"_version"}, shape_{"shape"}, stride_{"stride"};
+    std::vector<Seen> seen_;
+};
+
+bool empty_dicts(py::handle a, py::handle b) {
+    return PyDict_Check(a.ptr()) && PyDict_Check(b.ptr()) && PyDict_Size(a.ptr()) == 0 && PyDict_Size(b.ptr()) == 0;
+}
+
+// `states`: (object, its attributes at some time). False where there are others now, or more, or in another order.
+bool same_attributes(const py::list& states) {
+    const py::str attributes{"__dict__"};
+    for (const py::handle state : states) {
+        const auto pair = py::reinterpret_borrow<py::tuple>(state);
+        const auto now = owned(PyObject_GetAttr(py::object(pair[0]).ptr(), attributes.ptr()));
+        const py::object before = pair[1];
+        if (!PyDict_Check(now.ptr()) || PyDict_Size(now.ptr()) != PyDict_Size(before.ptr())) return false;
+        // Side by side rather than by look-ups, which go all over the memory.
+        PyObject *name_before, *name_now, *value_before, *value_now;
+        for (Py_ssize_t i = 0, j = 0; PyDict_Next(before.ptr(), &i, &name_before, &value_before);) {
+            if (!PyDict_Next(now.ptr(), &j, &name_now, &value_now) || name_now != name_before) return false;
+            if (value_now == value_before || empty_dicts(value_now, value_before)) continue;
+            const auto value = py::reinterpret_borrow<py::object>(value_now);
+            if (!value.equal(py::reinterpret_borrow<py::object>(value_before))) return false;
+        }
+    }
+    return true;
+}
+
+}  // namespace
+
+void bind_unchanged(py::module_& module) {
+    py::class_<SeenTensors>(module, "SeenTensors", "Tensors, or None, as they were at some time.")
+        .def(py::init<py::sequence>(), py::arg("tensors"))
+        .def("still", &SeenTensors::still, py::arg("tensors"), "Whether these are the same, and nothing was written.");
+    module.def(
+        "same_attributes", same_attributes, py::arg("states"),
+        "Whether objects have the attributes they had, in the same order; states: of (object, copy of its __dict__).");
+}
+
+}  // namespace fastgen
