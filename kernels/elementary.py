@@ -37,6 +37,14 @@ def exp_beyond_tangent(x, power):
 
 
 @triton.jit
+def expm1(x):
+    """e^x - 1 without cancellation; above 88 as if it were 88."""
+    x = tl.minimum(x, 88.0)
+    power = exp(x)
+    return tl.where(tl.abs(x) <= 0.5, exp_beyond_tangent(x, power) + x, power - 1.0)
+
+
+@triton.jit
 def tanh(x):
     """x + x^3 p(x^2) near 0, elsewhere (1 - e^-2|x|) / (1 + e^-2|x|) with the sign of x; p minimax."""
     z = tl.minimum(x * x, 0.36)
