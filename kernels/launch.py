@@ -15,6 +15,8 @@ from torch import Tensor
 Configs = Callable[..., Sequence[triton.Config]]
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # as Triton itself reads it, when a kernel is defined
+_KEEPS_COMPILED = not INTERPRETED and hasattr(triton, "knobs")  # older ones launch with other arguments
+_MAX_COMPILED = 1000  # calls of a kernel that are remembered
 
 
 def device_of(tensor: Tensor) -> AbstractContextManager[object]:
@@ -22,26 +24,44 @@ def device_of(tensor: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
+def architecture() -> int:
+    """Of the current device: 90 for compute capability 9.0."""
+    return 0 if INTERPRETED else triton.runtime.driver.active.get_current_target().arch
+
+
 class Tuned:
     """A kernel whose tile is timed at the first call of a kind: make it before a CUDA graph is captured.
 
-    A capture that nothing was timed for takes the first configuration.  `triton.autotune` looks at every argument at
-    every call; this one asks `kind` and launches.
+    A capture that nothing was timed for takes the first configuration.  `triton.autotune` and Triton itself prepare
+    every call anew, which takes longer than most kernels run; here a call like an earlier one launches what was
+    compiled for that.
     """
 
     def __init__(self, kernel: Any, configs: Configs, kind: Callable[..., Any], zero: Sequence[str]):
         self.fn, self.configs, self.kind, self.zero = kernel, configs, kind, zero
         self.chosen: dict[Any, dict[str, Any]] = {}
+        self.compiled: dict[Any, tuple[Any, Any, list[Any]]] = {}
 
-    def __getitem__(self, grid: Any) -> Callable[..., None]:
+    def __getitem__(self, grid: Callable[[dict[str, Any]], tuple[int, ...]]) -> Callable[..., None]:
         return functools.partial(self.run, grid)
 
-    def run(self, grid: Any, *args: Any, **kwargs: Any) -> None:
+    def run(self, grid: Callable[[dict[str, Any]], tuple[int, ...]], *args: Any, **kwargs: Any) -> None:
+        like = _likeness(args, kwargs)
+        ready = self.compiled.get(like)
+        if ready is not None:
+            kernel, options, constants = ready
+            kernel[(*grid(options), 1, 1)](*args, *constants)
+            return
         kind = self.kind(*args)
-        options = self.chosen.get(kind)
-        if options is None:
-            options = self.chosen[kind] = self.choose(grid, args, kwargs)
-        self.fn[grid](*args, **kwargs, **options)
+        if kind not in self.chosen:
+            self.chosen[kind] = self.choose(grid, args, kwargs)
+        options = self.chosen[kind]
+        kernel = self.fn[grid](*args, **kwargs, **options)
+        if _KEEPS_COMPILED:
+            if len(self.compiled) >= _MAX_COMPILED:
+                self.compiled.clear()
+            given = kwargs | options
+            self.compiled[like] = kernel, options, [given[name] for name in self.fn.arg_names[len(args) :]]
 
     def choose(self, grid: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """Options of the fastest configuration."""
@@ -58,6 +78,20 @@ class Tuned:
         for name in self.zero:
             if args[name] is not None:
                 args[name].zero_()
+
+
+def _likeness(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """Everything that Triton compiles for: of tensors the dtype and whether addresses are multiples of 16."""
+    of_args: list[Any] = []
+    addresses = 0
+    for arg in args:
+        if isinstance(arg, Tensor):
+            of_args.append(arg.dtype)
+            addresses |= arg.data_ptr()
+        else:
+            of_args.append(arg if type(arg) is int else type(arg))
+    aligned = True if addresses % 16 == 0 else tuple(isinstance(a, Tensor) and a.data_ptr() % 16 == 0 for a in args)
+    return (args[0].get_device(), aligned, *of_args, *kwargs.values())
 
 
 def tuned(configs: Configs, kind: Callable[..., Any], zero: Sequence[str] = ()) -> Callable[[Any], Tuned]:

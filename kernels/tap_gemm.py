@@ -6,10 +6,10 @@
 The transposed one is computed per output phase (y mod s, x mod s): a phase reads every s-th tap, so no zero is ever
 multiplied.  Of stride 1, taps may be left out from the end (raster order): those that a mask closes.  Rows of the
 product are output positions, its sum runs over blocks of channels and their taps in one loop: neighbouring taps read
-nearly the same rows, which are then in the first cache.  All programs sum in that order, whatever their tile.
+nearly the same rows, which are then still in a cache.  All programs sum in that order, whatever their tile.
 
-Few output channels of a transposed convolution are computed `MERGED`: a row is a patch of positions, its columns are all
-the phases of all of them, and the sum runs over the union of their taps.  Most of it is multiplied by zero, but the
+Few output channels of a transposed convolution are computed `MERGED`: a row is a patch of positions, its columns are
+all the phases of all of them, and the sum runs over the union of their taps.  Most of it is multiplied by zero, but the
 image is read a few times, rather than once for each tap of each phase.
 
 `weight_gradient` is the third product of a convolution, that of its two images; rows are then what is summed over.
@@ -29,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgen.kernels.elementary import exp, expm1, tanh
-from fastgen.kernels.launch import INTERPRETED, device_of, tuned
+from fastgen.kernels.launch import INTERPRETED, architecture, device_of, tuned
 
 _MAX_ROWS = 2**31 - 2**10
 _SMALL = 2**31 - 2**24  # elements, at most, of tensors whose offsets, and those just beyond, take 32 bits
@@ -100,11 +100,12 @@ def _tiles(*tiles: tuple[int, int, int, int]) -> list[triton.Config]:
     ]
 
 
-_HALF = _tiles((256, 128, 8, 3), (128, 128, 8, 3), (256, 64, 8, 3), (128, 64, 4, 4), (64, 64, 4, 5))
+_WIDE = _tiles((256, 128, 8, 3))  # spills registers where there are sums, or no wgmma
+_HALF = _tiles((128, 128, 8, 3), (256, 64, 8, 3), (128, 64, 4, 4), (64, 64, 4, 5))
 _NARROW = _tiles(
     (128, 64, 8, 3), (64, 64, 4, 4), (128, 32, 4, 4), (64, 32, 4, 4), (256, 16, 8, 3), (128, 16, 4, 4), (64, 16, 4, 4)
 )  # of few channels, or merged
-_FULL = _tiles((64, 64, 8, 2), (64, 32, 8, 2), (64, 16, 4, 2))
+_FULL = _tiles((64, 64, 8, 3), (64, 32, 8, 2), (64, 16, 4, 2))
 _GRADIENT = _tiles((64, 64, 4, 3), (64, 32, 4, 3), (64, 16, 4, 3))
 _TIMED = 4  # configurations at most
 
@@ -116,13 +117,15 @@ def _fitting(configs: list[triton.Config], columns: int) -> list[triton.Config]:
     return fitting[: _TIMED - 1] + fitting[_TIMED - 1 :][-1:]
 
 
-def _configs(image: Tensor, weight: Tensor, out: Tensor, *_: Any, MERGED: int, SH: int, SW: int, **__: Any) -> Any:
+def _configs(
+    image: Tensor, weight: Tensor, out: Tensor, *rest: Any, MERGED: int, SH: int, SW: int, **_: Any
+) -> list[triton.Config]:
     channels = out.shape[1]
     if image.dtype == torch.float32:
-        tiles = _FULL
-    else:
-        tiles = _NARROW if MERGED or channels <= 32 else _HALF
-    return _fitting(tiles, channels * SH * SW * MERGED**2 if MERGED else channels)
+        return _fitting(_FULL, channels * SH * SW * MERGED**2 if MERGED else channels)
+    if MERGED or channels <= 32:
+        return _fitting(_NARROW, channels * SH * SW * MERGED**2 if MERGED else channels)
+    return _fitting(_HALF if rest[5] is not None or architecture() != 90 else _WIDE + _HALF, channels)
 
 
 def _kind(image: Tensor, weight: Tensor, out: Tensor, *_: Any) -> Any:
@@ -246,8 +249,12 @@ def _tap_gemm(
         to = out + (((n[:, None] * OH + oy) * OW + ox) * CO + m[None, :])
         inside = exists[:, None] & of_column[None, :] & (oy < OH) & (ox < OW)
         _finish(acc, to, inside, m, of_column, mean, var, gamma, beta, parameter, eps, ACTIVATION)
-    else:
-        HALF: tl.constexpr = COLUMNS // 2  # at a time, else a wide tile with a BatchNorm lacks registers
+    elif COLUMNS < 128:
+        to = out + (((n * OH + oy) * OW + ox) * CO)[:, None] + m[None, :]
+        inside = exists[:, None] & of_column[None, :]
+        _finish(acc, to, inside, m, of_column, mean, var, gamma, beta, parameter, eps, ACTIVATION)
+    else:  # half of it at a time: there are no registers for all that a BatchNorm needs
+        HALF: tl.constexpr = COLUMNS // 2
         to = out + ((n * OH + oy) * OW + ox) * CO
         first, second = tl.split(acc.reshape(ROWS, 2, HALF).permute(0, 2, 1))
         for half in tl.static_range(2):
