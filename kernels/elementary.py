@@ -38,7 +38,7 @@ def exp_beyond_tangent(x, power):
 
 @triton.jit
 def expm1(x):
-    """e^x - 1 without cancellation; above 88 as if it were 88."""
+    """e^x - 1 without cancellation near 0; x counts as at most 88."""
     x = tl.minimum(x, 88.0)
     power = exp(x)
     return tl.where(tl.abs(x) <= 0.5, exp_beyond_tangent(x, power) + x, power - 1.0)

@@ -12,16 +12,20 @@ import torch
 import triton
 from torch import Tensor
 
-Configs = Callable[..., Sequence[triton.Config]]
-
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # as Triton itself reads it, when a kernel is defined
-_KEEPS_COMPILED = not INTERPRETED and hasattr(triton, "knobs")  # older ones launch with other arguments
-_MAX_COMPILED = 1000  # calls of a kernel that are remembered
+_NOTHING = nullcontext()
 
 
 def device_of(tensor: Tensor) -> AbstractContextManager[object]:
     """Makes the tensor's device the current one; Triton launches on that device's current stream."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+    if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
+        return _NOTHING
+    return torch.cuda.device(tensor.device)
+
+
+Configs = Callable[..., Sequence[triton.Config]]
+_KEEPS_COMPILED = not INTERPRETED and hasattr(triton, "knobs")  # older ones launch with other arguments
+_MAX_COMPILED = 1000  # calls of a kernel that are remembered
 
 
 def architecture() -> int:

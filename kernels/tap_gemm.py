@@ -64,7 +64,7 @@ def activate(x, ACTIVATION: tl.constexpr, parameter):
     elif ACTIVATION == "leaky_relu":
         x = tl.where(x > 0, x, x * parameter)
     elif ACTIVATION == "elu":
-        x = tl.where(x > 0, x, parameter * expm1(tl.minimum(x, 0.0)))
+        x = tl.where(x > 0, x, parameter * expm1(x))
     elif ACTIVATION == "tanh":
         x = tanh(x)
     elif ACTIVATION == "sigmoid":
