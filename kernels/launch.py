@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -22,24 +23,86 @@ def device_of(tensor: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device(tensor.device)
 
 
-def tuned(
-    configs: Sequence[triton.Config],
-    key: Sequence[str],
-    prune: Callable[..., list[triton.Config]],
-    zero: Sequence[str] = (),
-) -> Callable[[Any], Any]:
-    """`triton.autotune` of few configurations, at the first call for a key: make it before a CUDA graph is captured.
+Configs = Callable[..., Sequence[triton.Config]]
+_KEEPS_COMPILED = not INTERPRETED and hasattr(triton, "knobs")  # older ones launch with other arguments
+_MAX_COMPILED = 1000  # calls of a kernel that are remembered
 
-    A kernel's configurations must sum in the same order, so that the choice changes no bit of a result.  `zero` names
-    results, which may be None, that not every configuration writes in full.  The interpreter times nothing; there tiles
-    are small, so that small tensors have several.
+
+def architecture() -> int:
+    """Of the current device: 90 for compute capability 9.0."""
+    return 0 if INTERPRETED else triton.runtime.driver.active.get_current_target().arch
+
+
+class Tuned:
+    """A kernel whose tile is timed at the first call of a kind: make it before a CUDA graph is captured.
+
+    A capture that nothing was timed for takes the first configuration.  `triton.autotune` and Triton itself prepare
+    every call anew, which takes longer than most kernels run; here a call like an earlier one launches what was
+    compiled for that.
     """
-    if INTERPRETED:
-        return triton.autotune([triton.Config(dict.fromkeys(configs[0].kwargs, 16))], list(key))
 
-    def clear(args: dict[str, Any], reset_only: bool = False) -> None:
-        for name in zero:
+    def __init__(self, kernel: Any, configs: Configs, kind: Callable[..., Any], zero: Sequence[str]):
+        self.fn, self.configs, self.kind, self.zero = kernel, configs, kind, zero
+        self.chosen: dict[Any, dict[str, Any]] = {}
+        self.compiled: dict[Any, tuple[Any, Any, list[Any]]] = {}
+
+    def __getitem__(self, grid: Callable[[dict[str, Any]], tuple[int, ...]]) -> Callable[..., None]:
+        return functools.partial(self.run, grid)
+
+    def run(self, grid: Callable[[dict[str, Any]], tuple[int, ...]], *args: Any, **kwargs: Any) -> None:
+        like = _likeness(args, kwargs)
+        ready = self.compiled.get(like)
+        if ready is not None:
+            kernel, options, constants = ready
+            kernel[(*grid(options), 1, 1)](*args, *constants)
+            return
+        kind = self.kind(*args)
+        if kind not in self.chosen:
+            self.chosen[kind] = self.choose(grid, args, kwargs)
+        options = self.chosen[kind]
+        kernel = self.fn[grid](*args, **kwargs, **options)
+        if _KEEPS_COMPILED:
+            if len(self.compiled) >= _MAX_COMPILED:
+                self.compiled.clear()
+            given = kwargs | options
+            self.compiled[like] = kernel, options, [given[name] for name in self.fn.arg_names[len(args) :]]
+
+    def choose(self, grid: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Options of the fastest configuration."""
+        configs = list(self.configs(*args, **kwargs))
+        if INTERPRETED:  # tiles are small, so that small tensors have several
+            return dict.fromkeys(configs[0].kwargs, 16)
+        if len(configs) == 1 or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+            return configs[0].all_kwargs()
+        tuner = triton.autotune(configs, [], pre_hook=self._clear)(self.fn)
+        tuner[grid](*args, **kwargs)
+        return tuner.best_config.all_kwargs()
+
+    def _clear(self, args: dict[str, Any], reset_only: bool = False) -> None:
+        for name in self.zero:
             if args[name] is not None:
                 args[name].zero_()
 
-    return triton.autotune(list(configs), list(key), prune_configs_by={"early_config_prune": prune}, pre_hook=clear)
+
+def _likeness(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """Everything that Triton compiles for: of tensors the dtype and whether addresses are multiples of 16."""
+    of_args: list[Any] = []
+    addresses = 0
+    for arg in args:
+        if isinstance(arg, Tensor):
+            of_args.append(arg.dtype)
+            addresses |= arg.data_ptr()
+        else:
+            of_args.append(arg if type(arg) is int else type(arg))
+    aligned = True if addresses % 16 == 0 else tuple(isinstance(a, Tensor) and a.data_ptr() % 16 == 0 for a in args)
+    return (args[0].get_device(), aligned, *of_args, *kwargs.values())
+
+
+def tuned(configs: Configs, kind: Callable[..., Any], zero: Sequence[str] = ()) -> Callable[[Any], Tuned]:
+    """Makes a kernel a `Tuned` one.
+
+    `configs` gets the arguments of the kernel, `kind` the positional ones.  A kernel's configurations must sum in the
+    same order, so that the choice changes no bit of a result.  `zero` names results, which may be None, that not every
+    configuration writes in full.
+    """
+    return lambda kernel: Tuned(kernel, configs, kind, zero)

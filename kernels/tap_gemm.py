@@ -5,8 +5,12 @@
 
 The transposed one is computed per output phase (y mod s, x mod s): a phase reads every s-th tap, so no zero is ever
 multiplied.  Of stride 1, taps may be left out from the end (raster order): those that a mask closes.  Rows of the
-product are output positions, its sum runs over taps and blocks of channels in one loop.  All programs sum in that
-order, whatever their tile.
+product are output positions, its sum runs over blocks of channels and their taps in one loop: neighbouring taps read
+nearly the same rows, which are then still in a cache.  All programs sum in that order, whatever their tile.
+
+Few output channels of a transposed convolution are computed `MERGED`: a row is a patch of positions, its columns are
+all the phases of all of them, and the sum runs over the union of their taps.  Most of it is multiplied by zero, but the
+image is read a few times, rather than once for each tap of each phase.
 
 `weight_gradient` is the third product of a convolution, that of its two images; rows are then what is summed over.
 
@@ -25,10 +29,12 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgen.kernels.elementary import exp, expm1, tanh
-from fastgen.kernels.launch import INTERPRETED, device_of, tuned
+from fastgen.kernels.launch import INTERPRETED, architecture, device_of, tuned
 
 _MAX_ROWS = 2**31 - 2**10
+_SMALL = 2**31 - 2**24  # elements, at most, of tensors whose offsets, and those just beyond, take 32 bits
 _MIN_TILE = 16 if INTERPRETED else 64  # rows; of the configurations below
+_MERGED = {4: 32, 2: 64}  # columns at most, by bytes of an element
 _PACK = 1024  # elements of a program that packs
 _SPLIT_PROGRAMS = 512  # how many a weight gradient is split into: a few for each multiprocessor of a large GPU
 _SPLIT_ROWS = 512  # that a split has at least
@@ -69,13 +75,21 @@ def activate(x, ACTIVATION: tl.constexpr, parameter):
 @triton.jit
 def normalise(x, mean, var, gamma, beta, eps, m, inside):
     """BatchNorm of [rows, channels] by given statistics, of the channels m."""
+    x -= tl.load(mean + m, inside, 0.0).to(tl.float32)[None, :]
     scale = 1.0 / tl.sqrt_rn(tl.load(var + m, inside, 1.0).to(tl.float32) + eps)
     if gamma is not None:
         scale *= tl.load(gamma + m, inside, 0.0).to(tl.float32)
-    x = (x - tl.load(mean + m, inside, 0.0).to(tl.float32)[None, :]) * scale[None, :]
+    x *= scale[None, :]
     if beta is not None:
         x += tl.load(beta + m, inside, 0.0).to(tl.float32)[None, :]
     return x
+
+
+@triton.jit
+def _finish(x, to, inside, m, of_column, mean, var, gamma, beta, parameter, eps, ACTIVATION: tl.constexpr):
+    if mean is not None:
+        x = normalise(x, mean, var, gamma, beta, eps, m, of_column)
+    tl.store(to, activate(x, ACTIVATION, parameter).to(to.dtype.element_ty), inside)
 
 
 def _tiles(*tiles: tuple[int, int, int, int]) -> list[triton.Config]:
@@ -86,96 +100,171 @@ def _tiles(*tiles: tuple[int, int, int, int]) -> list[triton.Config]:
     ]
 
 
-_HALF = _tiles((128, 128, 8, 3), (128, 64, 8, 3), (64, 64, 4, 4), (64, 16, 4, 3))
-_FULL = _tiles((64, 64, 8, 2), (64, 32, 8, 2), (64, 16, 4, 2))
+_WIDE = _tiles((256, 128, 8, 3))  # spills registers where there are sums, or no wgmma
+_HALF = _tiles((128, 128, 8, 3), (256, 64, 8, 3), (128, 64, 4, 4), (64, 64, 4, 5))
+_NARROW = _tiles(
+    (128, 64, 8, 3), (64, 64, 4, 4), (128, 32, 4, 4), (64, 32, 4, 4), (256, 16, 8, 3), (128, 16, 4, 4), (64, 16, 4, 4)
+)  # of few channels, or merged
+_FULL = _tiles((64, 64, 8, 3), (64, 32, 8, 2), (64, 16, 4, 2))
 _GRADIENT = _tiles((64, 64, 4, 3), (64, 32, 4, 3), (64, 16, 4, 3))
+_TIMED = 4  # configurations at most
 
 
 def _fitting(configs: list[triton.Config], columns: int) -> list[triton.Config]:
-    """Without tiles that are mostly beyond the columns: at most three, wide ones first."""
+    """Wide ones first: without tiles that are mostly beyond the columns, or much narrower than they could be."""
     most = max(16, triton.next_power_of_2(columns))
-    return [config for config in configs if config.kwargs["COLUMNS"] <= most][:3]
+    fitting = [config for config in configs if min(most, 64) <= config.kwargs["COLUMNS"] <= most]
+    return fitting[: _TIMED - 1] + fitting[_TIMED - 1 :][-1:]
 
 
-def _prune(configs: list[triton.Config], args: dict[str, Any], **_: Any) -> list[triton.Config]:
-    return _fitting(_FULL if args["image"].dtype == torch.float32 else _HALF, args["CO"])
+def _configs(
+    image: Tensor, weight: Tensor, out: Tensor, *rest: Any, MERGED: int, SH: int, SW: int, **_: Any
+) -> list[triton.Config]:
+    channels = out.shape[1]
+    if image.dtype == torch.float32:
+        return _fitting(_FULL, channels * SH * SW * MERGED**2 if MERGED else channels)
+    if MERGED or channels <= 32:
+        return _fitting(_NARROW, channels * SH * SW * MERGED**2 if MERGED else channels)
+    return _fitting(_HALF if rest[5] is not None or architecture() != 90 else _WIDE + _HALF, channels)
 
 
-def _prune_gradient(configs: list[triton.Config], args: dict[str, Any], **_: Any) -> list[triton.Config]:
-    return _fitting(_GRADIENT, args["CB"])
+def _kind(image: Tensor, weight: Tensor, out: Tensor, *_: Any) -> Any:
+    """Calls of a kind share a tile: alike, with at most four times the positions."""
+    return image.dtype, image.shape[1], *out.shape[1:3], out.numel().bit_length() // 2
 
 
-@tuned(_HALF + _FULL, ["CI", "CO", "OH"], _prune, zero=["sums", "squares", "counts"])
+def _gradient_configs(dense: Tensor, shifted: Tensor, *_: Any, **__: Any) -> Any:
+    return _fitting(_GRADIENT, shifted.shape[1])
+
+
+def _gradient_kind(dense: Tensor, shifted: Tensor, *_: Any) -> Any:
+    return dense.dtype, dense.shape[1], shifted.shape[1]
+
+
+@tuned(_configs, _kind, zero=("sums", "squares", "counts"))
 @triton.jit
 def _tap_gemm(
     image, weight, out, bias, mean, var, gamma, beta, sums, squares, counts, parameter, eps,
-    N, IH, IW, OH, OW, CI, CO, GH, GW, OPEN,
-    TRANSPOSED: tl.constexpr, KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr,
-    PH: tl.constexpr, PW: tl.constexpr, ACTIVATION: tl.constexpr, PRECISION: tl.constexpr,
-    EVEN: tl.constexpr, CHANNELS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    N, IH, IW, OH, OW, GH, GW, OF_TAP, OF_SOURCE, OF_READER,
+    CI: tl.constexpr, CO: tl.constexpr, OPEN: tl.constexpr, TRANSPOSED: tl.constexpr, MERGED: tl.constexpr,
+    KH: tl.constexpr, KW: tl.constexpr, SH: tl.constexpr, SW: tl.constexpr, PH: tl.constexpr, PW: tl.constexpr,
+    ACTIVATION: tl.constexpr, PRECISION: tl.constexpr, LARGE: tl.constexpr,
+    CHANNELS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """out[row, m] of one tile; weight is [taps, CI, CO]. Rows are positions of the grid [N, GH, GW] of a phase."""
-    tiles = tl.cdiv(CO, COLUMNS)
-    block = tl.program_id(0) // tiles
+    """out[row, m] of one tile; weight is [taps, CI, CO] of the strides OF_*. Rows are positions of the grid [N, GH, GW]
+    of a phase; offsets of LARGE tensors take 64 bits.
+    """
+    PHASES: tl.constexpr = SH * SW if TRANSPOSED and MERGED == 0 else 1
+    HIGH: tl.constexpr = SH * MERGED  # outputs of a merged row
+    WIDE: tl.constexpr = SW * MERGED
+    WIDTH: tl.constexpr = CO * HIGH * WIDE if MERGED else CO
+    TILES: tl.constexpr = (WIDTH + COLUMNS - 1) // COLUMNS
+    BLOCKS: tl.constexpr = (CI + CHANNELS - 1) // CHANNELS
+    block = tl.program_id(0) // (TILES * PHASES)  # tiles and phases that read the same rows run side by side
+    phase = tl.program_id(0) // TILES % PHASES
     row = block * ROWS + tl.arange(0, ROWS)
-    m = tl.program_id(0) % tiles * COLUMNS + tl.arange(0, COLUMNS)
+    column = tl.program_id(0) % TILES * COLUMNS + tl.arange(0, COLUMNS)
+    k = tl.arange(0, CHANNELS)
+    of_column = column < WIDTH
     gx = row % GW
     gy = row // GW % GH
     n = row // (GW * GH)
-    if TRANSPOSED:
-        ry = tl.program_id(1) // SW
-        rx = tl.program_id(1) % SW
+    if MERGED:
+        m = column % CO
+        my, mx = column // (CO * WIDE), column // CO % WIDE
+        FIRST_Y: tl.constexpr = -((KH - 1 - PH) // SH)  # of the input, relative to the first position of the row
+        FIRST_X: tl.constexpr = -((KW - 1 - PW) // SW)
+        across = (WIDE - 1 + PW) // SW - FIRST_X + 1
+        taps = ((HIGH - 1 + PH) // SH - FIRST_Y + 1) * across
+        y, x = gy * MERGED + FIRST_Y, gx * MERGED + FIRST_X
+        exists = n < N
+    elif TRANSPOSED:
+        m = column
+        ry, rx = phase // SW, phase % SW
         ky, kx = (ry + PH) % SH, (rx + PW) % SW  # the first tap of the phase
-        across = (KW - kx + SW - 1) // SW  # 0 where the stride is wider than the kernel
-        taps = tl.minimum((KH - ky + SH - 1) // SH * across, OPEN)
+        if KH % SH == 0 and KW % SW == 0:  # all phases have as many taps
+            across = KW // SW
+            taps = min(KH // SH * across, OPEN)
+        else:
+            across = (KW - kx + SW - 1) // SW  # 0 where the stride is wider than the kernel
+            taps = tl.minimum((KH - ky + SH - 1) // SH * across, OPEN)
         y, x = gy + (ry + PH) // SH, gx + (rx + PW) // SW
         oy, ox = gy * SH + ry, gx * SW + rx
+        exists = (n < N) & (oy < OH) & (ox < OW)
     else:
-        ky, kx = 0, 0
+        m = column
         across = KW
         taps = OPEN
         y, x = gy * SH - PH, gx * SW - PW
         oy, ox = gy, gx
-    exists = (n < N) & (oy < OH) & (ox < OW)
-    from_row = image + ((n.to(tl.int64) * IH + y) * IW + x) * CI
-    blocks = tl.cdiv(CI, CHANNELS)
+        exists = n < N
+    if LARGE:
+        n = n.to(tl.int64)
+    of_image = (((n * IH + y) * IW + x) * CI)[:, None] + k[None, :]
+    of_weight = (k * OF_SOURCE)[:, None] + (m * OF_READER)[None, :]
     acc = tl.zeros([ROWS, COLUMNS], tl.float32)
-    for step in range(taps * blocks):
-        tap = step // blocks
-        k = step % blocks * CHANNELS + tl.arange(0, CHANNELS)
-        dy, dx = tap // tl.maximum(across, 1), tap % tl.maximum(across, 1)
-        if TRANSPOSED:
-            t = (ky + dy * SH) * KW + kx + dx * SW
-            dy, dx = -dy, -dx
+    for step in range(taps * BLOCKS):
+        tap = step % taps
+        first = step // taps * CHANNELS
+        dy, dx = tap // max(across, 1), tap % max(across, 1)
+        if MERGED:
+            i, j = my + (PH - SH * FIRST_Y) - SH * dy, mx + (PW - SW * FIRST_X) - SW * dx
+            readers = (of_column & (i >= 0) & (i < KH) & (j >= 0) & (j < KW))[None, :]
+            from_weight = weight + first * OF_SOURCE + (of_weight + ((i * KW + j) * OF_TAP)[None, :])
         else:
             t = tap
-        inside = exists & (y + dy >= 0) & (y + dy < IH) & (x + dx >= 0) & (x + dx < IW)
-        shift = (dy * IW + dx).to(tl.int64) * CI
-        of_image = inside[:, None] if EVEN else inside[:, None] & (k < CI)[None, :]
-        of_weight = (m < CO)[None, :] if EVEN else (k < CI)[:, None] & (m < CO)[None, :]
-        a = tl.load(from_row[:, None] + (shift + k[None, :]), of_image, 0.0)
-        b = tl.load(weight + (t * CI + k)[:, None] * CO + m[None, :], of_weight, 0.0)
+            if TRANSPOSED:
+                t = (ky + dy * SH) * KW + kx + dx * SW
+                dy, dx = -dy, -dx
+            readers = of_column[None, :]
+            from_weight = weight + (t.to(tl.int64) * OF_TAP + first * OF_SOURCE) + of_weight
+        # Of unsigned numbers, those below 0 are the largest.
+        inside = exists & ((y + dy).to(tl.uint32) < IH) & ((x + dx).to(tl.uint32) < IW)
+        from_image = image + ((dy * IW + dx) * CI + first) + of_image
+        if CI % CHANNELS == 0:
+            a = tl.load(from_image, inside[:, None], 0.0)
+            if WIDTH % COLUMNS == 0 and not MERGED:
+                b = tl.load(from_weight)
+            else:
+                b = tl.load(from_weight, readers, 0.0)
+        else:
+            rest = k < CI - first
+            a = tl.load(from_image, inside[:, None] & rest[None, :], 0.0)
+            b = tl.load(from_weight, rest[:, None] & readers, 0.0)
         acc = tl.dot(a, b, acc, input_precision=PRECISION)
 
     if bias is not None:
-        acc += tl.load(bias + m, m < CO, 0.0).to(tl.float32)[None, :]
+        acc += tl.load(bias + m, of_column, 0.0).to(tl.float32)[None, :]
     if sums is not None:  # of what is stored; the merging needs them per block: sum, sum of squares about its mean
         acc = acc.to(out.dtype.element_ty).to(tl.float32)
         count = tl.sum(exists.to(tl.float32))
         total = tl.sum(tl.where(exists[:, None], acc, 0.0), 0)
         apart = tl.where(exists[:, None], acc - (total / tl.maximum(count, 1.0))[None, :], 0.0)
-        at = tl.program_id(1) * (tl.num_programs(0) // tiles) + block
-        tl.store(sums + at.to(tl.int64) * CO + m, total, m < CO)
-        tl.store(squares + at.to(tl.int64) * CO + m, tl.sum(apart * apart, 0), m < CO)
+        at = phase * tl.cdiv(N * GH * GW, ROWS) + block
+        tl.store(sums + at.to(tl.int64) * CO + m, total, of_column)
+        tl.store(squares + at.to(tl.int64) * CO + m, tl.sum(apart * apart, 0), of_column)
         tl.store(counts + at, count)
-    if mean is not None:
-        acc = normalise(acc, mean, var, gamma, beta, eps, m, m < CO)
-    acc = activate(acc, ACTIVATION, parameter)
-    to = out + ((n.to(tl.int64) * OH + oy) * OW + ox)[:, None] * CO + m[None, :]
-    tl.store(to, acc.to(out.dtype.element_ty), exists[:, None] & (m < CO)[None, :])
+    if MERGED:
+        oy, ox = (gy * HIGH)[:, None] + my[None, :], (gx * WIDE)[:, None] + mx[None, :]
+        to = out + (((n[:, None] * OH + oy) * OW + ox) * CO + m[None, :])
+        inside = exists[:, None] & of_column[None, :] & (oy < OH) & (ox < OW)
+        _finish(acc, to, inside, m, of_column, mean, var, gamma, beta, parameter, eps, ACTIVATION)
+    elif COLUMNS < 128:
+        to = out + (((n * OH + oy) * OW + ox) * CO)[:, None] + m[None, :]
+        inside = exists[:, None] & of_column[None, :]
+        _finish(acc, to, inside, m, of_column, mean, var, gamma, beta, parameter, eps, ACTIVATION)
+    else:  # half of it at a time: there are no registers for all that a BatchNorm needs
+        HALF: tl.constexpr = COLUMNS // 2
+        to = out + ((n * OH + oy) * OW + ox) * CO
+        first, second = tl.split(acc.reshape(ROWS, 2, HALF).permute(0, 2, 1))
+        for half in tl.static_range(2):
+            m = tl.program_id(0) % TILES * COLUMNS + half * HALF + tl.arange(0, HALF)
+            inside = exists[:, None] & (m < CO)[None, :]
+            x = first if half == 0 else second
+            _finish(x, to[:, None] + m[None, :], inside, m, m < CO, mean, var, gamma, beta, parameter, eps, ACTIVATION)
 
 
-@tuned(_GRADIENT, ["CA", "CB"], _prune_gradient)
+@tuned(_gradient_configs, _gradient_kind)
 @triton.jit
 def _weight_gradient(
     dense, shifted, out, N, DH, DW, BH, BW, CA, CB, OPEN, LENGTH,
@@ -260,11 +349,18 @@ class Sums(NamedTuple):
 
 
 def packed(weight: Tensor, taps: Taps, *, by_first: bool, mask: Mask | None = None) -> Tensor:
-    """weight [A, B, kh, kw] as [open taps, A, B] (`by_first`) or [open taps, B, A]; A are the readers of a mask."""
-    weight = weight.contiguous()
+    """weight [A, B, kh, kw] as [open taps, A, B] (`by_first`) or [open taps, B, A]; A are the readers of a mask.
+
+    Without a mask, a channels-last weight is only looked at from another side.
+    """
     a, b = weight.shape[:2]
-    out = torch.empty(taps.open * a * b, dtype=weight.dtype, device=weight.device)
-    if out.numel():
+    shape = (taps.open, a, b) if by_first else (taps.open, b, a)
+    if mask is None and weight.is_contiguous(memory_format=torch.channels_last):
+        of_a = taps.kernel[0] * taps.kernel[1] * b
+        return weight.as_strided(shape, (b, of_a, 1) if by_first else (b, 1, of_a))
+    weight = weight.contiguous()
+    out = torch.empty(shape, dtype=weight.dtype, device=weight.device)
+    if taps.open:
         with device_of(weight):
             _pack[(triton.cdiv(out.numel(), _PACK),)](
                 weight, out, a, b, taps.open, taps.kernel[0] * taps.kernel[1], **_mask(mask), BY_A=by_first, SIZE=_PACK
@@ -277,25 +373,52 @@ def tap_gemm(
     norm: Norm | None = None, activation: str = "none", parameter: float = 0.0, eps: float = 0.0,
     sums: Sums | None = None,
 ) -> None:  # fmt: skip
-    """Convolution of a channels-last image by a packed weight into a channels-last result, with what follows it."""
+    """Convolution of a channels-last image by a `packed` weight into a channels-last result, with what follows it."""
     if out.numel() == 0:
         return
-    count, channels, *size = out.shape
-    stride = taps.stride if transposed else (1, 1)
-    grid_size = [-(-s // step) for s, step in zip(size, stride, strict=True)]
-    rows = _check_rows(count * grid_size[0] * grid_size[1])
-    block = channels_of_step(image)
+    count, inputs, *image_size = image.shape
+    _, channels, *size = out.shape
+    step, merged = (1, 1), 0  # outputs of a row of the product in either direction
+    if transposed:
+        if sums is None:  # whose blocks are those of separate phases
+            taps = taps._replace(stride=_phases(taps, image_size, size))
+            merged = _merged(taps, channels, image)
+        step = taps.stride[0] * max(merged, 1), taps.stride[1] * max(merged, 1)
+    height, width = (-(-outputs // s) for outputs, s in zip(size, step, strict=True))
+    rows = _check_rows(count * height * width)
+    columns, phases = (channels * step[0] * step[1], 1) if merged else (channels, step[0] * step[1])
 
-    def grid(meta: dict[str, int]) -> tuple[int, int]:
-        return triton.cdiv(rows, meta["ROWS"]) * triton.cdiv(channels, meta["COLUMNS"]), stride[0] * stride[1]
+    def grid(meta: dict[str, int]) -> tuple[int]:
+        return (-(-rows // meta["ROWS"]) * -(-columns // meta["COLUMNS"]) * phases,)
 
     with device_of(image):
         _tap_gemm[grid](
             image, weight, out, bias, *(norm or (None,) * 4), *(sums or (None,) * 3), parameter, eps,
-            count, *image.shape[2:], *size, image.shape[1], channels, *grid_size, taps.open,
-            TRANSPOSED=transposed, **_geometry(taps), KH=taps.kernel[0], ACTIVATION=activation,
-            PRECISION=_precision(), EVEN=image.shape[1] % block == 0, CHANNELS=block,
+            count, *image_size, *size, height, width, *weight.stride(),
+            CI=inputs, CO=channels, OPEN=taps.open, TRANSPOSED=transposed, MERGED=merged, KH=taps.kernel[0],
+            **_geometry(taps), ACTIVATION=activation, PRECISION=_precision(), CHANNELS=channels_of_step(image),
+            LARGE=max(image.numel(), weight.numel(), out.numel()) > _SMALL,
         )  # fmt: skip
+
+
+def _phases(taps: Taps, image_size: Sequence[int], size: Sequence[int]) -> tuple[int, int]:
+    """Of a transposed convolution in either direction: its strides.  That of an image one position wide means nothing;
+    with a wide one every phase has only the tap that lands there.
+    """
+    if taps.open < taps.kernel[0] * taps.kernel[1]:
+        return taps.stride
+    all_sides = zip(image_size, size, taps.kernel, taps.stride, strict=True)
+    first, second = (max(kernel, outputs) if side == 1 else stride for side, outputs, kernel, stride in all_sides)
+    return first, second
+
+
+def _merged(taps: Taps, channels: int, image: Tensor) -> int:
+    """Sides of the patch of positions that is a row of the product; 0 where phases are computed one by one."""
+    columns = channels * taps.stride[0] * taps.stride[1]
+    most = _MERGED[image.element_size()]
+    if columns == channels or columns > most or taps.open < taps.kernel[0] * taps.kernel[1]:
+        return 0
+    return 2 if 4 * columns <= most else 1
 
 
 def empty_sums(out: Tensor, stride: Sequence[int]) -> Sums:

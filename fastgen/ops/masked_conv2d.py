@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from fastgen import backends
+from fastgen.ops.conv_block import is_transformed, is_unobserved
 
 _MIN_THREAD_WORK = 1_000_000  # multiply-adds: below, waking a thread costs more than it saves
 _MAX_TAPS = 128  # of csrc/cpu/masked_conv2d.h
@@ -51,8 +52,13 @@ def masked_conv2d(
     autocast = torch.is_autocast_enabled(input.device.type)
     if torch.compiler.is_compiling():
         return masked_conv2d_reference(*args) if autocast else _MaskedConv2d.apply(*args)
-    if backends.select("masked_conv2d", *args) is _forward_reference:
+    function = backends.select("masked_conv2d", *args)
+    if function is _forward_reference:
         return masked_conv2d_reference(*args)
+    tensors = (input, weight, bias)
+    wants_grad = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    if not wants_grad and is_unobserved(tensors) and not is_transformed():
+        return function(*args)
     return _MaskedConv2d.apply(*args)
 
 

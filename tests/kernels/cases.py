@@ -59,9 +59,13 @@ def masked(channels: int, dtype: torch.dtype, colors: int = 1) -> dict[str, Case
     }
 
 
-def transposed(channels: int, out: int, size: int, dtype: torch.dtype, activation: str) -> dict[str, Case]:
+def transposed(
+    channels: int, out: int, size: int, dtype: torch.dtype, activation: str,
+    layout: torch.memory_format = torch.contiguous_format,
+) -> dict[str, Case]:  # fmt: skip
     """A layer of DCGAN: k4s2p1 with BatchNorm."""
-    x, weight = image(channels, size, dtype), torch.zeros(channels, out, 4, 4, dtype=dtype)
+    x = image(channels, size, dtype)
+    weight = torch.zeros(channels, out, 4, 4, dtype=dtype).contiguous(memory_format=layout)
     vectors = [None, *torch.zeros(4, out, dtype=dtype)]
     rest = ([2, 2], [1, 1], [0, 0], 1, [1, 1])
     grad = image(out, 2 * size, dtype)
@@ -145,6 +149,7 @@ CASES: dict[str, Case] = {
     **named("128 tf32", masked(128, FLOAT)),
     **named("3 fp16", masked(3, HALF, 3)),
     **named("128 to 64 bf16", transposed(128, 64, 8, BFLOAT, "relu")),
+    **named("256 to 128 bf16 channels-last", transposed(256, 128, 8, BFLOAT, "elu", torch.channels_last)),
     **named("128 to 64 fp32", transposed(128, 64, 8, FLOAT, "leaky_relu")),
     **named("64 to 3 fp16", transposed(64, 3, 8, HALF, "tanh")),
 }

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.runtime.autotuner import Autotuner
 from triton.runtime.jit import JITFunction
 
+from fastgen.kernels.launch import Tuned
 from tests.kernels.cases import CASES, PLANS
 
 
@@ -67,12 +67,11 @@ def main(arch: int) -> None:
         tiles = {key: value for key, value in kwargs.items() if key in ("ROWS", "COLUMNS", "CHANNELS")}
         print(json.dumps({**row, **tiles, "shared": meta.shared, **resources(kernel.asm["cubin"])}), flush=True)
 
-    def each_configuration(self: Autotuner, *args: Any, **kwargs: Any) -> None:
-        self.nargs = dict(zip(self.arg_names, args, strict=False))
-        for config in self.prune_configs(kwargs):
-            self.fn.run(*args, **kwargs, **config.all_kwargs())
+    def each_configuration(self: Tuned, grid: Any, *args: Any, **kwargs: Any) -> None:
+        for config in self.configs(*args, **kwargs):
+            self.fn[grid](*args, **kwargs, **config.all_kwargs())
 
-    JITFunction.run, Autotuner.run = compile_only, each_configuration
+    JITFunction.run, Tuned.run = compile_only, each_configuration
     triton.runtime.driver.set_active(Driver(arch))
     for name, (module, function, arguments) in CASES.items():
         case = name

@@ -61,6 +61,40 @@ def test_activations(activation, dtype, device):
     close(actual, _saving_reference(*moved(tensors, dtype=torch.double), *options(SMALL, activation=activation))[0])
 
 
+# kernel, stride, padding, output padding, input size, channels: few of them are computed in one pass over the image
+FEW = {
+    "k4s2p1": ([4, 4], [2, 2], [1, 1], [0, 0], (5, 3), 3),
+    "k5s2p2op1": ([5, 5], [2, 2], [2, 2], [1, 1], (4, 3), 1),
+    "k3s2p0 of one row": ([3, 3], [2, 2], [0, 0], [0, 0], (1, 5), 2),
+    "stride above kernel": ([2, 3], [3, 4], [0, 1], [0, 2], (3, 2), 1),
+    "sides differ": ([4, 2], [2, 1], [1, 0], [0, 0], (3, 4), 5),
+    "padding above the kernel": ([2, 2], [2, 2], [2, 3], [1, 0], (6, 7), 1),
+    "one position": ([4, 3], [1, 2], [1, 0], [0, 1], (1, 1), 2),
+}
+
+
+@DTYPES
+@pytest.mark.parametrize("case", FEW.values(), ids=FEW)
+def test_few_channels(case, dtype, device):
+    kernel_size, *geometry, size, channels = case
+    x, weight = torch.randn(2, 7, *size).to(dtype), torch.randn(7, channels, *kernel_size).to(dtype)
+    vectors = [*torch.randn(2, channels).to(dtype), *torch.rand(3, channels).to(dtype)]
+    rest = (*geometry, 1, [1, 1], False, 1e-5, "leaky_relu", -0.3)
+    actual = kernel.forward(*moved((x, weight, *vectors), device), *rest)
+    close(actual, _saving_reference(*moved((x, weight, *vectors), dtype=torch.double), *rest)[0])
+
+
+@pytest.mark.parametrize("channels", [3, 40])
+def test_weights_in_channels_last_and_large_tensors(channels, device, monkeypatch):
+    x, weight = torch.randn(2, 5, 4, 3, device=device), torch.randn(5, channels, 4, 4, device=device)
+    rest = ([2, 2], [1, 1], [0, 0], 1, [1, 1], False, 1e-5, "relu", 0.0)
+    expected = kernel.forward(x, weight, *[None] * 5, *rest)
+    channels_last = weight.contiguous(memory_format=torch.channels_last)
+    assert torch.equal(kernel.forward(x, channels_last, *[None] * 5, *rest), expected)
+    monkeypatch.setattr("fastgen.kernels.tap_gemm._SMALL", 0)
+    assert torch.equal(kernel.forward(x, channels_last, *[None] * 5, *rest), expected)
+
+
 @pytest.mark.parametrize("missing", [(2,), (2, 3, 4, 5, 6), (5,), (6,), (3, 4, 5, 6)], ids=str)
 def test_what_may_be_missing(missing, device):
     tensors = [None if i in missing else tensor for i, tensor in enumerate(SMALL.tensors())]

@@ -59,6 +59,10 @@ def test_memory_layouts_and_no_bias(device):
     assert torch.equal(
         kernel.forward(strided, weight.transpose(2, 3).contiguous().transpose(2, 3), None, *mask), expected
     )
+    channels_last = weight.contiguous(memory_format=torch.channels_last)
+    assert torch.equal(kernel.forward(x, channels_last, None, *mask), expected)
+    expected = kernel.input_gradient(grad, weight, *mask)
+    assert torch.equal(kernel.input_gradient(grad, channels_last, *mask), expected)
     expected = kernel.weight_gradients(grad, x, size, *mask)[0]
     assert torch.equal(kernel.weight_gradients(grad, strided, size, *mask)[0], expected)
 
