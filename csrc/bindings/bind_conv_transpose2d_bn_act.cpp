@@ -89,10 +89,10 @@ struct Plan {
     int64_t out_channels() const { return conv->groups * conv->out_channels; }
 
     // Plans of equal layout share packed weights.
-    std::array<int64_t, 8> layout() const {
+    std::array<int64_t, 9> layout() const {
         const AxisPlan &y = conv->y, &x = conv->x;
-        return {transposed,      conv->minimal, y.out_step, y.phases,
-                y.slots[0].base, x.out_step,    x.phases,   x.slots[0].base};
+        return {transposed,      conv->minimal, conv->overlap_add, y.out_step,     y.phases,
+                y.slots[0].base, x.out_step,    x.phases,          x.slots[0].base};
     }
 };
 
@@ -490,7 +490,8 @@ void bind_conv_transpose2d_bn_act(pybind11::module_& module) {
              py::arg("out_size"), py::arg("kernel"), py::arg("stride"), py::arg("padding"), py::arg("dilation"),
              py::arg("lanes"), py::arg("minimal"))
         .def_property_readonly("layout", &Plan::layout)
-        .def_property_readonly("minimal", [](const Plan& plan) { return plan.conv->minimal; });
+        .def_property_readonly("minimal", [](const Plan& plan) { return plan.conv->minimal; })
+        .def_property_readonly("overlap_add", [](const Plan& plan) { return plan.conv->overlap_add; });
     py::class_<ConvTransposeShape>(module, "ConvTransposeShape", "Sizes of a weight gradient.")
         .def(py::init(&weight_shape), py::arg("batch"), py::arg("threads"), py::arg("groups"), py::arg("channels"),
              py::arg("in_size"), py::arg("out_size"), py::arg("kernel"), py::arg("stride"), py::arg("padding"),

@@ -67,6 +67,16 @@ FASTGEN_INLINE void copy(const T* from, int64_t count, T* to) {
     }
 }
 
+// A target of fetch_rows: lines from `first` on, one after the other, of positions with all their channels.
+template <class T>
+struct DenseLines {
+    T* data;
+    int64_t first, width, channels;
+    FASTGEN_INLINE T* at(int64_t y, int64_t c) const { return data + (y - first) * width * channels + c; }
+    FASTGEN_INLINE int64_t step() const { return channels; }
+    FASTGEN_INLINE int64_t run() const { return channels; }
+};
+
 // Copies rows y0..y1-1 of image n to where they belong in `target`, which keeps `run` channels together.
 template <class T, class Target>
 void fetch_rows(const Image<T>& image, int64_t n, int64_t y0, int64_t y1, int64_t width, int64_t channels,

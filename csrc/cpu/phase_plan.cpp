@@ -11,6 +11,7 @@ namespace {
 constexpr int64_t kNone = std::numeric_limits<int64_t>::min();
 constexpr int64_t kTransformCycles = 64;  // of one tile of minimal filtering, for a vector of channels in or out
 constexpr int64_t kWeightCycles = 8;      // in which a vector of weights comes from memory
+constexpr int64_t kAddCycles = 3;         // of a slice of overlap-add
 constexpr int64_t kMaxCells = 8;          // phases side by side come from up to this many positions
 
 int64_t floor_div(int64_t a, int64_t b) { return a / b - (a % b != 0 && (a < 0) != (b < 0)); }
@@ -177,6 +178,28 @@ int64_t cost(const ConvPlan& plan, int64_t lanes) {
     return std::max(products, weights * plan.in_channels * outputs * kWeightCycles);
 }
 
+OverlapAxis overlap_axis(const ConvAxis& axis, bool transposed) {
+    if (transposed) return {axis.kernel, axis.stride, axis.padding, false};
+    return {axis.kernel, axis.stride, axis.kernel - 1 - axis.padding, true};
+}
+
+bool may_overlap(const ConvShape& shape, const ConvPlan& plan) {
+    const auto allows = [&](const ConvAxis& axis, const OverlapAxis& overlap) {
+        return axis.dilation == 1 && (shape.transposed || axis.stride == 1) && overlap.padding >= 0 &&
+               overlap.kernel <= kMaxSlices;
+    };
+    return shape.groups == 1 && allows(shape.y, plan.overlap_y) && allows(shape.x, plan.overlap_x);
+}
+
+// As `cost`.
+int64_t overlap_cost(const ConvPlan& plan, int64_t lanes) {
+    const OverlapAxis &y = plan.overlap_y, &x = plan.overlap_x;
+    const int64_t run = x.stride * plan.out_channels, columns = y.kernel * x.slices() * run;
+    const int64_t products = plan.y.in_size * plan.x.in_size * plan.in_channels * ((columns + lanes - 1) / lanes);
+    const int64_t runs = plan.y.out_size * (plan.x.in_size + x.slices()) * ((run + lanes - 1) / lanes);
+    return products + runs * y.slices() * x.slices() * kAddCycles;
+}
+
 }  // namespace
 
 bool is_minimal(const ConvPlan& plan, const AxisSlot& y, const AxisSlot& x) {
@@ -205,10 +228,21 @@ std::shared_ptr<const ConvPlan> make_conv_plan(const ConvShape& shape, int64_t l
                    shape.out_channels,
                    view(shape.y, owner->y, owner->y_slots),
                    view(shape.x, owner->x, owner->x_slots),
-                   false};
+                   false,
+                   false,
+                   overlap_axis(shape.y, shape.transposed),
+                   overlap_axis(shape.x, shape.transposed)};
     ConvPlan minimal = owner->plan;
     minimal.minimal = shape.minimal && minimal.y.phases * minimal.x.phases == 1;
-    if (cost(minimal, lanes) < cost(owner->plan, lanes)) owner->plan = minimal;
+    int64_t least_cost = cost(owner->plan, lanes);
+    if (cost(minimal, lanes) < least_cost) {
+        least_cost = cost(minimal, lanes);
+        owner->plan = minimal;
+    }
+    if (may_overlap(shape, owner->plan) && overlap_cost(owner->plan, lanes) < least_cost) {
+        owner->plan.minimal = false;
+        owner->plan.overlap_add = true;
+    }
     return {owner, &owner->plan};
 }
 

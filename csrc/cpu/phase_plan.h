@@ -18,7 +18,8 @@
 //
 // Slots of two by two or three by three neighbouring taps (of a strided convolution: so many in each of its interleaved
 // filters) may be computed by minimal filtering instead, minimal_filter.h: fewer products, but up to four times the
-// weights. Whether it is done depends on the layer and the size of one image, never on the batch: it changes the bits.
+// weights. Layers of few output channels may do without phases, by overlap-add, overlap_add.h. Whether it is done depends on
+// the layer and the size of one image, never on the batch: it changes the bits.
 #pragma once
 
 #include <cstdint>
@@ -48,10 +49,23 @@ struct AxisPlan {
     int64_t num_slots;
 };
 
+// An axis of overlap-add, as of a transposed convolution: input x adds to the outputs x * stride - padding + k.
+struct OverlapAxis {
+    int64_t kernel, stride, padding;
+    bool flipped;  // of an ordinary convolution, whose kernel runs the other way
+
+    constexpr int64_t slices() const { return (kernel + stride - 1) / stride; }
+    constexpr int64_t index(int64_t k) const { return flipped ? kernel - 1 - k : k; }  // of the weight
+};
+
+inline constexpr int64_t kMaxSlices = 32;  // of overlap-add, along either axis
+
 struct ConvPlan {
     int64_t groups, in_channels, out_channels;  // channels of one group
     AxisPlan y, x;
-    bool minimal;  // filtering, in the slots that allow it
+    bool minimal;      // filtering, in the slots that allow it
+    bool overlap_add;  // instead of products by phases
+    OverlapAxis overlap_y, overlap_x;
 };
 
 inline constexpr int kPoints = 4;      // of minimal filtering along one axis

@@ -17,35 +17,12 @@
 
 #include <omp.h>
 
-#include "bfloat16.h"
+#include "conv_products.h"
 #include "minimal_filter.h"
-#include "tap_gemm.h"
-#include "vec.h"
+#include "overlap_add.h"
 
 namespace fastgen::FASTGEN_ISA {
 namespace {
-
-FASTGEN_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-FASTGEN_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
-FASTGEN_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
-
-template <class T>
-FASTGEN_INLINE int64_t aligned(int64_t elements) {
-    return panels_of<T>(elements) * kPanel<T>;
-}
-
-template <class E>
-FASTGEN_INLINE Vec<SumOf<E>> load_lanes(const E* p, int lanes) {
-    return lanes == kLanes<SumOf<E>> ? load(p) : load_n(p, lanes);
-}
-
-template <class E>
-FASTGEN_INLINE void store_lanes(E* p, Vec<SumOf<E>> x, int lanes) {
-    if (lanes == kLanes<SumOf<E>>)
-        store(p, x);
-    else
-        store_n(p, x, lanes);
-}
 
 constexpr int64_t kTileRows = 56;   // of a product: four times the tallest tile in registers
 constexpr int64_t kTallPanels = 4;  // panels of a product of many rows: the tile stays in the first-level cache
@@ -99,42 +76,6 @@ template <class X>
 FASTGEN_INLINE int64_t tile_stride(int64_t depth) {
     return kPoints * kPoints * odd_lines<X>(depth) + kLine<X>;
 }
-
-// The products of either kind of elements.
-template <class E>
-struct Products {
-    using Term = Tap<E>;
-
-    static FASTGEN_INLINE Term term(const E* a, int64_t row_stride, int64_t k, const E* b) {
-        return {a, row_stride, 1, k, b};
-    }
-    static FASTGEN_INLINE void run(const Term* terms, int64_t count, int64_t panel_stride, E* c, int64_t c_stride,
-                                   int64_t rows, int64_t panels, const E* next) {
-        tap_gemm({terms, count, panel_stride, kPanel<E>, nullptr, 0, c, c_stride, rows, panels * kPanel<E>, next,
-                  next ? panels * panel_stride * static_cast<int64_t>(sizeof(E)) : 0});
-    }
-    // Of the weights of a panel: input channel c, column j.
-    static FASTGEN_INLINE int64_t weight_at(int64_t c, int64_t j) { return c * kPanel<E> + j; }
-    static FASTGEN_INLINE E rounded(double x) { return static_cast<E>(x); }
-    static FASTGEN_INLINE double value(E x) { return x; }
-};
-
-template <>
-struct Products<BFloat16> {
-    using E = BFloat16;
-    using Term = DotTap;
-
-    static FASTGEN_INLINE Term term(const E* a, int64_t row_stride, int64_t k, const E* b) {
-        return {a, row_stride, k, b};
-    }
-    static FASTGEN_INLINE void run(const Term* terms, int64_t count, int64_t panel_stride, float* c, int64_t c_stride,
-                                   int64_t rows, int64_t panels, const E* next) {
-        dot_gemm({terms, count, panel_stride / 2, c, c_stride, rows, panels, next});
-    }
-    static FASTGEN_INLINE int64_t weight_at(int64_t c, int64_t j) { return (c / 2 * kPanel<float> + j) * 2 + c % 2; }
-    static FASTGEN_INLINE E rounded(double x) { return round_to_bfloat16(x); }
-    static FASTGEN_INLINE double value(E x) { return to_float(x); }
-};
 
 template <class E>
 struct TapConv {
@@ -275,16 +216,10 @@ struct TapConv {
     // Scratch: scale and shift of every column; channels of zeros, around the image; then for each thread the taps of a
     // product, its tile, gathered rows or transformed tiles, and the item's input where its channels are not neighbours.
 
-    // Sums in the place of so many X, rounded up to cache lines.
-    template <class X>
-    static FASTGEN_INLINE int64_t sums_of(int64_t count) {
-        return ceil_div(count * static_cast<int64_t>(sizeof(X)), 64) * kLine<T>;
-    }
-
     FASTGEN_INLINE int64_t affine_size() const { return 2 * plan.groups * panels() * kPanel<T>; }
     FASTGEN_INLINE int64_t shared_size() const { return affine_size() + aligned<T>(plan.in_channels); }
     FASTGEN_INLINE E* zeros() const { return reinterpret_cast<E*>(scratch + affine_size()); }
-    FASTGEN_INLINE int64_t taps_size() const { return sums_of<Term>(most_taps()); }
+    FASTGEN_INLINE int64_t taps_size() const { return lines_for<T, Term>(most_taps()); }
     FASTGEN_INLINE int64_t tile_size() const {
         return max_of(kTileRows * kTallPanels * kPanel<T>, plan.minimal ? most_products() : 0);
     }
@@ -294,7 +229,7 @@ struct TapConv {
     }
     FASTGEN_INLINE int64_t gather_size() const {
         const int64_t tiles = plan.minimal ? most_tiles() * tile_stride<E>(depth()) : 0;
-        return sums_of<E>(max_of(gather_capacity(), tiles));
+        return lines_for<T, E>(max_of(gather_capacity(), tiles));
     }
 
     // Of the products of minimal filtering.
@@ -320,7 +255,7 @@ struct TapConv {
         return min_of(plan.y.in_size, item_lines() * plan.y.in_step + last - first);
     }
     FASTGEN_INLINE int64_t staged_size() const {
-        return sums_of<E>(item_images() * staged_lines() * plan.x.in_size * all_in());
+        return lines_for<T, E>(item_images() * staged_lines() * plan.x.in_size * all_in());
     }
     FASTGEN_INLINE bool staged() const { return call.input.c != 1 && all_in() > 1; }
     FASTGEN_INLINE int64_t thread_size() const {
@@ -375,14 +310,6 @@ struct TapConv {
             return reinterpret_cast<E*>(tile() + conv.tile_size() + conv.gather_size());
         }
 
-        struct Lines {
-            E* data;
-            int64_t first, width, channels;
-            FASTGEN_INLINE E* at(int64_t y, int64_t c) const { return data + (y - first) * width * channels + c; }
-            FASTGEN_INLINE int64_t step() const { return channels; }
-            FASTGEN_INLINE int64_t run() const { return channels; }
-        };
-
         // Copies the lines that the item reads.
         void stage() {
             const AxisPlan& y = conv.plan.y;
@@ -402,7 +329,7 @@ struct TapConv {
                           size = (last - first) * width * channels;
             for (int64_t n = n0; n < n1; ++n) {
                 fetch_rows(source, n, first, last, width, channels,
-                           Lines{staged() + (n - n0) * size, first, width, channels});
+                           DenseLines<E>{staged() + (n - n0) * size, first, width, channels});
             }
             source = {staged() - n0 * size - first * width * channels, size, 1, width * channels, channels};
         }
@@ -866,18 +793,22 @@ struct TapConv {
 #define FASTGEN_DEFINE_TAP_CONV(T)                                                                      \
     int64_t tap_conv_packed_size(const ConvPlan& plan, const T*) {                                      \
         const TapConvCall<T> call{};                                                                    \
+        if (plan.overlap_add) return OverlapAdd<T>{plan, call, nullptr}.packed_size();                  \
         const TapConv<T> conv{plan, call, nullptr};                                                     \
         return conv.packed_offset(0, conv.slots());                                                     \
     }                                                                                                   \
     int64_t tap_conv_scratch_size(const ConvPlan& plan, const TapConvCall<T>& call) {                   \
+        if (plan.overlap_add) return OverlapAdd<T>{plan, call, nullptr}.scratch_size();                 \
         return TapConv<T>{plan, call, nullptr}.scratch_size();                                          \
     }                                                                                                   \
     void tap_conv_pack(const ConvPlan& plan, const ConvWeight<T>& weight, T* packed, int64_t threads) { \
         TapConvCall<T> call{};                                                                          \
         call.threads = threads;                                                                         \
+        if (plan.overlap_add) return OverlapAdd<T>{plan, call, nullptr}.pack(weight, packed);           \
         TapConv<T>{plan, call, nullptr}.pack(weight, packed);                                           \
     }                                                                                                   \
     void tap_conv(const ConvPlan& plan, const TapConvCall<T>& call, SumOf<T>* scratch) {                \
+        if (plan.overlap_add) return OverlapAdd<T>{plan, call, scratch}.run();                          \
         TapConv<T>{plan, call, scratch}.run();                                                          \
     }
 

@@ -17,6 +17,7 @@ from torch.library import opcheck
 import fastgen
 from fastgen import backends, ops
 from fastgen.ops import conv_transpose2d_bn_act_cpu as cpu
+from fastgen.ops.conv_block import pair as make_pair
 
 module = importlib.import_module("fastgen.ops.conv2d_bn_act")  # the package has the function of this name
 
@@ -60,6 +61,10 @@ CASES = {
     "deep": Case((2, 150, 3, 3), 40, (3, 3)),
     "same": Case((2, 4, 5, 6), 17, (3, 5), {"padding": "same"}),
     "same, even kernel": Case((2, 4, 5, 6), 17, (4, 2), {"padding": "same", "dilation": (1, 3)}),
+    "overlap k7": Case((1, 160, 12, 14), 6, (7, 7), {"padding": 3}),
+    "overlap k3": Case((2, 64, 28, 27), 3, (3, 3), {"padding": 1}),
+    "overlap k4": Case((3, 64, 8, 9), 1, (4, 4)),
+    "overlap, sides differ": Case((2, 64, 9, 11), 2, (3, 4), {"padding": (2, 1)}),
     "valid": Case((2, 4, 5, 6), 17, (4, 2), {"padding": "valid"}),
 }
 ACTIVATIONS = {
@@ -73,6 +78,19 @@ ACTIVATIONS = {
 
 all_cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 all_activations = pytest.mark.parametrize("activation", ACTIVATIONS)
+
+
+def test_plans_of_few_output_channels():
+    """Ordinary convolutions by overlap-add are among the cases."""
+    for name, case in CASES.items():
+        if name.startswith("overlap"):
+            sides = [
+                make_pair(key, case.options.get(key, 0 if key == "padding" else 1)) for key in ("stride", "padding")
+            ]
+            (py, px), size = sides[1], case.shape[2:]
+            out = (size[0] + 2 * py - case.kernel[0] + 1, size[1] + 2 * px - case.kernel[1] + 1)
+            geometry = (1, (case.shape[1], case.out), size, out, case.kernel, *sides, (1, 1), torch.float32)
+            assert cpu.conv_plan(False, *geometry).overlap_add, name
 
 
 @pytest.fixture(params=[True, False], ids=["native", "folded"])

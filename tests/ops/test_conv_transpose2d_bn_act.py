@@ -82,7 +82,19 @@ MINIMAL = {  # large enough for minimal filtering
     "minimal, many tiles": Case((9, 260, 8, 8), 24, (4, 4), {"stride": 2, "padding": 1}),
     "minimal, bands of k3s1": Case((2, 16, 37, 41), 20, (3, 3), {"padding": 1}),
 }
-CASES |= MINIMAL
+OVERLAP = {  # few output channels
+    "overlap": Case((3, 64, 12, 13), 3, (4, 4), {"stride": 2, "padding": 1}),
+    "overlap, one channel": Case((2, 32, 14, 14), 1, (4, 4), {"stride": 2, "padding": 1}),
+    "overlap k3s2p1op1": Case((2, 64, 9, 10), 2, (3, 3), {"stride": 2, "padding": 1, "output_padding": 1}),
+    "overlap k5s3": Case((2, 40, 7, 8), 2, (5, 5), {"stride": 3, "padding": 2, "output_padding": (2, 0)}),
+    "overlap k3s1": Case((2, 40, 9, 11), 3, (3, 3), {"padding": 1}),
+    "overlap, sides differ": Case((2, 64, 6, 9), 1, (3, 6), {"stride": (1, 3), "padding": (0, 2)}),
+    "overlap, runs of vectors": Case((2, 160, 8, 8), 5, (4, 4), {"stride": 2, "padding": 3}),
+    "overlap, cropped": Case((2, 64, 8, 8), 2, (4, 4), {"stride": 2, "padding": 3}),
+    "overlap, bands": Case((2, 48, 40, 41), 3, (4, 4), {"stride": 2, "padding": 1}),
+    "overlap, narrow": Case((3, 64, 9, 1), 1, (4, 4), {"stride": 2, "padding": 1}),
+}
+CASES |= MINIMAL | OVERLAP
 ACTIVATIONS = {
     "none": lambda x: x,
     "relu": F.relu,
@@ -149,13 +161,19 @@ def test_minimal_filtering_is_chosen_by_the_image_alone(case):
     ).minimal
 
 
+@pytest.mark.parametrize("name", OVERLAP)
+def test_overlap_add_is_chosen_for_few_output_channels(name):
+    assert plan_of(OVERLAP[name]).overlap_add
+    assert not plan_of(OVERLAP[name]._replace(out=32)).overlap_add
+
+
 def test_minimal_filtering_of_the_input_gradient():
     geometry = (1, (40, 48), (26, 34), (13, 17), (4, 4), (2, 2), (1, 1), (1, 1), torch.float32)
     assert cpu.conv_plan(False, *geometry).minimal
 
 
 @all_activations
-@pytest.mark.parametrize("name", ["k4s2p1", "last layer", "groups", "minimal"])
+@pytest.mark.parametrize("name", ["k4s2p1", "last layer", "groups", "minimal", "overlap"])
 def test_activations_are_as_accurate_as_pytorch(name, activation):
     case = CASES[name]
     tensors = case.tensors()
@@ -190,7 +208,7 @@ def test_norm_without_scale_and_shift():
     torch.testing.assert_close(native(case, tensors, "relu"), plain(case, tensors, "relu"))
 
 
-@pytest.mark.parametrize("name", ["k4s2p1", "last layer", "dilation, stride", "groups", "wide"])
+@pytest.mark.parametrize("name", ["k4s2p1", "last layer", "dilation, stride", "groups", "wide", "overlap k5s3"])
 def test_against_loops(name):
     case = CASES[name]
     x, weight, bias, *_ = tensors = case.tensors(torch.float64, norm=False)
@@ -210,7 +228,7 @@ def test_against_loops(name):
     torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["k4s2p1", "last layer", "4x4 map", "deep", *MINIMAL])
+@pytest.mark.parametrize("name", ["k4s2p1", "last layer", "4x4 map", "deep", *MINIMAL, *OVERLAP])
 def test_bits_are_the_same_on_every_fused_instruction_set(name):
     case, native_cpu = CASES[name], backends.native_cpu()
     tensors, results = case.tensors(), []
@@ -224,7 +242,9 @@ def test_bits_are_the_same_on_every_fused_instruction_set(name):
     assert all(torch.equal(result, results[0]) for result in results)
 
 
-@pytest.mark.parametrize("name", ["k4s2p1", "last layer", "4x4 map", "several items", "groups", "one of all", *MINIMAL])
+@pytest.mark.parametrize(
+    "name", ["k4s2p1", "last layer", "4x4 map", "several items", "groups", "one of all", *MINIMAL, *OVERLAP]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_bits_do_not_depend_on_threads(name, dtype, monkeypatch):
     monkeypatch.setattr(cpu, "_MIN_THREAD_WORK", 1)
@@ -237,7 +257,7 @@ def test_bits_do_not_depend_on_threads(name, dtype, monkeypatch):
         assert torch.equal(native(case, tensors, "relu"), one), threads
 
 
-@pytest.mark.parametrize("name", ["4x4 map", "several items", "last layer", "k4s1p0 of 1x1", *MINIMAL])
+@pytest.mark.parametrize("name", ["4x4 map", "several items", "last layer", "k4s1p0 of 1x1", *MINIMAL, *OVERLAP])
 def test_bits_do_not_depend_on_the_batch(name):
     case = CASES[name]
     x, *rest = case.tensors()
@@ -268,7 +288,9 @@ def test_bfloat16_is_as_accurate_as_pytorch(name, norm):
     assert error <= bound, f"error {error:.2e}, plain PyTorch {bound / 2:.2e}"
 
 
-@pytest.mark.parametrize("name", ["4x4 map", "last layer", "k2s2", "groups", "minimal", "minimal, bands"])
+@pytest.mark.parametrize(
+    "name", ["4x4 map", "last layer", "k2s2", "groups", "minimal", "minimal, bands", "overlap", "overlap, bands"]
+)
 def test_bfloat16_bits_depend_on_the_sample_alone(name, monkeypatch):
     monkeypatch.setattr(cpu, "_MIN_THREAD_WORK", 1)
     cpu._block.cache_clear()
@@ -320,7 +342,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", ["k4s2p1", "last layer", "4x4 map", "several items", "groups", *MINIMAL])
+@pytest.mark.parametrize("name", ["k4s2p1", "last layer", "4x4 map", "several items", "groups", *MINIMAL, *OVERLAP])
 def test_layouts_give_the_same_bits(name, layout):
     x, weight, *rest = CASES[name].tensors()
     expected = native(CASES[name], [x, weight, *rest], "relu")
