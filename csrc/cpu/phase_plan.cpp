@@ -9,10 +9,11 @@ namespace fastgen {
 namespace {
 
 constexpr int64_t kNone = std::numeric_limits<int64_t>::min();
-constexpr int64_t kTransformCycles = 64;  // of one tile of minimal filtering, for a vector of channels in or out
-constexpr int64_t kWeightCycles = 8;      // in which a vector of weights comes from memory
-constexpr int64_t kAddCycles = 3;         // of a slice of overlap-add
-constexpr int64_t kMaxCells = 8;          // phases side by side come from up to this many positions
+constexpr int64_t kTransformCycles = 64;   // of one tile of minimal filtering, for a vector of channels in or out
+constexpr int64_t kWeightCycles = 8;       // in which a vector of weights comes from memory
+constexpr int64_t kAddCycles = 3;          // of a slice of overlap-add
+constexpr int64_t kMaxOverlapPanels = 32;  // of overlap-add: its products are kept in the second-level cache
+constexpr int64_t kMaxCells = 8;           // phases side by side come from up to this many positions
 
 int64_t floor_div(int64_t a, int64_t b) { return a / b - (a % b != 0 && (a < 0) != (b < 0)); }
 
@@ -183,21 +184,24 @@ OverlapAxis overlap_axis(const ConvAxis& axis, bool transposed) {
     return {axis.kernel, axis.stride, axis.kernel - 1 - axis.padding, true};
 }
 
-bool may_overlap(const ConvShape& shape, const ConvPlan& plan) {
+bool may_overlap(const ConvShape& shape, const ConvPlan& plan, int64_t lanes) {
     const auto allows = [&](const ConvAxis& axis, const OverlapAxis& overlap) {
         return axis.dilation == 1 && (shape.transposed || axis.stride == 1) && overlap.padding >= 0 &&
                overlap.kernel <= kMaxSlices;
     };
-    return shape.groups == 1 && allows(shape.y, plan.overlap_y) && allows(shape.x, plan.overlap_x);
+    const OverlapAxis &y = plan.overlap_y, &x = plan.overlap_x;
+    return shape.groups == 1 && allows(shape.y, y) && allows(shape.x, x) &&
+           y.kernel * x.slices() * x.stride * shape.out_channels <= kMaxOverlapPanels * lanes;
 }
 
 // As `cost`.
 int64_t overlap_cost(const ConvPlan& plan, int64_t lanes) {
     const OverlapAxis &y = plan.overlap_y, &x = plan.overlap_x;
     const int64_t run = x.stride * plan.out_channels, columns = y.kernel * x.slices() * run;
-    const int64_t products = plan.y.in_size * plan.x.in_size * plan.in_channels * ((columns + lanes - 1) / lanes);
+    const int64_t weights = plan.in_channels * ((columns + lanes - 1) / lanes);
     const int64_t runs = plan.y.out_size * (plan.x.in_size + x.slices()) * ((run + lanes - 1) / lanes);
-    return products + runs * y.slices() * x.slices() * kAddCycles;
+    return weights * std::max(plan.y.in_size * plan.x.in_size, kWeightCycles) +
+           runs * y.slices() * x.slices() * kAddCycles;
 }
 
 }  // namespace
@@ -239,7 +243,7 @@ std::shared_ptr<const ConvPlan> make_conv_plan(const ConvShape& shape, int64_t l
         least_cost = cost(minimal, lanes);
         owner->plan = minimal;
     }
-    if (may_overlap(shape, owner->plan) && overlap_cost(owner->plan, lanes) < least_cost) {
+    if (may_overlap(shape, owner->plan, lanes) && overlap_cost(owner->plan, lanes) < least_cost) {
         owner->plan.minimal = false;
         owner->plan.overlap_add = true;
     }

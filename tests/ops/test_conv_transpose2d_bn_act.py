@@ -167,6 +167,11 @@ def test_overlap_add_is_chosen_for_few_output_channels(name):
     assert not plan_of(OVERLAP[name]._replace(out=32)).overlap_add
 
 
+def test_overlap_add_is_not_chosen_for_small_maps_of_many_channels():
+    for side in (1, 2, 4):
+        assert not plan_of(Case((1, 512, side, side), 512, (4, 4), {"stride": 2, "padding": 1})).overlap_add
+
+
 def test_minimal_filtering_of_the_input_gradient():
     geometry = (1, (40, 48), (26, 34), (13, 17), (4, 4), (2, 2), (1, 1), (1, 1), torch.float32)
     assert cpu.conv_plan(False, *geometry).minimal
