@@ -6,6 +6,7 @@ import contextlib
 import copy
 import random
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -170,6 +171,24 @@ def test_attributes_that_forward_decides_by():
     fast, x = same(network, image()), image()
     network.alpha = fast.alpha = 0.3
     torch.testing.assert_close(fast(x), network(x))
+
+
+@torch.no_grad()
+def test_attributes_that_do_not_compare():
+    """Two arrays are neither equal nor different."""
+
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.scale = block(3, 3), np.array([2.0, 2.0])
+
+        def forward(self, x):
+            return self.up(x) * float(self.scale[0])
+
+    network = prepared(Scaled())
+    fast, x = same(network, image()), image()
+    network.scale, fast.scale = np.array([3.0, 2.0]), np.array([3.0, 2.0])
+    torch.testing.assert_close(fast(x), network(x), rtol=1e-4, atol=1e-5)
 
 
 class EqualizedConv(nn.ConvTranspose2d):
