@@ -47,7 +47,9 @@ def _with_direct_paths(text: str, graph: fx.Graph, root: torch.nn.Module) -> str
     """
     places = {}
     for node in graph.nodes:
-        *path, name = str(node.target).split(".") if node.op == "get_attr" else [""]
+        if node.op != "get_attr":
+            continue
+        *path, name = str(node.target).split(".")
         module = root.get_submodule(".".join(path))
         members = next((kind for kind in ("_parameters", "_buffers") if name in getattr(module, kind)), None)
         if members is not None:

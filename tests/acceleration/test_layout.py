@@ -9,6 +9,8 @@ from torch import nn
 
 import fastgen
 
+from .networks import dcgan_sequential
+
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")  # of code that fails where the original does not
 
 
@@ -144,6 +146,25 @@ def test_no_copy_between_blocks(monkeypatch):
 
     fast = fastgen.accelerate(Plain().eval())
     assert fast.forward.__self__.sources[("x",)].text.count(".contiguous()") == 1  # what the caller gets
+
+
+@torch.no_grad()
+def test_a_generator_is_one_call_without_copies_or_getattr():
+    network, (z,) = dcgan_sequential()
+    network.eval()
+    for module in (network, nn.Sequential(network, Contiguous())):
+        fast = fastgen.accelerate(module)
+        text = fast.forward.__self__.sources[("input",)].text
+        assert "contiguous = True" in text and ".contiguous()" not in text
+        assert "getattr(self" not in text and text.count("._parameters[") + text.count("._buffers[") == 11
+        for _ in range(2):
+            assert fast(z).is_contiguous()
+            torch.testing.assert_close(fast(z), network(z), rtol=1e-4, atol=1e-5)
+
+
+class Contiguous(nn.Module):
+    def forward(self, x):
+        return x.contiguous()
 
 
 class Remembering(nn.Module):

@@ -1,0 +1,70 @@
+"""Calls like earlier ones launch what was compiled for them; calls that Triton would compile anew do not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import triton
+
+from fastgen.kernels import launch
+
+
+class Kernel:
+    """In the place of a `triton.jit` function: remembers what was launched how."""
+
+    arg_names = ("x", "y", "size", "SCALE", "ROWS")
+
+    def __init__(self) -> None:
+        self.compiled: list[tuple[Any, ...]] = []
+        self.launched: list[tuple[Any, ...]] = []
+
+    def __getitem__(self, grid: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            self.compiled.append((args, kwargs))
+            return Compiled(self)
+
+        return run
+
+
+class Compiled:
+    def __init__(self, kernel: Kernel) -> None:
+        self.kernel = kernel
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        return lambda *args: self.kernel.launched.append((grid[:3], args))
+
+
+@pytest.fixture
+def tuned(monkeypatch: pytest.MonkeyPatch) -> launch.Tuned:
+    monkeypatch.setattr(launch, "_KEEPS_COMPILED", True)
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    configs = [triton.Config({"ROWS": 64}, num_warps=8)]
+    return launch.tuned(lambda *_, **__: configs, lambda *args: args[2])(Kernel())
+
+
+def call(tuned: launch.Tuned, x: torch.Tensor, size: Any = 100, scale: int = 3) -> None:
+    tuned[lambda options: (-(-size // options["ROWS"]),)](x, x, size, SCALE=scale)
+
+
+def test_the_second_call_gives_all_arguments_in_their_order(tuned: launch.Tuned) -> None:
+    x, other = torch.zeros(8), torch.ones(8)
+    call(tuned, x)
+    assert not tuned.fn.launched and len(tuned.fn.compiled) == 1
+    call(tuned, other)
+    [(grid, args)] = tuned.fn.launched
+    assert grid == (2, 1, 1)
+    assert args[0] is other and args[1] is other and args[2:] == (100, 3, 64)
+    assert len(tuned.fn.compiled) == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"x": torch.zeros(8, dtype=torch.bfloat16)}, {"x": torch.zeros(8)[1:]}, {"size": 1}, {"size": 2.0}, {"scale": 4}],
+    ids=["dtype", "alignment", "size", "type", "constant"],
+)
+def test_what_triton_compiles_anew_is_not_launched_at_once(tuned: launch.Tuned, change: dict[str, Any]) -> None:
+    call(tuned, torch.zeros(8))
+    call(tuned, **{"x": torch.zeros(8), **change})
+    assert not tuned.fn.launched and len(tuned.fn.compiled) == 2
