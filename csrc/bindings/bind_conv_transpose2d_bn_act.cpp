@@ -361,7 +361,9 @@ public:
 
     // Whether the weights are what they were when their blocks were added; if not, nothing is computed.
     bool run(int64_t batch, uintptr_t input, const Strides& strides, uintptr_t output, uintptr_t scratch) const {
-        if (!weights_are_what_they_were()) return false;
+        for (const Block& block : blocks_) {
+            if (fingerprint(block.weight, block.weight_bytes) != block.fingerprint) return false;
+        }
         const int64_t size = result_size(batch) * sizeof(SumOf<E>), last = last_size(batch) * sizeof(SumOf<E>);
         for (size_t i = 0; i < blocks_.size(); ++i) {
             const Block& block = blocks_[i];
@@ -402,18 +404,6 @@ private:
     // Of the last result, where it is not the output.
     int64_t last_size(int64_t batch) const {
         return contiguous_ ? line_up<SumOf<E>>(batch * blocks_.back().strides[0]) : 0;
-    }
-
-    // The samples of all weights are cache misses, which threads share.
-    bool weights_are_what_they_were() const {
-        const int64_t count = static_cast<int64_t>(blocks_.size());
-        bool same = true;
-#pragma omp parallel for schedule(dynamic) num_threads(blocks_[0].threads) reduction(&& : same)
-        for (int64_t i = 0; i < count; ++i) {
-            const Block& block = blocks_[i];
-            same = same && fingerprint(block.weight, block.weight_bytes) == block.fingerprint;
-        }
-        return same;
     }
 
     void make_contiguous(int64_t batch, const E* from, E* to) const {

@@ -15,7 +15,12 @@ py::object owned(PyObject* result) {
     return py::reinterpret_steal<py::object>(result);
 }
 
-bool equal(const py::object& a, const py::object& b) { return a.is(b) || a.equal(b); }
+// False where the comparison fails, as that of arrays does.
+bool equal(const py::object& a, const py::object& b) {
+    const int result = PyObject_RichCompareBool(a.ptr(), b.ptr(), Py_EQ);
+    if (result < 0) PyErr_Clear();
+    return result > 0;
+}
 
 // What tells whether a tensor, or None, is the same one and was not written to by PyTorch.
 class SeenTensors {
@@ -70,14 +75,6 @@ bool empty_dicts(py::handle a, py::handle b) {
     return PyDict_Check(a.ptr()) && PyDict_Check(b.ptr()) && PyDict_Size(a.ptr()) == 0 && PyDict_Size(b.ptr()) == 0;
 }
 
-// False where the comparison fails, as that of arrays does.
-bool compare_equal(const py::object& a, py::handle b) {
-    const py::object held = py::reinterpret_borrow<py::object>(b);
-    const int equal = PyObject_RichCompareBool(a.ptr(), held.ptr(), Py_EQ);
-    if (equal < 0) PyErr_Clear();
-    return equal > 0;
-}
-
 // `states`: (object, its attributes at some time). False where there are others now, or more, or in another order.
 bool same_attributes(const py::list& states) {
     const py::str attributes{"__dict__"};
@@ -91,7 +88,8 @@ bool same_attributes(const py::list& states) {
         for (Py_ssize_t i = 0, j = 0; PyDict_Next(before.ptr(), &i, &name_before, &value_before);) {
             if (!PyDict_Next(now.ptr(), &j, &name_now, &value_now) || name_now != name_before) return false;
             if (value_now == value_before || empty_dicts(value_now, value_before)) continue;
-            if (!compare_equal(py::reinterpret_borrow<py::object>(value_now), value_before)) return false;
+            const auto held = [](PyObject* value) { return py::reinterpret_borrow<py::object>(value); };
+            if (!equal(held(value_now), held(value_before))) return false;
         }
     }
     return true;

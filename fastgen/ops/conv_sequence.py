@@ -65,10 +65,10 @@ def _apply(input: Tensor, tensors: Sequence[Tensor | None], blocks: Blocks, cont
     if dense and all(call is not None and call.scratch for call in calls):
         if first not in _kept:
             weakref.finalize(tensors[0], _kept.pop, first, None).atexit = False
-            _kept[first] = {}
+            _kept[first] = kept
         if len(kept) >= _MAX_KEPT:
             kept.clear()
-        _kept[first][key] = _Sequence(tensors, calls, contiguous)  # type: ignore[arg-type]
+        kept[key] = _Sequence(tensors, calls, contiguous)  # type: ignore[arg-type]
     return output
 
 
