@@ -3,21 +3,12 @@
 
 #include "bfloat16.h"
 #include "dot_gemm.h"
+#include "integers.h"
 #include "tap_conv.h"
 #include "tap_gemm.h"
 #include "vec.h"
 
 namespace fastgen::FASTGEN_ISA {
-
-FASTGEN_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-FASTGEN_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
-FASTGEN_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
-
-// Elements up to whole panels.
-template <class T>
-FASTGEN_INLINE int64_t aligned(int64_t elements) {
-    return panels_of<T>(elements) * kPanel<T>;
-}
 
 // Cache lines, in T, for `count` elements X.
 template <class T, class X>

@@ -22,21 +22,14 @@
 
 #include <omp.h>
 
+#include "integers.h"
 #include "tap_gemm.h"
 #include "vec.h"
 
 namespace fastgen::FASTGEN_ISA {
 namespace {
 
-FASTGEN_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 FASTGEN_INLINE int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -ceil_div(-a, b); }
-FASTGEN_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
-FASTGEN_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
-
-template <class T>
-FASTGEN_INLINE int64_t aligned(int64_t elements) {
-    return panels_of<T>(elements) * kPanel<T>;
-}
 
 template <class T>
 FASTGEN_INLINE int lanes_below(int64_t count) {

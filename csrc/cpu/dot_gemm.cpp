@@ -4,6 +4,7 @@
 #include "dot_gemm.h"
 
 #include "bfloat16.h"
+#include "integers.h"
 
 namespace fastgen::FASTGEN_ISA {
 namespace {
@@ -13,8 +14,6 @@ constexpr int kColumns = kLine / static_cast<int>(sizeof(float));  // of a panel
 constexpr int kVecsPerPanel = kLine / kVecBytes;
 constexpr int kMaxPanels = kVecRegisters / kVecsPerPanel >= 32 ? 2 : 1;
 constexpr int kMaxRows = kVecRegisters >= 32 ? 14 / (kVecsPerPanel > 2 ? 2 : 1) : 4 / (kVecsPerPanel > 2 ? 2 : 1);
-
-FASTGEN_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 #if defined(__AVX512BF16__)
 

@@ -22,21 +22,12 @@
 
 #include <omp.h>
 
+#include "integers.h"
 #include "tap_gemm.h"
 #include "vec.h"
 
 namespace fastgen::FASTGEN_ISA {
 namespace {
-
-FASTGEN_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-FASTGEN_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
-FASTGEN_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
-
-// Parts of the scratch are whole cache lines: vectors that straddle two of them load at half speed.
-template <class T>
-FASTGEN_INLINE int64_t aligned(int64_t elements) {
-    return panels_of<T>(elements) * kPanel<T>;
-}
 
 FASTGEN_INLINE int64_t pad_h(const MaskedConv2d& conv) { return conv.kernel_h / 2; }
 FASTGEN_INLINE int64_t pad_w(const MaskedConv2d& conv) { return conv.kernel_w / 2; }

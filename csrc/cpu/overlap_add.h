@@ -151,7 +151,7 @@ struct OverlapAdd {
     // The sums of an output line, from output -padding on.
     void add(const T* products, int64_t first, int64_t last, int64_t line, T* sums) const {
         const int64_t slices = x().slices(), run = run_size(), width = this->width(), in_width = this->in_width();
-        int64_t offsets[kMaxSlices], count = 0;  // of slice 0 of the kernel rows that reach the line
+        int64_t offsets[kMaxOverlapKernel], count = 0;  // of slice 0 of the kernel rows that reach the line
         for (int64_t k = 0; k < y().kernel; ++k) {
             const int64_t at = line + y().padding - k;
             if (at < first * y().stride || at >= last * y().stride || at % y().stride != 0) continue;

@@ -187,7 +187,7 @@ OverlapAxis overlap_axis(const ConvAxis& axis, bool transposed) {
 bool may_overlap(const ConvShape& shape, const ConvPlan& plan, int64_t lanes) {
     const auto allows = [&](const ConvAxis& axis, const OverlapAxis& overlap) {
         return axis.dilation == 1 && (shape.transposed || axis.stride == 1) && overlap.padding >= 0 &&
-               overlap.kernel <= kMaxSlices;
+               overlap.kernel <= kMaxOverlapKernel;
     };
     const OverlapAxis &y = plan.overlap_y, &x = plan.overlap_x;
     return shape.groups == 1 && allows(shape.y, y) && allows(shape.x, x) &&

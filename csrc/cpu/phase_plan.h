@@ -58,7 +58,7 @@ struct OverlapAxis {
     constexpr int64_t index(int64_t k) const { return flipped ? kernel - 1 - k : k; }  // of the weight
 };
 
-inline constexpr int64_t kMaxSlices = 32;  // of overlap-add, along either axis
+inline constexpr int64_t kMaxOverlapKernel = 32;  // along either axis
 
 struct ConvPlan {
     int64_t groups, in_channels, out_channels;  // channels of one group

@@ -3,6 +3,8 @@
 
 #include "tap_gemm.h"
 
+#include "integers.h"
+
 namespace fastgen::FASTGEN_ISA {
 namespace {
 
@@ -62,8 +64,6 @@ FASTGEN_INLINE Vec<float> load_weights(const BFloat16Pair* p) {
     __builtin_memcpy(&words, p, sizeof words);
     return reinterpret_cast<Vec<float>>(H == 0 ? words << 16 : words & -0x10000);
 }
-
-FASTGEN_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // The first of the least number of nearly equal parts, none above `most`; 0 of 0.
 FASTGEN_INLINE int64_t even_part(int64_t total, int64_t most) {

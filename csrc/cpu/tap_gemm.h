@@ -48,6 +48,12 @@ constexpr __attribute__((always_inline)) int64_t panels_of(int64_t cols) {
     return (cols + kPanel<T> - 1) / kPanel<T>;
 }
 
+// Elements up to whole panels, which are whole cache lines: vectors that straddle two of them load at half speed.
+template <class T>
+constexpr __attribute__((always_inline)) int64_t aligned(int64_t elements) {
+    return panels_of<T>(elements) * kPanel<T>;
+}
+
 template <class T, class W = T>
 struct Tap {
     const T* a;  // A_t[r, k] = a[r * row_stride + k * k_stride]

@@ -25,6 +25,7 @@ from fastgen.ops.conv_block import (
     is_transformed,
     is_unobserved,
     pair,
+    wants_grad,
 )
 from fastgen.ops.packed_weights import kept, packed_weight
 
@@ -99,8 +100,7 @@ def conv2d_bn_act(
     args = (*tensors, *options)
     _check(*args)
     compiling = torch.compiler.is_compiling()
-    wants_grad = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-    if wants_grad or torch.is_autocast_enabled(input.device.type) or (not compiling and is_transformed()):
+    if wants_grad(tensors) or torch.is_autocast_enabled(input.device.type) or (not compiling and is_transformed()):
         return conv2d_bn_act_reference(*args)
     if compiling or not is_unobserved(tensors):
         return torch.ops.fastgen.conv2d_bn_act(*args)

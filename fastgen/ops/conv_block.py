@@ -65,6 +65,10 @@ def check_same(input: Tensor, others: dict[str, Tensor | None]) -> None:
         raise TypeError(f"input must be of a floating dtype, got {input.dtype}")
 
 
+def wants_grad(tensors: Sequence[Tensor | None]) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
 def is_unobserved(tensors: Sequence[Tensor | None]) -> bool:
     """Whether the dispatcher would only pass the call on: no tracing, no mode, no tensor subclass.
 
@@ -81,14 +85,14 @@ def goes_straight(tensors: Sequence[Tensor | None]) -> bool:
     """Whether a kernel for the CPU may be called at once, if the arguments are right: all tensors plain ones of one
     dtype, no gradient wanted, nobody watching.
     """
-    dtype, wants_grad = tensors[0].dtype if tensors[0] is not None else None, torch.is_grad_enabled()
+    dtype, with_grad = tensors[0].dtype if tensors[0] is not None else None, torch.is_grad_enabled()
     for tensor in tensors:
         if tensor is not None and (
             type(tensor) not in _PLAIN
             or tensor.dtype is not dtype
             or not tensor.is_cpu
             or tensor.layout is not torch.strided
-            or (wants_grad and tensor.requires_grad)
+            or (with_grad and tensor.requires_grad)
         ):
             return False
     return (

@@ -25,6 +25,7 @@ from fastgen.ops.conv_block import (
     is_transformed,
     is_unobserved,
     pair,
+    wants_grad,
 )
 from fastgen.ops.conv_transpose2d_bn_act_cpu import Options, channels_last, output_shape
 
@@ -92,8 +93,7 @@ def conv_transpose2d_bn_act(
         if call is not None:
             return call(*tensors)
     _check(*args)
-    wants_grad = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-    saving = training or wants_grad
+    saving = training or wants_grad(tensors)
     if compiling:
         plain = torch.is_autocast_enabled(input.device.type)
     else:

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from fastgen import backends
-from fastgen.ops.conv_block import is_transformed, is_unobserved
+from fastgen.ops.conv_block import is_transformed, is_unobserved, wants_grad
 
 _MIN_THREAD_WORK = 1_000_000  # multiply-adds: below, waking a thread costs more than it saves
 _MAX_TAPS = 128  # of csrc/cpu/masked_conv2d.h
@@ -56,8 +56,7 @@ def masked_conv2d(
     if function is _forward_reference:
         return masked_conv2d_reference(*args)
     tensors = (input, weight, bias)
-    wants_grad = torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
-    if not wants_grad and is_unobserved(tensors) and not is_transformed():
+    if not wants_grad(tensors) and is_unobserved(tensors) and not is_transformed():
         return function(*args)
     return _MaskedConv2d.apply(*args)
 

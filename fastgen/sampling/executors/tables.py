@@ -32,6 +32,7 @@ COLUMNS = {
 
 class PlanTables:
     """The plan as rows of integers, column by column as in csrc/common/plan_tables.h; packed weights; memory.
+
     Rows are filtered with fewer multiplications where that is worthwhile (`winograd`).
     """
 
