@@ -89,10 +89,16 @@ struct Plan {
     int64_t out_channels() const { return conv->groups * conv->out_channels; }
 
     // Plans of equal layout share packed weights.
-    std::array<int64_t, 9> layout() const {
-        const AxisPlan &y = conv->y, &x = conv->x;
-        return {transposed,      conv->minimal, conv->overlap_add, y.out_step,     y.phases,
-                y.slots[0].base, x.out_step,    x.phases,          x.slots[0].base};
+    std::vector<int64_t> layout() const {
+        std::vector<int64_t> result{transposed, conv->minimal, conv->overlap_add};
+        for (const AxisPlan* axis : {&conv->y, &conv->x}) {
+            result.insert(result.end(), {axis->out_step, axis->phases});
+            for (int64_t i = 0; i < axis->num_slots; ++i) {
+                const AxisSlot& slot = axis->slots[i];
+                result.insert(result.end(), {slot.base, slot.taps, slot.taps ? slot.offsets[0] : 0});
+            }
+        }
+        return result;
     }
 };
 
@@ -288,48 +294,54 @@ void weight_gradient(const ConvTransposeShape& shape, uintptr_t input, const Str
                                  pointer<T>(scratch));
 }
 
-// A hash of 512 cache lines spread evenly over the bytes, or of all of them where they are few. Eight chains side by side,
-// so that neither a multiplication nor a cache miss waits for the one before.
+// A hash of all bytes, or, of more than 32 KiB, of 64 runs of eight cache lines spread evenly from the first byte to the last:
+// when the weights left the caches it is the places that cost, as each is in another page. Eight chains side by side, so that
+// neither a multiplication nor a cache miss waits for the one before.
 uint64_t fingerprint(uintptr_t data, int64_t bytes) {
-    constexpr int64_t kSamples = 512, kWords = 8;
+    constexpr int64_t kRuns = 64, kRunLines = 8, kLineBytes = 64, kWords = 8, kRunBytes = kRunLines * kLineBytes;
     uint64_t chains[kWords];
     for (int64_t i = 0; i < kWords; ++i) chains[i] = 0xcbf29ce484222325u + i;
     const auto mix = [](uint64_t hash, uint64_t word) {
         hash = (hash ^ word) * 0x100000001b3u;
         return hash ^ hash >> 29;
     };
-    const auto mix_line = [&](const char* from) {
-        uint64_t words[kWords];
-        std::memcpy(words, from, sizeof words);
-        for (int64_t i = 0; i < kWords; ++i) chains[i] = mix(chains[i], words[i]);
+    const auto mix_lines = [&](const char* from, int64_t lines) {
+        for (; lines > 0; --lines, from += kLineBytes) {
+            uint64_t words[kWords];
+            std::memcpy(words, from, sizeof words);
+            for (int64_t i = 0; i < kWords; ++i) chains[i] = mix(chains[i], words[i]);
+        }
     };
     const char* const from = pointer<const char>(data);
-    const int64_t lines = bytes / 64, rest = bytes % 64;
-    const int64_t samples = lines < kSamples ? lines : kSamples;
-    const int64_t spread = samples < kSamples ? samples - 1 : bytes / 8 - kWords;  // lines, or words, to the last one
-    const int64_t unit = samples < kSamples ? 64 : 8;
-    const int64_t step = samples > 1 ? spread / (samples - 1) : 0, extra = samples > 1 ? spread % (samples - 1) : 0;
-    constexpr int64_t kAhead = 24;  // lines on their way from memory, about as many as a core keeps track of
-    for (int64_t s = 0, carry = 0, at = 0; s < samples; ++s, at += step, carry += extra) {
-        if (carry >= samples - 1 && s > 0) {
-            carry -= samples - 1;
-            ++at;
+    if (bytes <= kRuns * kRunBytes) {
+        const int64_t lines = bytes / kLineBytes;
+        mix_lines(from, lines);
+        char last[kLineBytes] = {};
+        std::memcpy(last, from + lines * kLineBytes, bytes % kLineBytes);
+        mix_lines(last, 1);
+    } else {
+        constexpr int64_t kAhead = 4;  // runs on their way from memory
+        const int64_t spread = bytes - kRunBytes;
+        const auto run = [&](int64_t i) { return from + i * spread / (kRuns - 1); };
+        for (int64_t i = 0; i < kRuns; ++i) {
+            for (int64_t line = 0; line < kRunLines && i + kAhead < kRuns; ++line)
+                __builtin_prefetch(run(i + kAhead) + line * kLineBytes);
+            mix_lines(run(i), kRunLines);
         }
-        if (s + kAhead < samples) __builtin_prefetch(from + (at + kAhead * step) * unit);
-        mix_line(from + at * unit);
     }
-    char last[64] = {};
-    std::memcpy(last, from + lines * 64, rest);
-    mix_line(last);
     uint64_t hash = 0;
     for (const uint64_t chain : chains) hash = mix(hash, chain);
     return hash;
 }
 
-// Blocks that each take the result of the one before, in one call: for one image it is the calls that cost. What is given
-// when a block is added must stay as it is while the sequence is used; whether the weights did is looked at in each run.
+// Blocks that each take the result of the one before, in one call: for one image it is the calls that cost. Large batches
+// run in groups of images, whose results between blocks stay in the caches and in memory that the allocator keeps: it
+// returns more than 32 MB to the system at once, and touching them anew took a fifth of the time. What is given when a block is
+// added must stay as it is while the sequence is used; whether the weights did is looked at in each run.
 template <class E>
 class ConvSequence {
+    static constexpr int64_t kGroupBytes = 8 << 20;  // of the largest result between two blocks
+
 public:
     explicit ConvSequence(bool contiguous) : contiguous_(contiguous) {}
 
@@ -351,12 +363,13 @@ public:
 
     // In sums: two results between blocks, the last one where it is not yet contiguous, and what one block needs.
     int64_t scratch_size(int64_t batch, const Strides& strides) const {
+        const int64_t images = (batch + groups(batch) - 1) / groups(batch);
         int64_t most = 0;
         for (size_t i = 0; i < blocks_.size(); ++i) {
             const Strides& from = i ? blocks_[i - 1].strides : strides;
-            most = std::max(most, fastgen::scratch_size<E>(blocks_[i].plan, batch, blocks_[i].threads, from));
+            most = std::max(most, fastgen::scratch_size<E>(blocks_[i].plan, images, blocks_[i].threads, from));
         }
-        return 2 * result_size(batch) + last_size(batch) + most;
+        return 2 * result_size(images) + last_size(images) + most;
     }
 
     // Whether the weights are what they were when their blocks were added; if not, nothing is computed.
@@ -364,18 +377,12 @@ public:
         for (const Block& block : blocks_) {
             if (fingerprint(block.weight, block.weight_bytes) != block.fingerprint) return false;
         }
-        const int64_t size = result_size(batch) * sizeof(SumOf<E>), last = last_size(batch) * sizeof(SumOf<E>);
-        for (size_t i = 0; i < blocks_.size(); ++i) {
-            const Block& block = blocks_[i];
-            const uintptr_t result = i + 1 < blocks_.size() ? scratch + i % 2 * size
-                                     : last                 ? scratch + 2 * size
-                                                            : output;
-            fastgen::run<E>(block.plan, batch, block.threads, input, i ? blocks_[i - 1].strides : strides, block.packed,
-                            block.tensors, block.eps, block.activation, block.parameter, result,
-                            scratch + 2 * size + last);
-            input = result;
+        const int64_t count = groups(batch);
+        for (int64_t group = 0; group < count; ++group) {
+            const int64_t begin = batch * group / count, end = batch * (group + 1) / count;
+            run_group(end - begin, input + begin * strides[0] * sizeof(E), strides,
+                      output + begin * blocks_.back().strides[0] * sizeof(E), scratch);
         }
-        if (last) make_contiguous(batch, pointer<const E>(input), pointer<E>(output));
         return true;
     }
 
@@ -394,25 +401,48 @@ private:
         Strides strides;  // of its result
     };
 
-    // Of the largest result between two blocks.
-    int64_t result_size(int64_t batch) const {
-        int64_t most = 0;
-        for (size_t i = 0; i + 1 < blocks_.size(); ++i) most = std::max(most, batch * blocks_[i].strides[0]);
-        return line_up<SumOf<E>>(most);
+    void run_group(int64_t images, uintptr_t input, const Strides& strides, uintptr_t output, uintptr_t scratch) const {
+        const int64_t size = result_size(images) * sizeof(SumOf<E>), last = last_size(images) * sizeof(SumOf<E>);
+        for (size_t i = 0; i < blocks_.size(); ++i) {
+            const Block& block = blocks_[i];
+            const uintptr_t result = i + 1 < blocks_.size() ? scratch + i % 2 * size
+                                     : last                 ? scratch + 2 * size
+                                                            : output;
+            fastgen::run<E>(block.plan, images, block.threads, input, i ? blocks_[i - 1].strides : strides, block.packed,
+                            block.tensors, block.eps, block.activation, block.parameter, result,
+                            scratch + 2 * size + last);
+            input = result;
+        }
+        if (last) make_contiguous(images, pointer<const E>(input), pointer<E>(output));
     }
+
+    // Of the largest result between two blocks, of one image.
+    int64_t largest() const {
+        int64_t most = 0;
+        for (size_t i = 0; i + 1 < blocks_.size(); ++i) most = std::max(most, blocks_[i].strides[0]);
+        return most;
+    }
+
+    int64_t groups(int64_t batch) const {
+        const int64_t bytes = std::max<int64_t>(1, largest()) * sizeof(E);
+        const int64_t images = std::max<int64_t>(1, kGroupBytes / bytes);
+        return std::max<int64_t>(1, (batch + images - 1) / images);
+    }
+
+    int64_t result_size(int64_t images) const { return line_up<SumOf<E>>(images * largest()); }
 
     // Of the last result, where it is not the output.
-    int64_t last_size(int64_t batch) const {
-        return contiguous_ ? line_up<SumOf<E>>(batch * blocks_.back().strides[0]) : 0;
+    int64_t last_size(int64_t images) const {
+        return contiguous_ ? line_up<SumOf<E>>(images * blocks_.back().strides[0]) : 0;
     }
 
-    void make_contiguous(int64_t batch, const E* from, E* to) const {
+    void make_contiguous(int64_t images, const E* from, E* to) const {
         constexpr int64_t kRun = 64;  // positions that stay in the first-level cache
         const Block& last = blocks_.back();
         const int64_t channels = last.plan.out_channels(), positions = last.strides[0] / channels;
         const int64_t runs = (positions + kRun - 1) / kRun;
 #pragma omp parallel for num_threads(last.threads)
-        for (int64_t i = 0; i < batch * runs; ++i) {
+        for (int64_t i = 0; i < images * runs; ++i) {
             const int64_t begin = i % runs * kRun, end = std::min(positions, begin + kRun);
             const int64_t image = i / runs * last.strides[0];
             for (int64_t c = 0; c < channels; ++c) {

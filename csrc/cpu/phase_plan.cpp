@@ -86,7 +86,25 @@ private:
         }
         add_spans(result, first_cell(base, step, phases), floor_div(axis_.out_size - 1 - base, step) + 1,
                   in_step(step));
+        drop_unread(result, phases);
         return result;
+    }
+
+    // Taps that lie outside the image for every cell, as most do on the smallest maps, need no weights.
+    static void drop_unread(Slot& slot, int64_t phases) {
+        int64_t begin = slot.offsets.size(), end = 0;
+        for (const AxisSpan& span : slot.spans) {
+            if (span.tap_begin == span.tap_end) continue;
+            begin = std::min(begin, span.tap_begin);
+            end = std::max(end, span.tap_end);
+        }
+        begin = std::min(begin, end);
+        slot.offsets = {slot.offsets.begin() + begin, slot.offsets.begin() + end};
+        slot.kernel = {slot.kernel.begin() + begin * phases, slot.kernel.begin() + end * phases};
+        for (AxisSpan& span : slot.spans) {
+            span.tap_begin = std::clamp(span.tap_begin - begin, int64_t{0}, end - begin);
+            span.tap_end = std::clamp(span.tap_end - begin, span.tap_begin, end - begin);
+        }
     }
 
     // The first cell one of whose outputs exists.
@@ -113,13 +131,18 @@ private:
     bool transposed_;
 };
 
-std::vector<Axis> candidates(const ConvAxis& axis, bool transposed, int64_t out_channels, int64_t lanes) {
-    const AxisBuilder builder(axis, transposed);
+// Whether all outputs of an axis read its only input.
+bool is_point(const ConvAxis& axis) { return axis.in_size == 1 && axis.out_size % axis.stride == 0; }
+
+std::vector<Axis> candidates(const ConvShape& shape, const ConvAxis& axis, int64_t lanes) {
+    const AxisBuilder builder(axis, shape.transposed);
+    if (shape.transposed && is_point(shape.y) && is_point(shape.x))
+        return {builder.side_by_side(axis.out_size / axis.stride)};
     std::vector<Axis> result{builder.phase_by_phase()};
-    const int64_t stride = transposed ? axis.stride : 1;
+    const int64_t stride = shape.transposed ? axis.stride : 1;
     for (int64_t cells = stride > 1 ? 1 : 2; cells <= kMaxCells; ++cells) {
         // Wider products gain nothing, and smaller images have no such cells.
-        if (cells * stride * out_channels > 2 * lanes || cells * stride > axis.out_size) break;
+        if (cells * stride * shape.out_channels > 2 * lanes || cells * stride > axis.out_size) break;
         result.push_back(builder.side_by_side(cells));
     }
     return result;
@@ -161,7 +184,8 @@ int64_t direct_products(const AxisSlot& slot) {
 
 // Processor cycles for one image, roughly: a vector multiply-add in each, unless the weights come later than that.
 int64_t cost(const ConvPlan& plan, int64_t lanes) {
-    const int64_t outputs = (plan.out_channels + lanes - 1) / lanes, inputs = (plan.in_channels + lanes - 1) / lanes;
+    const int64_t columns = plan.y.phases * plan.x.phases * plan.out_channels;
+    const int64_t outputs = (columns + lanes - 1) / lanes, inputs = (plan.in_channels + lanes - 1) / lanes;
     int64_t products = 0, weights = 0;
     for (int64_t i = 0; i < plan.y.num_slots * plan.x.num_slots; ++i) {
         const AxisSlot &sy = plan.y.slots[i / plan.x.num_slots], &sx = plan.x.slots[i % plan.x.num_slots];
@@ -214,8 +238,8 @@ bool is_minimal(const ConvPlan& plan, const AxisSlot& y, const AxisSlot& x) {
 std::shared_ptr<const ConvPlan> make_conv_plan(const ConvShape& shape, int64_t lanes) {
     const auto owner = std::make_shared<Owner>();
     int64_t least = std::numeric_limits<int64_t>::max();
-    const auto x_candidates = candidates(shape.x, shape.transposed, shape.out_channels, lanes);
-    for (const Axis& y : candidates(shape.y, shape.transposed, shape.out_channels, lanes)) {
+    const auto x_candidates = candidates(shape, shape.x, lanes);
+    for (const Axis& y : candidates(shape, shape.y, lanes)) {
         for (const Axis& x : x_candidates) {
             const int64_t columns = y.phases * x.phases * shape.out_channels;
             const int64_t vectors = (columns + lanes - 1) / lanes;

@@ -268,11 +268,17 @@ struct TapConv {
         for (int64_t group = 0; group < plan.groups; ++group) {
             T* scale = scratch + 2 * group * panels() * kPanel<T>;
             T* shift = scale + panels() * kPanel<T>;
-            for (int64_t j = 0; j < panels() * kPanel<T>; ++j) {
-                const int64_t o = group * plan.out_channels + j % plan.out_channels;
-                scale[j] = call.scale ? call.scale[o] : T(1);
-                shift[j] = call.shift ? call.shift[o] : T(0);
-            }
+            repeat(call.scale, group, T(1), scale);
+            repeat(call.shift, group, T(0), shift);
+        }
+    }
+
+    // The values of a group's channels, or `missing`, for every column of its panels.
+    void repeat(const T* values, int64_t group, T missing, T* to) const {
+        const int64_t channels = plan.out_channels, total = panels() * kPanel<T>;
+        for (int64_t done = 0; done < total; done += channels) {
+            const int64_t count = min_of(channels, total - done);
+            for (int64_t j = 0; j < count; ++j) to[done + j] = values ? values[group * channels + j] : missing;
         }
     }
 
@@ -385,15 +391,26 @@ struct TapConv {
             FASTGEN_INLINE Rectangle cells() const { return {y.first, y.last, x.first, x.last}; }
         };
 
+        // The longest span, then the others in order.
+        static int64_t longest_first(const AxisSlot& slot, int64_t i) {
+            int64_t longest = 0;
+            for (int64_t j = 1; j < slot.num_spans; ++j) {
+                const AxisSpan &span = slot.spans[j], &most = slot.spans[longest];
+                if (span.last - span.first > most.last - most.first) longest = j;
+            }
+            return i == 0 ? longest : i <= longest ? i - 1 : i;
+        }
+
+        // The largest one first: its many rows are at work while the weights come from memory.
         template <class Body>
         void for_rectangles(const Body& body) const {
             for (int64_t i = 0; i < sy.num_spans; ++i) {
-                AxisSpan y = sy.spans[i];
+                AxisSpan y = sy.spans[longest_first(sy, i)];
                 y.first = max_of(y.first, item.y0);
                 y.last = min_of(y.last, item.y1);
                 if (y.first >= y.last) continue;
                 for (int64_t j = 0; j < sx.num_spans; ++j) {
-                    const AxisSpan& x = sx.spans[j];
+                    const AxisSpan& x = sx.spans[longest_first(sx, j)];
                     const int64_t lines = (item.n1 - item.n0) * (y.last - y.first), columns = x.last - x.first;
                     const int64_t depth = (y.tap_end - y.tap_begin) * (x.tap_end - x.tap_begin) * plan().in_channels;
                     const bool gathers = lines > 1 && depth > 0 && columns < kDirectRows;

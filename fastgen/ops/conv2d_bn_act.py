@@ -239,8 +239,8 @@ def _block(
 ) -> cpu.Block:
     output = _output_shape(input, weight, Options(stride, padding, groups, dilation, 0.0, "none", 0.0))
     geometry = (groups, (input[1], weight[0]), input[2:], output[2:], weight[2:], stride, padding, dilation)
-    work = math.prod(output) * math.prod(weight[1:])
-    return cpu.Block(output, geometry, dtype, cpu.worthwhile_threads(work, threads))
+    threads = cpu.worthwhile_threads(output[0] * math.prod(output[2:]), math.prod(weight), threads)
+    return cpu.Block(output, geometry, dtype, threads)
 
 
 def _folded(input: Tensor, weight: Tensor, *rest: Any) -> Tensor:

@@ -14,6 +14,7 @@ from fastgen import backends
 from fastgen.ops.packed_weights import packed_weight
 
 _MIN_THREAD_WORK = 1_000_000  # multiply-adds: below, waking a thread costs more than it saves
+_MIN_POSITIONS = 8  # in whose multiply-adds a weight comes from memory
 CPU = torch.device("cpu")  # whatever the default device is
 _SLACK = 64  # bytes behind a gradient that the kernels may read
 
@@ -283,8 +284,8 @@ def _block(
         input, weight, Options(stride, padding, output_padding, groups, dilation, False, 0.0, "none", 0.0)
     )
     geometry = (groups, (weight[0], output[1]), input[2:], output[2:], weight[2:], stride, padding, dilation)
-    work = math.prod(input) * math.prod(weight[1:])
-    return Block(output, geometry, dtype, worthwhile_threads(work, threads))
+    threads = worthwhile_threads(input[0] * math.prod(input[2:]), math.prod(weight), threads)
+    return Block(output, geometry, dtype, threads)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -299,9 +300,9 @@ def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype is torch.bfloat16 else dtype
 
 
-def worthwhile_threads(work: int, threads: int) -> int:
-    """At most `threads` for so many multiply-adds."""
-    return max(1, min(threads, work // _MIN_THREAD_WORK))
+def worthwhile_threads(positions: int, weights: int, threads: int) -> int:
+    """At most `threads`, where each of the positions meets all of the weights."""
+    return max(1, min(threads, max(positions, _MIN_POSITIONS) * weights // _MIN_THREAD_WORK))
 
 
 def _dense_strides(shape: Sequence[int]) -> tuple[int, int, int, int]:
