@@ -30,7 +30,7 @@ constexpr bool fits(int rows, int panels) {
 // tiles of rows share the panels. One row waits for the bandwidth of the cache its weights are in; there, hints a page
 // ahead cost 10-25 %, and some lines ahead they gain 5 % where the halves of a word keep one vector busy, else nothing.
 constexpr int kMinRowsAhead = 4;
-constexpr int kMaxLinesAhead = kMaxPanels / 2;
+constexpr int kMaxLinesAhead = kMaxPanels;
 constexpr int kNearSteps = 4;
 
 // Memory to be fetched while tiles are computed: kMaxLinesAhead lines from each address up to `last`.
@@ -133,7 +133,7 @@ Ahead kernel(const TapGemm<T, W>& gemm, int64_t row, int64_t panel, Ahead ahead)
 
         const auto prefetch = [&]() __attribute__((always_inline)) {
             if constexpr (R >= kMinRowsAhead) {
-                constexpr int lines = (P + 1) / 2;
+                constexpr int lines = P;
 #pragma GCC unroll 4
                 for (int i = 0; i < lines; ++i) __builtin_prefetch(ahead.p + i * 64, 0, 2);
                 ahead.p = ahead.p + lines * 64 < ahead.last ? ahead.p + lines * 64 : ahead.last;
