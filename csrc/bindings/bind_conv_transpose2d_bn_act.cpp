@@ -408,8 +408,8 @@ private:
             const uintptr_t result = i + 1 < blocks_.size() ? scratch + i % 2 * size
                                      : last                 ? scratch + 2 * size
                                                             : output;
-            fastgen::run<E>(block.plan, images, block.threads, input, i ? blocks_[i - 1].strides : strides, block.packed,
-                            block.tensors, block.eps, block.activation, block.parameter, result,
+            fastgen::run<E>(block.plan, images, block.threads, input, i ? blocks_[i - 1].strides : strides,
+                            block.packed, block.tensors, block.eps, block.activation, block.parameter, result,
                             scratch + 2 * size + last);
             input = result;
         }

@@ -1,4 +1,4 @@
-// fastgen._cpu.SeenTensors, same_attributes: whether Python objects are what they were, looked at without running Python
+// fastgen._cpu.SeenTensors, SeenAttributes: whether Python objects are what they were, looked at without running Python
 // code. Between the calls of a network its weights push the interpreter out of the caches, so that for one image such
 // checks in Python cost a tenth of the time.
 #include <pybind11/pybind11.h>
@@ -71,29 +71,50 @@ private:
     std::vector<Seen> seen_;
 };
 
-bool empty_dicts(py::handle a, py::handle b) {
-    return PyDict_Check(a.ptr()) && PyDict_Check(b.ptr()) && PyDict_Size(a.ptr()) == 0 && PyDict_Size(b.ptr()) == 0;
-}
-
-// `states`: (object, its attributes at some time). False where there are others now, or more, or in another order.
-bool same_attributes(const py::list& states) {
-    const py::str attributes{"__dict__"};
-    for (const py::handle state : states) {
-        const auto pair = py::reinterpret_borrow<py::tuple>(state);
-        const auto now = owned(PyObject_GetAttr(py::object(pair[0]).ptr(), attributes.ptr()));
-        const py::object before = pair[1];
-        if (!PyDict_Check(now.ptr()) || PyDict_Size(now.ptr()) != PyDict_Size(before.ptr())) return false;
-        // Side by side rather than by look-ups, which go all over the memory.
-        PyObject *name_before, *name_now, *value_before, *value_now;
-        for (Py_ssize_t i = 0, j = 0; PyDict_Next(before.ptr(), &i, &name_before, &value_before);) {
-            if (!PyDict_Next(now.ptr(), &j, &name_now, &value_now) || name_now != name_before) return false;
-            if (value_now == value_before || empty_dicts(value_now, value_before)) continue;
-            const auto held = [](PyObject* value) { return py::reinterpret_borrow<py::object>(value); };
-            if (!equal(held(value_now), held(value_before))) return false;
+// Whether objects have the attributes they had, in the same order. It owns nothing, or modules that hold it would never be
+// collected: `states`, of (object, copy of its __dict__), must stay alive and as it is.
+class SeenAttributes {
+public:
+    explicit SeenAttributes(const py::list& states) {
+        for (const py::handle state : states) {
+            const auto pair = py::reinterpret_borrow<py::tuple>(state);
+            Seen seen{pair[0].ptr(), {}};
+            PyObject *name, *value;
+            for (Py_ssize_t i = 0; PyDict_Next(pair[1].ptr(), &i, &name, &value);)
+                seen.attributes.push_back({name, value, PyDict_Check(value) && PyDict_Size(value) == 0});
+            seen_.push_back(seen);
         }
     }
-    return true;
-}
+
+    bool still() const {
+        for (const Seen& seen : seen_) {
+            const auto now = owned(PyObject_GenericGetDict(seen.object, nullptr));
+            if (PyDict_Size(now.ptr()) != static_cast<Py_ssize_t>(seen.attributes.size())) return false;
+            // Side by side rather than by look-ups, which go all over the memory.
+            const Attribute* attribute = seen.attributes.data();
+            PyObject *name, *value;
+            for (Py_ssize_t i = 0; PyDict_Next(now.ptr(), &i, &name, &value); ++attribute) {
+                if (name != attribute->name) return false;
+                if (value == attribute->value) continue;
+                if (attribute->empty_dict && PyDict_Check(value) && PyDict_Size(value) == 0) continue;
+                const auto held = [](PyObject* object) { return py::reinterpret_borrow<py::object>(object); };
+                if (!equal(held(value), held(attribute->value))) return false;
+            }
+        }
+        return true;
+    }
+
+private:
+    struct Attribute {
+        PyObject *name, *value;
+        bool empty_dict;
+    };
+    struct Seen {
+        PyObject* object;
+        std::vector<Attribute> attributes;
+    };
+    std::vector<Seen> seen_;
+};
 
 }  // namespace
 
@@ -101,9 +122,9 @@ void bind_unchanged(py::module_& module) {
     py::class_<SeenTensors>(module, "SeenTensors", "Tensors, or None, as they were at some time.")
         .def(py::init<py::sequence>(), py::arg("tensors"))
         .def("still", &SeenTensors::still, py::arg("tensors"), "Whether these are the same, and nothing was written.");
-    module.def(
-        "same_attributes", same_attributes, py::arg("states"),
-        "Whether objects have the attributes they had, in the same order; states: of (object, copy of its __dict__).");
+    py::class_<SeenAttributes>(module, "SeenAttributes", "Attributes of objects as they were at some time.")
+        .def(py::init<py::list>(), py::arg("states"), "Of (object, copy of its __dict__), which must outlive this.")
+        .def("still", &SeenAttributes::still, "Whether all are the same, in the same order.");
 }
 
 }  // namespace fastgen

@@ -6,7 +6,6 @@ import inspect
 import logging
 import warnings
 from collections.abc import Iterable
-from functools import cache
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
@@ -41,7 +40,7 @@ class Source(NamedTuple):
 
 
 def _with_direct_paths(text: str, graph: fx.Graph, root: torch.nn.Module) -> str:
-    """The code, fetching parameters and buffers without `torch.nn.Module.__getattr__`.
+    """The code, fetching parameters and buffers without `torch.nn.Module.__getattr__`, and each module once.
 
     That is Python code, called for each name in a path; for one image it takes as long as a small layer.
     """
@@ -53,13 +52,22 @@ def _with_direct_paths(text: str, graph: fx.Graph, root: torch.nn.Module) -> str
         module = root.get_submodule(".".join(path))
         members = next((kind for kind in ("_parameters", "_buffers") if name in getattr(module, kind)), None)
         if members is not None:
-            place = [*(f"_modules[{part!r}]" for part in path), f"{members}[{name!r}]"]
-            places[f"    {node.name}"] = ".".join(["self", *place])
-    lines = text.split("\n")
-    for i, line in enumerate(lines):
+            places[f"    {node.name}"] = path, f".{members}[{name!r}]"
+    prefix = "_at"
+    while prefix in text:
+        prefix += "_"
+    lines = []
+    at: dict[tuple[str, ...], str] = {(): "self"}  # what holds a module
+    for line in text.split("\n"):
         assigned = line.partition(" = ")[0]
         if assigned in places:
-            lines[i] = f"{assigned} = {places[assigned]}"
+            path, member = places[assigned]
+            for i, part in enumerate(path):
+                if (here := tuple(path[: i + 1])) not in at:
+                    at[here] = f"{prefix}{len(at)}"
+                    lines.append(f"    {at[here]} = {at[tuple(path[:i])]}._modules[{part!r}]")
+            line = f"{assigned} = {at[tuple(path)]}{member}"
+        lines.append(line)
     return "\n".join(lines)
 
 
@@ -67,12 +75,6 @@ def _module(path: str) -> ModuleType:
     import importlib
 
     return importlib.import_module(path)
-
-
-@cache
-def _same_attributes() -> Any:
-    """Says at once whether all is as it was; None without native code."""
-    return None if backends.import_error("_cpu") else backends.native_cpu().same_attributes
 
 
 class Program:
@@ -101,12 +103,18 @@ class Program:
         self.states: list[tuple[torch.nn.Module, dict[str, Any]]] = []
         self.told = False
         self._compile()
+        self._look()
 
     def watch(self, modules: Iterable[torch.nn.Module]) -> None:
         """From now on these must stay as they are."""
         modules = list(modules)
         self.modes = [(module, module.training) for module in modules]
         self.states = [(module, state(module)) for module in modules]
+        self._look()
+
+    def _look(self) -> None:
+        """At the states in native code, if there is any, which says at once whether all is as it was."""
+        self._seen = None if backends.import_error("_cpu") else backends.native_cpu().SeenAttributes(self.states)
 
     @property
     def forward(self) -> MethodType:
@@ -158,8 +166,7 @@ class Program:
     def _holds(self) -> bool:
         if torch.nn.modules.module._has_any_global_hook():
             return False
-        same = _same_attributes()
-        if same is not None and same(self.states):
+        if self._seen is not None and self._seen.still():
             return True
         return all(unchanged(module, before) for module, before in self.states)
 
@@ -174,8 +181,9 @@ class Program:
         self._forward.__signature__ = inspect.signature(type(self.root).forward)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("functions", "_forward")}
+        return {name: value for name, value in self.__dict__.items() if name not in ("functions", "_forward", "_seen")}
 
     def __setstate__(self, kept: dict[str, Any]) -> None:
         self.__dict__.update(kept)
         self._compile()
+        self._look()

@@ -3,9 +3,9 @@ tensors that are computed from weights.
 
 A pack is served only while it is known to be that of the weight: same tensor object, memory, strides and version
 counter (which every in-place operation of PyTorch advances: optimiser steps, `load_state_dict`, initialisers), and the
-same fingerprint, a hash of 64 runs of 512 bytes spread evenly over the weights (all of them below 32 KiB). The fingerprint
-is for writes past the version counter, as through ``weight.data`` or a NumPy view: it sees those that touch the whole
-tensor, and may miss one that changes a few elements of a large one; follow such a write by
+same fingerprint, a hash of 64 runs of 512 bytes spread evenly over the weights (all of them below 32 KiB). The
+fingerprint is for writes past the version counter, as through ``weight.data`` or a NumPy view: it sees those that touch
+the whole tensor, and may miss one that changes a few elements of a large one; follow such a write by
 ``torch.autograd.graph.increment_version(weight)``.
 """
 
