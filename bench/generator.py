@@ -135,10 +135,10 @@ def compiled(network: nn.Module, freezing: bool, *inputs: Tensor) -> Module:
     return function
 
 
-def timed(call: Callable[[], Any], clock: Callable[[], float] = time.perf_counter) -> tuple[Any, float]:
-    start = clock()
+def timed(call: Callable[[], Any]) -> tuple[Any, float]:
+    start = time.perf_counter()
     result = call()
-    return result, clock() - start
+    return result, time.perf_counter() - start
 
 
 def channels_last(value: Any) -> Any:
@@ -209,14 +209,14 @@ def sizes_of(count: int) -> list[tuple[int, int]]:
 
 
 def new_sizes(module: Module, inputs: Sequence[Sequence[Tensor]]) -> dict[str, float]:
-    """How much longer the first call of a size takes than the later ones, in processor time: other processes do not
-    count, whatever is prepared for a size does.
+    """How much longer the first call of a size takes than the later ones. Processor time would leave other processes
+    out, but that of other threads is counted in ticks of milliseconds.
     """
     ratios, worst = [], 0.0
     for given in inputs:
         call = partial(infer, module, *given)
-        _, first = timed(call, time.process_time)
-        later = [timed(call, time.process_time)[1] for _ in range(STEADY_CALLS)]
+        _, first = timed(call)
+        later = [timed(call)[1] for _ in range(STEADY_CALLS)]
         ratios.append(first / statistics.median(later))
         worst = max(worst, first)
     ratios.sort()

@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <limits>
-#include <map>
 #include <vector>
 
 namespace fastgen {
@@ -72,17 +71,25 @@ private:
     }
 
     Slot slot(int64_t base, int64_t step, int64_t phases) const {
-        std::map<int64_t, std::vector<int64_t>> taps;  // offset -> kernel element of each phase
+        struct Tap {
+            int64_t offset, phase, kernel;
+        };
+        std::vector<Tap> taps;
+        taps.reserve(phases * axis_.kernel);
         for (int64_t phase = 0; phase < phases; ++phase) {
             for (int64_t k = 0; k < axis_.kernel; ++k) {
                 const int64_t at = source(base + phase, k);
-                if (at != kNone) taps.try_emplace(at, phases, -1).first->second[phase] = k;
+                if (at != kNone) taps.push_back({at, phase, k});
             }
         }
+        std::sort(taps.begin(), taps.end(), [](const Tap& a, const Tap& b) { return a.offset < b.offset; });
         Slot result{base, {}, {}, {}};
-        for (const auto& [offset, kernel] : taps) {
-            result.offsets.push_back(offset);
-            result.kernel.insert(result.kernel.end(), kernel.begin(), kernel.end());
+        for (const Tap& tap : taps) {
+            if (result.offsets.empty() || result.offsets.back() != tap.offset) {
+                result.offsets.push_back(tap.offset);
+                result.kernel.resize(result.kernel.size() + phases, -1);
+            }
+            *(result.kernel.end() - phases + tap.phase) = tap.kernel;
         }
         add_spans(result, first_cell(base, step, phases), floor_div(axis_.out_size - 1 - base, step) + 1,
                   in_step(step));
@@ -114,16 +121,13 @@ private:
 
     void add_spans(Slot& slot, int64_t first, int64_t last, int64_t in_step) const {
         const auto& offsets = slot.offsets;
-        for (int64_t cell = first; cell < last; ++cell) {
+        for (int64_t cell = first, next; cell < last; cell = next) {
             const auto begin = std::lower_bound(offsets.begin(), offsets.end(), -cell * in_step);
             const auto end = std::lower_bound(begin, offsets.end(), axis_.in_size - cell * in_step);
-            const AxisSpan span{cell, cell + 1, begin - offsets.begin(), end - offsets.begin()};
-            AxisSpan* previous = slot.spans.empty() ? nullptr : &slot.spans.back();
-            if (previous && previous->tap_begin == span.tap_begin && previous->tap_end == span.tap_end) {
-                previous->last = span.last;
-            } else {
-                slot.spans.push_back(span);
-            }
+            next = last;  // the first cell that reads another tap, or one less
+            if (begin != offsets.begin()) next = std::min(next, -floor_div(begin[-1], in_step));
+            if (end != begin) next = std::min(next, -floor_div(end[-1] - axis_.in_size, in_step));
+            slot.spans.push_back({cell, next, begin - offsets.begin(), end - offsets.begin()});
         }
     }
 

@@ -22,7 +22,8 @@ _MAX_KEPT = 64  # of one first weight, for inputs of other sizes
 
 Blocks = tuple[tuple[Any, ...], ...]
 
-_kept: dict[int, dict[tuple[Any, ...], _Sequence]] = {}  # by the identity of the first weight, as long as it lives
+# By the identity of the first weight, as long as it lives; by how it is computed; by shape and strides of the input.
+_kept: dict[int, dict[tuple[Any, ...], dict[tuple[Any, ...], _Sequence]]] = {}
 
 
 def conv_transpose2d_bn_act_sequence(
@@ -48,28 +49,40 @@ def _apply(input: Tensor, tensors: Sequence[Tensor | None], blocks: Blocks, cont
     # What is kept is for tensors that went straight, and notices others, but not that they want gradients now.
     if not goes_straight((input, *tensors) if torch.is_grad_enabled() else (input,)):
         return _one_by_one(input, tensors, blocks)
-    how = blocks, contiguous, torch.get_num_threads(), backends.native_cpu().isa()
-    key = input.dtype, input.shape, input.stride(), *how
-    first = id(tensors[0])
-    kept = _kept.get(first, {})
-    if key in kept:
-        output = kept[key](input, tensors)
+    first, size = id(tensors[0]), (input.shape, input.stride())
+    how = input.dtype, blocks, contiguous, torch.get_num_threads(), backends.native_cpu().isa()
+    sizes = _kept.get(first, {}).get(how, {})
+    if size in sizes:
+        output = sizes[size](input, tensors)
         if output is not None:
             return output
-        kept.clear()  # the others would notice, too, and keep old packs until then
+        _kept[first].clear()  # the others would notice, too, and keep old packs until then
+        sizes = {}
     if not goes_straight((input, *tensors)):
         return _one_by_one(input, tensors, blocks)
+    if sizes:
+        sequence = next(iter(sizes.values())).resized(input, tensors, blocks)
+        if sequence is not None:
+            output = sequence(input, tensors)
+            if output is not None:
+                _keep(sequence, first, how, size)
+                return output
     calls: list[cpu.Inference | None] = []
     output = _one_by_one(input, tensors, blocks, calls)
     dense = all(tensor is None or (tensor.is_contiguous() and not tensor.is_inference()) for tensor in tensors)
     if dense and all(call is not None and call.scratch for call in calls):
         if first not in _kept:
             weakref.finalize(tensors[0], _kept.pop, first, None).atexit = False
-            _kept[first] = kept
-        if len(kept) >= _MAX_KEPT:
-            kept.clear()
-        kept[key] = _Sequence(tensors, calls, contiguous)  # type: ignore[arg-type]
+            _kept[first] = {}
+        _keep(_Sequence(tensors, calls, contiguous), first, how, size)  # type: ignore[arg-type]
     return output
+
+
+def _keep(sequence: _Sequence, first: int, how: tuple[Any, ...], size: tuple[Any, ...]) -> None:
+    sizes = _kept[first].setdefault(how, {})
+    if len(sizes) >= _MAX_KEPT:
+        sizes.clear()
+    sizes[size] = sequence
 
 
 def _one_by_one(
@@ -109,6 +122,23 @@ class _Sequence:
         self.batch, self.strides = calls[0].shape[0], calls[0].strides
         self.shape, self.sums = calls[-1].shape, calls[-1].sums
         self.scratch = self.native.scratch_size(self.batch, self.strides)
+
+    def resized(self, input: Tensor, tensors: Sequence[Tensor | None], blocks: Blocks) -> _Sequence | None:
+        """For inputs of another size; None if the tensors are not what they were or do not go with such an input."""
+        channels = tensors[0].shape[0]  # type: ignore[union-attr]
+        if input.dim() != 4 or input.shape[1] != channels or not input.numel() or not self.seen.still(tensors):
+            return None
+        shape, strides = tuple(input.shape), input.stride()
+        calls = []
+        for i, block in enumerate(blocks):
+            weight, options, batch_norm = tensors[i * BLOCK_TENSORS], Options(*block), tensors[i * BLOCK_TENSORS + 2]
+            assert weight is not None
+            if min(cpu.output_shape(shape, weight.shape, options)) < 1:
+                return None
+            call = cpu.Inference(shape, strides, input.dtype, weight, batch_norm is not None, options)
+            calls.append(call)
+            shape, strides = call.shape, cpu.dense_strides(call.shape)
+        return _Sequence(tensors, calls, self.format is torch.contiguous_format)
 
     def __call__(self, input: Tensor, tensors: Sequence[Tensor | None]) -> Tensor | None:
         """None if one of the tensors is not what it was."""

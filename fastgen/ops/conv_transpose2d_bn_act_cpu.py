@@ -82,24 +82,30 @@ def forward(input: Tensor, weight: Tensor, *rest: Any) -> Tensor:
     if call is None:
         if len(_served) >= _MAX_SERVED:
             _served.clear()
-        call = _served[_signature(tensors, options)] = Inference(tensors, options)
+        sizes = input.shape, input.stride(), input.dtype
+        call = _served[_signature(tensors, options)] = Inference(*sizes, weight, tensors[3] is not None, options)
     return call(*tensors)
 
 
 class Inference:
     """Of a call whose arguments were checked all that does not depend on values, for later calls that are like it."""
 
-    def __init__(self, tensors: Sequence[Tensor | None], options: Options):
-        input, weight = tensors[:2]
-        assert input is not None
-        assert weight is not None
+    def __init__(
+        self,
+        shape: Sequence[int],
+        strides: Sequence[int],
+        dtype: torch.dtype,
+        weight: Tensor,
+        batch_norm: bool,
+        options: Options,
+    ):
         native = backends.native_cpu()
-        block = Block.of(input, weight, options)
+        block = Block.of(shape, dtype, weight, options)
         self.shape, self.groups, self.threads = block.output, options.groups, block.threads
-        self.plan = block.forward_plan(batch_norm=tensors[3] is not None)
+        self.plan = block.forward_plan(batch_norm)
         self.function = getattr(native, f"conv_bn_act_{block.type}")
         self.act = (options.eps, getattr(native.Activation, options.activation), options.parameter)
-        self.strides = input.stride()
+        self.strides = strides
         self.scratch = block.scratch_size(self.plan, self.strides) if math.prod(block.output) else 0
         self.sums = _sum_dtype(block.dtype)
 
@@ -138,7 +144,7 @@ def _signature(tensors: Sequence[Tensor | None], options: tuple[Any, ...]) -> tu
 def saving(input: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     bias, running_mean, running_var, *norm = rest[:5]
     options = Options(*rest[5:])
-    block = Block.of(input, weight, options)
+    block = Block.of(input.shape, input.dtype, weight, options)
     conv = channels_last(input, block.output)
     if conv.numel():
         block.convolve(input, weight, (bias, None, None, None, None), conv)
@@ -171,7 +177,7 @@ def backward(
     *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     options, (for_input, for_weight) = Options(*rest[:-1]), rest[-1]
-    block = Block.of(input, weight, options)
+    block = Block.of(input.shape, input.dtype, weight, options)
     channels = grad.shape[1]
     grad_input = channels_last(input, input.shape) if for_input else input.new_empty(0)
     grad_weight = torch.zeros(weight.shape, dtype=input.dtype) if for_weight else input.new_empty(0)
@@ -205,10 +211,11 @@ class Block:
         self.type = str(dtype).removeprefix("torch.")
 
     @classmethod
-    def of(cls, input: Tensor, weight: Tensor, options: Options) -> Block:
+    def of(cls, input: Sequence[int], dtype: torch.dtype, weight: Tensor, options: Options) -> Block:
+        """For an input [N, Cin, H, W] of this size."""
         steps = (options.stride, options.padding, options.output_padding, options.dilation)
-        sizes = (tuple(input.shape), tuple(weight.shape), options.groups, *(tuple(step) for step in steps))
-        return _block(*sizes, input.dtype, torch.get_num_threads())
+        sizes = (tuple(input), tuple(weight.shape), options.groups, *(tuple(step) for step in steps))
+        return _block(*sizes, dtype, torch.get_num_threads())
 
     def call(self, name: str, *args: Any) -> Any:
         """Tensors go as addresses; one that is missing or empty as 0."""
@@ -234,7 +241,7 @@ class Block:
         groups, channels, in_size, out_size, *steps = self.geometry
         plan = conv_plan(False, groups, channels[::-1], out_size, in_size, *steps, self.dtype)
         packed = packed_weight(weight, plan, groups, self.threads, out_channels_first=True)
-        self.run(plan, grad, _dense_strides(self.output), packed, (None,) * 5, output)
+        self.run(plan, grad, dense_strides(self.output), packed, (None,) * 5, output)
 
     def run(
         self, plan: Any, image: Tensor, strides: Sequence[int], packed: Tensor, tensors: Tensors, output: Tensor,
@@ -265,7 +272,7 @@ class Block:
         shape = backends.native_cpu().ConvTransposeShape(self.output[0], self.threads, *self.geometry)
         input = input.contiguous(memory_format=torch.channels_last)
         scratch = input.new_empty(self.call("conv_transpose_weight_scratch_size", shape))
-        self.call("conv_transpose_weight_gradient", shape, input, _dense_strides(input.shape), grad, result, scratch)
+        self.call("conv_transpose_weight_gradient", shape, input, dense_strides(input.shape), grad, result, scratch)
 
 
 @functools.lru_cache(maxsize=1024)
@@ -305,7 +312,7 @@ def worthwhile_threads(positions: int, weights: int, threads: int) -> int:
     return max(1, min(threads, max(positions, _MIN_POSITIONS) * weights // _MIN_THREAD_WORK))
 
 
-def _dense_strides(shape: Sequence[int]) -> tuple[int, int, int, int]:
+def dense_strides(shape: Sequence[int]) -> tuple[int, int, int, int]:
     """Of [N, C, H, W], channels last."""
     _, channels, height, width = shape
     return height * width * channels, 1, width * channels, channels

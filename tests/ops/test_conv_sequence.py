@@ -61,7 +61,8 @@ class Network:
         assert torch.equal(actual, expected) and actual.stride() == expected.stride()
 
     def kept(self):
-        return list(module._kept.get(id(self.tensors[0]), {}).values())
+        sizes = module._kept.get(id(self.tensors[0]), {}).values()
+        return [sequence for of_one_kind in sizes for sequence in of_one_kind.values()]
 
 
 @pytest.fixture
@@ -81,7 +82,16 @@ def test_the_bits_are_those_of_the_blocks(name, dtype, calls):
         x = network.input(batch)
         for _ in range(3):
             network.check(x)
-    assert len(calls) == 6 and None not in calls
+    assert len(calls) == 8 and None not in calls  # all but the first
+
+
+def test_large_batches_run_in_groups(calls):
+    network = Network("dcgan")
+    x = network.input(3001)  # more than 8 MB between two blocks
+    for contiguous in (False, True):
+        network(x[:1], contiguous)
+        assert torch.equal(network(x, contiguous), network.one_by_one(x))
+    assert len(calls) == 2 and network.kept()[-1].scratch * 4 < 20e6  # 23 MB for all at once
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -109,7 +119,7 @@ def test_contiguous_results(name, dtype, calls):
         for _ in range(3):
             result = network(x, contiguous=True)
             assert result.is_contiguous() and torch.equal(result, network(x))
-    assert len(calls) == 12 and None not in calls
+    assert len(calls) == 16 and None not in calls
     x.requires_grad_()
     assert network(x, contiguous=True).is_contiguous()
 
@@ -126,8 +136,21 @@ def test_layouts_and_sizes(calls):
     ):
         network.check(x)
         network.check(x)
-    assert len(calls) == 6 and None not in calls
+    assert len(calls) == 11 and None not in calls
     assert network(network.input(0)).shape == (0, 3, 24, 20)
+
+
+def test_sizes_that_do_not_fit():
+    network = Network("growing")
+    network.blocks = (tuple(UP._replace(padding=(2, 2))), *network.blocks[1:])
+    network(network.input(1, 3, 3))
+    with pytest.raises(ValueError, match="padding"):
+        network(network.input(1, 1, 1))
+    with pytest.raises(ValueError, match="channels"):
+        network(torch.randn(1, 3, 3, 2))
+    with pytest.raises(ValueError, match="N, Cin, H, W"):
+        network(torch.randn(3, 2, 2))
+    network.check(network.input(1, 4, 4))
 
 
 def _replace(network):
@@ -183,7 +206,7 @@ def test_what_noticed_a_change_is_made_again(calls):
         network.check(x)
     second = network.kept()
     assert len(first) == len(second) == 2 and not set(map(id, first)) & set(map(id, second))
-    assert [call is None for call in calls] == [False, False, True, False, False]
+    assert [call is None for call in calls] == [False] * 3 + [True] + [False] * 3
 
 
 def test_it_is_forgotten_with_the_first_weight():
