@@ -27,6 +27,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from fastgen.acceleration import blocks
+from fastgen.nn import ConvTransposeBNAct
 
 _HOOKS = (
     "_forward_hooks",
@@ -325,7 +326,7 @@ class _Tracer(fx.Tracer):
         symbols = {name: self.create_proxy("placeholder", name, (), {}) for name in self.tensors}
 
         def forward(root: Any) -> Any:
-            return root_fn(root, **symbols)
+            return (_in_turn(root) or functools.partial(root_fn, root))(**symbols)
 
         forward.__annotations__ = {}
         return forward, [self.root]
@@ -334,7 +335,7 @@ class _Tracer(fx.Tracer):
         return super().getattr(attr, attr_val, {})  # a node of a submodule that was given up must not come back
 
     def is_leaf_module(self, m: torch.nn.Module, module_qualified_name: str) -> bool:
-        return is_torch_layer(m) or m.__module__.startswith("fastgen.nn.")
+        return is_torch_layer(m) or (m.__module__.startswith("fastgen.nn.") and _in_turn(m) is None)
 
     def call_module(
         self, m: torch.nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -350,7 +351,7 @@ class _Tracer(fx.Tracer):
             last, caller = next(iter(reversed(self.graph.nodes)), None), self.caller
             self.caller = path
             try:
-                result = forward(*args, **kwargs)
+                result = (_in_turn(m) or forward)(*args, **kwargs)
                 self.inlined.add(path)
                 return result
             except Exception as error:
@@ -368,6 +369,12 @@ class _Tracer(fx.Tracer):
             if node is last:
                 break
             self.graph.erase_node(node)
+
+
+def _in_turn(module: torch.nn.Module) -> Callable[..., Any] | None:
+    """Of our own block, what runs its members in turn, so that they are fused with what is around them."""
+    ours = isinstance(module, ConvTransposeBNAct) and type(module).forward is ConvTransposeBNAct.forward
+    return module.in_turn if ours else None  # type: ignore[return-value]
 
 
 def is_torch_layer(module: torch.nn.Module) -> bool:

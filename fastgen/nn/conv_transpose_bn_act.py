@@ -66,7 +66,7 @@ class ConvTransposeBNAct(torch.nn.Sequential):
     def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         """`output_size` (H', W') chooses among the sizes that the stride leaves open, as in `ConvTranspose2d`."""
         if not _is_fusible(self):
-            return self._in_turn(input, output_size)
+            return self.in_turn(input, output_size)
         conv: Any
         conv, *rest = self
         options: dict[str, Any] = {name: getattr(conv, name) for name in ("stride", "padding", "groups", "dilation")}
@@ -83,7 +83,8 @@ class ConvTransposeBNAct(torch.nn.Sequential):
             options |= {name: getattr(rest[0], name) for name in ("negative_slope", "alpha") if hasattr(rest[0], name)}
         return ops.conv_transpose2d_bn_act(input, conv.weight, conv.bias, *tensors, **options)
 
-    def _in_turn(self, input: Tensor, output_size: Sequence[int] | None) -> Tensor:
+    def in_turn(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
+        """The same, member by member, as a `Sequential` does it."""
         conv: Any
         conv, *rest = self
         output = conv(input) if output_size is None else conv(input, output_size)

@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 import fastgen
+from fastgen.acceleration.program import Program
 
 from . import networks
 from .networks import NETWORKS, make
@@ -319,7 +320,30 @@ def test_our_own_models():
     model = fastgen.models.DCGAN(image_shape=(1, 16, 16), latent_dim=5, num_filters=4).eval()
     fast = fastgen.accelerate(model)
     assert "generator.blocks.0.0" in fast.fastgen_report.paths()
+    (source,) = {source.text for source in Program.of(fast.generator).sources.values() if "labels" not in source.text}
+    assert source.count("conv_transpose2d_bn_act_sequence(") == 1 and "conv_transpose2d_bn_act(" not in source
     assert (fast.sample(3, seed=1).int() - model.sample(3, seed=1).int()).abs().max() <= 1
+
+
+@torch.no_grad()
+def test_our_own_blocks():
+    class Network(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.block = fastgen.nn.ConvTransposeBNAct(4, 6, 3, 2, 1, activation="none")
+            self.last = fastgen.nn.ConvTransposeBNAct(6, 2, 3, batch_norm=False, activation="tanh")
+
+        def forward(self, x):
+            return self.last(torch.relu(self.block(x, output_size=(8, 8))))
+
+    network, x = Network().eval(), torch.randn(3, 4, 4, 4)
+    fast = fastgen.accelerate(network)
+    fused = ["ConvTranspose2d + BatchNorm2d + relu", "ConvTranspose2d + Tanh"]
+    assert [entry.what for entry in fast.fastgen_report.fused] == fused
+    torch.testing.assert_close(fast(x), network(x), rtol=1e-5, atol=1e-6)
+    block = fastgen.accelerate(network.block)
+    torch.testing.assert_close(block(x), network.block(x), rtol=1e-5, atol=1e-6)
+    assert block(x, (8, 8)).shape == (3, 6, 8, 8)
 
 
 def test_report_is_a_table():

@@ -35,7 +35,7 @@ class PerceptronDecoder(nn.Module):
         self.last = nn.Linear(units[-1], math.prod(shape))
         self.shape = shape
 
-    def forward(self, z: Tensor, condition: Tensor | None) -> Tensor:
+    def forward(self, z: Tensor, condition: Tensor | None = None) -> Tensor:
         inputs = z if condition is None else torch.cat((z, condition.flatten(1)), dim=1)
         return self.last(self.layers(inputs)).unflatten(1, self.shape)
 
@@ -63,7 +63,7 @@ class ConvolutionalEncoder(nn.Module):
 
 
 class ConvolutionalDecoder(nn.Module):
-    """The way back, in fused blocks.
+    """The way back, in fused blocks, the first of which spreads a latent over the innermost feature maps.
 
     The planes of a condition enter every block in its size, and a convolution after the last one, which gives the
     details; without a condition the last block ends in the parameters.
@@ -73,8 +73,10 @@ class ConvolutionalDecoder(nn.Module):
         super().__init__()
         params, height, width = shape
         widths = filters(height, width, num_filters)[::-1]
-        inner = (widths[0], height >> len(widths), width >> len(widths))
-        self.first = nn.Sequential(nn.Linear(inputs, math.prod(inner)), nn.Unflatten(1, inner), nn.ReLU())
+        inner = (height >> len(widths), width >> len(widths))
+        self.first = ConvTransposeBNAct(inputs, widths[0], inner, batch_norm=False)
+        for parameter in self.first.parameters():  # each output reads one weight of each input, as in a linear layer
+            nn.init.uniform_(parameter, -(inputs**-0.5), inputs**-0.5)
         self.blocks = nn.ModuleList(
             ConvTransposeBNAct(a + planes, b, 4, 2, 1, bias=False) for a, b in itertools.pairwise(widths)
         )
@@ -84,8 +86,8 @@ class ConvolutionalDecoder(nn.Module):
         else:
             self.last = ConvTransposeBNAct(widths[-1], params, 4, 2, 1, batch_norm=False, activation="none")
 
-    def forward(self, z: Tensor, condition: Tensor | None) -> Tensor:
-        x = self.first(z)
+    def forward(self, z: Tensor, condition: Tensor | None = None) -> Tensor:
+        x = self.first(z[:, :, None, None])
         for block in self.blocks:
             x = block(_beside(x, condition))
         return self.last(_beside(x, condition))
