@@ -52,6 +52,10 @@ CASES = {
     "k2s2": Case((2, 6, 3, 5), 20, (2, 2), {"stride": 2}),
     "k3s2p1op1": Case((2, 6, 5, 4), 12, (3, 3), {"stride": 2, "padding": 1, "output_padding": 1}),
     "k4s1p0 of 1x1": Case((5, 10, 1, 1), 24, (4, 4)),
+    "k4s2p1 of 1x1": Case((3, 10, 1, 1), 24, (4, 4), {"stride": 2, "padding": 1}),
+    "k5x3 of 1x1": Case((17, 10, 1, 1), 18, (5, 3), {"padding": (1, 0), "groups": 2}),
+    "dilation of 1x1": Case((2, 6, 1, 1), 20, (3, 3), {"stride": 2, "dilation": 3, "padding": 2}),
+    "k4s2p1 of 1x5": Case((2, 6, 1, 5), 20, (4, 4), {"stride": 2, "padding": 1}),
     "last layer": Case((2, 16, 9, 7), 3, (4, 4), {"stride": 2, "padding": 1}),
     "last layer k3s1": Case((2, 8, 9, 13), 3, (3, 3), {"padding": 1}),
     "one channel": Case((2, 4, 8, 8), 1, (5, 5), {"stride": 2, "padding": 2, "output_padding": 1}),
@@ -128,7 +132,7 @@ def plan_of(case, dtype=torch.float32):
     steps = {"stride": (1, 1), "padding": (0, 0), "output_padding": (0, 0), "dilation": (1, 1), "groups": 1}
     steps |= {key: value if key == "groups" else make_pair(key, value) for key, value in case.options.items()}
     names = ("stride", "padding", "output_padding", "groups", "dilation")
-    block = cpu.Block.of(x, weight, cpu.Options(*(steps[name] for name in names), False, 0.0, "none", 0.0))
+    block = cpu.Block.of(x.shape, dtype, weight, cpu.Options(*(steps[name] for name in names), False, 0.0, "none", 0.0))
     return cpu.conv_plan(True, *block.geometry, dtype)
 
 
@@ -159,6 +163,27 @@ def test_minimal_filtering_is_chosen_by_the_image_alone(case):
     assert not plan_of(
         case._replace(shape=(64, *case.shape[1:2], 1, 1), options={**case.options, "padding": 0})
     ).minimal
+
+
+def test_one_pixel_is_one_product():
+    plan = plan_of(CASES["k4s1p0 of 1x1"])
+    assert backends.native_cpu().conv_packed_size_float32(plan) == 10 * (24 * 16)
+
+
+def test_taps_that_nobody_reads_are_not_packed():
+    case = CASES["k4s2p1 of 1x1"]  # four of sixteen kernel elements meet the pixel
+    assert backends.native_cpu().conv_packed_size_float32(plan_of(case)) == 10 * (24 * 4)
+
+
+def test_small_maps_share_a_weight_but_not_its_packs():
+    case = CASES["k4s2p1"]
+    weight = case.tensors()[1]
+    for height, width in ((1, 1), (1, 2), (2, 1), (5, 6), (2, 2), (1, 1), (1, 7)):
+        x = torch.randn(2, case.shape[1], height, width)
+        with fastgen.backend("cpu"):
+            actual = ops.conv_transpose2d_bn_act(x, weight, **case.options)
+        expected = F.conv_transpose2d(x.double(), weight.double(), **case.options)
+        torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", OVERLAP)
