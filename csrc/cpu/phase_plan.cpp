@@ -38,6 +38,12 @@ public:
         return result;
     }
 
+    // All outputs side by side, of a single position.
+    Axis at_once() const {
+        const int64_t step = axis_.out_size;
+        return {in_step(step), step, step, {slot(0, step, step)}};
+    }
+
     // All outputs of `cells` positions side by side, with the base that reads least.
     Axis side_by_side(int64_t cells) const {
         const int64_t step = cells * (transposed_ ? axis_.stride : 1);
@@ -140,8 +146,7 @@ bool is_point(const ConvAxis& axis) { return axis.in_size == 1 && axis.out_size 
 
 std::vector<Axis> candidates(const ConvShape& shape, const ConvAxis& axis, int64_t lanes) {
     const AxisBuilder builder(axis, shape.transposed);
-    if (shape.transposed && is_point(shape.y) && is_point(shape.x))
-        return {builder.side_by_side(axis.out_size / axis.stride)};
+    if (shape.transposed && is_point(shape.y) && is_point(shape.x)) return {builder.at_once()};
     std::vector<Axis> result{builder.phase_by_phase()};
     const int64_t stride = shape.transposed ? axis.stride : 1;
     for (int64_t cells = stride > 1 ? 1 : 2; cells <= kMaxCells; ++cells) {

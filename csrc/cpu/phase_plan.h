@@ -12,6 +12,8 @@
 //     all phases side by side      one slot; its outputs are further columns of one product, its taps those of all. Worth
 //                                  it for few output channels, which fill no vector: of 3 channels, kernel 4, stride 2,
 //                                  padding 1, the outputs 2Y+1 and 2Y+2 read exactly the inputs Y and Y+1
+//     all outputs side by side     the same of a map of one pixel, which a transposed convolution spreads over a larger one:
+//                                  a linear layer, whose weights are then read in one run
 //
 // Which base and how many outputs to a cell: whatever multiplies least, counted in whole vectors. At the borders, cells
 // that read the same of the taps form a span, so that taps outside the image are skipped rather than multiplied.
