@@ -8,6 +8,7 @@
 #include <cmath>
 #include <cstring>
 #include <memory>
+#include <string>
 #include <vector>
 
 #include "cpu/conv_transpose2d_bn_act.h"
@@ -82,25 +83,28 @@ Image<T> image(uintptr_t data, const Strides& strides) {
 
 struct Plan {
     std::shared_ptr<const ConvPlan> conv;
-    bool transposed;
+    std::string layout;
 
     const ConvPlan& get() const { return *conv; }
 
     int64_t out_channels() const { return conv->groups * conv->out_channels; }
-
-    // Plans of equal layout share packed weights.
-    std::vector<int64_t> layout() const {
-        std::vector<int64_t> result{transposed, conv->minimal, conv->overlap_add};
-        for (const AxisPlan* axis : {&conv->y, &conv->x}) {
-            result.insert(result.end(), {axis->out_step, axis->phases});
-            for (int64_t i = 0; i < axis->num_slots; ++i) {
-                const AxisSlot& slot = axis->slots[i];
-                result.insert(result.end(), {slot.base, slot.taps, slot.taps ? slot.offsets[0] : 0});
-            }
-        }
-        return result;
-    }
 };
+
+// All that the packed weights depend on, but the weights: plans of equal layout share them.
+std::string layout_of(const ConvPlan& conv, bool transposed) {
+    std::vector<int64_t> numbers{transposed, conv.minimal, conv.overlap_add, conv.groups};
+    for (const OverlapAxis* axis : {&conv.overlap_y, &conv.overlap_x})
+        numbers.insert(numbers.end(), {axis->kernel, axis->stride, axis->padding});
+    for (const AxisPlan* axis : {&conv.y, &conv.x}) {
+        numbers.insert(numbers.end(), {axis->in_step, axis->out_step, axis->phases, axis->num_slots});
+        for (int64_t i = 0; i < axis->num_slots; ++i) {
+            const AxisSlot& slot = axis->slots[i];
+            numbers.insert(numbers.end(), {slot.base, slot.taps});
+            numbers.insert(numbers.end(), slot.kernel, slot.kernel + slot.taps * axis->phases);
+        }
+    }
+    return {reinterpret_cast<const char*>(numbers.data()), numbers.size() * sizeof(int64_t)};
+}
 
 Plan make(bool transposed, int64_t groups, const Pair& channels, const Pair& in_size, const Pair& out_size,
           const Pair& kernel, const Pair& stride, const Pair& padding, const Pair& dilation, int64_t lanes,
@@ -109,7 +113,8 @@ Plan make(bool transposed, int64_t groups, const Pair& channels, const Pair& in_
         return ConvAxis{in_size[i], out_size[i], kernel[i], stride[i], padding[i], dilation[i]};
     };
     const ConvShape shape{transposed, groups, channels[0] / groups, channels[1] / groups, axis(0), axis(1), minimal};
-    return {make_conv_plan(shape, lanes), transposed};
+    const auto plan = make_conv_plan(shape, lanes);
+    return {plan, layout_of(*plan, transposed)};
 }
 
 // The tensors [C] of a bias and a BatchNorm, or null.
@@ -294,9 +299,9 @@ void weight_gradient(const ConvTransposeShape& shape, uintptr_t input, const Str
                                  pointer<T>(scratch));
 }
 
-// A hash of all bytes, or, of more than 32 KiB, of 64 runs of eight cache lines spread evenly from the first byte to the last:
-// when the weights left the caches it is the places that cost, as each is in another page. Eight chains side by side, so that
-// neither a multiplication nor a cache miss waits for the one before.
+// A hash of all bytes, or, of more than 32 KiB, of 64 runs of eight cache lines spread evenly from the first byte to the
+// last: when the weights left the caches it is the places that cost, as each is in another page. Eight chains side by
+// side, so that neither a multiplication nor a cache miss waits for the one before.
 uint64_t fingerprint(uintptr_t data, int64_t bytes) {
     constexpr int64_t kRuns = 64, kRunLines = 8, kLineBytes = 64, kWords = 8, kRunBytes = kRunLines * kLineBytes;
     uint64_t chains[kWords];
@@ -334,10 +339,11 @@ uint64_t fingerprint(uintptr_t data, int64_t bytes) {
     return hash;
 }
 
-// Blocks that each take the result of the one before, in one call: for one image it is the calls that cost. Large batches
-// run in groups of images, whose results between blocks stay in the caches and in memory that the allocator keeps: it
-// returns more than 32 MB to the system at once, and touching them anew took a fifth of the time. What is given when a block is
-// added must stay as it is while the sequence is used; whether the weights did is looked at in each run.
+// Blocks that each take the result of the one before, in one call: for one image it is the calls that cost. Large
+// batches run in groups of images, whose results between blocks stay in the caches and in memory that the allocator
+// keeps: it returns more than 32 MB to the system at once, and touching them anew took a fifth of the time. What is
+// given when a block is added must stay as it is while the sequence is used; whether the weights did is looked at in
+// each run.
 template <class E>
 class ConvSequence {
     static constexpr int64_t kGroupBytes = 8 << 20;  // of the largest result between two blocks
@@ -521,7 +527,7 @@ void bind_conv_transpose2d_bn_act(pybind11::module_& module) {
         .def(py::init(&make), py::arg("transposed"), py::arg("groups"), py::arg("channels"), py::arg("in_size"),
              py::arg("out_size"), py::arg("kernel"), py::arg("stride"), py::arg("padding"), py::arg("dilation"),
              py::arg("lanes"), py::arg("minimal"))
-        .def_property_readonly("layout", &Plan::layout)
+        .def_property_readonly("layout", [](const Plan& plan) { return py::bytes(plan.layout); })
         .def_property_readonly("minimal", [](const Plan& plan) { return plan.conv->minimal; })
         .def_property_readonly("overlap_add", [](const Plan& plan) { return plan.conv->overlap_add; });
     py::class_<ConvTransposeShape>(module, "ConvTransposeShape", "Sizes of a weight gradient.")

@@ -71,8 +71,8 @@ private:
     std::vector<Seen> seen_;
 };
 
-// Whether objects have the attributes they had, in the same order. It owns nothing, or modules that hold it would never be
-// collected: `states`, of (object, copy of its __dict__), must stay alive and as it is.
+// Whether objects have the attributes they had, in the same order. It owns nothing, or modules that hold it would never
+// be collected: `states`, of (object, copy of its __dict__), must stay alive and as it is.
 class SeenAttributes {
 public:
     explicit SeenAttributes(const py::list& states) {

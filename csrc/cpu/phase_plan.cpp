@@ -141,7 +141,7 @@ private:
     bool transposed_;
 };
 
-// Whether all outputs of an axis read its only input.
+// Whether one cell has all outputs of an axis, and its only input.
 bool is_point(const ConvAxis& axis) { return axis.in_size == 1 && axis.out_size % axis.stride == 0; }
 
 std::vector<Axis> candidates(const ConvShape& shape, const ConvAxis& axis, int64_t lanes) {

@@ -108,6 +108,7 @@ class Program:
     def watch(self, modules: Iterable[torch.nn.Module]) -> None:
         """From now on these must stay as they are."""
         modules = list(modules)
+        self._seen = None  # it refers to the states
         self.modes = [(module, module.training) for module in modules]
         self.states = [(module, state(module)) for module in modules]
         self._look()

@@ -372,9 +372,10 @@ class _Tracer(fx.Tracer):
 
 
 def _in_turn(module: torch.nn.Module) -> Callable[..., Any] | None:
-    """Of our own block, what runs its members in turn, so that they are fused with what is around them."""
-    ours = isinstance(module, ConvTransposeBNAct) and type(module).forward is ConvTransposeBNAct.forward
-    return module.in_turn if ours else None  # type: ignore[return-value]
+    """Of our own block in eval, what runs its members in turn, so that they are fused with what is around them."""
+    if type(module).forward is not ConvTransposeBNAct.forward or any(part.training for part in module.modules()):
+        return None
+    return functools.partial(ConvTransposeBNAct.in_turn, module)  # type: ignore[arg-type]
 
 
 def is_torch_layer(module: torch.nn.Module) -> bool:

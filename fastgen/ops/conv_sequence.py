@@ -18,7 +18,7 @@ from fastgen.ops.packed_weights import packed_weight, span_bytes
 
 BLOCK_TENSORS = 6  # weight, bias, running_mean, running_var, bn_weight, bn_bias
 _GEOMETRY = Options._fields[:5]
-_MAX_KEPT = 64  # of one first weight, for inputs of other sizes
+_MAX_KEPT = 64  # of one first weight and way, for inputs of other sizes
 
 Blocks = tuple[tuple[Any, ...], ...]
 
@@ -61,8 +61,10 @@ def _apply(input: Tensor, tensors: Sequence[Tensor | None], blocks: Blocks, cont
     if not goes_straight((input, *tensors)):
         return _one_by_one(input, tensors, blocks)
     if sizes:
-        sequence = next(iter(sizes.values())).resized(input, tensors, blocks)
-        if sequence is not None:
+        known = next(iter(sizes.values()))
+        if not known.seen.still(tensors):
+            _kept[first].clear()
+        elif (sequence := known.resized(input, tensors, blocks)) is not None:
             output = sequence(input, tensors)
             if output is not None:
                 _keep(sequence, first, how, size)
@@ -124,9 +126,9 @@ class _Sequence:
         self.scratch = self.native.scratch_size(self.batch, self.strides)
 
     def resized(self, input: Tensor, tensors: Sequence[Tensor | None], blocks: Blocks) -> _Sequence | None:
-        """For inputs of another size; None if the tensors are not what they were or do not go with such an input."""
+        """For inputs of another size and the same tensors; None if these do not go with such an input."""
         channels = tensors[0].shape[0]  # type: ignore[union-attr]
-        if input.dim() != 4 or input.shape[1] != channels or not input.numel() or not self.seen.still(tensors):
+        if input.dim() != 4 or input.shape[1] != channels or not input.numel():
             return None
         shape, strides = tuple(input.shape), input.stride()
         calls = []

@@ -23,12 +23,12 @@ from fastgen import backends
 from fastgen._memory import empty_in_large_pages
 
 _MAX_COMPUTED = 4  # kept of one weight, which may be followed by different norms
-_MAX_LAYOUTS = 8  # kept of one weight; layouts differ between forward, backward, and very small and other images
+_MAX_LAYOUTS = 16  # kept of one weight; layouts differ between forward, backward, and very small and other images
 
 
 class _Entry(NamedTuple):
     state: tuple[Any, ...]
-    packs: dict[tuple[int, ...], Tensor]
+    packs: dict[tuple[int, bytes], Tensor]
 
 
 _entries = WeakTensorKeyDictionary()
@@ -45,7 +45,7 @@ def packed_weight(weight: Tensor, plan: Any, groups: int, threads: int, *, out_c
     entry = _entries.get(weight)
     if entry is None or entry.state != state:
         entry = _entries[weight] = _Entry(state, {})
-    key = (backends.native_cpu().isa(), *plan.layout)
+    key = (backends.native_cpu().isa(), plan.layout)
     packed = entry.packs.get(key)
     if packed is None:
         if len(entry.packs) >= _MAX_LAYOUTS:

@@ -342,8 +342,25 @@ def test_our_own_blocks():
     assert [entry.what for entry in fast.fastgen_report.fused] == fused
     torch.testing.assert_close(fast(x), network(x), rtol=1e-5, atol=1e-6)
     block = fastgen.accelerate(network.block)
+    assert Program.of(block) is not None
     torch.testing.assert_close(block(x), network.block(x), rtol=1e-5, atol=1e-6)
     assert block(x, (8, 8)).shape == (3, 6, 8, 8)
+    network.block.train()  # its statistics are those of the batch, in one call of its own
+    fast, expected = fastgen.accelerate(network), network(x)
+    assert [entry.what for entry in fast.fastgen_report.fused] == fused[1:]
+    torch.testing.assert_close(fast(x), expected, rtol=1e-5, atol=1e-6)
+
+
+@torch.no_grad()
+def test_our_own_blocks_with_hooks_and_other_forwards():
+    class Doubled(fastgen.nn.ConvTransposeBNAct):
+        def in_turn(self, input, output_size=None):
+            return 2 * super().in_turn(input, output_size)
+
+    blocks = nn.Sequential(Doubled(3, 4, 3), fastgen.nn.ConvTransposeBNAct(4, 2, 3)).eval()
+    blocks[1].register_forward_hook(lambda module, inputs, output: output + 1)
+    x = torch.randn(2, 3, 4, 4)
+    torch.testing.assert_close(fastgen.accelerate(blocks)(x), blocks(x), rtol=1e-5, atol=1e-6)
 
 
 def test_report_is_a_table():

@@ -85,13 +85,22 @@ def test_the_bits_are_those_of_the_blocks(name, dtype, calls):
     assert len(calls) == 8 and None not in calls  # all but the first
 
 
-def test_large_batches_run_in_groups(calls):
-    network = Network("dcgan")
-    x = network.input(3001)  # more than 8 MB between two blocks
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", ["dense", "every other image", "one image many times"])
+def test_large_batches_run_in_groups(dtype, layout, calls):
+    network = Network("dcgan", dtype)
+    batch = 24000 // dtype.itemsize  # more than 8 MB between two blocks, twice
+    x = {
+        "dense": lambda: network.input(batch),
+        "every other image": lambda: network.input(2 * batch)[::2],
+        "one image many times": lambda: network.input(1).expand(batch, -1, -1, -1),
+    }[layout]()
     for contiguous in (False, True):
         network(x[:1], contiguous)
         assert torch.equal(network(x, contiguous), network.one_by_one(x))
-    assert len(calls) == 2 and network.kept()[-1].scratch * 4 < 20e6  # 23 MB for all at once
+    assert len(calls) == 2
+    native, scratch = network.kept()[-1].native, network.kept()[-1].scratch
+    assert native.scratch_size(10 * batch, x.stride()) < 1.5 * scratch
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -193,6 +202,29 @@ def test_changes_are_noticed(change):
         network.check(x)
         network.check(x)
     assert not torch.equal(network(x), before)
+
+
+@pytest.mark.parametrize("which", [0, 6])
+def test_threads_notice_changes(which):
+    network = Network("dcgan")
+    network.tensors[0], network.tensors[6] = torch.randn(10, 32, 90, 90) / 8, torch.randn(32, 18, 40, 40) / 8
+    x = network.input(1, 1, 1)
+    torch.set_num_threads(2)
+    before = network(x)
+    assert torch.equal(network(x), before)
+    network.tensors[which].data.mul_(2.0)  # past the version counter
+    network.check(x)
+    assert not torch.equal(network(x), before)
+
+
+def test_a_change_is_noticed_at_another_size(calls):
+    network = Network("dcgan")
+    for height in (1, 2):
+        network(network.input(1, height))
+    network.tensors[6].mul_(2.0)
+    for height in (3, 4, 5):
+        network.check(network.input(1, height))
+    assert len(network.kept()) == 3 and len(calls) == 3 and None not in calls
 
 
 def test_what_noticed_a_change_is_made_again(calls):

@@ -186,6 +186,27 @@ def test_small_maps_share_a_weight_but_not_its_packs():
         torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("shape", "kernel", "options"),
+    [
+        ((2, 6, 1, 1), 3, [{}, {"dilation": 2, "padding": 1}, {"padding": 1}]),
+        ((2, 6, 1, 1), 5, [{"stride": 3, "padding": 1}, {"stride": 3, "padding": 2, "output_padding": 2}]),
+        ((2, 4, 8, 8), 3, [{"padding": 1}, {"padding": 1, "groups": 2}, {"stride": 2}, {"stride": 2, "padding": 1}]),
+        ((2, 20, 9, 9), 4, [{"stride": 2, "padding": 1}, {"stride": 2}, {"padding": 2}, {"stride": 3, "dilation": 2}]),
+    ],
+    ids=["one pixel", "one pixel, stride", "map", "larger map"],
+)
+@pytest.mark.parametrize("out", [1, 20])
+def test_packs_belong_to_the_options(shape, kernel, options, out):
+    weight = torch.randn(shape[1], out, kernel, kernel)
+    x = torch.randn(shape)
+    for option in options * 2:
+        with fastgen.backend("cpu"):
+            actual = ops.conv_transpose2d_bn_act(x, weight, **option)
+        expected = F.conv_transpose2d(x.double(), weight.double(), **option)
+        torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("name", OVERLAP)
 def test_overlap_add_is_chosen_for_few_output_channels(name):
     assert plan_of(OVERLAP[name]).overlap_add

@@ -75,7 +75,7 @@ class ConvolutionalDecoder(nn.Module):
         widths = filters(height, width, num_filters)[::-1]
         inner = (height >> len(widths), width >> len(widths))
         self.first = ConvTransposeBNAct(inputs, widths[0], inner, batch_norm=False)
-        for parameter in self.first.parameters():  # each output reads one weight of each input, as in a linear layer
+        for parameter in self.first.parameters():  # as of a linear layer: an output reads each input once
             nn.init.uniform_(parameter, -(inputs**-0.5), inputs**-0.5)
         self.blocks = nn.ModuleList(
             ConvTransposeBNAct(a + planes, b, 4, 2, 1, bias=False) for a, b in itertools.pairwise(widths)
