@@ -74,9 +74,9 @@ class ConvolutionalDecoder(nn.Module):
         params, height, width = shape
         widths = filters(height, width, num_filters)[::-1]
         inner = (height >> len(widths), width >> len(widths))
-        self.first = ConvTransposeBNAct(inputs, widths[0], inner, batch_norm=False)
-        for parameter in self.first.parameters():  # as of a linear layer: an output reads each input once
-            nn.init.uniform_(parameter, -(inputs**-0.5), inputs**-0.5)
+        # A linear layer as a transposed convolution of one pixel, with a constant input for a bias of every output.
+        self.first = ConvTransposeBNAct(inputs + 1, widths[0], inner, bias=False, batch_norm=False)
+        nn.init.uniform_(self.first[0].weight, -(inputs**-0.5), inputs**-0.5)
         self.blocks = nn.ModuleList(
             ConvTransposeBNAct(a + planes, b, 4, 2, 1, bias=False) for a, b in itertools.pairwise(widths)
         )
@@ -87,7 +87,7 @@ class ConvolutionalDecoder(nn.Module):
             self.last = ConvTransposeBNAct(widths[-1], params, 4, 2, 1, batch_norm=False, activation="none")
 
     def forward(self, z: Tensor, condition: Tensor | None = None) -> Tensor:
-        x = self.first(z[:, :, None, None])
+        x = self.first(F.pad(z, (0, 1), value=1.0)[:, :, None, None])
         for block in self.blocks:
             x = block(_beside(x, condition))
         return self.last(_beside(x, condition))
