@@ -87,7 +87,8 @@ class ConvolutionalDecoder(nn.Module):
             self.last = ConvTransposeBNAct(widths[-1], params, 4, 2, 1, batch_norm=False, activation="none")
 
     def forward(self, z: Tensor, condition: Tensor | None = None) -> Tensor:
-        x = self.first(F.pad(z, (0, 1), value=1.0)[:, :, None, None])
+        # Of one image each further call counts, and so does the Python code of `F.pad`.
+        x = self.first(torch.constant_pad_nd(z, (0, 1), 1.0).view(z.shape[0], -1, 1, 1))
         for block in self.blocks:
             x = block(_beside(x, condition))
         return self.last(_beside(x, condition))
