@@ -90,17 +90,21 @@ struct Plan {
     int64_t out_channels() const { return conv->groups * conv->out_channels; }
 };
 
-// All that the packed weights depend on, but the weights: plans of equal layout share them.
+// All that packed weights depend on, but the weights: plans of equal layout share them, so that images of another size
+// find them packed.
 std::string layout_of(const ConvPlan& conv, bool transposed) {
     std::vector<int64_t> numbers{transposed, conv.minimal, conv.overlap_add, conv.groups};
-    for (const OverlapAxis* axis : {&conv.overlap_y, &conv.overlap_x})
-        numbers.insert(numbers.end(), {axis->kernel, axis->stride, axis->padding});
-    for (const AxisPlan* axis : {&conv.y, &conv.x}) {
-        numbers.insert(numbers.end(), {axis->in_step, axis->out_step, axis->phases, axis->num_slots});
-        for (int64_t i = 0; i < axis->num_slots; ++i) {
-            const AxisSlot& slot = axis->slots[i];
-            numbers.insert(numbers.end(), {slot.base, slot.taps});
-            numbers.insert(numbers.end(), slot.kernel, slot.kernel + slot.taps * axis->phases);
+    if (conv.overlap_add) {
+        for (const OverlapAxis* axis : {&conv.overlap_y, &conv.overlap_x})
+            numbers.insert(numbers.end(), {axis->kernel, axis->stride});
+    } else {
+        for (const AxisPlan* axis : {&conv.y, &conv.x}) {
+            numbers.insert(numbers.end(), {axis->in_step, axis->phases, axis->num_slots});
+            for (int64_t i = 0; i < axis->num_slots; ++i) {
+                const AxisSlot& slot = axis->slots[i];
+                numbers.push_back(slot.taps);
+                numbers.insert(numbers.end(), slot.kernel, slot.kernel + slot.taps * axis->phases);
+            }
         }
     }
     return {reinterpret_cast<const char*>(numbers.data()), numbers.size() * sizeof(int64_t)};

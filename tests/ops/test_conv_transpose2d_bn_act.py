@@ -186,6 +186,14 @@ def test_small_maps_share_a_weight_but_not_its_packs():
         torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["several items", "last layer", "minimal", "one channel"])
+def test_sizes_share_packs(name):
+    case = {**CASES, **MINIMAL}[name]
+    n, channels, height, width = case.shape
+    larger = case._replace(shape=(n, channels, height + 5, width + 4))
+    assert plan_of(larger).layout == plan_of(case).layout
+
+
 @pytest.mark.parametrize(
     ("shape", "kernel", "options"),
     [
