@@ -12,7 +12,7 @@ from torch import Tensor
 from fastgen import backends
 from fastgen.ops import conv_transpose2d_bn_act_cpu as cpu
 from fastgen.ops.conv_block import goes_straight
-from fastgen.ops.conv_transpose2d_bn_act import conv_transpose2d_bn_act
+from fastgen.ops.conv_transpose2d_bn_act import checked_output_shape, conv_transpose2d_bn_act
 from fastgen.ops.conv_transpose2d_bn_act_cpu import Options
 from fastgen.ops.packed_weights import packed_weight, span_bytes
 
@@ -64,7 +64,8 @@ def _apply(input: Tensor, tensors: Sequence[Tensor | None], blocks: Blocks, cont
         known = next(iter(sizes.values()))
         if not known.seen.still(tensors):
             _kept[first].clear()
-        elif (sequence := known.resized(input, tensors, blocks)) is not None:
+        elif input.numel():
+            sequence = known.resized(input, tensors, blocks)
             output = sequence(input, tensors)
             if output is not None:
                 _keep(sequence, first, how, size)
@@ -125,18 +126,18 @@ class _Sequence:
         self.shape, self.sums = calls[-1].shape, calls[-1].sums
         self.scratch = self.native.scratch_size(self.batch, self.strides)
 
-    def resized(self, input: Tensor, tensors: Sequence[Tensor | None], blocks: Blocks) -> _Sequence | None:
-        """For inputs of another size and the same tensors; None if these do not go with such an input."""
-        channels = tensors[0].shape[0]  # type: ignore[union-attr]
-        if input.dim() != 4 or input.shape[1] != channels or not input.numel():
-            return None
+    def resized(self, input: Tensor, tensors: Sequence[Tensor | None], blocks: Blocks) -> _Sequence:
+        """For inputs of another size and the same tensors.
+
+        Raises:
+            ValueError: of the first block that does not take what it would get.
+        """
         shape, strides = tuple(input.shape), input.stride()
         calls = []
         for i, block in enumerate(blocks):
             weight, options, batch_norm = tensors[i * BLOCK_TENSORS], Options(*block), tensors[i * BLOCK_TENSORS + 2]
             assert weight is not None
-            if min(cpu.output_shape(shape, weight.shape, options)) < 1:
-                return None
+            checked_output_shape(shape, weight.shape, options)
             call = cpu.Inference(shape, strides, input.dtype, weight, batch_norm is not None, options)
             calls.append(call)
             shape, strides = call.shape, cpu.dense_strides(call.shape)
