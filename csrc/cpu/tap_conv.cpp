@@ -391,26 +391,29 @@ struct TapConv {
             FASTGEN_INLINE Rectangle cells() const { return {y.first, y.last, x.first, x.last}; }
         };
 
-        // The longest span, then the others in order.
-        static int64_t longest_first(const AxisSlot& slot, int64_t i) {
+        static int64_t longest_span(const AxisSlot& slot) {
             int64_t longest = 0;
-            for (int64_t j = 1; j < slot.num_spans; ++j) {
-                const AxisSpan &span = slot.spans[j], &most = slot.spans[longest];
-                if (span.last - span.first > most.last - most.first) longest = j;
+            for (int64_t i = 1; i < slot.num_spans; ++i) {
+                const AxisSpan &span = slot.spans[i], &most = slot.spans[longest];
+                if (span.last - span.first > most.last - most.first) longest = i;
             }
-            return i == 0 ? longest : i <= longest ? i - 1 : i;
+            return longest;
         }
+
+        // Number i where one comes first and the others follow in order.
+        static int64_t with_first(int64_t first, int64_t i) { return i == 0 ? first : i <= first ? i - 1 : i; }
 
         // The largest one first: its many rows are at work while the weights come from memory.
         template <class Body>
         void for_rectangles(const Body& body) const {
+            const int64_t longest_y = longest_span(sy), longest_x = longest_span(sx);
             for (int64_t i = 0; i < sy.num_spans; ++i) {
-                AxisSpan y = sy.spans[longest_first(sy, i)];
+                AxisSpan y = sy.spans[with_first(longest_y, i)];
                 y.first = max_of(y.first, item.y0);
                 y.last = min_of(y.last, item.y1);
                 if (y.first >= y.last) continue;
                 for (int64_t j = 0; j < sx.num_spans; ++j) {
-                    const AxisSpan& x = sx.spans[longest_first(sx, j)];
+                    const AxisSpan& x = sx.spans[with_first(longest_x, j)];
                     const int64_t lines = (item.n1 - item.n0) * (y.last - y.first), columns = x.last - x.first;
                     const int64_t depth = (y.tap_end - y.tap_begin) * (x.tap_end - x.tap_begin) * plan().in_channels;
                     const bool gathers = lines > 1 && depth > 0 && columns < kDirectRows;

@@ -26,14 +26,13 @@ constexpr bool fits(int rows, int panels) {
 
 // How weights get to the core in time. In tiles of a few rows a weight is at work for longer than it takes to come, but
 // the processor's prefetchers start anew at each panel and page: fetching the next panels into L2 meanwhile gains 7-13 %
-// for 16 to 64 rows of floats from L3, 3 % with bfloat16. A k fetches half as many lines as it uses, enough where two
-// tiles of rows share the panels. One row waits for the bandwidth of the cache its weights are in; there, hints a page
+// for 16 to 64 rows of floats from L3, 3 % with bfloat16. A k fetches as many lines as it uses, as often a single tile of
+// rows meets the panels. One row waits for the bandwidth of the cache its weights are in; there, hints a page
 // ahead cost 10-25 %, and some lines ahead they gain 5 % where the halves of a word keep one vector busy, else nothing.
 constexpr int kMinRowsAhead = 4;
-constexpr int kMaxLinesAhead = kMaxPanels;
 constexpr int kNearSteps = 4;
 
-// Memory to be fetched while tiles are computed: kMaxLinesAhead lines from each address up to `last`.
+// Memory to be fetched while tiles are computed: kMaxPanels lines from each address up to `last`.
 struct Ahead {
     const char* p;
     const char* last;
@@ -133,10 +132,9 @@ Ahead kernel(const TapGemm<T, W>& gemm, int64_t row, int64_t panel, Ahead ahead)
 
         const auto prefetch = [&]() __attribute__((always_inline)) {
             if constexpr (R >= kMinRowsAhead) {
-                constexpr int lines = P;
-#pragma GCC unroll 4
-                for (int i = 0; i < lines; ++i) __builtin_prefetch(ahead.p + i * 64, 0, 2);
-                ahead.p = ahead.p + lines * 64 < ahead.last ? ahead.p + lines * 64 : ahead.last;
+#pragma GCC unroll 8
+                for (int i = 0; i < P; ++i) __builtin_prefetch(ahead.p + i * 64, 0, 2);
+                ahead.p = ahead.p + P * 64 < ahead.last ? ahead.p + P * 64 : ahead.last;
             } else if constexpr (R == 1 && kPerWord<W> > 1 && kVecsPerPanel == 1) {
 #pragma GCC unroll 8
                 for (int p = 0; p < P; ++p) __builtin_prefetch(b + p * b_panel_stride + kNearSteps * b_k_stride, 0, 3);
@@ -259,7 +257,7 @@ constexpr Kernels<T, W> kKernels{};
 // The `count` packed panels from `panel` on; what the caller says comes next where there are none.
 template <class T, class W>
 FASTGEN_INLINE Ahead panels_ahead(const TapGemm<T, W>& gemm, int64_t panel, int64_t count) {
-    constexpr int64_t least = kMaxLinesAhead * 64;
+    constexpr int64_t least = kMaxPanels * 64;
     const void* start = gemm.next;
     int64_t bytes = gemm.next_bytes;
     if (count > 0 && gemm.num_taps > 0) {

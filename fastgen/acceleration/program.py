@@ -102,8 +102,8 @@ class Program:
         self.modes: list[tuple[torch.nn.Module, bool]] = []
         self.states: list[tuple[torch.nn.Module, dict[str, Any]]] = []
         self.told = False
+        self._seen: Any = None
         self._compile()
-        self._look()
 
     def watch(self, modules: Iterable[torch.nn.Module]) -> None:
         """From now on these must stay as they are."""
