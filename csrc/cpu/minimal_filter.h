@@ -4,11 +4,12 @@
 // Convolutional Neural Networks", CVPR 2016, section 4.1. y_j = sum_t d_{j+t} g_t is a combination of products of one
 // number made of the d and one made of the g each. Here they belong to the points 0, 1, -1 and infinity:
 //
-//     of the filter           r = 2:  g0, (g0 + g1) / 2, (g0 - g1) / 2, g1
-//                             r = 3:  g0, (g0 + g1 + g2) / 2, (g0 - g1 + g2) / 2, g2
+//     of the filter           r = 2:  g0, g0 + g1, g0 - g1, g1
+//                             r = 3:  g0, g0 + g1 + g2, g0 - g1 + g2, g2
 //     of the input            full tile, four inputs:   d0 - d2, d1 + d2, d2 - d1, d3 - d1
 //                             short tile, three inputs: d0 - d1, 2 d1,    -,       d2 - d1
 //
+// from which come 2 y_j: without halves the points of r = 2 are sums that a product can make of its weights as it goes.
 // A full tile has m = 5 - r outputs; a short one (r = 2 alone) has two and does without the point -1. So tiles of three
 // and of two outputs share their weights, and a line of any length is cut without waste. In two dimensions rows and
 // columns are transformed in turn: 16 products of a full tile stand for 36 (r = 2 or 3), the 9 of a short one for 16.
@@ -28,8 +29,8 @@ inline void filter_points(int64_t taps, const double* g, int64_t stride, double*
     const double first = g[0], last = g[(taps - 1) * stride];
     const double even = taps == 3 ? first + last : first, odd = g[stride];
     out[0] = first;
-    out[out_stride] = (even + odd) / 2;
-    out[2 * out_stride] = (even - odd) / 2;
+    out[out_stride] = even + odd;
+    out[2 * out_stride] = even - odd;
     out[3 * out_stride] = last;
 }
 
@@ -49,18 +50,18 @@ FASTGEN_INLINE void input_points(V* d, int64_t stride) {
     }
 }
 
-// From products to outputs, in place.
+// From products to twice the outputs, in place. `two`: a vector of twos.
 template <bool Full, int Taps, class V>
-FASTGEN_INLINE void outputs_of_points(V* m, int64_t stride) {
+FASTGEN_INLINE void outputs_of_points(V* m, int64_t stride, V two) {
     const V m0 = m[0], m1 = m[stride], m3 = m[3 * stride];
     if constexpr (!Full) {
-        m[0] = m0 + m1;
-        m[stride] = m1 + m3;
+        m[0] = fma(two, m0, m1);
+        m[stride] = fma(two, m3, m1);
     } else {
         const V m2 = m[2 * stride], sum = m1 + m2, difference = m1 - m2;
-        m[0] = m0 + sum;
-        m[stride] = Taps == 2 ? difference : difference + m3;
-        if constexpr (Taps == 2) m[2 * stride] = sum + m3;
+        m[0] = fma(two, m0, sum);
+        m[stride] = Taps == 2 ? difference : fma(two, m3, difference);
+        if constexpr (Taps == 2) m[2 * stride] = fma(two, m3, sum);
     }
 }
 

@@ -101,10 +101,14 @@ struct TapConv {
     }
     FASTGEN_INLINE int64_t most_taps() const { return most_taps(plan.y) * most_taps(plan.x); }
 
+    FASTGEN_INLINE bool packs_points(const AxisSlot& sy, const AxisSlot& sx) const {
+        return is_minimal(plan, sy, sx) && !(kHasFilterLines<E> && sy.taps == 2 * plan.y.in_step);
+    }
+
     // Elements of one panel of the packed weights of a pair of slots.
     FASTGEN_INLINE int64_t panel_size(const AxisSlot& sy, const AxisSlot& sx) const {
         const int64_t slices =
-            is_minimal(plan, sy, sx) ? kPoints * kPoints * interleaved_filters(plan) : sy.taps * sx.taps;
+            packs_points(sy, sx) ? kPoints * kPoints * interleaved_filters(plan) : sy.taps * sx.taps;
         return slices * plan.in_channels * kPanel<T>;
     }
 
@@ -125,24 +129,47 @@ struct TapConv {
             const AxisSlot& sy = plan.y.slots[slot / plan.x.num_slots];
             const AxisSlot& sx = plan.x.slots[slot % plan.x.num_slots];
             E* to = packed + packed_offset(group, slot);
-            if (is_minimal(plan, sy, sx))
+            if (packs_points(sy, sx))
                 pack_points(weight, group, sy, sx, panel, to);
+            else if (is_minimal(plan, sy, sx))
+                pack_lines(weight, group, sy, sx, panel, to + panel * panel_size(sy, sx));
             else
                 pack_panel(weight, group, sy, sx, panel, to + panel * panel_size(sy, sx));
         }
     }
 
+    // As FilterLines; those of the next interleaved filter follow.
+    void pack_lines(const ConvWeight<E>& weight, int64_t group, const AxisSlot& sy, const AxisSlot& sx, int64_t panel,
+                    E* to) const {
+        if constexpr (kHasFilterLines<E>) {
+            for (int64_t f = 0; f < interleaved_filters(plan); ++f, to += plan.in_channels * kFilterLines * kPanel<T>) {
+                for (int64_t t = 0; t < kFilterLines; ++t) {
+                    const int64_t tap = filter_tap(sx, f, t / 2, t % 2);
+                    for (int64_t j = 0; j < kPanel<T>; ++j) {
+                        const E* from = first_weight(weight, group, sy, sx, tap, panel, j);
+                        for (int64_t c = 0; c < plan.in_channels; ++c)
+                            to[filter_line_at(c, t, j)] = from ? from[c * weight.in_channel] : E{};
+                    }
+                }
+            }
+        }
+    }
+
+    // The tap of element (y, x) of an interleaved filter.
+    FASTGEN_INLINE int64_t filter_tap(const AxisSlot& sx, int64_t filter, int64_t y, int64_t x) const {
+        const int64_t steps = plan.x.in_step;
+        return (y * plan.y.in_step + filter / steps) * sx.taps + x * steps + filter % steps;
+    }
+
     // For minimal filtering the points come one after the other, each with all of its panels.
     void pack_points(const ConvWeight<E>& weight, int64_t group, const AxisSlot& sy, const AxisSlot& sx, int64_t panel,
                      E* to) const {
-        const int64_t steps = plan.x.in_step, taps = sy.taps / plan.y.in_step;
+        const int64_t taps = sy.taps / plan.y.in_step;
         for (int64_t f = 0; f < interleaved_filters(plan); ++f) {
             for (int64_t j = 0; j < kPanel<T>; ++j) {
                 const E* from[9];
-                for (int64_t t = 0; t < taps * taps; ++t) {
-                    const int64_t ty = t / taps * plan.y.in_step + f / steps, tx = t % taps * steps + f % steps;
-                    from[t] = first_weight(weight, group, sy, sx, ty * sx.taps + tx, panel, j);
-                }
+                for (int64_t t = 0; t < taps * taps; ++t)
+                    from[t] = first_weight(weight, group, sy, sx, filter_tap(sx, f, t / taps, t % taps), panel, j);
                 for (int64_t c = 0; c < plan.in_channels; ++c) {
                     double filter[9], rows[kPoints * 3] = {}, points[kPoints * kPoints];
                     for (int64_t t = 0; t < taps * taps; ++t) filter[t] = weight_value(from[t], c * weight.in_channel);
@@ -640,19 +667,42 @@ struct TapConv {
 
         // One product for each point, of the tiles that have it.
         void multiply(const Tiles& tiles, int64_t first, int64_t last, int64_t panel_begin, int64_t panel_end) const {
-            const int64_t depth = item.conv.depth(), panel = depth * kPanel<T>;
-            const int64_t width = (panel_end - panel_begin) * kPanel<T>;
+            const int64_t depth = item.conv.depth(), panel = depth * kPanel<T>, panels = panel_end - panel_begin;
             const int64_t a_point = odd_lines<E>(depth), a_row = tile_stride<E>(depth);
-            const int64_t c_point = odd_lines<T>(width), c_row = tile_stride<T>(width);
-            const int64_t point = item.conv.panels() * panel;
-            const E* b = item.conv.call.packed + item.conv.packed_offset(group, slot) + panel_begin * panel;
-            for (int64_t p = 0; p < kPoints * kPoints; ++p, b += point) {
+            const int64_t c_point = odd_lines<T>(panels * kPanel<T>), c_row = tile_stride<T>(panels * kPanel<T>);
+            constexpr int all = kPoints * kPoints;
+            const E* b = item.conv.call.packed + item.conv.packed_offset(group, slot);
+            const auto with_point = [&](int p, const auto& body) __attribute__((always_inline)) {
                 const bool extra_y = p / kPoints == kExtraPoint, extra_x = p % kPoints == kExtraPoint;
                 const int64_t row0 = tiles.kind_begin(extra_x ? 1 : 0, first, last);
                 const int64_t row1 = tiles.kind_begin(extra_y ? 2 : extra_x ? 3 : kKinds, first, last);
-                const Term term = Products<E>::term(item.gathered() + row0 * a_row + p * a_point, a_row, depth, b);
-                Products<E>::run(&term, 1, panel, item.tile() + row0 * c_row + p * c_point, c_row, row1 - row0,
-                                 panel_end - panel_begin, p + 1 < kPoints * kPoints ? b + point : nullptr);
+                body(item.gathered() + row0 * a_row + p * a_point, item.tile() + row0 * c_row + p * c_point,
+                     row1 - row0);
+            };
+            if (item.conv.packs_points(sy, sx)) {
+                const int64_t point = item.conv.panels() * panel;
+                b += panel_begin * panel;
+                for (int p = 0; p < all; ++p, b += point) {
+                    with_point(p, [&](const E* a, T* c, int64_t rows) {
+                        const Term term = Products<E>::term(a, a_row, depth, b);
+                        Products<E>::run(&term, 1, panel, c, c_row, rows, panels, p + 1 < all ? b + point : nullptr);
+                    });
+                }
+                return;
+            }
+            if constexpr (kHasFilterLines<E>) {
+                const int64_t lines = kFilterLines * panel;
+                b += panel_begin * lines;
+                // The first product reads all lines; each fetches a part of those of the next panels.
+                const bool more = panel_end < item.conv.panels();
+                for (int i = 0; i < all; ++i) {
+                    const int p = i == 0 ? kPoints + 1 : i <= kPoints + 1 ? i - 1 : i;
+                    with_point(p, [&](const E* a, T* c, int64_t rows) {
+                        const E* next = more ? b + panels * lines + i * (panels * lines / all) : nullptr;
+                        run_point(p, a, a_row, depth, b, c, c_row, rows, panels, next,
+                                               more ? panels * lines / all : 0);
+                    });
+                }
             }
         }
 
@@ -675,7 +725,8 @@ struct TapConv {
             const int64_t columns = min_of(block, conv.columns() - column), point = odd_lines<T>(block);
             const T* scale = conv.scratch + 2 * group * conv.panels() * kPanel<T> + column;
             const T* shift = scale + conv.panels() * kPanel<T>;
-            const Vec<T> parameter = broadcast(conv.call.parameter);
+            const Vec<T> parameter = broadcast(conv.call.parameter), two = broadcast(T(2));
+            const Vec<T> quarter = broadcast(T(0.25));  // of twice the outputs along either axis
             const int64_t line = plan().x.out_size * conv.all_out() * plan().y.out_step;
             const int64_t step = conv.all_out() * plan().x.out_step;
             for_tiles(tiles, Kind, first, last, [&](int64_t row, int64_t n, int64_t y, int64_t x) {
@@ -691,13 +742,13 @@ struct TapConv {
                         for (int k = 0; k < kPoints; ++k) {
                             if (kFullX[Kind] || k != kExtraPoint) m[i][k] = load(from + (i * kPoints + k) * point + j);
                         }
-                        outputs_of_points<kFullX[Kind], Taps>(m[i], 1);
+                        outputs_of_points<kFullX[Kind], Taps>(m[i], 1, two);
                     }
-                    const Vec<T> factor = load(scale + j), offset = load(shift + j);
+                    const Vec<T> factor = load(scale + j) * quarter, offset = load(shift + j);
                     const int lanes = static_cast<int>(min_of(kLanes<T>, columns - j));
 #pragma GCC unroll 4
                     for (int k = 0; k < width; ++k) {
-                        outputs_of_points<kFullY[Kind], Taps>(&m[0][k], kPoints);
+                        outputs_of_points<kFullY[Kind], Taps>(&m[0][k], kPoints, two);
 #pragma GCC unroll 4
                         for (int i = 0; i < height; ++i) {
                             if (i >= rows || k >= steps) continue;

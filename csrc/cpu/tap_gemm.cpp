@@ -52,17 +52,55 @@ struct Half {
     static constexpr int value = I;
 };
 
-// The weights of one k: of a word of two, the lower (0) or upper (1) half.
-template <int H, class T>
-FASTGEN_INLINE Vec<T> load_weights(const T* p) {
-    return load(p);
-}
-template <int H>
-FASTGEN_INLINE Vec<float> load_weights(const BFloat16Pair* p) {
-    Vec<int32_t> words;
-    __builtin_memcpy(&words, p, sizeof words);
-    return reinterpret_cast<Vec<float>>(H == 0 ? words << 16 : words & -0x10000);
-}
+// How the weights of one k are made of memory.
+template <class T, class W>
+struct Weights {
+    FASTGEN_INLINE explicit Weights(const TapGemm<T, W>&) {}
+    template <int H>
+    FASTGEN_INLINE Vec<T> load(const T* p) const {
+        return FASTGEN_ISA::load(p);
+    }
+};
+
+// Of a word of two, the lower (0) or upper (1) half.
+template <>
+struct Weights<float, BFloat16Pair> {
+    FASTGEN_INLINE explicit Weights(const TapGemm<float, BFloat16Pair>&) {}
+    template <int H>
+    FASTGEN_INLINE Vec<float> load(const BFloat16Pair* p) const {
+        Vec<int32_t> words;
+        __builtin_memcpy(&words, p, sizeof words);
+        return reinterpret_cast<Vec<float>>(H == 0 ? words << 16 : words & -0x10000);
+    }
+};
+
+template <Combination C>
+struct Weights<float, FilterLines<C>> {
+    int64_t second;
+    Signs signs;
+
+    FASTGEN_INLINE explicit Weights(const TapGemm<float, FilterLines<C>>& gemm)
+        : second(gemm.second_line), signs(gemm.signs) {}
+
+    template <int H>
+    FASTGEN_INLINE Vec<float> load(const FilterLines<C>* p) const {
+        constexpr int64_t L = kPanel<float>;
+        const auto line = [&](int64_t i) __attribute__((always_inline)) { return FASTGEN_ISA::load(&p->first + i); };
+        if constexpr (C == Combination::sum) return line(0) + line(second);
+        if constexpr (C == Combination::difference) return line(0) - line(second);
+        // A branch that goes one way throughout a product is nothing beside four loads.
+        switch (signs) {
+            case Signs::plus_plus:
+                return (line(0) + line(L)) + (line(2 * L) + line(3 * L));
+            case Signs::plus_minus:
+                return (line(0) - line(L)) + (line(2 * L) - line(3 * L));
+            case Signs::minus_plus:
+                return (line(0) + line(L)) - (line(2 * L) + line(3 * L));
+            default:
+                return (line(0) - line(L)) - (line(2 * L) - line(3 * L));
+        }
+    }
+};
 
 // The first of the least number of nearly equal parts, none above `most`; 0 of 0.
 FASTGEN_INLINE int64_t even_part(int64_t total, int64_t most) {
@@ -120,6 +158,7 @@ Ahead kernel(const TapGemm<T, W>& gemm, int64_t row, int64_t panel, Ahead ahead)
 
     const int64_t b_panel_stride = gemm.b_panel_stride;
     const int64_t b_k_stride = gemm.b_k_stride;
+    const Weights<T, W> weights(gemm);
     int64_t left = kTapGemmChunk;
     for (const Tap<T, W>*tap = gemm.taps, *end = tap + gemm.num_taps; tap != end; ++tap) {
         const int64_t row_stride = tap->row_stride;
@@ -154,8 +193,8 @@ Ahead kernel(const TapGemm<T, W>& gemm, int64_t row, int64_t panel, Ahead ahead)
                 for (int r = 0; r < R; ++r) x[r] = broadcast(a[r / 3][(r % 3) * row_stride]);
 #pragma GCC unroll 32
                 for (int v = 0; v < V; ++v) {
-                    Vec<T> w =
-                        load_weights<half.value>(b + (v / kVecsPerPanel) * b_panel_stride + (v % kVecsPerPanel) * L);
+                    Vec<T> w = weights.template load<half.value>(b + (v / kVecsPerPanel) * b_panel_stride +
+                                                                 (v % kVecsPerPanel) * L);
                     if constexpr (R > 1) keep_in_register(w);
 #pragma GCC unroll 16
                     for (int r = 0; r < R; ++r) add_product(acc[r][v], x[r], w);
@@ -164,10 +203,10 @@ Ahead kernel(const TapGemm<T, W>& gemm, int64_t row, int64_t panel, Ahead ahead)
                 Vec<T> w[V];
 #pragma GCC unroll 32
                 for (int v = 0; v < V; ++v) {
-                    Vec<T> weights =
-                        load_weights<half.value>(b + (v / kVecsPerPanel) * b_panel_stride + (v % kVecsPerPanel) * L);
-                    if constexpr (R > 1) keep_in_register(weights);
-                    w[v] = weights;
+                    Vec<T> loaded = weights.template load<half.value>(b + (v / kVecsPerPanel) * b_panel_stride +
+                                                                      (v % kVecsPerPanel) * L);
+                    if constexpr (R > 1) keep_in_register(loaded);
+                    w[v] = loaded;
                 }
 #pragma GCC unroll 16
                 for (int r = 0; r < R; ++r) {
@@ -295,5 +334,8 @@ void run(const TapGemm<T, W>& gemm) {
 void tap_gemm(const TapGemm<float>& gemm) { run(gemm); }
 void tap_gemm(const TapGemm<float, BFloat16Pair>& gemm) { run(gemm); }
 void tap_gemm(const TapGemm<double>& gemm) { run(gemm); }
+void tap_gemm(const TapGemm<float, FilterLines<Combination::sum>>& gemm) { run(gemm); }
+void tap_gemm(const TapGemm<float, FilterLines<Combination::difference>>& gemm) { run(gemm); }
+void tap_gemm(const TapGemm<float, FilterLines<Combination::all_four>>& gemm) { run(gemm); }
 
 }  // namespace fastgen::FASTGEN_ISA

@@ -19,6 +19,10 @@
 // have b_k_stride = 16 and b_panel_stride = 16 * (sum of ceil(K_t / 2)). A bfloat16 is a float without its lower 16
 // bits, and the product is that of these floats: bit for bit the float product with the rounded weights.
 //
+// And they take the sum of several lines of floats, added as they are read (FilterLines): of the one at b and that
+// `second_line` floats on, or of four neighbours, (l0 + l1) + (l2 + l3) with `signs`. So weights of minimal filtering,
+// each of which goes into several sums, need not be multiplied in memory.
+//
 // Contract: the (t, k) of an element are cut, in order, into chunks of kTapGemmChunk; a chunk is one chain of fused
 // multiply-adds from zero, and the chunks are added to init in order. So the bits do not depend on rows, cols, the
 // element's place, tile shapes or threads, are the same on AVX2 and AVX-512, and the error grows with the chunk rather
@@ -36,6 +40,14 @@ namespace fastgen {
 // The bfloat16s of two consecutive k of one column of B.
 struct BFloat16Pair {
     uint32_t bits;
+};
+
+enum class Combination { sum, difference, all_four };
+enum class Signs { plus_plus, plus_minus, minus_plus, minus_minus };  // of the second pair, and in the pairs
+
+template <Combination>
+struct FilterLines {
+    float first;
 };
 
 template <class T>
@@ -79,15 +91,20 @@ struct TapGemm {
     // the cache meanwhile.
     const void* next = nullptr;
     int64_t next_bytes = 0;
+    int64_t second_line = 0;  // of FilterLines
+    Signs signs = Signs::plus_plus;
 };
 
 }  // namespace fastgen
 
-#define FASTGEN_DECLARE_TAP_GEMM(ISA)                        \
-    namespace fastgen::ISA {                                 \
-    void tap_gemm(const TapGemm<float>& gemm);               \
-    void tap_gemm(const TapGemm<float, BFloat16Pair>& gemm); \
-    void tap_gemm(const TapGemm<double>& gemm);              \
+#define FASTGEN_DECLARE_TAP_GEMM(ISA)                                                \
+    namespace fastgen::ISA {                                                         \
+    void tap_gemm(const TapGemm<float>& gemm);                                       \
+    void tap_gemm(const TapGemm<float, BFloat16Pair>& gemm);                         \
+    void tap_gemm(const TapGemm<double>& gemm);                                      \
+    void tap_gemm(const TapGemm<float, FilterLines<Combination::sum>>& gemm);        \
+    void tap_gemm(const TapGemm<float, FilterLines<Combination::difference>>& gemm); \
+    void tap_gemm(const TapGemm<float, FilterLines<Combination::all_four>>& gemm);   \
     }
 
 #ifdef FASTGEN_ISA
