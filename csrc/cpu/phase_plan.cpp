@@ -207,7 +207,7 @@ int64_t cost(const ConvPlan& plan, int64_t lanes) {
         const AxisTiles y{0, last_cell(sy) - first_cell(sy), taps}, x{0, last_cell(sx) - first_cell(sx), taps};
         products += y.products() * x.products() * filters * plan.in_channels * outputs;
         products += y.count() * x.count() * (filters * inputs + outputs) * kTransformCycles;
-        weights += (y.full() ? kPoints : kPoints - 1) * (x.full() ? kPoints : kPoints - 1) * filters;
+        weights += taps == 2 ? 4 * filters : (y.full() ? kPoints : kPoints - 1) * (x.full() ? kPoints : kPoints - 1) * filters;
     }
     return std::max(products, weights * plan.in_channels * outputs * kWeightCycles);
 }

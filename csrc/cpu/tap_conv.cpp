@@ -586,7 +586,12 @@ struct TapConv {
             for (int64_t piece = 0; piece < pieces; ++piece) {
                 const int64_t first = rows * piece / pieces, last = rows * (piece + 1) / pieces;
                 transform(tiles, first, last);
-                const int64_t count = blocks(panel_end - panel_begin, last - first);
+                const int64_t panels = panel_end - panel_begin;
+                // Filter lines are read for many points: they must stay in the second-level cache.
+                const int64_t bytes = panels * panel_stride() * static_cast<int64_t>(sizeof(E));
+                const int64_t count =
+                    max_of(blocks(panels, last - first),
+                           item.conv.packs_points(sy, sx) ? 0 : min_of(panels, ceil_div(bytes, kWeightBytes)));
                 for (int64_t block = 0; block < count; ++block) {
                     const int64_t begin = panel_begin + (panel_end - panel_begin) * block / count;
                     const int64_t end = panel_begin + (panel_end - panel_begin) * (block + 1) / count;
@@ -694,13 +699,16 @@ struct TapConv {
                 const int64_t lines = kFilterLines * panel;
                 b += panel_begin * lines;
                 // The first product reads all lines; each fetches a part of those of the next panels.
+                constexpr int parts = (kPoints - 1) * (kPoints - 1);  // of short tiles alone
                 const bool more = panel_end < item.conv.panels();
+                const int64_t part = panels * lines / parts;
+                int fetched = 0;
                 for (int i = 0; i < all; ++i) {
                     const int p = i == 0 ? kPoints + 1 : i <= kPoints + 1 ? i - 1 : i;
                     with_point(p, [&](const E* a, T* c, int64_t rows) {
-                        const E* next = more ? b + panels * lines + i * (panels * lines / all) : nullptr;
-                        run_point(p, a, a_row, depth, b, c, c_row, rows, panels, next,
-                                               more ? panels * lines / all : 0);
+                        const bool fetch = more && rows > 0 && fetched < parts;
+                        const E* next = fetch ? b + panels * lines + fetched++ * part : nullptr;
+                        run_point(p, a, a_row, depth, b, c, c_row, rows, panels, next, fetch ? part : 0);
                     });
                 }
             }
