@@ -110,14 +110,19 @@ std::string layout_of(const ConvPlan& conv, bool transposed) {
     return {reinterpret_cast<const char*>(numbers.data()), numbers.size() * sizeof(int64_t)};
 }
 
+const ConvElement& element_of(const std::string& dtype) {
+    if (dtype == "bfloat16") return kConvElement<BFloat16>;
+    return dtype == "float64" ? kConvElement<double> : kConvElement<float>;
+}
+
 Plan make(bool transposed, int64_t groups, const Pair& channels, const Pair& in_size, const Pair& out_size,
-          const Pair& kernel, const Pair& stride, const Pair& padding, const Pair& dilation, int64_t lanes,
-          bool minimal) {
+          const Pair& kernel, const Pair& stride, const Pair& padding, const Pair& dilation, bool minimal,
+          const std::string& dtype) {
     const auto axis = [&](int i) {
         return ConvAxis{in_size[i], out_size[i], kernel[i], stride[i], padding[i], dilation[i]};
     };
     const ConvShape shape{transposed, groups, channels[0] / groups, channels[1] / groups, axis(0), axis(1), minimal};
-    const auto plan = make_conv_plan(shape, lanes);
+    const auto plan = make_conv_plan(shape, element_of(dtype));
     return {plan, layout_of(*plan, transposed)};
 }
 
@@ -530,7 +535,7 @@ void bind_conv_transpose2d_bn_act(pybind11::module_& module) {
     py::class_<Plan>(module, "ConvPlan", "How a convolution of one size is cut into products.")
         .def(py::init(&make), py::arg("transposed"), py::arg("groups"), py::arg("channels"), py::arg("in_size"),
              py::arg("out_size"), py::arg("kernel"), py::arg("stride"), py::arg("padding"), py::arg("dilation"),
-             py::arg("lanes"), py::arg("minimal"))
+             py::arg("minimal"), py::arg("dtype"))
         .def_property_readonly("layout", [](const Plan& plan) { return py::bytes(plan.layout); })
         .def_property_readonly("minimal", [](const Plan& plan) { return plan.conv->minimal; })
         .def_property_readonly("overlap_add", [](const Plan& plan) { return plan.conv->overlap_add; });

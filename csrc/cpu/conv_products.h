@@ -1,8 +1,6 @@
 // What the convolutions of tap_conv.cpp and overlap_add.h share: products of either kind of elements, and vectors of them.
 #pragma once
 
-#include <type_traits>
-
 #include "bfloat16.h"
 #include "dot_gemm.h"
 #include "integers.h"
@@ -71,8 +69,6 @@ struct Products<BFloat16> {
 // of a panel g00, g01, g10, g11 of each k. Point 4 y + x is (g00 +x g01) +y (g10 +x g11), where +0 takes the first, +1 the
 // sum, +2 the difference, +3 the second.
 inline constexpr int64_t kFilterLines = 4;
-template <class E>
-inline constexpr bool kHasFilterLines = std::is_same_v<E, float>;
 
 FASTGEN_INLINE int64_t filter_line_at(int64_t k, int64_t element, int64_t column) {
     return (k * kFilterLines + element) * kPanel<float> + column;

@@ -192,7 +192,8 @@ int64_t direct_products(const AxisSlot& slot) {
 }
 
 // Processor cycles for one image, roughly: a vector multiply-add in each, unless the weights come later than that.
-int64_t cost(const ConvPlan& plan, int64_t lanes) {
+int64_t cost(const ConvPlan& plan, const ConvElement& element) {
+    const int64_t lanes = element.lanes;
     const int64_t columns = plan.y.phases * plan.x.phases * plan.out_channels;
     const int64_t outputs = (columns + lanes - 1) / lanes, inputs = (plan.in_channels + lanes - 1) / lanes;
     int64_t products = 0, weights = 0;
@@ -207,7 +208,8 @@ int64_t cost(const ConvPlan& plan, int64_t lanes) {
         const AxisTiles y{0, last_cell(sy) - first_cell(sy), taps}, x{0, last_cell(sx) - first_cell(sx), taps};
         products += y.products() * x.products() * filters * plan.in_channels * outputs;
         products += y.count() * x.count() * (filters * inputs + outputs) * kTransformCycles;
-        weights += taps == 2 ? 4 * filters : (y.full() ? kPoints : kPoints - 1) * (x.full() ? kPoints : kPoints - 1) * filters;
+        const int64_t points = (y.full() ? kPoints : kPoints - 1) * (x.full() ? kPoints : kPoints - 1);
+        weights += (element.sums_filters && taps == 2 ? taps * taps : points) * filters;
     }
     return std::max(products, weights * plan.in_channels * outputs * kWeightCycles);
 }
@@ -244,7 +246,8 @@ bool is_minimal(const ConvPlan& plan, const AxisSlot& y, const AxisSlot& x) {
            is_filter(x, plan.x.in_step);
 }
 
-std::shared_ptr<const ConvPlan> make_conv_plan(const ConvShape& shape, int64_t lanes) {
+std::shared_ptr<const ConvPlan> make_conv_plan(const ConvShape& shape, const ConvElement& element) {
+    const int64_t lanes = element.lanes;
     const auto owner = std::make_shared<Owner>();
     int64_t least = std::numeric_limits<int64_t>::max();
     const auto x_candidates = candidates(shape, shape.x, lanes);
@@ -271,9 +274,9 @@ std::shared_ptr<const ConvPlan> make_conv_plan(const ConvShape& shape, int64_t l
                    overlap_axis(shape.x, shape.transposed)};
     ConvPlan minimal = owner->plan;
     minimal.minimal = shape.minimal && minimal.y.phases * minimal.x.phases == 1;
-    int64_t least_cost = cost(owner->plan, lanes);
-    if (cost(minimal, lanes) < least_cost) {
-        least_cost = cost(minimal, lanes);
+    int64_t least_cost = cost(owner->plan, element);
+    if (const int64_t with_minimal = cost(minimal, element); with_minimal < least_cost) {
+        least_cost = with_minimal;
         owner->plan = minimal;
     }
     if (may_overlap(shape, owner->plan, lanes) && overlap_cost(owner->plan, lanes) < least_cost) {

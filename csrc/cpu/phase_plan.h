@@ -19,8 +19,8 @@
 // that read the same of the taps form a span, so that taps outside the image are skipped rather than multiplied.
 //
 // Slots of two by two or three by three neighbouring taps (of a strided convolution: so many in each of its interleaved
-// filters) may be computed by minimal filtering instead, minimal_filter.h: fewer products, but up to four times the
-// weights. Layers of few output channels may do without phases, by overlap-add, overlap_add.h. Whether it is done depends on
+// filters) may be computed by minimal filtering instead, minimal_filter.h: fewer products, but transforms, and up to four
+// times the weights where products do not make their points themselves. Layers of few output channels may do without phases, by overlap-add, overlap_add.h. Whether it is done depends on
 // the layer and the size of one image, never on the batch: it changes the bits.
 #pragma once
 
@@ -115,7 +115,12 @@ struct ConvShape {
     bool minimal;  // whether the plan may choose minimal filtering
 };
 
-// The plan for products whose vectors have `lanes` columns; the arrays live as long as the result.
-std::shared_ptr<const ConvPlan> make_conv_plan(const ConvShape& shape, int64_t lanes);
+struct ConvElement {
+    int64_t lanes;      // columns of a vector of products
+    bool sums_filters;  // products make the points of minimal filtering by two taps themselves
+};
+
+// The arrays live as long as the result.
+std::shared_ptr<const ConvPlan> make_conv_plan(const ConvShape& shape, const ConvElement& element);
 
 }  // namespace fastgen

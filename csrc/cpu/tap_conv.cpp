@@ -102,7 +102,7 @@ struct TapConv {
     FASTGEN_INLINE int64_t most_taps() const { return most_taps(plan.y) * most_taps(plan.x); }
 
     FASTGEN_INLINE bool packs_points(const AxisSlot& sy, const AxisSlot& sx) const {
-        return is_minimal(plan, sy, sx) && !(kHasFilterLines<E> && sy.taps == 2 * plan.y.in_step);
+        return is_minimal(plan, sy, sx) && !(kConvElement<E>.sums_filters && sy.taps == 2 * plan.y.in_step);
     }
 
     // Elements of one panel of the packed weights of a pair of slots.
@@ -141,7 +141,7 @@ struct TapConv {
     // As FilterLines; those of the next interleaved filter follow.
     void pack_lines(const ConvWeight<E>& weight, int64_t group, const AxisSlot& sy, const AxisSlot& sx, int64_t panel,
                     E* to) const {
-        if constexpr (kHasFilterLines<E>) {
+        if constexpr (kConvElement<E>.sums_filters) {
             for (int64_t f = 0; f < interleaved_filters(plan); ++f, to += plan.in_channels * kFilterLines * kPanel<T>) {
                 for (int64_t t = 0; t < kFilterLines; ++t) {
                     const int64_t tap = filter_tap(sx, f, t / 2, t % 2);
@@ -695,7 +695,7 @@ struct TapConv {
                 }
                 return;
             }
-            if constexpr (kHasFilterLines<E>) {
+            if constexpr (kConvElement<E>.sums_filters) {
                 const int64_t lines = kFilterLines * panel;
                 b += panel_begin * lines;
                 // The first product reads all lines; each fetches a part of those of the next panels.

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "activations.h"
 #include "dot_gemm.h"
@@ -23,6 +24,9 @@ struct SumTraits<BFloat16> {
 };
 template <class E>
 using SumOf = typename SumTraits<E>::type;
+
+template <class E>
+inline constexpr ConvElement kConvElement{64 / static_cast<int64_t>(sizeof(SumOf<E>)), std::is_same_v<E, float>};
 
 // Weights of any layout, by element strides: the channels count within a group.
 template <class T>

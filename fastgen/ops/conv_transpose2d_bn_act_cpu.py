@@ -299,8 +299,7 @@ def _block(
 def conv_plan(transposed: bool, *args: Any, minimal: bool = True) -> Any:
     """`minimal`: whether it may choose minimal filtering."""
     *geometry, dtype = args
-    lanes = 64 // _sum_dtype(dtype).itemsize  # of a panel of the tap-GEMM
-    return backends.native_cpu().ConvPlan(transposed, *geometry, lanes, minimal)
+    return backends.native_cpu().ConvPlan(transposed, *geometry, minimal, str(dtype).removeprefix("torch."))
 
 
 def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
