@@ -93,8 +93,10 @@ struct Plan {
 // All that packed weights depend on, but the weights: plans of equal layout share them, so that images of another size
 // find them packed.
 std::string layout_of(const ConvPlan& conv, bool transposed) {
-    std::vector<int64_t> numbers{transposed, conv.minimal, conv.overlap_add, conv.groups};
-    if (conv.overlap_add) {
+    std::vector<int64_t> numbers{transposed, conv.minimal, conv.overlap_add, conv.element_row, conv.groups};
+    if (conv.element_row) {
+        // All kernel elements, in order.
+    } else if (conv.overlap_add) {
         for (const OverlapAxis* axis : {&conv.overlap_y, &conv.overlap_x})
             numbers.insert(numbers.end(), {axis->kernel, axis->stride});
     } else {

@@ -157,6 +157,15 @@ std::vector<Axis> candidates(const ConvShape& shape, const ConvAxis& axis, int64
     return result;
 }
 
+// Whether each output of a single pixel has a kernel element of its own, in whole panels.
+bool spreads_pixels(const ConvShape& shape, int64_t lanes) {
+    const auto spreads = [](const ConvAxis& axis) {
+        return axis.padding == 0 && axis.dilation == 1 && axis.kernel % axis.stride == 0 &&
+               axis.out_size == (axis.in_size - 1) * axis.stride + axis.kernel;
+    };
+    return shape.transposed && spreads(shape.y) && spreads(shape.x) && shape.out_channels % lanes == 0;
+}
+
 struct Owner {
     Axis y, x;
     std::vector<AxisSlot> y_slots, x_slots;
@@ -270,6 +279,7 @@ std::shared_ptr<const ConvPlan> make_conv_plan(const ConvShape& shape, const Con
                    view(shape.x, owner->x, owner->x_slots),
                    false,
                    false,
+                   0,
                    overlap_axis(shape.y, shape.transposed),
                    overlap_axis(shape.x, shape.transposed)};
     ConvPlan minimal = owner->plan;
@@ -283,6 +293,9 @@ std::shared_ptr<const ConvPlan> make_conv_plan(const ConvShape& shape, const Con
         owner->plan.minimal = false;
         owner->plan.overlap_add = true;
     }
+    const bool by_phases = owner->y.phases * owner->x.phases == 1, pixel = is_point(shape.y) && is_point(shape.x);
+    if ((by_phases || pixel) && spreads_pixels(shape, lanes) && !owner->plan.minimal && !owner->plan.overlap_add)
+        owner->plan.element_row = shape.x.kernel;
     return {owner, &owner->plan};
 }
 

@@ -22,6 +22,10 @@
 // filters) may be computed by minimal filtering instead, minimal_filter.h: fewer products, but transforms, and up to four
 // times the weights where products do not make their points themselves. Layers of few output channels may do without phases, by overlap-add, overlap_add.h. Whether it is done depends on
 // the layer and the size of one image, never on the batch: it changes the bits.
+//
+// Weights are packed slot by slot, panel by panel, tap by tap: as products read them. Where a layer spreads single pixels,
+// or could, they are packed by kernel elements, so that images of one pixel and larger ones share them: all outputs of a
+// pixel side by side are the kernel's elements in order.
 #pragma once
 
 #include <cstdint>
@@ -67,6 +71,7 @@ struct ConvPlan {
     AxisPlan y, x;
     bool minimal;      // filtering, in the slots that allow it
     bool overlap_add;  // instead of products by phases
+    int64_t element_row;  // kernel elements in a row, where weights are packed by them; else 0
     OverlapAxis overlap_y, overlap_x;
 };
 

@@ -105,18 +105,28 @@ struct TapConv {
         return is_minimal(plan, sy, sx) && !(kConvElement<E>.sums_filters && sy.taps == 2 * plan.y.in_step);
     }
 
+    // Of the packed weights of a pair of slots.
+    FASTGEN_INLINE int64_t panel_stride(const AxisSlot& sy, const AxisSlot& sx) const {
+        return plan.element_row ? slice() : panel_size(sy, sx);
+    }
+    FASTGEN_INLINE int64_t tap_offset(const AxisSlot& sy, const AxisSlot& sx, int64_t ty, int64_t tx) const {
+        if (!plan.element_row || phases() > 1) return (ty * sx.taps + tx) * slice();
+        return (sy.kernel[ty] * plan.element_row + sx.kernel[tx]) * panels() * slice();
+    }
+    FASTGEN_INLINE int64_t slice() const { return plan.in_channels * kPanel<T>; }  // of a tap in a panel
+
     // Elements of one panel of the packed weights of a pair of slots.
     FASTGEN_INLINE int64_t panel_size(const AxisSlot& sy, const AxisSlot& sx) const {
         const int64_t slices =
             packs_points(sy, sx) ? kPoints * kPoints * interleaved_filters(plan) : sy.taps * sx.taps;
-        return slices * plan.in_channels * kPanel<T>;
+        return slices * slice();
     }
 
     // Where the packed weights of a pair of slots start.
     int64_t packed_offset(int64_t group, int64_t slot) const {
         int64_t sum = 0, offset = 0;
         for (int64_t s = 0; s < slots(); ++s) {
-            if (s == slot) offset = sum;
+            if (s == slot && !plan.element_row) offset = sum;
             sum += panels() * panel_size(plan.y.slots[s / plan.x.num_slots], plan.x.slots[s % plan.x.num_slots]);
         }
         return slot == slots() ? sum * plan.groups : group * sum + offset;
@@ -132,9 +142,9 @@ struct TapConv {
             if (packs_points(sy, sx))
                 pack_points(weight, group, sy, sx, panel, to);
             else if (is_minimal(plan, sy, sx))
-                pack_lines(weight, group, sy, sx, panel, to + panel * panel_size(sy, sx));
+                pack_lines(weight, group, sy, sx, panel, to + panel * panel_stride(sy, sx));
             else
-                pack_panel(weight, group, sy, sx, panel, to + panel * panel_size(sy, sx));
+                pack_panel(weight, group, sy, sx, panel, to + panel * panel_stride(sy, sx));
         }
     }
 
@@ -198,12 +208,13 @@ struct TapConv {
                 for (int64_t j = 0; j < kPanel<T>; ++j)
                     from[t][j] = first_weight(weight, group, sy, sx, tap + t, panel, j);
             }
-            E* first = to + tap * plan.in_channels * kPanel<T>;
+            E* slices[kPackTaps];
+            for (int64_t t = 0; t < taps; ++t)
+                slices[t] = to + tap_offset(sy, sx, (tap + t) / sx.taps, (tap + t) % sx.taps);
             for (int64_t c = 0; c < plan.in_channels; ++c) {
                 for (int64_t t = 0; t < taps; ++t) {
-                    E* slice = first + t * plan.in_channels * kPanel<T>;
                     for (int64_t j = 0; j < kPanel<T>; ++j)
-                        slice[Products<E>::weight_at(c, j)] = from[t][j] ? from[t][j][c * weight.in_channel] : E{};
+                        slices[t][Products<E>::weight_at(c, j)] = from[t][j] ? from[t][j][c * weight.in_channel] : E{};
                 }
             }
         }
@@ -475,7 +486,7 @@ struct TapConv {
         FASTGEN_INLINE const E* weights(int64_t panel) const {
             return item.conv.call.packed + item.conv.packed_offset(group, slot) + panel * panel_stride();
         }
-        FASTGEN_INLINE int64_t panel_stride() const { return item.conv.panel_size(sy, sx); }
+        FASTGEN_INLINE int64_t panel_stride() const { return item.conv.panel_stride(sy, sx); }
 
         FASTGEN_INLINE const E* source(int64_t n, int64_t y, int64_t x) const {
             const Image<E>& image = item.source;
@@ -491,12 +502,12 @@ struct TapConv {
                 for (int64_t tx = x.tap_begin; tx < x.tap_end; ++tx) {
                     const E* a = source(cell.n, cell.y * plan().y.in_step + sy.offsets[ty],
                                         cell.x * plan().x.in_step + sx.offsets[tx]);
-                    if (tx > x.tap_begin && a == taps[count - 1].a + taps[count - 1].k) {
+                    if (tx > x.tap_begin && !plan().element_row && a == taps[count - 1].a + taps[count - 1].k) {
                         taps[count - 1].k += channels;
                         continue;
                     }
                     taps[count++] = Products<E>::term(a, item.source.w * plan().x.in_step, channels,
-                                                      b + (ty * sx.taps + tx) * channels * kPanel<T>);
+                                                      b + item.conv.tap_offset(sy, sx, ty, tx));
                 }
             }
             return count;
@@ -785,15 +796,18 @@ struct TapConv {
             }
         }
 
-        // Gathered rows hold the taps one after the other; a line of taps is a slice of the weights.
+        // Gathered rows hold the taps one after the other; a line of taps is a slice of the weights, unless those are packed
+        // by kernel elements.
         int64_t list_gathered(const Part& part, const E* rows, const E* b) const {
             const AxisSpan &y = part.y, &x = part.x;
-            const int64_t depth = (x.tap_end - x.tap_begin) * plan().in_channels;
+            const int64_t together = plan().element_row ? 1 : x.tap_end - x.tap_begin;
+            const int64_t depth = together * plan().in_channels;
             int64_t count = 0;
-            for (int64_t ty = y.tap_begin; ty < y.tap_end; ++ty, ++count) {
-                item.taps()[count] =
-                    Products<E>::term(rows + count * depth, part.stride, depth,
-                                      b + (ty * sx.taps + x.tap_begin) * plan().in_channels * kPanel<T>);
+            for (int64_t ty = y.tap_begin; ty < y.tap_end; ++ty) {
+                for (int64_t tx = x.tap_begin; tx < x.tap_end; tx += together, ++count) {
+                    item.taps()[count] = Products<E>::term(rows + count * depth, part.stride, depth,
+                                                           b + item.conv.tap_offset(sy, sx, ty, tx));
+                }
             }
             return count;
         }

@@ -98,7 +98,14 @@ OVERLAP = {  # few output channels
     "overlap, bands": Case((2, 48, 40, 41), 3, (4, 4), {"stride": 2, "padding": 1}),
     "overlap, narrow": Case((3, 64, 9, 1), 1, (4, 4), {"stride": 2, "padding": 1}),
 }
-CASES |= MINIMAL | OVERLAP
+PIXELS = {  # weights packed by kernel elements
+    "pixels k4s1p0": Case((2, 10, 3, 5), 32, (4, 4)),
+    "pixels k4s2p0": Case((2, 6, 3, 9), 48, (4, 4), {"stride": 2}),
+    "pixels k2s2": Case((2, 6, 5, 1), 16, (2, 2), {"stride": 2}),
+    "pixels, sides differ": Case((3, 6, 4, 2), 64, (3, 2), {"stride": (3, 1), "groups": 2}),
+    "pixels, deep": Case((2, 150, 2, 3), 32, (2, 5)),
+}
+CASES |= MINIMAL | OVERLAP | PIXELS
 ACTIVATIONS = {
     "none": lambda x: x,
     "relu": F.relu,
@@ -194,6 +201,21 @@ def test_sizes_share_packs(name):
     assert plan_of(larger).layout == plan_of(case).layout
 
 
+@pytest.mark.parametrize("name", PIXELS)
+def test_one_pixel_shares_the_packs_of_larger_maps(name, monkeypatch):
+    packed = importlib.import_module("fastgen.ops.packed_weights")
+    case, pack, packs = PIXELS[name], packed._pack, []
+    monkeypatch.setattr(packed, "_pack", lambda *args: packs.append("") or pack(*args))
+    weight = case.tensors()[1]
+    for shape in (case.shape, (*case.shape[:2], 1, 1), (*case.shape[:2], 1, 4)):
+        x = torch.randn(shape)
+        with fastgen.backend("cpu"):
+            actual = ops.conv_transpose2d_bn_act(x, weight, **case.options)
+        expected = F.conv_transpose2d(x.double(), weight.double(), **case.options)
+        torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-4)
+    assert len(packs) == 1
+
+
 @pytest.mark.parametrize(
     ("shape", "kernel", "options"),
     [
@@ -242,14 +264,16 @@ def test_activations_are_as_accurate_as_pytorch(name, activation):
 
 @all_cases
 @pytest.mark.parametrize("isa", backends.native_cpu().isas())
-def test_float64_on_every_instruction_set(case, isa):
-    tensors = case.tensors(torch.float64)
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 3e-4)], ids=["f64", "f32"])
+def test_every_instruction_set(case, isa, dtype, tolerance):
+    tensors = case.tensors(dtype)
     backends.native_cpu().set_isa(isa)
     try:
         actual = native(case, tensors, "elu")
     finally:
         backends.native_cpu().set_isa("")
-    torch.testing.assert_close(actual, plain(case, tensors, "elu"), rtol=1e-10, atol=1e-10)
+    expected = plain(case, doubles(tensors), "elu")
+    torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
