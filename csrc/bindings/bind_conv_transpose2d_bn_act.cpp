@@ -8,7 +8,9 @@
 #include <cmath>
 #include <cstring>
 #include <memory>
+#include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cpu/conv_transpose2d_bn_act.h"
@@ -82,12 +84,15 @@ Image<T> image(uintptr_t data, const Strides& strides) {
 }
 
 struct Plan {
+    ConvShape shape;
+    const ConvElement* element;
     std::shared_ptr<const ConvPlan> conv;
     std::string layout;
 
     const ConvPlan& get() const { return *conv; }
 
-    int64_t out_channels() const { return conv->groups * conv->out_channels; }
+    int64_t in_channels() const { return shape.groups * shape.in_channels; }
+    int64_t out_channels() const { return shape.groups * shape.out_channels; }
 };
 
 // All that packed weights depend on, but the weights: plans of equal layout share them, so that images of another size
@@ -117,15 +122,39 @@ const ConvElement& element_of(const std::string& dtype) {
     return dtype == "float64" ? kConvElement<double> : kConvElement<float>;
 }
 
+Plan plan_of(const ConvShape& shape, const ConvElement& element) {
+    const auto plan = make_conv_plan(shape, element);
+    return {shape, &element, plan, layout_of(*plan, shape.transposed)};
+}
+
 Plan make(bool transposed, int64_t groups, const Pair& channels, const Pair& in_size, const Pair& out_size,
           const Pair& kernel, const Pair& stride, const Pair& padding, const Pair& dilation, bool minimal,
           const std::string& dtype) {
     const auto axis = [&](int i) {
         return ConvAxis{in_size[i], out_size[i], kernel[i], stride[i], padding[i], dilation[i]};
     };
-    const ConvShape shape{transposed, groups, channels[0] / groups, channels[1] / groups, axis(0), axis(1), minimal};
-    const auto plan = make_conv_plan(shape, element_of(dtype));
-    return {plan, layout_of(*plan, transposed)};
+    return plan_of({transposed, groups, channels[0] / groups, channels[1] / groups, axis(0), axis(1), minimal},
+                   element_of(dtype));
+}
+
+// The same transposed convolution of an input of another size; none if that has no output.
+std::optional<Plan> resized(const Plan& plan, const Pair& in_size) {
+    ConvShape shape = plan.shape;
+    for (int i = 0; i < 2; ++i) {
+        ConvAxis& axis = i ? shape.x : shape.y;
+        axis.out_size += (in_size[i] - axis.in_size) * axis.stride;
+        axis.in_size = in_size[i];
+        if (axis.out_size < 1) return std::nullopt;
+    }
+    return plan_of(shape, *plan.element);
+}
+
+constexpr int64_t kMinThreadWork = 1000000;  // multiply-adds: below, waking a thread costs more than it saves
+constexpr int64_t kMinPositions = 8;         // in whose multiply-adds a weight comes from memory
+
+// At most `threads`, where each of the positions meets all of the weights.
+int64_t worthwhile_threads(int64_t positions, int64_t weights, int64_t threads) {
+    return std::max<int64_t>(1, std::min(threads, std::max(positions, kMinPositions) * weights / kMinThreadWork));
 }
 
 // The tensors [C] of a bias and a BatchNorm, or null.
@@ -364,26 +393,38 @@ public:
 
     void add(const Plan& plan, int64_t threads, uintptr_t packed, const ChannelTensors& tensors, double eps,
              Activation activation, double parameter, uintptr_t weight, int64_t weight_bytes) {
-        const int64_t channels = plan.out_channels(), width = plan.get().x.out_size * channels;
-        blocks_.push_back({plan,
-                           threads,
-                           packed,
-                           tensors,
-                           eps,
-                           activation,
-                           parameter,
-                           weight,
-                           weight_bytes,
-                           fingerprint(weight, weight_bytes),
-                           {plan.get().y.out_size * width, 1, width, channels}});
+        blocks_.push_back({plan, threads, packed, tensors, eps, activation, parameter, weight, weight_bytes,
+                           fingerprint(weight, weight_bytes)});
     }
+
+    // For inputs of another size, if every block takes what it gets then; and the blocks that need another pack.
+    std::optional<std::pair<ConvSequence, std::vector<int64_t>>> resized(int64_t batch, int64_t channels, Pair size,
+                                                                         int64_t threads) const {
+        ConvSequence result = *this;
+        std::vector<int64_t> unpacked;
+        for (Block& block : result.blocks_) {
+            const auto plan = fastgen::resized(block.plan, size);
+            if (!plan || channels != plan->in_channels()) return std::nullopt;
+            const ConvShape& shape = plan->shape;
+            const int64_t weights = channels * shape.out_channels * shape.y.kernel * shape.x.kernel;
+            if (plan->layout != block.plan.layout) unpacked.push_back(&block - result.blocks_.data());
+            block.plan = *plan;
+            block.threads = worthwhile_threads(batch * size[0] * size[1], weights, threads);
+            channels = plan->out_channels();
+            size = {shape.y.out_size, shape.x.out_size};
+        }
+        return {{result, unpacked}};
+    }
+
+    const Plan& plan(int64_t block) const { return blocks_.at(block).plan; }
+    void set_packed(int64_t block, uintptr_t packed) { blocks_.at(block).packed = packed; }
 
     // In sums: two results between blocks, the last one where it is not yet contiguous, and what one block needs.
     int64_t scratch_size(int64_t batch, const Strides& strides) const {
         const int64_t images = (batch + groups(batch) - 1) / groups(batch);
         int64_t most = 0;
         for (size_t i = 0; i < blocks_.size(); ++i) {
-            const Strides& from = i ? blocks_[i - 1].strides : strides;
+            const Strides& from = i ? blocks_[i - 1].strides() : strides;
             most = std::max(most, fastgen::scratch_size<E>(blocks_[i].plan, images, blocks_[i].threads, from));
         }
         return 2 * result_size(images) + last_size(images) + most;
@@ -396,7 +437,7 @@ public:
         for (int64_t group = 0; group < count; ++group) {
             const int64_t begin = batch * group / count, end = batch * (group + 1) / count;
             run_group(end - begin, input + begin * strides[0] * sizeof(E), strides,
-                      output + begin * blocks_.back().strides[0] * sizeof(E), scratch);
+                      output + begin * blocks_.back().image() * sizeof(E), scratch);
         }
         return true;
     }
@@ -413,7 +454,12 @@ private:
         uintptr_t weight;
         int64_t weight_bytes;
         uint64_t fingerprint;
-        Strides strides;  // of its result
+
+        int64_t image() const { return plan.shape.y.out_size * plan.shape.x.out_size * plan.out_channels(); }
+        Strides strides() const {  // of its result
+            const int64_t channels = plan.out_channels();
+            return {image(), 1, plan.shape.x.out_size * channels, channels};
+        }
     };
 
     // By all threads, as of one image it is a thirtieth of the time when the weights left the caches.
@@ -434,7 +480,7 @@ private:
             const uintptr_t result = i + 1 < blocks_.size() ? scratch + i % 2 * size
                                      : last                 ? scratch + 2 * size
                                                             : output;
-            fastgen::run<E>(block.plan, images, block.threads, input, i ? blocks_[i - 1].strides : strides,
+            fastgen::run<E>(block.plan, images, block.threads, input, i ? blocks_[i - 1].strides() : strides,
                             block.packed, block.tensors, block.eps, block.activation, block.parameter, result,
                             scratch + 2 * size + last);
             input = result;
@@ -445,7 +491,7 @@ private:
     // Of the largest result between two blocks, of one image.
     int64_t largest() const {
         int64_t most = 0;
-        for (size_t i = 0; i + 1 < blocks_.size(); ++i) most = std::max(most, blocks_[i].strides[0]);
+        for (size_t i = 0; i + 1 < blocks_.size(); ++i) most = std::max(most, blocks_[i].image());
         return most;
     }
 
@@ -463,17 +509,17 @@ private:
     int64_t result_size(int64_t images) const { return sums_for(images * largest()); }
 
     // Of the last result, where it is not the output.
-    int64_t last_size(int64_t images) const { return contiguous_ ? sums_for(images * blocks_.back().strides[0]) : 0; }
+    int64_t last_size(int64_t images) const { return contiguous_ ? sums_for(images * blocks_.back().image()) : 0; }
 
     void make_contiguous(int64_t images, const E* from, E* to) const {
         constexpr int64_t kRun = 64;  // positions that stay in the first-level cache
         const Block& last = blocks_.back();
-        const int64_t channels = last.plan.out_channels(), positions = last.strides[0] / channels;
+        const int64_t channels = last.plan.out_channels(), positions = last.image() / channels;
         const int64_t runs = (positions + kRun - 1) / kRun;
 #pragma omp parallel for num_threads(last.threads)
         for (int64_t i = 0; i < images * runs; ++i) {
             const int64_t begin = i % runs * kRun, end = std::min(positions, begin + kRun);
-            const int64_t image = i / runs * last.strides[0];
+            const int64_t image = i / runs * last.image();
             for (int64_t c = 0; c < channels; ++c) {
                 for (int64_t p = begin; p < end; ++p) to[image + c * positions + p] = from[image + p * channels + c];
             }
@@ -493,6 +539,10 @@ void define_conv(pybind11::module_& module, const std::string& dtype) {
         .def(py::init<bool>(), py::arg("contiguous"))
         .def("add", &Sequence::add, py::arg("plan"), py::arg("threads"), py::arg("packed"), py::arg("tensors"),
              py::arg("eps"), py::arg("activation"), py::arg("parameter"), py::arg("weight"), py::arg("weight_bytes"))
+        .def("resized", &Sequence::resized, py::arg("batch"), py::arg("channels"), py::arg("size"), py::arg("threads"),
+             "for inputs of another size: a sequence, and the blocks that need another pack; None if one has no output")
+        .def("plan", &Sequence::plan, py::arg("block"))
+        .def("set_packed", &Sequence::set_packed, py::arg("block"), py::arg("packed"))
         .def("scratch_size", &Sequence::scratch_size, py::arg("batch"), py::arg("strides"))
         .def("run", &Sequence::run, py::arg("batch"), py::arg("input"), py::arg("strides"), py::arg("output"),
              py::arg("scratch"), release(), "False, with nothing computed, if a weight has changed");
@@ -538,6 +588,9 @@ void bind_conv_transpose2d_bn_act(pybind11::module_& module) {
         .def(py::init(&make), py::arg("transposed"), py::arg("groups"), py::arg("channels"), py::arg("in_size"),
              py::arg("out_size"), py::arg("kernel"), py::arg("stride"), py::arg("padding"), py::arg("dilation"),
              py::arg("minimal"), py::arg("dtype"))
+        .def_property_readonly("groups", [](const Plan& plan) { return plan.shape.groups; })
+        .def_property_readonly(
+            "out_size", [](const Plan& plan) { return py::make_tuple(plan.shape.y.out_size, plan.shape.x.out_size); })
         .def_property_readonly("layout", [](const Plan& plan) { return py::bytes(plan.layout); })
         .def_property_readonly("minimal", [](const Plan& plan) { return plan.conv->minimal; })
         .def_property_readonly("overlap_add", [](const Plan& plan) { return plan.conv->overlap_add; });
@@ -552,6 +605,8 @@ void bind_conv_transpose2d_bn_act(pybind11::module_& module) {
         .value("elu", Activation::elu)
         .value("tanh", Activation::tanh)
         .value("sigmoid", Activation::sigmoid);
+    module.def("worthwhile_threads", &worthwhile_threads, py::arg("positions"), py::arg("weights"), py::arg("threads"),
+               "at most `threads`, where each of the positions meets all of the weights");
     module.def("fingerprint", &fingerprint, py::arg("data"), py::arg("bytes"));
     define_conv<BFloat16>(module, "bfloat16");
     define_conv<float>(module, "float32");

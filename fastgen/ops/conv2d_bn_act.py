@@ -217,7 +217,7 @@ def _native(input: Tensor, weight: Tensor, *rest: Any) -> Tensor:
     if output.numel():
         minimal = block.dtype is not torch.bfloat16 or tensors[2] is not None  # as in cpu.Block.convolve
         plan = cpu.conv_plan(False, *block.geometry, block.dtype, minimal=minimal)
-        packed = packed_weight(weight, plan, options.groups, block.threads, out_channels_first=True)
+        packed = packed_weight(weight, plan, block.threads, out_channels_first=True)
         block.run(plan, input, input.stride(), packed, tensors, output, *options[4:])
     return output
 
@@ -239,7 +239,7 @@ def _block(
 ) -> cpu.Block:
     output = _output_shape(input, weight, Options(stride, padding, groups, dilation, 0.0, "none", 0.0))
     geometry = (groups, (input[1], weight[0]), input[2:], output[2:], weight[2:], stride, padding, dilation)
-    threads = cpu.worthwhile_threads(output[0] * math.prod(output[2:]), math.prod(weight), threads)
+    threads = backends.native_cpu().worthwhile_threads(output[0] * math.prod(output[2:]), math.prod(weight), threads)
     return cpu.Block(output, geometry, dtype, threads)
 
 

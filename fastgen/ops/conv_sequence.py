@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -12,13 +13,13 @@ from torch import Tensor
 from fastgen import backends
 from fastgen.ops import conv_transpose2d_bn_act_cpu as cpu
 from fastgen.ops.conv_block import goes_straight
-from fastgen.ops.conv_transpose2d_bn_act import checked_output_shape, conv_transpose2d_bn_act
+from fastgen.ops.conv_transpose2d_bn_act import conv_transpose2d_bn_act
 from fastgen.ops.conv_transpose2d_bn_act_cpu import Options
 from fastgen.ops.packed_weights import packed_weight, span_bytes
 
 BLOCK_TENSORS = 6  # weight, bias, running_mean, running_var, bn_weight, bn_bias
 _GEOMETRY = Options._fields[:5]
-_MAX_KEPT = 64  # of one first weight and way, for inputs of other sizes
+_MAX_KEPT = 256  # of one first weight and way, for inputs of other sizes; some 10 KB each
 
 Blocks = tuple[tuple[Any, ...], ...]
 
@@ -60,16 +61,13 @@ def _apply(input: Tensor, tensors: Sequence[Tensor | None], blocks: Blocks, cont
         sizes = {}
     if not goes_straight((input, *tensors)):
         return _one_by_one(input, tensors, blocks)
-    if sizes:
-        known = next(iter(sizes.values()))
-        if not known.seen.still(tensors):
-            _kept[first].clear()
-        elif input.numel():
-            sequence = known.resized(input, tensors, blocks)
-            output = sequence(input, tensors)
-            if output is not None:
-                _keep(sequence, first, how, size)
-                return output
+    if sizes and input.numel():
+        sequence = next(iter(sizes.values())).resized(input, tensors)
+        output = None if sequence is None else sequence(input, tensors)
+        if sequence is not None and output is not None:
+            _keep(sequence, first, how, size)
+            return output
+        _kept[first].clear()
     calls: list[cpu.Inference | None] = []
     output = _one_by_one(input, tensors, blocks, calls)
     dense = all(tensor is None or (tensor.is_contiguous() and not tensor.is_inference()) for tensor in tensors)
@@ -115,7 +113,7 @@ class _Sequence:
         for i, call in enumerate(calls):
             weight, *channels = tensors[i * BLOCK_TENSORS : (i + 1) * BLOCK_TENSORS]
             assert weight is not None
-            packed = packed_weight(weight, call.plan, call.groups, call.threads)
+            packed = packed_weight(weight, call.plan, call.threads)
             addresses = [0 if tensor is None else tensor.data_ptr() for tensor in channels]
             memory = weight.data_ptr(), span_bytes(weight)
             self.native.add(call.plan, call.threads, packed.data_ptr(), addresses, *call.act, *memory)
@@ -126,22 +124,27 @@ class _Sequence:
         self.shape, self.sums = calls[-1].shape, calls[-1].sums
         self.scratch = self.native.scratch_size(self.batch, self.strides)
 
-    def resized(self, input: Tensor, tensors: Sequence[Tensor | None], blocks: Blocks) -> _Sequence:
-        """For inputs of another size and the same tensors.
-
-        Raises:
-            ValueError: of the first block that does not take what it would get.
-        """
-        shape, strides = tuple(input.shape), input.stride()
-        calls = []
-        for i, block in enumerate(blocks):
-            weight, options, batch_norm = tensors[i * BLOCK_TENSORS], Options(*block), tensors[i * BLOCK_TENSORS + 2]
+    def resized(self, input: Tensor, tensors: Sequence[Tensor | None]) -> _Sequence | None:
+        """For inputs of another size; None if a block does not take what it would get."""
+        if input.dim() != 4:
+            return None
+        batch, channels, *size = input.shape
+        threads = torch.get_num_threads()
+        found = self.native.resized(batch, channels, size, threads)
+        if found is None:
+            return None
+        other = copy.copy(self)
+        other.native, unpacked = found
+        other.packs = list(self.packs)
+        for i in unpacked:
+            weight = tensors[i * BLOCK_TENSORS]
             assert weight is not None
-            checked_output_shape(shape, weight.shape, options)
-            call = cpu.Inference(shape, strides, input.dtype, weight, batch_norm is not None, options)
-            calls.append(call)
-            shape, strides = call.shape, cpu.dense_strides(call.shape)
-        return _Sequence(tensors, calls, self.format is torch.contiguous_format)
+            other.packs[i] = packed_weight(weight, other.native.plan(i), threads)
+            other.native.set_packed(i, other.packs[i].data_ptr())
+        other.batch, other.strides = batch, input.stride()
+        other.shape = (batch, self.shape[1], *other.native.plan(len(self.packs) - 1).out_size)
+        other.scratch = other.native.scratch_size(batch, other.strides)
+        return other
 
     def __call__(self, input: Tensor, tensors: Sequence[Tensor | None]) -> Tensor | None:
         """None if one of the tensors is not what it was."""

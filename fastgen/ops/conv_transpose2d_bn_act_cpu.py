@@ -13,8 +13,6 @@ from torch import Tensor
 from fastgen import backends
 from fastgen.ops.packed_weights import packed_weight
 
-_MIN_THREAD_WORK = 1_000_000  # multiply-adds: below, waking a thread costs more than it saves
-_MIN_POSITIONS = 8  # in whose multiply-adds a weight comes from memory
 CPU = torch.device("cpu")  # whatever the default device is
 _SLACK = 64  # bytes behind a gradient that the kernels may read
 
@@ -113,7 +111,7 @@ class Inference:
         output = torch.empty(self.shape, dtype=input.dtype, device=CPU, memory_format=torch.channels_last)
         if not self.scratch:
             return output
-        packed = packed_weight(weight, self.plan, self.groups, self.threads)
+        packed = packed_weight(weight, self.plan, self.threads)
         dense = [_dense(tensor) for tensor in tensors]
         addresses = [0 if tensor is None else tensor.data_ptr() for tensor in dense]
         scratch = torch.empty(self.scratch, dtype=self.sums, device=CPU)
@@ -233,14 +231,14 @@ class Block:
 
     def convolve(self, input: Tensor, weight: Tensor, tensors: Tensors, output: Tensor, *act: Any) -> None:
         plan = self.forward_plan(batch_norm=tensors[2] is not None)
-        packed = packed_weight(weight, plan, self.geometry[0], self.threads)
+        packed = packed_weight(weight, plan, self.threads)
         self.run(plan, input, input.stride(), packed, tensors, output, *act)
 
     def input_gradient(self, weight: Tensor, grad: Tensor, output: Tensor) -> None:
         """An ordinary convolution of the gradient, with the roles of the channels exchanged."""
         groups, channels, in_size, out_size, *steps = self.geometry
         plan = conv_plan(False, groups, channels[::-1], out_size, in_size, *steps, self.dtype)
-        packed = packed_weight(weight, plan, groups, self.threads, out_channels_first=True)
+        packed = packed_weight(weight, plan, self.threads, out_channels_first=True)
         self.run(plan, grad, dense_strides(self.output), packed, (None,) * 5, output)
 
     def run(
@@ -291,7 +289,7 @@ def _block(
         input, weight, Options(stride, padding, output_padding, groups, dilation, False, 0.0, "none", 0.0)
     )
     geometry = (groups, (weight[0], output[1]), input[2:], output[2:], weight[2:], stride, padding, dilation)
-    threads = worthwhile_threads(input[0] * math.prod(input[2:]), math.prod(weight), threads)
+    threads = backends.native_cpu().worthwhile_threads(input[0] * math.prod(input[2:]), math.prod(weight), threads)
     return Block(output, geometry, dtype, threads)
 
 
@@ -304,11 +302,6 @@ def conv_plan(transposed: bool, *args: Any, minimal: bool = True) -> Any:
 
 def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype is torch.bfloat16 else dtype
-
-
-def worthwhile_threads(positions: int, weights: int, threads: int) -> int:
-    """At most `threads`, where each of the positions meets all of the weights."""
-    return max(1, min(threads, max(positions, _MIN_POSITIONS) * weights // _MIN_THREAD_WORK))
 
 
 def dense_strides(shape: Sequence[int]) -> tuple[int, int, int, int]:

@@ -35,12 +35,12 @@ _entries = WeakTensorKeyDictionary()
 _computed = WeakTensorKeyDictionary()
 
 
-def packed_weight(weight: Tensor, plan: Any, groups: int, threads: int, *, out_channels_first: bool = False) -> Tensor:
+def packed_weight(weight: Tensor, plan: Any, threads: int, *, out_channels_first: bool = False) -> Tensor:
     """`weight` [Cin, Cout / groups, kh, kw] of a transposed convolution, packed for the plan of its forward pass or for
     that of its input gradient.
     """
     if weight.is_inference():  # has no version counter
-        return _pack(weight, plan, groups, threads, out_channels_first)
+        return _pack(weight, plan, threads, out_channels_first)
     state = tensor_state(weight)
     entry = _entries.get(weight)
     if entry is None or entry.state != state:
@@ -50,7 +50,7 @@ def packed_weight(weight: Tensor, plan: Any, groups: int, threads: int, *, out_c
     if packed is None:
         if len(entry.packs) >= _MAX_LAYOUTS:
             entry.packs.clear()
-        packed = entry.packs[key] = _pack(weight, plan, groups, threads, out_channels_first)
+        packed = entry.packs[key] = _pack(weight, plan, threads, out_channels_first)
     return packed
 
 
@@ -94,11 +94,11 @@ def _fingerprint() -> Any:
     return None if backends.import_error("_cpu") else backends.native_cpu().fingerprint
 
 
-def _pack(weight: Tensor, plan: Any, groups: int, threads: int, out_channels_first: bool) -> Tensor:
+def _pack(weight: Tensor, plan: Any, threads: int, out_channels_first: bool) -> Tensor:
     native, dtype = backends.native_cpu(), str(weight.dtype).removeprefix("torch.")
     packed = empty_in_large_pages(getattr(native, f"conv_packed_size_{dtype}")(plan), weight.dtype)
     first, second, y, x = weight.stride()
     channels = (second, first) if out_channels_first else (first, second)
-    strides = (weight.shape[0] // groups * first, *channels, y, x)
+    strides = (weight.shape[0] // plan.groups * first, *channels, y, x)
     getattr(native, f"conv_pack_{dtype}")(plan, weight.data_ptr(), strides, packed.data_ptr(), threads)
     return packed

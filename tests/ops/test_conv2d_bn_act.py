@@ -192,7 +192,7 @@ def test_against_loops(shape, natively):
 
 @pytest.mark.parametrize("name", ["k4s2p1", "last layer k3", "several items", "groups", "one of all"])
 def test_bits_do_not_depend_on_threads_or_batch(name, natively, monkeypatch):
-    monkeypatch.setattr(cpu, "_MIN_THREAD_WORK", 1)
+    monkeypatch.setattr(backends.native_cpu(), "worthwhile_threads", lambda positions, weights, threads: threads)
     module._block.cache_clear()
     case = CASES[name]
     x, *rest = case.tensors()

@@ -149,6 +149,18 @@ def test_layouts_and_sizes(calls):
     assert network(network.input(0)).shape == (0, 3, 24, 20)
 
 
+@pytest.mark.parametrize("name", ["minimal filtering", "growing"])
+def test_other_sizes_may_need_other_packs(name, calls):
+    network = Network(name)
+    network.check(network.input())
+    before = network.kept()[0].packs
+    for height, width in ((2, 2), (17, 19), (2, 9)):
+        network.check(network.input(2, height, width))
+    assert len(calls) == 3 and None not in calls
+    packs = [sequence.packs for sequence in network.kept()[1:]]
+    assert any(pack is not old for of_size in packs for pack, old in zip(of_size, before, strict=True))
+
+
 def test_sizes_that_do_not_fit():
     network = Network("growing")
     network.blocks = (tuple(UP._replace(padding=(2, 2))), *network.blocks[1:])
@@ -224,7 +236,7 @@ def test_a_change_is_noticed_at_another_size(calls):
     network.tensors[6].mul_(2.0)
     for height in (3, 4, 5):
         network.check(network.input(1, height))
-    assert len(network.kept()) == 3 and len(calls) == 3 and None not in calls
+    assert len(network.kept()) == 3 and [output is None for output in calls] == [False, True, False, False]
 
 
 def test_what_noticed_a_change_is_made_again(calls):

@@ -330,7 +330,7 @@ def test_bits_are_the_same_on_every_fused_instruction_set(name):
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_bits_do_not_depend_on_threads(name, dtype, monkeypatch):
-    monkeypatch.setattr(cpu, "_MIN_THREAD_WORK", 1)
+    monkeypatch.setattr(backends.native_cpu(), "worthwhile_threads", lambda positions, weights, threads: threads)
     cpu._block.cache_clear()
     case = CASES[name]
     tensors = case.tensors(dtype)
@@ -375,7 +375,7 @@ def test_bfloat16_is_as_accurate_as_pytorch(name, norm):
     "name", ["4x4 map", "last layer", "k2s2", "groups", "minimal", "minimal, bands", "overlap", "overlap, bands"]
 )
 def test_bfloat16_bits_depend_on_the_sample_alone(name, monkeypatch):
-    monkeypatch.setattr(cpu, "_MIN_THREAD_WORK", 1)
+    monkeypatch.setattr(backends.native_cpu(), "worthwhile_threads", lambda positions, weights, threads: threads)
     cpu._block.cache_clear()
     case, native_cpu = BFLOAT16[name], backends.native_cpu()
     x, weight, *rest = bfloats(case.tensors())
@@ -703,7 +703,7 @@ def test_statistics_far_from_zero():
 
 @pytest.mark.parametrize("name", ["k4s2p1", "last layer", "several items", "groups"])
 def test_training_bits_do_not_depend_on_threads_or_layout(name, monkeypatch):
-    monkeypatch.setattr(cpu, "_MIN_THREAD_WORK", 1)
+    monkeypatch.setattr(backends.native_cpu(), "worthwhile_threads", lambda positions, weights, threads: threads)
     cpu._block.cache_clear()
     case = CASES[name]
     tensors = case.tensors()
