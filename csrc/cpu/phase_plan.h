@@ -69,8 +69,8 @@ inline constexpr int64_t kMaxOverlapKernel = 32;  // along either axis
 struct ConvPlan {
     int64_t groups, in_channels, out_channels;  // channels of one group
     AxisPlan y, x;
-    bool minimal;      // filtering, in the slots that allow it
-    bool overlap_add;  // instead of products by phases
+    bool minimal;         // filtering, in the slots that allow it
+    bool overlap_add;     // instead of products by phases
     int64_t element_row;  // kernel elements in a row, where weights are packed by them; else 0
     OverlapAxis overlap_y, overlap_x;
 };

@@ -117,8 +117,7 @@ struct TapConv {
 
     // Elements of one panel of the packed weights of a pair of slots.
     FASTGEN_INLINE int64_t panel_size(const AxisSlot& sy, const AxisSlot& sx) const {
-        const int64_t slices =
-            packs_points(sy, sx) ? kPoints * kPoints * interleaved_filters(plan) : sy.taps * sx.taps;
+        const int64_t slices = packs_points(sy, sx) ? kPoints * kPoints * interleaved_filters(plan) : sy.taps * sx.taps;
         return slices * slice();
     }
 
