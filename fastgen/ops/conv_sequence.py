@@ -63,11 +63,12 @@ def _apply(input: Tensor, tensors: Sequence[Tensor | None], blocks: Blocks, cont
         return _one_by_one(input, tensors, blocks)
     if sizes and input.numel():
         sequence = next(iter(sizes.values())).resized(input, tensors)
-        output = None if sequence is None else sequence(input, tensors)
-        if sequence is not None and output is not None:
-            _keep(sequence, first, how, size)
-            return output
-        _kept[first].clear()
+        if sequence is not None:
+            output = sequence(input, tensors)
+            if output is not None:
+                _keep(sequence, first, how, size)
+                return output
+            _kept[first].clear()
     calls: list[cpu.Inference | None] = []
     output = _one_by_one(input, tensors, blocks, calls)
     dense = all(tensor is None or (tensor.is_contiguous() and not tensor.is_inference()) for tensor in tensors)

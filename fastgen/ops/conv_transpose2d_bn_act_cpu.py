@@ -99,7 +99,7 @@ class Inference:
     ):
         native = backends.native_cpu()
         block = Block.of(shape, dtype, weight, options)
-        self.shape, self.groups, self.threads = block.output, options.groups, block.threads
+        self.shape, self.threads = block.output, block.threads
         self.plan = block.forward_plan(batch_norm)
         self.function = getattr(native, f"conv_bn_act_{block.type}")
         self.act = (options.eps, getattr(native.Activation, options.activation), options.parameter)
