@@ -97,13 +97,13 @@ struct Plan {
 
 // All that packed weights depend on, but the weights: plans of equal layout share them, so that images of another size
 // find them packed.
-std::string layout_of(const ConvPlan& conv, bool transposed) {
-    std::vector<int64_t> numbers{transposed, conv.minimal, conv.overlap_add, conv.element_row, conv.groups};
+std::string layout_of(const ConvPlan& conv, const ConvShape& shape) {
+    std::vector<int64_t> numbers{shape.transposed, shape.groups, shape.in_channels, shape.out_channels, shape.y.kernel,
+                                 shape.x.kernel,   conv.minimal, conv.overlap_add,  conv.element_row};
     if (conv.element_row) {
-        // All kernel elements, in order.
+        // All kernel elements in order.
     } else if (conv.overlap_add) {
-        for (const OverlapAxis* axis : {&conv.overlap_y, &conv.overlap_x})
-            numbers.insert(numbers.end(), {axis->kernel, axis->stride});
+        for (const OverlapAxis* axis : {&conv.overlap_y, &conv.overlap_x}) numbers.push_back(axis->stride);
     } else {
         for (const AxisPlan* axis : {&conv.y, &conv.x}) {
             numbers.insert(numbers.end(), {axis->in_step, axis->phases, axis->num_slots});
@@ -124,7 +124,7 @@ const ConvElement& element_of(const std::string& dtype) {
 
 Plan plan_of(const ConvShape& shape, const ConvElement& element) {
     const auto plan = make_conv_plan(shape, element);
-    return {shape, &element, plan, layout_of(*plan, shape.transposed)};
+    return {shape, &element, plan, layout_of(*plan, shape)};
 }
 
 Plan make(bool transposed, int64_t groups, const Pair& channels, const Pair& in_size, const Pair& out_size,
@@ -540,7 +540,7 @@ void define_conv(pybind11::module_& module, const std::string& dtype) {
         .def("add", &Sequence::add, py::arg("plan"), py::arg("threads"), py::arg("packed"), py::arg("tensors"),
              py::arg("eps"), py::arg("activation"), py::arg("parameter"), py::arg("weight"), py::arg("weight_bytes"))
         .def("resized", &Sequence::resized, py::arg("batch"), py::arg("channels"), py::arg("size"), py::arg("threads"),
-             "for inputs of another size: a sequence, and the blocks that need another pack; None if one has no output")
+             "for inputs of another size: a sequence, and the blocks that need another pack; None if one does not fit")
         .def("plan", &Sequence::plan, py::arg("block"))
         .def("set_packed", &Sequence::set_packed, py::arg("block"), py::arg("packed"))
         .def("scratch_size", &Sequence::scratch_size, py::arg("batch"), py::arg("strides"))

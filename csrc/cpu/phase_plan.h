@@ -20,8 +20,9 @@
 //
 // Slots of two by two or three by three neighbouring taps (of a strided convolution: so many in each of its interleaved
 // filters) may be computed by minimal filtering instead, minimal_filter.h: fewer products, but transforms, and up to four
-// times the weights where products do not make their points themselves. Layers of few output channels may do without phases, by overlap-add, overlap_add.h. Whether it is done depends on
-// the layer and the size of one image, never on the batch: it changes the bits.
+// times the weights where products do not make their points themselves. Layers of few output channels may do without
+// phases, by overlap-add, overlap_add.h. Whether it is done depends on the layer and the size of one image, never on the
+// batch: it changes the bits.
 //
 // Weights are packed slot by slot, panel by panel, tap by tap: as products read them. Where a layer spreads single pixels,
 // or could, they are packed by kernel elements, so that images of one pixel and larger ones share them: all outputs of a

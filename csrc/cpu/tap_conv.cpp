@@ -425,7 +425,7 @@ struct TapConv {
             int64_t all = 0;
             for_rectangles([&](const Part& part) { all += part.size(); });
             const bool fits = all <= item.conv.gather_capacity();
-            const int64_t panel_bytes = max_of(1, panel_stride() * static_cast<int64_t>(sizeof(E)));
+            const int64_t panel_bytes = max_of(1, item.conv.panel_size(sy, sx) * static_cast<int64_t>(sizeof(E)));
             const int64_t step = fits ? max_of(1, kWeightBytes / panel_bytes) : panel_end - panel_begin;
             for (int64_t begin = panel_begin; begin < panel_end; begin += step) {
                 const int64_t end = min_of(panel_end, begin + step);

@@ -62,13 +62,14 @@ def _apply(input: Tensor, tensors: Sequence[Tensor | None], blocks: Blocks, cont
     if not goes_straight((input, *tensors)):
         return _one_by_one(input, tensors, blocks)
     if sizes and input.numel():
-        sequence = next(iter(sizes.values())).resized(input, tensors)
-        if sequence is not None:
+        known = next(iter(sizes.values()))
+        if not known.seen.still(tensors):
+            _kept[first].clear()
+        elif (sequence := known.resized(input, tensors)) is not None:
             output = sequence(input, tensors)
             if output is not None:
                 _keep(sequence, first, how, size)
                 return output
-            _kept[first].clear()
     calls: list[cpu.Inference | None] = []
     output = _one_by_one(input, tensors, blocks, calls)
     dense = all(tensor is None or (tensor.is_contiguous() and not tensor.is_inference()) for tensor in tensors)
@@ -126,7 +127,7 @@ class _Sequence:
         self.scratch = self.native.scratch_size(self.batch, self.strides)
 
     def resized(self, input: Tensor, tensors: Sequence[Tensor | None]) -> _Sequence | None:
-        """For inputs of another size; None if a block does not take what it would get."""
+        """For inputs of another size and the same tensors; None if a block does not take what it would get."""
         if input.dim() != 4:
             return None
         batch, channels, *size = input.shape
