@@ -212,8 +212,8 @@ def sizes_of(count: int) -> list[tuple[int, int]]:
 def new_sizes(build: Callable[[], Module], inputs: Sequence[Sequence[Tensor]]) -> dict[str, float]:
     """How much longer the first call of a size takes than the later ones.
 
-    The sizes come in turn, again and again: a later call finds in the caches what the same size before it left there, as
-    the first one did. Of several new modules the median, as one call tells more of the machine. Processor time would
+    The sizes come in turn, again and again: a later call finds in the caches what the same size before it left there,
+    as the first one did. Of several new modules the median, as one call tells more of the machine. Processor time would
     leave other processes out, but that of other threads is counted in ticks of milliseconds.
     """
     ratios: list[list[float]] = [[] for _ in inputs]
