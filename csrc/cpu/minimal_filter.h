@@ -21,6 +21,7 @@
 #include <cstdint>
 
 #include "phase_plan.h"
+#include "tap_gemm.h"
 #include "vec.h"
 
 namespace fastgen::FASTGEN_ISA {
@@ -63,6 +64,35 @@ FASTGEN_INLINE void outputs_of_points(V* m, int64_t stride, V two) {
         m[stride] = Taps == 2 ? difference : fma(two, m3, difference);
         if constexpr (Taps == 2) m[2 * stride] = fma(two, m3, sum);
     }
+}
+
+inline constexpr int64_t kFilterLines = 4;  // of two by two taps
+
+FASTGEN_INLINE int64_t filter_line_at(int64_t k, int64_t element, int64_t column) {
+    return (k * kFilterLines + element) * kPanel<float> + column;
+}
+
+// A product with point y * kPoints + x of two by two taps, which it sums from the filter elements itself: for each k they
+// are lines g00, g01, g10, g11 of a panel. `next_elements` from `next` on are fetched meanwhile.
+FASTGEN_INLINE void run_point(int point, const float* a, int64_t row_stride, int64_t k, const float* b, float* c,
+                              int64_t c_stride, int64_t rows, int64_t panels, const float* next,
+                              int64_t next_elements) {
+    constexpr int64_t line = kPanel<float>, step = kFilterLines * line;
+    const int y = point / kPoints, x = point % kPoints;
+    const bool pair_y = y == 1 || y == 2, pair_x = x == 1 || x == 2;
+    const auto run = [&](auto weights) __attribute__((always_inline)) {
+        using W = decltype(weights);
+        const Tap<float, W> term{a, row_stride, 1, k,
+                                 reinterpret_cast<const W*>(b + ((y == 3 ? 2 : 0) + (x == 3 ? 1 : 0)) * line)};
+        tap_gemm({&term, 1, k * step, step, nullptr, 0, c, c_stride, rows, panels * line, next,
+                  next_elements * static_cast<int64_t>(sizeof(float)), (pair_x ? 1 : 2) * line,
+                  y == 1 ? (x == 1 ? Signs::plus_plus : Signs::plus_minus)
+                         : (x == 1 ? Signs::minus_plus : Signs::minus_minus)});
+    };
+    if (pair_y && pair_x) return run(FilterLines<Combination::all_four>{});
+    if (!pair_y && !pair_x) return run(0.0f);
+    if ((pair_y ? y : x) == 1) return run(FilterLines<Combination::sum>{});
+    run(FilterLines<Combination::difference>{});
 }
 
 }  // namespace fastgen::FASTGEN_ISA

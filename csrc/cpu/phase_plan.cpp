@@ -144,9 +144,12 @@ private:
 // Whether one cell has all outputs of an axis, and its only input.
 bool is_point(const ConvAxis& axis) { return axis.in_size == 1 && axis.out_size % axis.stride == 0; }
 
+// Whether a single pixel becomes all outputs.
+bool is_pixel(const ConvShape& shape) { return shape.transposed && is_point(shape.y) && is_point(shape.x); }
+
 std::vector<Axis> candidates(const ConvShape& shape, const ConvAxis& axis, int64_t lanes) {
     const AxisBuilder builder(axis, shape.transposed);
-    if (shape.transposed && is_point(shape.y) && is_point(shape.x)) return {builder.at_once()};
+    if (is_pixel(shape)) return {builder.at_once()};
     std::vector<Axis> result{builder.phase_by_phase()};
     const int64_t stride = shape.transposed ? axis.stride : 1;
     for (int64_t cells = stride > 1 ? 1 : 2; cells <= kMaxCells; ++cells) {
@@ -293,8 +296,9 @@ std::shared_ptr<const ConvPlan> make_conv_plan(const ConvShape& shape, const Con
         owner->plan.minimal = false;
         owner->plan.overlap_add = true;
     }
-    const bool by_phases = owner->y.phases * owner->x.phases == 1, pixel = is_point(shape.y) && is_point(shape.x);
-    if ((by_phases || pixel) && spreads_pixels(shape, lanes) && !owner->plan.minimal && !owner->plan.overlap_add)
+    const bool by_phases = owner->y.phases * owner->x.phases == 1;
+    if ((by_phases || is_pixel(shape)) && spreads_pixels(shape, lanes) && !owner->plan.minimal &&
+        !owner->plan.overlap_add)
         owner->plan.element_row = shape.x.kernel;
     return {owner, &owner->plan};
 }
