@@ -195,27 +195,17 @@ def _check(input: Tensor, weight: Tensor, *rest: Any) -> None:
         )
     if weight.shape[0] % options.groups:
         raise ValueError(f"groups must divide the {weight.shape[0]} input channels, got {options.groups}")
-    shape = checked_output_shape(input.shape, weight.shape, options)
+    if input.dim() != 4 or 0 in input.shape[1:]:
+        raise ValueError(f"input must be [N, Cin, H, W] without empty dimensions but N, got {list(input.shape)}")
+    if input.shape[1] != weight.shape[0]:
+        raise ValueError(f"input must have {weight.shape[0]} channels as the weight has, got {input.shape[1]}")
+    shape = output_shape(input.shape, weight.shape, options)
+    if shape[2] < 1 or shape[3] < 1:
+        raise ValueError(f"the output would be {shape[2]} x {shape[3]}: padding {options.padding} is too large for it")
     check_norm(channels, shape[1], options.training)
     if options.training and shape[0] * shape[2] * shape[3] == 1:
         raise ValueError(f"training needs more than one value per channel, got an output of {list(shape)}")
     check_same(input, {"weight": weight, **channels})
-
-
-def checked_output_shape(input: Sequence[int], weight: Sequence[int], options: Options) -> tuple[int, int, int, int]:
-    """Of an input and a right weight of these shapes.
-
-    Raises:
-        ValueError: they do not go together.
-    """
-    if len(input) != 4 or 0 in input[1:]:
-        raise ValueError(f"input must be [N, Cin, H, W] without empty dimensions but N, got {list(input)}")
-    if input[1] != weight[0]:
-        raise ValueError(f"input must have {weight[0]} channels as the weight has, got {input[1]}")
-    shape = output_shape(input, weight, options)
-    if shape[2] < 1 or shape[3] < 1:
-        raise ValueError(f"the output would be {shape[2]} x {shape[3]}: padding {options.padding} is too large for it")
-    return shape
 
 
 def _check_options(options: Options) -> None:
