@@ -143,6 +143,20 @@ def plan_of(case, dtype=torch.float32):
     return cpu.conv_plan(True, *block.geometry, dtype)
 
 
+@pytest.fixture
+def all_threads(monkeypatch):
+    """However small the case. What is kept of earlier calls holds the threads that were worthwhile for them."""
+
+    def forget():
+        cpu._block.cache_clear()
+        cpu._served.clear()
+
+    forget()
+    monkeypatch.setattr(backends.native_cpu(), "worthwhile_threads", lambda positions, weights, threads: threads)
+    yield
+    forget()
+
+
 def doubles(tensors):
     return [None if tensor is None else tensor.double() for tensor in tensors]
 
@@ -195,7 +209,7 @@ def test_small_maps_share_a_weight_but_not_its_packs():
 
 @pytest.mark.parametrize("name", ["several items", "last layer", "minimal", "one channel"])
 def test_sizes_share_packs(name):
-    case = {**CASES, **MINIMAL}[name]
+    case = CASES[name]
     n, channels, height, width = case.shape
     larger = case._replace(shape=(n, channels, height + 5, width + 4))
     assert plan_of(larger).layout == plan_of(case).layout
@@ -326,12 +340,10 @@ def test_bits_are_the_same_on_every_fused_instruction_set(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["k4s2p1", "last layer", "4x4 map", "several items", "groups", "one of all", *MINIMAL, *OVERLAP]
+    "name", ["k4s2p1", "last layer", "4x4 map", "several items", "groups", "one of all", *MINIMAL, *OVERLAP, *PIXELS]
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_bits_do_not_depend_on_threads(name, dtype, monkeypatch):
-    monkeypatch.setattr(backends.native_cpu(), "worthwhile_threads", lambda positions, weights, threads: threads)
-    cpu._block.cache_clear()
+def test_bits_do_not_depend_on_threads(name, dtype, all_threads):
     case = CASES[name]
     tensors = case.tensors(dtype)
     one = native(case, tensors, "relu")
@@ -340,7 +352,9 @@ def test_bits_do_not_depend_on_threads(name, dtype, monkeypatch):
         assert torch.equal(native(case, tensors, "relu"), one), threads
 
 
-@pytest.mark.parametrize("name", ["4x4 map", "several items", "last layer", "k4s1p0 of 1x1", *MINIMAL, *OVERLAP])
+@pytest.mark.parametrize(
+    "name", ["4x4 map", "several items", "last layer", "k4s1p0 of 1x1", *MINIMAL, *OVERLAP, *PIXELS]
+)
 def test_bits_do_not_depend_on_the_batch(name):
     case = CASES[name]
     x, *rest = case.tensors()
@@ -374,9 +388,7 @@ def test_bfloat16_is_as_accurate_as_pytorch(name, norm):
 @pytest.mark.parametrize(
     "name", ["4x4 map", "last layer", "k2s2", "groups", "minimal", "minimal, bands", "overlap", "overlap, bands"]
 )
-def test_bfloat16_bits_depend_on_the_sample_alone(name, monkeypatch):
-    monkeypatch.setattr(backends.native_cpu(), "worthwhile_threads", lambda positions, weights, threads: threads)
-    cpu._block.cache_clear()
+def test_bfloat16_bits_depend_on_the_sample_alone(name, all_threads):
     case, native_cpu = BFLOAT16[name], backends.native_cpu()
     x, weight, *rest = bfloats(case.tensors())
     output = native(case, [x, weight, *rest], "tanh")
@@ -702,9 +714,7 @@ def test_statistics_far_from_zero():
 
 
 @pytest.mark.parametrize("name", ["k4s2p1", "last layer", "several items", "groups"])
-def test_training_bits_do_not_depend_on_threads_or_layout(name, monkeypatch):
-    monkeypatch.setattr(backends.native_cpu(), "worthwhile_threads", lambda positions, weights, threads: threads)
-    cpu._block.cache_clear()
+def test_training_bits_do_not_depend_on_threads_or_layout(name, all_threads):
     case = CASES[name]
     tensors = case.tensors()
     grad = grad_for(case, tensors)
