@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "cuda/instructions.h"
 #include "device.h"
 #include "pixel_stage_kernel.h"
 
@@ -46,13 +47,6 @@ __device__ void split(float a, float b, uint32_t parts[3]) {
     }
 }
 
-__device__ void multiply_add(float acc[4], const uint32_t a[4], const uint32_t b[2]) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(acc[0]), "+f"(acc[1]), "+f"(acc[2]), "+f"(acc[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
-}
-
 // The blocks of a cluster, which GPUs have from compute capability 9.0 on. A warp computes a part of each sum on tensor cores: floats are split into three bfloat16
 // numbers, and of the products of two such sums those that count are taken, small ones first.
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
@@ -70,11 +64,11 @@ public:
     __device__ void sync() { __syncthreads(); }
     __device__ void arrive() {
         __syncwarp();  // aligned: the lanes of a warp come together
-        asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+        arrive_in_cluster();
     }
     __device__ void wait() {
         __syncwarp();
-        asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+        wait_in_cluster();
     }
     __device__ float* partial() const { return reinterpret_cast<float*>(shared + space_.partial); }
     __device__ float* values() const { return reinterpret_cast<float*>(shared + space_.values); }
@@ -87,17 +81,12 @@ public:
         const int32_t all = tiles.size() * blocks.size(), count = all < room ? all : room;
         __syncwarp();  // nobody reads what was fetched before any more
         if (threadIdx.x % 32 == 0) fetched() = count;
-        const auto to = static_cast<uint32_t>(__cvta_generic_to_shared(weights_of_warp())) + threadIdx.x % 32 * 16;
+        char* to = weights_of_warp() + threadIdx.x % 32 * 16;
         for (int32_t begin = 0, tile = tiles.begin; begin < count; begin += blocks.size(), ++tile) {
             const int32_t left = count - begin, bytes = (left < blocks.size() ? left : blocks.size()) * kFragment;
             const char* from = fragment(stage, step, tile, blocks.begin) + threadIdx.x % 32 * 16;
-            for (int32_t i = 0; i < bytes; i += 32 * 16) {
-                asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + begin * kFragment + i),
-                             "l"(from + i)
-                             : "memory");
-            }
+            for (int32_t i = 0; i < bytes; i += 32 * 16) copy_to_shared(to + begin * kFragment + i, from + i);
         }
-        asm volatile("cp.async.commit_group;" ::: "memory");
     }
 
     // Lane i of a warp finds the i-th of its blocks.
@@ -123,7 +112,7 @@ public:
                     const Found from = found(passed + r);
                     b[r] = activations(from, rows.begin + lane / 4, lane / 4 < rows.size());
                 }
-                asm volatile("cp.async.wait_all;" ::: "memory");
+                wait_for_copies();
                 __syncwarp();
 #pragma unroll
                 for (int r = 0; r < kRound; ++r) {

@@ -1,4 +1,6 @@
-"""The code of the CUDA kernel for pixels on threads of the host, under ThreadSanitizer where the compiler has it."""
+"""The CUDA kernel for pixels on the host, under sanitizers where the compiler has them: its schedule on a team of
+threads, or the whole of its source on what tests/cuda_on_host makes of a GPU.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +10,7 @@ import shutil
 import struct
 import subprocess
 import tempfile
+from enum import Enum
 from pathlib import Path
 
 import numpy as np
@@ -31,30 +34,54 @@ FLAGS = [
     "-Werror",
     "-ffp-contract=off",
     "-pthread",
+    "-Wno-unknown-pragmas",  # those for nvcc
+    f"-I{ROOT / 'tests/cuda_on_host'}",
     f"-I{ROOT / 'csrc'}",
 ]
 
 
+class Watch(Enum):
+    """Programs, and what their compilers are asked to watch."""
+
+    SCHEDULE = "pixel_host", "-fsanitize=thread"
+    KERNEL = "pixel_kernel_host", "-fsanitize=undefined"  # misaligned vectors among others
+    MEMORY = "pixel_kernel_host", "-fsanitize=address,undefined"  # out of bounds: five times slower
+
+
 @functools.cache
-def program() -> tuple[Path, bool]:
-    """(the compiled program, whether it watches for data races)"""
+def program(watch: Watch) -> tuple[Path, bool]:
+    """(the compiled program, whether the compiler has the sanitizers)"""
+    name, sanitizers = watch.value
     cxx = (os.environ.get("CXX") or shutil.which("g++") or "c++").split()
-    target = Path(tempfile.mkdtemp(prefix="fastgen-"), "pixel_host")
-    command = [*cxx, *FLAGS, str(Path(__file__).with_name("pixel_host.cpp")), "-o", str(target)]
-    watched = subprocess.run([*command, "-fsanitize=thread"], capture_output=True).returncode == 0
+    target = Path(tempfile.mkdtemp(prefix="fastgen-"), name)
+    command = [*cxx, *FLAGS, str(Path(__file__).with_name(f"{name}.cpp")), "-o", str(target)]
+    watched = subprocess.run([*command, sanitizers, "-fno-sanitize-recover=all"], capture_output=True).returncode == 0
     if not watched:
         subprocess.run(command, check=True)
     return target, watched
 
 
 class HostTeamExecutor(TritonExecutor):
-    """Pixels on `clusters` of `size` blocks of `lanes` threads, rows in plain PyTorch. A data race is an error."""
+    """Pixels on `clusters` of `size` blocks, rows in plain PyTorch. What the sanitizers see is an error.
 
-    def __init__(self, plan: Plan, clusters: int = 2, size: int = 2, lanes: int = 2):
+    The schedule has `lanes` threads a block, the whole kernel its own number and `share` blocks on a multiprocessor.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        watch: Watch = Watch.SCHEDULE,
+        *,
+        clusters: int = 2,
+        size: int = 2,
+        lanes: int = 2,
+        share: int = 1,
+    ):
         super().__init__(plan, torch.device("cpu"), pixel_weights=False)
         self._pixels = PixelTables(plan, self._tables)
         self._parts = self._pixels.tensors()
-        self._team = {"size": size, "lanes": lanes, **self._pixels.sizes}
+        self._watch = watch
+        self._team = {"size": size, "lanes": lanes, "share": share, **self._pixels.sizes}
         self._most_clusters = clusters
         self._row_weights = {id(step): step.weight for step in plan.row_steps()}
 
@@ -123,7 +150,7 @@ class HostTeamExecutor(TritonExecutor):
                     _write(file, name, _bytes(tensor))
                 for name, number in numbers.items():
                     _write(file, name, struct.pack("q", number))
-            done = subprocess.run([program()[0], call, result], capture_output=True, text=True, timeout=300)
+            done = subprocess.run([program(self._watch)[0], call, result], capture_output=True, text=True, timeout=300)
             assert done.returncode == 0, done.stderr
             written = np.fromfile(result, dtype=np.uint8)
         workspace, levels = memory["workspace"], memory["levels"]
@@ -150,16 +177,15 @@ def host_sampler(
     model: nn.Module,
     image_shape: tuple[int, int, int] | None = None,
     head: Head | None = None,
+    watch: Watch = Watch.SCHEDULE,
     *,
     num_classes: int | None = None,
     precision: str = "fp32",
     max_batch: int | None = None,
-    clusters: int = 2,
-    size: int = 2,
-    lanes: int = 2,
+    **team: int,
 ) -> Sampler:
-    """A `Sampler` whose pixels are drawn on a host team."""
+    """A `Sampler` with a `HostTeamExecutor`."""
     options = {"num_classes": num_classes, "precision": precision, "max_batch": max_batch}
     sampler = Sampler(model, image_shape, head, **options, backend="reference")
-    sampler._executor = HostTeamExecutor(sampler.plan, clusters, size, lanes)
+    sampler._executor = HostTeamExecutor(sampler.plan, watch, **team)
     return sampler

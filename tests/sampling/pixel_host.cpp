@@ -1,19 +1,12 @@
-// Runs csrc/cuda/pixel_stage.h, the code of the CUDA kernel, on threads of the host.
-//
-//     pixel_host CALL RESULT
-//
-// CALL holds entries: a name of 24 bytes, the number of bytes as int64, and the bytes. RESULT takes the workspace and the
-// levels.
+// Runs csrc/cuda/pixel_stage.h, the schedule of the CUDA kernel, on threads of the host.
 #include "cuda/pixel_stage.h"
 
 #include <atomic>
-#include <fstream>
-#include <map>
 #include <memory>
-#include <string>
 #include <thread>
-#include <type_traits>
 #include <vector>
+
+#include "pixel_call.h"
 
 namespace {
 
@@ -103,48 +96,19 @@ private:
     int32_t located_ = -1;
 };
 
-std::map<std::string, std::vector<char>> read(const char* path) {
-    std::map<std::string, std::vector<char>> entries;
-    std::ifstream file(path, std::ios::binary);
-    char name[25] = {};
-    int64_t size;
-    while (file.read(name, 24) && file.read(reinterpret_cast<char*>(&size), sizeof(size))) {
-        std::vector<char>& entry = entries[name];
-        entry.resize(size);
-        file.read(entry.data(), size);
-    }
-    return entries;
-}
-
 }  // namespace
 
 int main(int, char** arguments) {
-    auto entries = read(arguments[1]);
-    const auto point = [&](const char* name, auto& pointer) {
-        pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(entries.at(name).data());
-    };
-    const auto number = [&](const char* name) { return *reinterpret_cast<int64_t*>(entries.at(name).data()); };
-    PixelStage stage{};
-    for_each_pixel_table(stage, point);
-    for_each_pixel_size(stage, [&](const char* name, int64_t& value) { value = number(name); });
-    PixelBatch batch{};
-    point("actions", batch.actions);
-    batch.num_actions = number("num_actions");
-    batch.count = number("count");
-    point("workspace", batch.workspace);
-    point("where", batch.where);
-    point("state", batch.state);
-    point("inverse_temperature", batch.inverse_temperature);
-    point("levels", batch.levels);
-    point("known", batch.known);
-    point("mask", batch.mask);
+    PixelCall call(arguments[1]);
+    const PixelStage& stage = call.stage;
+    PixelBatch& batch = call.batch;
 
     std::vector<PixelPlaced> placed;
     for (int64_t i = 0; i < stage.num_operands; ++i) placed.push_back(pixel_placed(stage, batch, i));
     batch.placed = placed.data();
 
-    const int size = static_cast<int>(number("size")), lanes = static_cast<int>(number("lanes"));
-    const int clusters = static_cast<int>(number("clusters"));
+    const int size = static_cast<int>(call.number("size")), lanes = static_cast<int>(call.number("lanes"));
+    const int clusters = static_cast<int>(call.number("clusters"));
     const PixelScratch scratch = pixel_scratch(stage, stage.steps, lanes, size);
     std::vector<std::unique_ptr<Barrier>> all;
     std::vector<std::unique_ptr<Block>> blocks;
@@ -159,9 +123,6 @@ int main(int, char** arguments) {
         });
     }
     for (std::thread& thread : threads) thread.join();
-    std::ofstream result(arguments[2], std::ios::binary);
-    for (const char* name : {"workspace", "levels"}) {
-        result.write(entries.at(name).data(), static_cast<std::streamsize>(entries.at(name).size()));
-    }
+    call.write(arguments[2]);
     return 0;
 }

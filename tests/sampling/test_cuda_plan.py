@@ -1,5 +1,5 @@
-"""The CUDA kernel for pixels draws what the C++ executor draws: its code on a team of host threads, under
-ThreadSanitizer, and as a whole on a GPU where there is one.
+"""The CUDA kernel for pixels draws what the C++ executor draws: its schedule on a team of host threads, under
+ThreadSanitizer; the whole of its source on tests/cuda_on_host; and on a GPU where there is one.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fastgen.sampling.executors.cuda import Strategy
 from fastgen.sampling.executors.pixel_tables import DEPTH, DRAW, PixelTables
 from fastgen.sampling.executors.triton import Operands
 
-from .host_team import host_sampler, program
+from .host_team import Watch, host_sampler, program
 from .networks import LEVELS, NETWORKS, make
 from .test_engine import MODELS, make_model
 from .test_levels import CASES
@@ -131,9 +131,44 @@ def test_batches_change_no_bit(name: str, count: int, max_batch: int) -> None:
     assert torch.equal(host_sampler(model).sample(2, seed=9, start=1, labels=part), expected[1:3])
 
 
-def test_threads_are_watched() -> None:
-    if not program()[1]:
-        pytest.skip("the compiler has no ThreadSanitizer")
+@pytest.mark.parametrize("name", MODELS)
+def test_the_kernel_draws_models(name: str) -> None:
+    model, labels = make_model(name)
+    options = {"seed": 2**63 + 1, "start": 5, "labels": labels}
+    images = host_sampler(model, watch=Watch.KERNEL, size=3, share=2).sample(6, **options)
+    assert_same(images, Sampler(model, backend="cpu").sample(6, **options), model, **options)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_the_kernel_has_the_precision_of_float32(precision: str) -> None:
+    """Images and features; 11 samples: more than are multiplied at a time."""
+    model = wide()
+    kernel = host_sampler(model, watch=Watch.KERNEL, precision=precision, clusters=1)
+    schedule = host_sampler(model, precision=precision, clusters=1)
+    images = kernel.sample(11, seed=4)
+    assert torch.equal(images, schedule.sample(11, seed=4))
+    features, expected = (s._executor.space(11, "ieee").planes.double() for s in (kernel, schedule))
+    assert (features - expected).abs().max() <= 1e-6 * expected.abs().max()
+
+
+@pytest.mark.parametrize(("clusters", "size", "share"), [(2, 1, 1), (3, 2, 2), (1, 16, 1)])
+def test_clusters_change_no_bit(clusters: int, size: int, share: int) -> None:
+    model = pixelcnnpp((3, 2, 3), num_filters=10)
+    expected = host_sampler(model, watch=Watch.KERNEL, clusters=1).sample(3, seed=4)
+    team = {"clusters": clusters, "size": size, "share": share}
+    assert torch.equal(host_sampler(model, watch=Watch.KERNEL, **team).sample(3, seed=4), expected)
+
+
+def test_the_kernel_stays_within_its_memory() -> None:
+    model = pixelcnnpp((3, 2, 2), num_filters=20)
+    images = host_sampler(model, watch=Watch.MEMORY, clusters=1).sample(2, seed=4)
+    assert torch.equal(images, Sampler(model, backend="cpu").sample(2, seed=4))
+
+
+@pytest.mark.parametrize("watch", Watch, ids=lambda w: w.name)
+def test_the_programs_are_watched(watch: Watch) -> None:
+    if not program(watch)[1]:
+        pytest.skip(f"the compiler has no {watch.value[1]}")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
