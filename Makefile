@@ -30,13 +30,13 @@ test: $(VENV)/test.stamp ## install and run every test, two at a time
 lint: $(VENV)/dev.stamp ## ruff, clang-format and mypy
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
-	find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run -Werror
+	find csrc tests -name '*.c' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format --dry-run -Werror
 	$(BIN)/mypy
 
 format: $(VENV)/dev.stamp ## let ruff and clang-format rewrite the sources
 	$(BIN)/ruff check --fix-only
 	$(BIN)/ruff format
-	find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format -i
+	find csrc tests -name '*.c' -o -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' | xargs $(BIN)/clang-format -i
 
 asan: $(VENV)/test.stamp ## native tests under AddressSanitizer and UBSan
 	rm -rf build/asan

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+OLDEST_TRITON = (3, 5)  # older ones compile no tuples, or have no `constexpr_function`
 # In order of preference, with the device that the backend is made for (None: any).
 BACKENDS: dict[str, str | None] = {"cuda": "cuda", "triton": "cuda", "cpu": "cpu", "reference": None}
 
@@ -104,8 +105,21 @@ def operations() -> dict[str, list[str]]:
 def unavailable(backend: str) -> str | None:
     """Why a backend cannot run in this process, whatever the call; None if it can."""
     if backend == "triton":
-        return None if importlib.util.find_spec("triton") else "triton is not installed: pip install 'fastgen[triton]'"
+        return _why_no_triton()
     return None if backend == "reference" else import_error(f"_{backend}")
+
+
+def _why_no_triton() -> str | None:
+    if not importlib.util.find_spec("triton"):
+        return "triton is not installed: pip install 'fastgen[triton]'"
+    try:
+        version = importlib.import_module("triton").__version__
+    except ImportError as error:
+        return f"triton cannot be imported: {error}"
+    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TRITON:
+        oldest = ".".join(map(str, OLDEST_TRITON))
+        return f"triton {version} is too old: it takes {oldest} or newer, which torch 2.9 comes with"
+    return None
 
 
 @contextmanager

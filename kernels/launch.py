@@ -24,7 +24,6 @@ def device_of(tensor: Tensor) -> AbstractContextManager[object]:
 
 
 Configs = Callable[..., Sequence[triton.Config]]
-_KEEPS_COMPILED = not INTERPRETED and hasattr(triton, "knobs")  # older ones launch with other arguments
 _MAX_COMPILED = 1000  # calls of a kernel that are remembered
 
 
@@ -61,7 +60,7 @@ class Tuned:
             self.chosen[kind] = self.choose(grid, args, kwargs)
         options = self.chosen[kind]
         kernel = self.fn[grid](*args, **kwargs, **options)
-        if _KEEPS_COMPILED:
+        if not INTERPRETED:
             if len(self.compiled) >= _MAX_COMPILED:
                 self.compiled.clear()
             given = kwargs | options

@@ -6,6 +6,7 @@ import logging
 import subprocess
 import sys
 import threading
+import types
 from contextvars import copy_context
 
 import pytest
@@ -198,3 +199,17 @@ def test_a_module_of_another_version_is_refused():
     )
     assert "was built for version" in out
     assert "this is 99: install again" in out
+
+
+@pytest.mark.parametrize(("version", "reason"), [("3.4.0", "triton 3.4.0 is too old: it takes 3.5"), ("3.10.1", None)])
+def test_old_tritons_are_not_used(monkeypatch, version, reason):
+    monkeypatch.setitem(sys.modules, "triton", types.SimpleNamespace(__version__=version))
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: name)
+    found = backends.unavailable.__wrapped__("triton")
+    assert found is None if reason is None else found.startswith(reason)
+
+
+def test_a_triton_that_fails_is_not_used(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: name)
+    assert backends.unavailable.__wrapped__("triton").startswith("triton cannot be imported: ")

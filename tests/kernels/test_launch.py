@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +13,8 @@ import torch
 import triton
 
 from fastgen.kernels import launch
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Kernel:
@@ -38,7 +44,6 @@ class Compiled:
 
 @pytest.fixture
 def tuned(monkeypatch: pytest.MonkeyPatch) -> launch.Tuned:
-    monkeypatch.setattr(launch, "_KEEPS_COMPILED", True)
     monkeypatch.setattr(launch, "INTERPRETED", False)
     configs = [triton.Config({"ROWS": 64}, num_warps=8)]
     return launch.tuned(lambda *_, **__: configs, lambda *args: args[2])(Kernel())
@@ -68,3 +73,20 @@ def test_what_triton_compiles_anew_is_not_launched_at_once(tuned: launch.Tuned, 
     call(tuned, torch.zeros(8))
     call(tuned, **{"x": torch.zeros(8), **change})
     assert not tuned.fn.launched and len(tuned.fn.compiled) == 2
+
+
+def test_triton_itself_would_launch_the_same(tmp_path: Path) -> None:
+    """Every launcher through Triton's runtime, on a driver that remembers what it gets."""
+    library = tmp_path / "libcuda.so.1"
+    headers = Path(triton.__file__).parent / "backends/nvidia/include"
+    compiler = [os.environ.get("CC", "cc"), "-shared", "-fPIC", "-Wall", "-Werror", f"-I{headers}"]
+    source = Path(__file__).with_name("driver.c")
+    subprocess.run([*compiler, source, "-o", library, f"-Wl,-soname,{library.name}"], check=True)
+    (tmp_path / "libcuda.so").symlink_to(library)
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), environment.get("PYTHONPATH", "")])
+    environment["TRITON_LIBCUDA_PATH"] = str(tmp_path)
+    command = [sys.executable, "-m", "tests.kernels.launched", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+    assert {word for line in done.stdout.splitlines() for word in line.split()} >= {"_tap_gemm", "_weight_gradient"}
