@@ -12,7 +12,7 @@
 // Idea: an image row is copied into a small ring of zero-padded channels-last rows, whatever the layout of the
 // source. There the taps of one kernel row are contiguous, so that a whole kernel row is one tap of the GEMM with K =
 // kernel_w * channels. Only open taps are multiplied, and of the centre tap only the colour groups that some column
-// of the panel needs.
+// of the panel needs. Kernels of 3x3 take seven products where these are ten (masked_conv2d_ring.h).
 //
 // The weight gradient is the same product transposed: rows are (tap, input channel), the sum runs over positions.
 // Positions are cut into a few chunks that depend on the shape alone; their sums are added in order, so threads do
@@ -23,83 +23,15 @@
 #include <omp.h>
 
 #include "integers.h"
+#include "masked_conv2d_ring.h"
 #include "tap_gemm.h"
 #include "vec.h"
 
 namespace fastgen::FASTGEN_ISA {
 namespace {
 
-FASTGEN_INLINE int64_t pad_h(const MaskedConv2d& conv) { return conv.kernel_h / 2; }
-FASTGEN_INLINE int64_t pad_w(const MaskedConv2d& conv) { return conv.kernel_w / 2; }
-
-// The centre tap's place in reading order: the number of taps that are wholly open.
-FASTGEN_INLINE int64_t centre(const MaskedConv2d& conv) { return pad_h(conv) * conv.kernel_w + pad_w(conv); }
-
-// Through the centre tap, output channel o reads the input channels below this.
-FASTGEN_INLINE int64_t readable_inputs(const MaskedConv2d& conv, int64_t o) {
-    const int64_t part = conv.out_channels / conv.splits;
-    const int64_t color = o % part * conv.colors / part;
-    return min_of(conv.in_channels, ceil_div((color + conv.own_color) * conv.in_channels, conv.colors));
-}
-
-// Through the centre tap, input channel i reaches the output channels from this on, in each of the splits.
-FASTGEN_INLINE int64_t first_reader(const MaskedConv2d& conv, int64_t i) {
-    const int64_t part = conv.out_channels / conv.splits;
-    const int64_t color = i * conv.colors / conv.in_channels;
-    return min_of(part, ceil_div((color + !conv.own_color) * part, conv.colors));
-}
-
-// The most that a column of the panel reads. Colours ascend within a split, so it is the last column's, or that of
-// the end of a split inside the panel.
-template <class T>
-FASTGEN_INLINE int64_t panel_inputs(const MaskedConv2d& conv, int64_t panel) {
-    if (conv.colors == 1) return conv.own_color ? conv.in_channels : 0;
-    const int64_t part = conv.out_channels / conv.splits;
-    const int64_t last = min_of((panel + 1) * kPanel<T>, conv.out_channels) - 1;
-    const int64_t split_end = (last + 1) / part * part - 1;
-    const int64_t reads = readable_inputs(conv, last);
-    return split_end >= panel * kPanel<T> ? max_of(reads, readable_inputs(conv, split_end)) : reads;
-}
-
-// The first that a column of the panel reaches.
-template <class T>
-FASTGEN_INLINE int64_t panel_first_reader(const MaskedConv2d& conv, int64_t panel) {
-    return first_reader(conv, panel * kPanel<T>);
-}
-
-// The zero-padded rows [pad + width + pad][channels] of one image that are in use: row y is in slot y % rows.
-template <class T>
-struct Ring {
-    const Image<T>& source;
-    const MaskedConv2d& conv;
-    int64_t channels, rows;
-    T* slots;
-    int64_t image = -1, next = 0;  // the rows before `next` of this image have been fetched
-
-    FASTGEN_INLINE int64_t slot_size() const { return (conv.width + 2 * pad_w(conv)) * channels; }
-    FASTGEN_INLINE T* row(int64_t y) const { return slots + y % rows * slot_size(); }
-    FASTGEN_INLINE T* at(int64_t y, int64_t c) const { return row(y) + pad_w(conv) * channels + c; }
-    FASTGEN_INLINE int64_t step() const { return channels; }
-    FASTGEN_INLINE int64_t run() const { return channels; }
-
-    void clear() {
-        for (int64_t i = 0; i < rows * slot_size(); ++i) slots[i] = T(0);
-    }
-
-    // Makes rows first..last of image n available, and up to `ahead` more; calls go forward within an image.
-    void advance(int64_t n, int64_t first, int64_t last, int64_t ahead) {
-        if (n != image) {
-            image = n;
-            next = first;
-        }
-        if (next > last) return;
-        const int64_t end = min_of(last + 1 + ahead, conv.height);
-        fetch_rows(source, n, next, end, conv.width, channels, *this);
-        next = end;
-    }
-};
-
-// Both directions of the convolution: K runs over (tap in reading order, channel), reversed for the gradient.
+// Both directions of the convolution: K runs over (tap in reading order, channel), reversed for the gradient. `direct`
+// weights are those taps, [depth][kPanel] of a panel; filtered ones are made of them.
 template <class T>
 struct RowConvolution {
     const MaskedConv2d& conv;
@@ -110,16 +42,58 @@ struct RowConvolution {
     const T* bias;
     T* target;  // [N, H, W, out]
     T* scratch;
+    Filtered how = filtered(conv);
 
     static constexpr int64_t kAhead =
         3;  // rows fetched together with the one that is needed: four use planes' cache lines better
 
-    FASTGEN_INLINE int64_t depth() const { return (centre(conv) + 1) * in; }
+    FASTGEN_INLINE int64_t direct_depth() const { return (centre(conv) + 1) * in; }
+    FASTGEN_INLINE int64_t depth() const { return lines_of(conv) * in; }
     FASTGEN_INLINE int64_t panels() const { return panels_of<T>(out); }
+    FASTGEN_INLINE int64_t first_tap() const { return reverse ? 0 : -1; }  // of a filtered centre row
     FASTGEN_INLINE int64_t ring_rows() const { return pad_h(conv) + 1 + kAhead; }
-    FASTGEN_INLINE int64_t ring_size() const { return aligned<T>(ring_rows() * (conv.width + 2 * pad_w(conv)) * in); }
+    FASTGEN_INLINE int64_t ring_size() const { return aligned<T>(Ring<T>::size(conv, in, ring_rows())); }
+    // Of a filtered row: U1 + U2, and U1 - U2.
+    FASTGEN_INLINE int64_t sums_size() const { return how.rows ? pairs_of(conv) * panels() * kPanel<T> : 0; }
+    FASTGEN_INLINE int64_t direct_size() const { return how.rows ? direct_depth() * kPanel<T> : 0; }
+    FASTGEN_INLINE int64_t thread_size() const { return ring_size() + 2 * sums_size() + direct_size(); }
 
-    void pack_panel(int64_t panel, T* packed) const {
+    void pack_panel(int64_t panel, T* packed, T* direct) const {
+        if (!how.rows) return pack_direct(panel, packed);
+        pack_direct(panel, direct);
+        const auto line = [&](T* lines, int64_t i) { return lines + i * in * kPanel<T>; };
+        for (int64_t d = 1; d <= pad_h(conv); ++d) {
+            filter_lines(line(direct, kernel_row(d)), line(packed, (d - 1) * kPoints));
+        }
+        const T* first = line(direct, reverse ? 0 : pad_h(conv) * conv.kernel_w);
+        T* to = line(packed, pad_h(conv) * kPoints);
+        for (int64_t i = 0; i < in * kPanel<T>; i += kLanes<T>) {
+            const Vec<T> g0 = load(first + i), g1 = load(first + in * kPanel<T> + i);
+            store(to + i, g0);
+            if (how.centre) store(line(to, 1) + i, g0 + g1);
+            store(line(to, how.centre ? 2 : 1) + i, g1);
+        }
+    }
+
+    // Of direct weights, the first line of the row of the kernel that reads a row at distance d.
+    FASTGEN_INLINE int64_t kernel_row(int64_t d) const {
+        return reverse ? d * conv.kernel_w - pad_w(conv) : (pad_h(conv) - d) * conv.kernel_w;
+    }
+
+    // A row of three taps as weights of the points.
+    void filter_lines(const T* taps, T* points) const {
+        const int64_t line = in * kPanel<T>;
+        const Vec<T> half = broadcast(T(0.5));
+        for (int64_t i = 0; i < line; i += kLanes<T>) {
+            const Vec<T> g0 = load(taps + i), g1 = load(taps + line + i), g2 = load(taps + 2 * line + i);
+            store(points + i, g0);
+            store(points + line + i, half * ((g0 + g2) + g1));
+            store(points + 2 * line + i, half * ((g0 + g2) - g1));
+            store(points + 3 * line + i, g2);
+        }
+    }
+
+    void pack_direct(int64_t panel, T* packed) const {
         const int64_t taps = centre(conv) + 1, area = conv.kernel_h * conv.kernel_w;
         const int64_t column = panel * kPanel<T>, columns = min_of(kPanel<T>, out - column);
         const int64_t channel_step = (reverse ? conv.in_channels : 1) * area,
@@ -146,64 +120,144 @@ struct RowConvolution {
         return reverse ? panel_first_reader<T>(conv, panel) : panel_inputs<T>(conv, panel);
     }
 
+    // The operands of a product of some positions of row y with the panels from `panel` on, and these from `lines` on.
+    struct Product {
+        Product(const RowConvolution& conv, const T* lines) : conv(conv), lines(lines) {}  // leaves taps as they are
+        const RowConvolution& conv;
+        const T* lines;
+        Tap<T> taps[kMaskedConv2dMaxTaps + 2];
+        int64_t count = 0;
+
+        // k channels of `from`, those of consecutive positions `step` apart, by the weights from channel c of a line.
+        FASTGEN_INLINE void add(const T* from, int64_t step, int64_t line, int64_t c, int64_t k) {
+            if (k > 0) taps[count++] = {from + c, step, 1, k, lines + (line * conv.in + c) * kPanel<T>};
+        }
+        FASTGEN_INLINE void run(int64_t rows, int64_t cols, const T* init, int64_t init_stride, T* to,
+                                int64_t to_stride) const {
+            tap_gemm({taps, count, conv.depth() * kPanel<T>, kPanel<T>, init, init_stride, to, to_stride, rows, cols});
+        }
+    };
+
+    // The rows of the image that those at distance 1, 2, ... from row y are.
+    FASTGEN_INLINE int64_t rows_beside(int64_t y) const {
+        return min_of(pad_h(conv), reverse ? conv.height - 1 - y : y);
+    }
+    FASTGEN_INLINE int64_t row_beside(int64_t y, int64_t d) const { return reverse ? y + d : y - d; }
+
+    // The centre row as it is, for positions x, x + step, ...; its weights are the lines from `line` on.
+    FASTGEN_INLINE void add_centre(Product& product, const Ring<T>& ring, int64_t y, int64_t x, int64_t step,
+                                   int64_t line, int64_t bound) const {
+        const int64_t pw = pad_w(conv);
+        if (!reverse) return product.add(ring.at(y, 0) + (x - pw) * in, step * in, line, 0, pw * in + bound);
+        const int64_t part = in / conv.splits;
+        for (int64_t split = 0; split < conv.splits; ++split) {
+            product.add(ring.at(y, 0) + x * in, step * in, line, split * part + bound, part - bound);
+        }
+        product.add(ring.at(y, 0) + (x + 1) * in, step * in, line + 1, 0, pw * in);
+    }
+
     // One output row: the taps of each kernel row that lies inside the image.
-    void row(Ring<T>& ring, const T* packed, int64_t n, int64_t y) const {
-        const int64_t ph = pad_h(conv), pw = pad_w(conv), kw = conv.kernel_w;
+    void row(Ring<T>& ring, const T* packed, T* sums, int64_t n, int64_t y) const {
         if (reverse)
-            ring.advance(n, y, min_of(y + ph, conv.height - 1), kAhead);
+            ring.advance(n, y, min_of(y + pad_h(conv), conv.height - 1), kAhead);
         else
-            ring.advance(n, max_of(y - ph, 0), y, kAhead);
-        T* c = target + (n * conv.height + y) * conv.width * out;
+            ring.advance(n, max_of(y - pad_h(conv), 0), y, kAhead);
         for (int64_t panel = 0; panel < panels();) {
             const int64_t bound = centre_bound(panel);
             int64_t end = panel + 1;
             while (end < panels() && centre_bound(end) == bound) ++end;
-
-            Tap<T> taps[kMaskedConv2dMaxTaps + 2];
-            int64_t count = 0;
-            const T* b = packed + panel * depth() * kPanel<T>;
-            // k elements from channel c of tap `tap`, which for the first position is at x of row source_y.
-            const auto add = [&](int64_t tap, int64_t source_y, int64_t x, int64_t c, int64_t k) {
-                if (k > 0)
-                    taps[count++] = {ring.row(source_y) + (x + pw) * in + c, in, 1, k, b + (tap * in + c) * kPanel<T>};
-            };
-            if (reverse) {
-                const int64_t part = in / conv.splits;
-                for (int64_t split = 0; split < conv.splits; ++split) add(0, y, 0, split * part + bound, part - bound);
-                add(1, y, 1, 0, pw * in);
-                for (int64_t d = 1; d <= min_of(ph, conv.height - 1 - y); ++d) add(d * kw - pw, y + d, -pw, 0, kw * in);
-            } else {
-                for (int64_t d = min_of(ph, y); d >= 1; --d) add((ph - d) * kw, y - d, -pw, 0, kw * in);
-                add(ph * kw, y, -pw, 0, pw * in + bound);
-            }
-            const int64_t column = panel * kPanel<T>;
-            tap_gemm({taps, count, depth() * kPanel<T>, kPanel<T>, bias ? bias + column : nullptr, 0, c + column, out,
-                      conv.width, min_of(end * kPanel<T>, out) - column});
+            const int64_t column = panel * kPanel<T>, cols = min_of(end * kPanel<T>, out) - column;
+            const T* lines = packed + panel * depth() * kPanel<T>;
+            T* to = target + (n * conv.height + y) * conv.width * out + column;
+            const T* init = bias ? bias + column : nullptr;
+            if (how.rows)
+                filtered_row(ring, lines, sums, y, bound, cols, init, to);
+            else
+                direct_row(ring, lines, y, bound, cols, init, to);
             panel = end;
         }
+    }
+
+    void direct_row(const Ring<T>& ring, const T* lines, int64_t y, int64_t bound, int64_t cols, const T* init,
+                    T* to) const {
+        Product product(*this, lines);
+        const auto add_rows = [&] {
+            for (int64_t i = 1; i <= rows_beside(y); ++i) {
+                const int64_t d = reverse ? i : rows_beside(y) + 1 - i;  // in the order of the taps
+                product.add(ring.row(row_beside(y, d)), in, kernel_row(d), 0, conv.kernel_w * in);
+            }
+        };
+        if (!reverse) add_rows();
+        add_centre(product, ring, y, 0, 1, reverse ? 0 : pad_h(conv) * conv.kernel_w, bound);
+        if (reverse) add_rows();
+        product.run(conv.width, cols, init, 0, to, out);
+    }
+
+    // In pairs of positions: the sums U1 and U2 first, from which the others start.
+    void filtered_row(const Ring<T>& ring, const T* lines, T* sums, int64_t y, int64_t bound, int64_t cols,
+                      const T* init, T* to) const {
+        const int64_t pairs = pairs_of(conv), stride = panels() * kPanel<T>, own = pad_h(conv) * kPoints;
+        const auto products = [&](int64_t point) {
+            Product product(*this, lines);
+            for (int64_t d = rows_beside(y); d >= 1; --d) {
+                product.add(ring.line(row_beside(y, d), point), in, (d - 1) * kPoints + point, 0, in);
+            }
+            if (point == 0 && how.centre) product.add(ring.line(y, kPoints), in, own, 0, in);
+            if (point == 1 && how.centre) product.add(ring.at(y, 0) + (first_tap() + 1) * in, 2 * in, own + 1, 0, in);
+            if (point == 3 && how.centre) product.add(ring.line(y, kPoints + 1), in, own + 2, 0, in);
+            if (point == 0 && !how.centre) add_centre(product, ring, y, 0, 2, own, bound);
+            if (point == 3 && !how.centre) add_centre(product, ring, y, 1, 2, own, bound);
+            return product;
+        };
+        T* added = sums;
+        T* subtracted = sums + sums_size();
+        const T *first = init, *second = init;  // what U0 and U3 start from
+        int64_t first_stride = 0;
+        if (rows_beside(y) > 0 || how.centre) {
+            products(1).run(pairs, cols, init, 0, added, stride);
+            first = second = added;
+            first_stride = stride;
+        }
+        if (rows_beside(y) > 0) {
+            products(2).run(pairs, cols, nullptr, 0, subtracted, stride);
+            for (int64_t j = 0; j < pairs; ++j) {
+                for (int64_t i = j * stride; i < j * stride + aligned<T>(cols); i += kLanes<T>) {
+                    const Vec<T> u1 = load(added + i), u2 = load(subtracted + i);
+                    store(added + i, u1 + u2);
+                    store(subtracted + i, u1 - u2);
+                }
+            }
+            second = subtracted;
+        }
+        products(0).run(pairs, cols, first, first_stride, to, 2 * out);
+        products(3).run(conv.width / 2, cols, second, first_stride, to + out, 2 * out);
     }
 
     void run() const {
         const int64_t rows = conv.batch * conv.height;
         // Small pieces keep threads busy to the end, but each fetches pad_h rows anew.
         const int64_t piece = ceil_div(rows, conv.threads * 8 * (1 + kAhead)) * (1 + kAhead);
-        T* packed = scratch + conv.threads * ring_size();
+        T* packed = scratch + conv.threads * thread_size();
 #pragma omp parallel num_threads(conv.threads)
         {
+            T* own = scratch + omp_get_thread_num() * thread_size();
+            T* sums = own + ring_size();
 #pragma omp for schedule(static)
-            for (int64_t panel = 0; panel < panels(); ++panel) pack_panel(panel, packed + panel * depth() * kPanel<T>);
-            Ring<T> ring{source, conv, in, ring_rows(), scratch + omp_get_thread_num() * ring_size()};
-            ring.clear();
+            for (int64_t panel = 0; panel < panels(); ++panel)
+                pack_panel(panel, packed + panel * depth() * kPanel<T>, sums + 2 * sums_size());
+            Ring<T> ring(source, conv, in, ring_rows(), first_tap(), own);
 #pragma omp for schedule(dynamic)
             for (int64_t first = 0; first < rows; first += piece) {
-                ring.image = -1;
+                ring.restart();
                 for (int64_t r = first; r < min_of(first + piece, rows); ++r)
-                    row(ring, packed, r / conv.height, r % conv.height);
+                    row(ring, packed, sums, r / conv.height, r % conv.height);
             }
         }
     }
 
-    FASTGEN_INLINE int64_t scratch_size() const { return conv.threads * ring_size() + panels() * depth() * kPanel<T>; }
+    FASTGEN_INLINE int64_t scratch_size() const {
+        return conv.threads * thread_size() + panels() * depth() * kPanel<T>;
+    }
 };
 
 template <class T>
@@ -239,12 +293,13 @@ struct WeightGradient {
     T* grad_weight;
     T* grad_bias;
     T* scratch;
+    Filtered how = filtered(conv);
 
     static constexpr int64_t kBlockPositions = 256;  // of a product: they amortise loading and storing the tile
     static constexpr int64_t kMaxChunks = 8;         // partial sums: enough for threads and accuracy, little to add up
     static constexpr int64_t kChunkPositions = 1024;
 
-    FASTGEN_INLINE int64_t depth() const { return (centre(conv) + 1) * conv.in_channels; }
+    FASTGEN_INLINE int64_t depth() const { return lines_of(conv) * conv.in_channels; }
     FASTGEN_INLINE int64_t panels() const { return panels_of<T>(conv.out_channels); }
     FASTGEN_INLINE int64_t padded_out() const { return panels() * kPanel<T>; }
     FASTGEN_INLINE int64_t block_rows() const { return max_of(1, min_of(conv.height, kBlockPositions / conv.width)); }
@@ -255,10 +310,17 @@ struct WeightGradient {
         return max_of(1, min_of(min_of(wanted, kMaxChunks), blocks()));
     }
     FASTGEN_INLINE int64_t ring_size() const {
-        return aligned<T>((block_rows() + pad_h(conv)) * (conv.width + 2 * pad_w(conv)) * conv.in_channels);
+        return aligned<T>(Ring<T>::size(conv, conv.in_channels, block_rows() + pad_h(conv)));
     }
     FASTGEN_INLINE int64_t panel_stride() const { return block_rows() * conv.width * kPanel<T>; }
-    FASTGEN_INLINE int64_t block_size() const { return panels() * panel_stride(); }
+    FASTGEN_INLINE int64_t pair_stride() const { return how.rows ? block_rows() * pairs_of(conv) * kPanel<T> : 0; }
+    // Panels of positions, and where the convolution is filtered of the sums and differences of pairs.
+    FASTGEN_INLINE int64_t block_size() const {
+        return max_of(panels() * (panel_stride() + 2 * pair_stride()), (centre(conv) + 1) * kPanel<T>);
+    }
+    FASTGEN_INLINE T* pairs_at(T* grads, int64_t which, int64_t panel) const {
+        return grads + panels() * panel_stride() + (which * panels() + panel) * pair_stride();
+    }
     FASTGEN_INLINE int64_t thread_size() const { return ring_size() + block_size(); }
     FASTGEN_INLINE int64_t partial_size() const { return (depth() + 1) * padded_out(); }  // the last row: the bias
     FASTGEN_INLINE int64_t scratch_size() const { return conv.threads * thread_size() + chunks() * partial_size(); }
@@ -275,30 +337,99 @@ struct WeightGradient {
                    GradBlock<T>{grads + p0 * panel_stride(), conv.width, panel_stride(), y0});
     }
 
+    void make_pairs(T* grads, int64_t rows, int64_t p0, int64_t p1) const {
+        constexpr int64_t line = kPanel<T>;
+        for (int64_t panel = p0; panel < p1; ++panel) {
+            for (int64_t row = 0; row < rows; ++row) {
+                const T* from = grads + panel * panel_stride() + row * conv.width * line;
+                T* sums = pairs_at(grads, 0, panel) + row * pairs_of(conv) * line;
+                T* differences = pairs_at(grads, 1, panel) + row * pairs_of(conv) * line;
+                for (int64_t i = 0; i < pairs_of(conv) * line; i += kLanes<T>) {
+                    const int64_t x = i / line * 2;
+                    const T* first = from + x * line + i % line;
+                    const Vec<T> a = load(first), b = x + 1 < conv.width ? load(first + line) : Vec<T>{};
+                    store(sums + i, a + b);
+                    store(differences + i, a - b);
+                }
+            }
+        }
+    }
+
+    // Of a product with the gradients of one column of some panels: `line` is the first of its lines in the sum, of
+    // `rows` channels; positions of a row are `step` apart in the ring, `positions` of them, and `grad_step` lines in
+    // the panels at `grads`, a row `grad_row` of them.
+    struct Product {
+        int64_t line, rows, positions, step;
+        const T* grads;
+        int64_t panel_stride, grad_step, grad_row;
+    };
+
+    // `from(y)`: where the first position of row y is.
+    template <class From>
+    void multiply(const Product& product, int64_t y0, int64_t first, int64_t y1, T* sum, bool start, int64_t panel,
+                  int64_t count, const From& from) const {
+        Tap<T> taps[kBlockPositions];
+        int64_t num_taps = 0;
+        for (int64_t y = first; y < y1; ++y) {
+            taps[num_taps++] = {from(y), 1, product.step, product.positions,
+                                product.grads + (y - y0) * product.grad_row * kPanel<T>};
+        }
+        T* c = sum + product.line * conv.in_channels * padded_out() + panel * kPanel<T>;
+        tap_gemm({taps, num_taps, product.panel_stride, product.grad_step * kPanel<T>, start ? nullptr : c,
+                  padded_out(), c, padded_out(), product.rows, count * kPanel<T>});
+    }
+
     // Adds the products of rows y0..y1-1 of image n to a partial sum, or starts it.
     void block(Ring<T>& ring, T* grads, T* sum, bool start, int64_t n, int64_t y0, int64_t y1, int64_t p0,
                int64_t p1) const {
         const int64_t ph = pad_h(conv), pw = pad_w(conv), kw = conv.kernel_w, in = conv.in_channels;
+        const int64_t width = conv.width, pairs = pairs_of(conv);
         ring.advance(n, max_of(y0 - ph, 0), y1 - 1, 0);
         fetch_grad(grads, n, y0, y1, p0, p1);
-        for (int64_t d = ph; d >= 0; --d) {
+        if (how.rows) make_pairs(grads, y1 - y0, p0, p1);
+
+        // The gradients that a point takes: of the first of each pair, sums, differences, of the second.
+        const auto of_point = [&](int64_t point, int64_t line, int64_t step, int64_t panel) -> Product {
+            if (point == 1 || point == 2)
+                return {line, in, pairs, step, pairs_at(grads, point - 1, panel), pair_stride(), 1, pairs};
+            const T* from = grads + panel * panel_stride() + (point == 3 ? kPanel<T> : 0);
+            return {line, in, point == 3 ? width / 2 : pairs, step, from, panel_stride(), 2, width};
+        };
+        const auto as_they_are = [&](int64_t line, int64_t rows, int64_t panel) -> Product {
+            return {line, rows, width, in, grads + panel * panel_stride(), panel_stride(), 1, width};
+        };
+        for (int64_t d = ph; d >= 1; --d) {
+            const int64_t first = max_of(y0, d), count = p1 - p0;
+            if (!how.rows) {
+                multiply(as_they_are((ph - d) * kw, kw * in, p0), y0, first, y1, sum, start, p0, count,
+                         [&](int64_t y) { return ring.row(y - d); });
+                continue;
+            }
+            for (int64_t point = 0; point < kPoints; ++point) {
+                multiply(of_point(point, (d - 1) * kPoints + point, in, p0), y0, first, y1, sum, start, p0, count,
+                         [&](int64_t y) { return ring.line(y - d, point); });
+            }
+        }
+        const int64_t own = how.rows ? ph * kPoints : ph * kw;
+        if (how.centre) {
+            const int64_t count = p1 - p0;
+            multiply(of_point(0, own, in, p0), y0, y0, y1, sum, start, p0, count,
+                     [&](int64_t y) { return ring.line(y, kPoints); });
+            multiply(of_point(1, own + 1, 2 * in, p0), y0, y0, y1, sum, start, p0, count,
+                     [&](int64_t y) { return ring.at(y, 0); });
+            multiply(of_point(3, own + 2, in, p0), y0, y0, y1, sum, start, p0, count,
+                     [&](int64_t y) { return ring.line(y, kPoints + 1); });
+        } else {
             for (int64_t panel = p0; panel < p1;) {
                 const int64_t bound = panel_inputs<T>(conv, panel);
                 int64_t end = panel + 1;
-                while (end < p1 && (d > 0 || panel_inputs<T>(conv, end) == bound)) ++end;
-                Tap<T> taps[kBlockPositions];
-                int64_t count = 0;
-                for (int64_t y = max_of(y0, d); y < y1; ++y) {
-                    taps[count++] = {ring.row(y - d), 1, in, conv.width,
-                                     grads + panel * panel_stride() + (y - y0) * conv.width * kPanel<T>};
-                }
-                T* c = sum + (ph - d) * kw * in * padded_out() + panel * kPanel<T>;
-                tap_gemm({taps, count, panel_stride(), kPanel<T>, start ? nullptr : c, padded_out(), c, padded_out(),
-                          d > 0 ? kw * in : pw * in + bound, (end - panel) * kPanel<T>});
+                while (end < p1 && panel_inputs<T>(conv, end) == bound) ++end;
+                multiply(as_they_are(own, pw * in + bound, panel), y0, y0, y1, sum, start, panel, end - panel,
+                         [&](int64_t y) { return ring.row(y); });
                 panel = end;
             }
         }
-        if (grad_bias) add_bias(grads, sum + depth() * padded_out(), start, (y1 - y0) * conv.width, p0, p1);
+        if (grad_bias) add_bias(grads, sum + depth() * padded_out(), start, (y1 - y0) * width, p0, p1);
     }
 
     // Column sums, within a block in double: plain PyTorch's cascaded sums are accurate too.
@@ -315,7 +446,7 @@ struct WeightGradient {
     }
 
     void chunk(int64_t chunk, Ring<T>& ring, T* grads, int64_t p0, int64_t p1) const {
-        ring.image = -1;
+        ring.restart();
         const int64_t first = blocks() * chunk / chunks(), last = blocks() * (chunk + 1) / chunks();
         for (int64_t i = first; i < last; ++i) {
             const int64_t n = i / blocks_per_image(), y0 = i % blocks_per_image() * block_rows();
@@ -323,31 +454,61 @@ struct WeightGradient {
         }
     }
 
-    // Adds the partial sums in order and writes output channels of one panel in PyTorch's layout.
-    void finish(int64_t panel) const {
+    // Adds the partial sums of a row in order.
+    FASTGEN_INLINE void total(int64_t row, int64_t panel, T* to) const {
+        for (int64_t j = 0; j < kPanel<T>; j += kLanes<T>) {
+            Vec<T> sum{};
+            for (int64_t s = 0; s < chunks(); ++s) sum += load(partial(s) + row * padded_out() + panel * kPanel<T> + j);
+            store(to + j, sum);
+        }
+    }
+
+    // The gradients of the weights of input channel i, tap by tap [centre + 1][kPanel], whatever the mask.
+    void taps_of(int64_t i, int64_t panel, T* taps) const {
+        constexpr int64_t line = kPanel<T>;
+        const int64_t in = conv.in_channels, ph = pad_h(conv), kw = conv.kernel_w;
+        if (!how.rows) {
+            for (int64_t t = 0; t <= centre(conv); ++t) total(t * in + i, panel, taps + t * line);
+            return;
+        }
+        T points[kPoints * line];
+        const Vec<T> half = broadcast(T(0.5));
+        for (int64_t d = 1; d <= ph; ++d) {
+            for (int64_t p = 0; p < kPoints; ++p) total(((d - 1) * kPoints + p) * in + i, panel, points + p * line);
+            T* to = taps + (ph - d) * kw * line;
+            for (int64_t j = 0; j < line; j += kLanes<T>) {
+                const Vec<T> p1 = load(points + line + j), p2 = load(points + 2 * line + j), both = half * (p1 + p2);
+                store(to + j, load(points + j) + both);
+                store(to + line + j, half * (p1 - p2));
+                store(to + 2 * line + j, load(points + 3 * line + j) + both);
+            }
+        }
+        const int64_t own = ph * kPoints;
+        T* to = taps + ph * kw * line;
+        total(own * in + i, panel, to);
+        total((own + 1) * in + i, panel, to + line);
+        if (!how.centre) return;
+        total((own + 2) * in + i, panel, points);
+        for (int64_t j = 0; j < line; j += kLanes<T>) {
+            const Vec<T> both = load(to + line + j);
+            store(to + j, load(to + j) + both);
+            store(to + line + j, load(points + j) + both);
+        }
+    }
+
+    // Writes output channels of one panel in PyTorch's layout; `taps` is room for those of one input channel.
+    void finish(int64_t panel, T* taps) const {
         const int64_t in = conv.in_channels, area = conv.kernel_h * conv.kernel_w;
         const int64_t column = panel * kPanel<T>, columns = min_of(kPanel<T>, conv.out_channels - column);
         int64_t inputs[kPanel<T>];  // of output channel column + j
         for (int64_t j = 0; j < columns; ++j) inputs[j] = readable_inputs(conv, column + j);
-        T total[kPanel<T>];
-        const auto add = [&](int64_t row) {
-            for (int64_t j = 0; j < kPanel<T>; j += kLanes<T>) {
-                Vec<T> sum{};
-                for (int64_t s = 0; s < chunks(); ++s) sum += load(partial(s) + row * padded_out() + column + j);
-                store(total + j, sum);
-            }
-        };
         for (int64_t i = 0; i < in; ++i) {
             T* to = grad_weight + (column * in + i) * area;
+            taps_of(i, panel, taps);
             for (int64_t t = 0; t <= centre(conv); ++t) {
-                if (t == centre(conv) && i >= panel_inputs<T>(conv, panel)) {
-                    for (int64_t j = 0; j < columns; ++j) to[j * in * area + t] = T(0);
-                    continue;
-                }
-                add(t * in + i);
                 for (int64_t j = 0; j < columns; ++j) {
                     const bool open = t < centre(conv) || i < inputs[j];
-                    to[j * in * area + t] = open ? total[j] : T(0);
+                    to[j * in * area + t] = open ? taps[t * kPanel<T> + j] : T(0);
                 }
             }
             for (int64_t j = 0; j < columns; ++j) {
@@ -355,8 +516,8 @@ struct WeightGradient {
             }
         }
         if (grad_bias) {
-            add(depth());
-            for (int64_t j = 0; j < columns; ++j) grad_bias[column + j] = total[j];
+            total(depth(), panel, taps);
+            for (int64_t j = 0; j < columns; ++j) grad_bias[column + j] = taps[j];
         }
     }
 
@@ -366,8 +527,7 @@ struct WeightGradient {
 #pragma omp parallel num_threads(conv.threads)
         {
             T* own = scratch + omp_get_thread_num() * thread_size();
-            Ring<T> ring{input, conv, conv.in_channels, block_rows() + pad_h(conv), own};
-            ring.clear();
+            Ring<T> ring(input, conv, conv.in_channels, block_rows() + pad_h(conv), -1, own);
             T* grads = own + ring_size();
             for (int64_t i = 0; i < block_size(); ++i)
                 grads[i] = T(0);  // of the last panel, some columns are never written
@@ -377,7 +537,7 @@ struct WeightGradient {
                 chunk(item / groups, ring, grads, panels() * group / groups, panels() * (group + 1) / groups);
             }
 #pragma omp for schedule(static)
-            for (int64_t panel = 0; panel < panels(); ++panel) finish(panel);
+            for (int64_t panel = 0; panel < panels(); ++panel) finish(panel, grads);
         }
     }
 };

@@ -58,6 +58,14 @@ CASES = {
     "more colors than channels": Case("A", (1, 2, 4, 4), 3, (3, 3), colors=5),
     "many splits": Case("B", (1, 8, 4, 5), 40, (3, 3), colors=2, splits=5),
     "several chunks": Case("B", (5, 8, 24, 23), 9, (3, 3)),
+    # Filtered in pairs of positions:
+    "3x3 B pairs": Case("B", (2, 33, 5, 6), 65, (3, 3)),
+    "3x3 B pairs and one": Case("B", (2, 32, 4, 13), 32, (3, 3)),
+    "3x3 A pairs": Case("A", (1, 35, 5, 15), 32, (3, 3)),
+    "3x3 A pairs colors": Case("A", (2, 36, 4, 7), 48, (3, 3), colors=3, splits=2),
+    "3x3 B pairs colors": Case("B", (2, 34, 4, 12), 50, (3, 3), colors=3),
+    "pairs in several chunks": Case("B", (2, 32, 30, 31), 34, (3, 3)),
+    "pairs in two rows": Case("B", (2, 32, 2, 12), 48, (3, 3)),
 }
 
 all_cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
@@ -157,7 +165,9 @@ def test_float64_on_every_instruction_set(case, isa):
         torch.testing.assert_close(ours, truth, rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize("name", ["3x3 B colors", "7x7 A rgb", "several chunks"])
+@pytest.mark.parametrize(
+    "name", ["3x3 B colors", "7x7 A rgb", "several chunks", "pairs in several chunks", "3x3 A pairs colors"]
+)
 def test_bits_are_the_same_on_every_fused_instruction_set(name):
     case, module_ = CASES[name], backends.native_cpu()
     tensors, results = case.tensors(), []
@@ -172,7 +182,9 @@ def test_bits_are_the_same_on_every_fused_instruction_set(name):
         assert all(map(torch.equal, result, first))
 
 
-@pytest.mark.parametrize("name", ["3x3 B colors", "7x7 A rgb", "several chunks", "wide"])
+@pytest.mark.parametrize(
+    "name", ["3x3 B colors", "7x7 A rgb", "several chunks", "wide", "pairs in several chunks", "3x3 A pairs colors"]
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_bits_do_not_depend_on_threads(name, dtype, monkeypatch):
     monkeypatch.setattr(module, "_MIN_THREAD_WORK", 1)
@@ -184,7 +196,7 @@ def test_bits_do_not_depend_on_threads(name, dtype, monkeypatch):
         assert all(map(torch.equal, run(case, native(case), *tensors), one)), threads
 
 
-@pytest.mark.parametrize("name", ["3x3 B colors", "several chunks"])
+@pytest.mark.parametrize("name", ["3x3 B colors", "several chunks", "pairs in several chunks", "3x3 A pairs colors"])
 def test_bits_do_not_depend_on_the_batch(name):
     case = CASES[name]
     x, weight, bias, grad = case.tensors()
@@ -193,6 +205,27 @@ def test_bits_do_not_depend_on_the_batch(name):
         alone = run(case, native(case), x[n : n + 1], weight, bias, grad[n : n + 1])
         assert torch.equal(alone[0][0], output[n])
         assert torch.equal(alone[1][0], grad_input[n])
+
+
+@pytest.mark.parametrize("name", [name for name in CASES if "3x3" in name or "7x7" in name])
+def test_nothing_hidden_is_read(name):
+    """NaN at later positions, and other values of hidden colours, leave a position as it was, bit for bit."""
+    case = CASES[name]
+    x, weight, bias, _ = case.tensors()
+    function = native(case)
+    expected = function(x, weight, bias).flatten(2)
+    height, width = x.shape[2:]
+    for position in {0, width // 2, width - 1, height // 2 * width + width // 2}:
+        hidden = x.clone()
+        hidden.flatten(2)[..., position + 1 :] = torch.nan
+        output = function(hidden, weight, bias).flatten(2)
+        assert torch.equal(output[..., : position + 1], expected[..., : position + 1])
+        for channel in range(0, case.out, 7):
+            closed = [not is_open(case, channel, i, *(k // 2 for k in case.kernel)) for i in range(x.shape[1])]
+            other = hidden.clone()
+            other.flatten(2)[:, torch.tensor(closed), position] += 3.7
+            output = function(other, weight, bias).flatten(2)
+            assert torch.equal(output[:, channel, position], expected[:, channel, position])
 
 
 LAYOUTS = {
