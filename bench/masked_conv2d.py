@@ -1,8 +1,9 @@
 """masked_conv2d against a convolution with masked weights, as PyTorch users write it.
 
 A masked weight still multiplies by its zeros; the floor counts the taps that the mask leaves open and that fall inside
-the image (3x3 type B: 5 of 9, less at the border), each multiplied: minimal filtering can go below it. The memory format of inputs, weights and incoming gradients is in
-the name of the provider; plain "fastgen" and "compile" get channels_last.
+the image (3x3 type B: 5 of 9, less at the border), each multiplied: minimal filtering can go below it. The memory
+format of inputs, weights and incoming gradients is in the name of the provider; plain "fastgen" and "compile" get
+channels_last.
 """
 
 from __future__ import annotations
