@@ -48,12 +48,15 @@ class Watch(Enum):
     MEMORY = "pixel_kernel_host", "-fsanitize=address,undefined"  # out of bounds: five times slower
 
 
+_folder = tempfile.TemporaryDirectory(prefix="fastgen-")  # gone with the process
+
+
 @functools.cache
 def program(watch: Watch) -> tuple[Path, bool]:
     """(the compiled program, whether the compiler has the sanitizers)"""
     name, sanitizers = watch.value
     cxx = (os.environ.get("CXX") or shutil.which("g++") or "c++").split()
-    target = Path(tempfile.mkdtemp(prefix="fastgen-"), name)
+    target = Path(_folder.name, watch.name)
     command = [*cxx, *FLAGS, str(Path(__file__).with_name(f"{name}.cpp")), "-o", str(target)]
     watched = subprocess.run([*command, sanitizers, "-fno-sanitize-recover=all"], capture_output=True).returncode == 0
     if not watched:
