@@ -67,7 +67,7 @@ def _tile(rows, C, row, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 def _derivative(x, ACTIVATION: tl.constexpr, parameter):
     """Of the activation at x."""
     if ACTIVATION == "relu":
-        return tl.where(x > 0, 1.0, 0.0)
+        return tl.where(x <= 0, 0.0, 1.0)  # 1 of NaN, as in PyTorch
     elif ACTIVATION == "leaky_relu":
         return tl.where(x > 0, 1.0, parameter)
     elif ACTIVATION == "elu":

@@ -17,9 +17,22 @@ _LN_2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
+def clamp(x, low, high):
+    """NaN stays what it is, as it does in PyTorch; `tl.minimum` and `tl.maximum` would give the other number."""
+    x = tl.maximum(x, low, propagate_nan=tl.PropagateNan.ALL)
+    return tl.minimum(x, high, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def relu(x):
+    """Of NaN too, which a comparison with 0 would turn into 0."""
+    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def exp(x):
     """e^x within 2 units in the last place; x counts as at most 88 and at least -103, where e^x is nearly 0."""
-    x = tl.minimum(tl.maximum(x, -103.0), 88.0)
+    x = clamp(x, -103.0, 88.0)
     rounded = x * _LOG2_E
     rest = tl.fma(x, tl.full(x.shape, _LOG2_E, tl.float32), -rounded) + x * _LOG2_E_LOW
     power = tl.exp2(rounded)
@@ -64,21 +77,20 @@ def exp_bounded(x):
 @triton.jit
 def exp_beyond_tangent(x, power):
     """e^x - 1 - x, given e^x, without cancellation near 0."""
-    near = tl.minimum(tl.maximum(x, -0.5), 0.5)
-    p = 2.4801587e-5 + near * 2.7557319e-6
-    p = 1.9841270e-4 + near * p
-    p = 1.3888889e-3 + near * p
-    p = 8.3333333e-3 + near * p
-    p = 4.1666667e-2 + near * p
-    p = 1.6666667e-1 + near * p
-    p = 0.5 + near * p
-    return tl.where(tl.abs(x) <= 0.5, near * near * p, power - 1.0 - x)
+    p = 2.4801587e-5 + x * 2.7557319e-6
+    p = 1.9841270e-4 + x * p
+    p = 1.3888889e-3 + x * p
+    p = 8.3333333e-3 + x * p
+    p = 4.1666667e-2 + x * p
+    p = 1.6666667e-1 + x * p
+    p = 0.5 + x * p
+    return tl.where(tl.abs(x) <= 0.5, x * x * p, power - 1.0 - x)
 
 
 @triton.jit
 def expm1(x):
     """e^x - 1 without cancellation near 0; x counts as at most 88."""
-    x = tl.minimum(x, 88.0)
+    x = tl.minimum(x, 88.0, propagate_nan=tl.PropagateNan.ALL)
     power = exp(x)
     return tl.where(tl.abs(x) <= 0.5, exp_beyond_tangent(x, power) + x, power - 1.0)
 
@@ -86,7 +98,7 @@ def expm1(x):
 @triton.jit
 def tanh(x):
     """x + x^3 p(x^2) near 0, elsewhere (1 - e^-2|x|) / (1 + e^-2|x|) with the sign of x; p minimax."""
-    z = tl.minimum(x * x, 0.36)
+    z = x * x
     p = 0.021116216 + z * -0.00627639
     p = -0.053875137 + z * p
     p = 0.13332924 + z * p

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -25,6 +26,27 @@ def device_of(tensor: Tensor) -> AbstractContextManager[object]:
 
 Configs = Callable[..., Sequence[triton.Config]]
 _MAX_COMPILED = 1000  # calls of a kernel that are remembered
+_COMPILERS = 16  # threads, at most
+_TIMING = {"warmup": 5, "rep": 25}  # milliseconds of a configuration
+
+
+@contextmanager
+def compiling_side_by_side() -> Iterator[None]:
+    """What is warmed up in this context is compiled by several threads where this Triton can; it takes seconds each."""
+    mode = getattr(triton, "AsyncCompileMode", None)
+    if mode is None:
+        yield
+        return
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, _COMPILERS)) as pool, mode(pool):
+        yield
+
+
+def float32_products() -> str:
+    """The precision of products of float32 that PyTorch was asked for, "ieee" or "tf32"."""
+    matmul = torch.backends.cuda.matmul
+    if hasattr(matmul, "fp32_precision"):  # once that was written, the older setting may not be read
+        return "tf32" if matmul.fp32_precision == "tf32" else "ieee"
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 def architecture() -> int:
@@ -55,7 +77,7 @@ class Tuned:
             kernel, options, constants = ready
             kernel[(*grid(options), 1, 1)](*args, *constants)
             return
-        kind = self.kind(*args)
+        kind = self.kind(*args, **kwargs)
         if kind not in self.chosen:
             self.chosen[kind] = self.choose(grid, args, kwargs)
         options = self.chosen[kind]
@@ -73,7 +95,11 @@ class Tuned:
             return dict.fromkeys(configs[0].kwargs, 16)
         if len(configs) == 1 or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
             return configs[0].all_kwargs()
-        tuner = triton.autotune(configs, [], pre_hook=self._clear)(self.fn)
+        with compiling_side_by_side():
+            for config in configs:
+                self.fn.warmup(*args, grid=(1,), **kwargs, **config.all_kwargs())
+        timed = functools.partial(triton.testing.do_bench, **_TIMING)
+        tuner = triton.autotune(configs, [], pre_hook=self._clear, do_bench=timed)(self.fn)
         tuner[grid](*args, **kwargs)
         return tuner.best_config.all_kwargs()
 
@@ -100,8 +126,13 @@ def _likeness(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
 def tuned(configs: Configs, kind: Callable[..., Any], zero: Sequence[str] = ()) -> Callable[[Any], Tuned]:
     """Makes a kernel a `Tuned` one.
 
-    `configs` gets the arguments of the kernel, `kind` the positional ones.  A kernel's configurations must sum in the
-    same order, so that the choice changes no bit of a result.  `zero` names results, which may be None, that not every
-    configuration writes in full.
+    `configs` and `kind` get the arguments of the kernel.  A kernel's configurations must sum in the same order, so that
+    the choice changes no bit of a result.  `zero` names results, which may be None, that not every configuration writes
+    in full.
     """
     return lambda kernel: Tuned(kernel, configs, kind, zero)
+
+
+def launched_fast(kernel: Any) -> Tuned:
+    """A kernel of one configuration, for calls that are alike."""
+    return Tuned(kernel, lambda *_, **__: [triton.Config({})], lambda *_, **__: None, ())

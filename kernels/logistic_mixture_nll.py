@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgen.kernels.elementary import exp2_flushed, exp_bounded, reciprocal
+from fastgen.kernels.elementary import clamp, exp2_flushed, exp_bounded, reciprocal
 from fastgen.kernels.launch import device_of
 
 _ROWS = 2  # threads that share the components of a pixel: fewer have too many numbers to hold, more are idle more often
@@ -55,10 +55,10 @@ def _bin(x, first, last, half, mean, log_scale):
     """L and R of a bin's mass but for 2h; what rounding adds to R, relative to it; and the derivatives of the mass's
     logarithm by mean and by log scale.
     """
-    s = tl.minimum(tl.maximum(log_scale, _MIN_LOG_SCALE), _FAR)
+    s = clamp(log_scale, _MIN_LOG_SCALE, _FAR)
     inverse = exp_bounded(-s)
     inner = ~(first | last)
-    centre = tl.minimum(tl.maximum((x - mean) * inverse, -_FAR), _FAR)
+    centre = clamp((x - mean) * inverse, -_FAR, _FAR)
     d = half * inverse
     # The lowest level has no lower end, the highest no upper one.
     upper = tl.where(last, _FAR, centre + d)

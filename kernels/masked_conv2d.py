@@ -14,6 +14,7 @@ def forward(input: Tensor, weight: Tensor, bias: Tensor | None, mask_type: str, 
     taps, mask = _taps(weight.shape, mask_type, colors, splits)
     out = channels_last((input.shape[0], weight.shape[0], *input.shape[2:]), input)
     image = input.contiguous(memory_format=torch.channels_last)
+    bias = None if bias is None else bias.contiguous()
     tap_gemm(image, packed(weight, taps, by_first=False, mask=mask), taps, out, transposed=False, bias=bias)
     return out
 

@@ -50,7 +50,7 @@ def _forward(
     m = tl.load(mu + row * mu_row + column, inside, 0.0).to(tl.float32)
     lv = tl.load(logvar + row * logvar_row + column, inside, 0.0).to(tl.float32)
     eps = _noise(seed, start, 0, row, COLUMNS)  # while they are loaded
-    lv = tl.minimum(lv, _MAX_LOGVAR)
+    lv = tl.minimum(lv, _MAX_LOGVAR, propagate_nan=tl.PropagateNan.ALL)
     sigma = exp_bounded(0.5 * lv)
     to = z + row * D + column
     tl.store(to, tl.fma(sigma, eps, m).to(z.dtype.element_ty), inside)
@@ -71,7 +71,7 @@ def _backward(
     row, column, inside = _tile(N, D, ROWS, COLUMNS)
     m = tl.load(mu + row * mu_row + column, inside, 0.0).to(tl.float32)
     given = tl.load(logvar + row * logvar_row + column, inside, 0.0).to(tl.float32)
-    lv = tl.minimum(given, _MAX_LOGVAR)
+    lv = tl.minimum(given, _MAX_LOGVAR, propagate_nan=tl.PropagateNan.ALL)
     sigma = exp_bounded(0.5 * lv)
     by_mu = tl.zeros([ROWS, COLUMNS], tl.float32)
     by_logvar = tl.zeros([ROWS, COLUMNS], tl.float32)

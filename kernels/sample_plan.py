@@ -15,7 +15,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from fastgen.kernels.elementary import exp, expm1, tanh
+from fastgen.kernels.elementary import exp, expm1, relu, tanh
 from fastgen.kernels.philox import philox
 
 # Of an operand, int64: lag and stride of the frame's rows; numerator and denominator of its ratio to the plane's, and
@@ -92,9 +92,9 @@ def _apply(OP: tl.constexpr, a, b):
     elif OP == "abs":
         return tl.abs(a)
     elif OP == "relu":
-        return tl.maximum(a, 0.0)
+        return relu(a)
     elif OP == "elu":
-        return tl.where(a > 0, a, expm1(tl.minimum(a, 0.0)))
+        return tl.where(a > 0, a, expm1(tl.minimum(a, 0.0, propagate_nan=tl.PropagateNan.ALL)))
     elif OP == "expm1_of_minus_abs":
         return expm1(-tl.abs(a))
     elif OP == "exp":
@@ -120,9 +120,9 @@ def _apply(OP: tl.constexpr, a, b):
     elif OP == "div":
         return tl.div_rn(a, b)
     elif OP == "max":
-        return tl.maximum(a, b)
+        return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
     elif OP == "min":
-        return tl.minimum(a, b)
+        return tl.minimum(a, b, propagate_nan=tl.PropagateNan.ALL)
     else:
         tl.static_assert(OP == "positive_or", "a primitive without an implementation")
         return tl.where(a > 0, a, b)

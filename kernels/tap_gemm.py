@@ -28,8 +28,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastgen.kernels.elementary import exp, expm1, tanh
-from fastgen.kernels.launch import INTERPRETED, architecture, device_of, tuned
+from fastgen.kernels.elementary import exp, expm1, relu, tanh
+from fastgen.kernels.launch import INTERPRETED, architecture, device_of, float32_products, launched_fast, tuned
 
 _MAX_ROWS = 2**31 - 2**10
 _SMALL = 2**31 - 2**24  # elements, at most, of tensors whose offsets, and those just beyond, take 32 bits
@@ -60,7 +60,7 @@ class Mask(NamedTuple):
 @triton.jit
 def activate(x, ACTIVATION: tl.constexpr, parameter):
     if ACTIVATION == "relu":
-        x = tl.where(x > 0, x, 0.0)
+        x = relu(x)
     elif ACTIVATION == "leaky_relu":
         x = tl.where(x > 0, x, x * parameter)
     elif ACTIVATION == "elu":
@@ -102,6 +102,7 @@ def _tiles(*tiles: tuple[int, int, int, int]) -> list[triton.Config]:
 
 _WIDE = _tiles((256, 128, 8, 3))  # spills registers where there are sums, or no wgmma
 _HALF = _tiles((128, 128, 8, 3), (256, 64, 8, 3), (128, 64, 4, 4), (64, 64, 4, 5))
+_TENSOR_MEMORY = [*_tiles((128, 128, 4, 3)), *_HALF[1:]]  # of compute capability 10: 8 warps spill without sums, 4 with
 _NARROW = _tiles(
     (128, 64, 8, 3), (64, 64, 4, 4), (128, 32, 4, 4), (64, 32, 4, 4), (256, 16, 8, 3), (128, 16, 4, 4), (64, 16, 4, 4)
 )  # of few channels, or merged
@@ -125,19 +126,22 @@ def _configs(
         return _fitting(_FULL, channels * SH * SW * MERGED**2 if MERGED else channels)
     if MERGED or channels <= 32:
         return _fitting(_NARROW, channels * SH * SW * MERGED**2 if MERGED else channels)
-    return _fitting(_HALF if rest[5] is not None or architecture() != 90 else _WIDE + _HALF, channels)
+    if rest[5] is not None or architecture() < 90:
+        return _fitting(_HALF, channels)
+    return _fitting(_WIDE + _HALF if architecture() == 90 else _TENSOR_MEMORY, channels)
 
 
-def _kind(image: Tensor, weight: Tensor, out: Tensor, *_: Any) -> Any:
+def _kind(image: Tensor, weight: Tensor, out: Tensor, *rest: Any, TRANSPOSED: bool, MERGED: int, **_: Any) -> Any:
     """Calls of a kind share a tile: alike, with at most four times the positions."""
-    return image.dtype, image.shape[1], *out.shape[1:3], out.numel().bit_length() // 2
+    size = (image.shape[1], *out.shape[1:3], out.numel().bit_length() // 2)
+    return image.dtype, size, rest[5] is not None, TRANSPOSED, MERGED
 
 
 def _gradient_configs(dense: Tensor, shifted: Tensor, *_: Any, **__: Any) -> Any:
     return _fitting(_GRADIENT, shifted.shape[1])
 
 
-def _gradient_kind(dense: Tensor, shifted: Tensor, *_: Any) -> Any:
+def _gradient_kind(dense: Tensor, shifted: Tensor, *_: Any, **__: Any) -> Any:
     return dense.dtype, dense.shape[1], shifted.shape[1]
 
 
@@ -300,6 +304,7 @@ def _connected(source, reader, CI, part, COLORS: tl.constexpr, STRICT: tl.conste
     return of_source < of_reader if STRICT else of_source <= of_reader
 
 
+@launched_fast
 @triton.jit
 def _pack(
     weight, out, A, B, OPEN, TAPS, part,
@@ -318,6 +323,7 @@ def _pack(
     tl.store(out + i, value, t < OPEN)
 
 
+@launched_fast
 @triton.jit
 def _unpack(parts, out, A, B, OPEN, TAPS, splits, part, COLORS: tl.constexpr, STRICT: tl.constexpr, SIZE: tl.constexpr):
     """Sum over splits of parts [splits, OPEN, A, B] -> out [A, B, TAPS], masked, 0 for taps that are not open."""
@@ -362,7 +368,7 @@ def packed(weight: Tensor, taps: Taps, *, by_first: bool, mask: Mask | None = No
     out = torch.empty(shape, dtype=weight.dtype, device=weight.device)
     if taps.open:
         with device_of(weight):
-            _pack[(triton.cdiv(out.numel(), _PACK),)](
+            _pack[lambda _: (-(-out.numel() // _PACK),)](
                 weight, out, a, b, taps.open, taps.kernel[0] * taps.kernel[1], **_mask(mask), BY_A=by_first, SIZE=_PACK
             )
     return out
@@ -396,7 +402,7 @@ def tap_gemm(
             image, weight, out, bias, *(norm or (None,) * 4), *(sums or (None,) * 3), parameter, eps,
             count, *image_size, *size, height, width, *weight.stride(),
             CI=inputs, CO=channels, OPEN=taps.open, TRANSPOSED=transposed, MERGED=merged, KH=taps.kernel[0],
-            **_geometry(taps), ACTIVATION=activation, PRECISION=_precision(), CHANNELS=channels_of_step(image),
+            **_geometry(taps), ACTIVATION=activation, PRECISION=float32_products(), CHANNELS=channels_of_step(image),
             LARGE=max(image.numel(), weight.numel(), out.numel()) > _SMALL,
         )  # fmt: skip
 
@@ -445,9 +451,9 @@ def weight_gradient(dense: Tensor, shifted: Tensor, taps: Taps, *, mask: Mask | 
                 lambda meta: (taps.open * triton.cdiv(a, meta["ROWS"]) * triton.cdiv(b, meta["COLUMNS"]), splits)
             ](
                 dense, shifted, parts, count, *dense_size, *shifted.shape[2:], a, b, taps.open, length,
-                **_geometry(taps), PRECISION=_precision(), POSITIONS=32,
+                **_geometry(taps), PRECISION=float32_products(), POSITIONS=32,
             )  # fmt: skip
-        _unpack[(triton.cdiv(out.numel(), _PACK),)](
+        _unpack[lambda _: (-(-out.numel() // _PACK),)](
             parts, out, a, b, taps.open, all_taps, splits, **_mask(mask), SIZE=_PACK
         )
     return out
@@ -471,10 +477,6 @@ def _mask(mask: Mask | None) -> dict[str, Any]:
     return {"part": mask.part, "COLORS": mask.colors, "STRICT": mask.strict} if mask else {
         "part": 1, "COLORS": 1, "STRICT": False
     }  # fmt: skip
-
-
-def _precision() -> str:
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
 def _check_rows(rows: int) -> int:

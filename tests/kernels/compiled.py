@@ -65,7 +65,9 @@ def main(arch: int) -> None:
         meta = kernel.metadata
         row = {"case": case, "kernel": kernel.name, "warps": meta.num_warps, "stages": meta.num_stages}
         tiles = {key: value for key, value in kwargs.items() if key in ("ROWS", "COLUMNS", "CHANNELS")}
-        print(json.dumps({**row, **tiles, "shared": meta.shared, **resources(kernel.asm["cubin"])}), flush=True)
+        hides = re.findall(r"(?:min|max)\.f32", kernel.asm["ptx"])  # a NaN behind the other number
+        row |= {"shared": meta.shared, "hides_nan": len(hides)}
+        print(json.dumps({**row, **tiles, **resources(kernel.asm["cubin"])}), flush=True)
 
     def each_configuration(self: Tuned, grid: Any, *args: Any, **kwargs: Any) -> None:
         for config in self.configs(*args, **kwargs):

@@ -64,5 +64,7 @@ def _exact_interpreter() -> None:
         return convert(value)
 
     interpreter._implicit_cvt = converted
+    InterpreterBuilder.create_maxnumf = lambda self, x, y: self.binary_op(x, y, np.fmax)
+    InterpreterBuilder.create_minnumf = lambda self, x, y: self.binary_op(x, y, np.fmin)
     InterpreterBuilder.create_fma = fused
     InterpreterBuilder.create_dot = dot

@@ -61,6 +61,19 @@ def test_activations(activation, dtype, device):
     close(actual, _saving_reference(*moved(tensors, dtype=torch.double), *options(SMALL, activation=activation))[0])
 
 
+@activations
+def test_nan_stays_nan(activation, device):
+    tensors = SMALL.tensors()
+    tensors[0][0, 1, 1, 0] = torch.nan
+    for training in (False, True):
+        rest = options(SMALL, training, activation)
+        actual = kernel.saving(*moved(tensors, device), *rest)[0].cpu()
+        assert torch.equal(actual.isnan(), _saving_reference(*tensors, *rest)[0].isnan())
+    inferred = kernel.forward(*moved(tensors, device), *options(SMALL, activation=activation)).cpu()
+    assert torch.equal(inferred.isnan(), _saving_reference(*tensors, *options(SMALL, activation=activation))[0].isnan())
+    assert 0 < inferred.isnan().sum() < inferred.numel()
+
+
 # kernel, stride, padding, output padding, input size, channels: few of them are computed in one pass over the image
 FEW = {
     "k4s2p1": ([4, 4], [2, 2], [1, 1], [0, 0], (5, 3), 3),

@@ -46,7 +46,7 @@ class Compiled:
 def tuned(monkeypatch: pytest.MonkeyPatch) -> launch.Tuned:
     monkeypatch.setattr(launch, "INTERPRETED", False)
     configs = [triton.Config({"ROWS": 64}, num_warps=8)]
-    return launch.tuned(lambda *_, **__: configs, lambda *args: args[2])(Kernel())
+    return launch.tuned(lambda *_, **__: configs, lambda *args, **_: args[2])(Kernel())
 
 
 def call(tuned: launch.Tuned, x: torch.Tensor, size: Any = 100, scale: int = 3) -> None:
@@ -89,4 +89,8 @@ def test_triton_itself_would_launch_the_same(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.kernels.launched", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-    assert {word for line in done.stdout.splitlines() for word in line.split()} >= {"_tap_gemm", "_weight_gradient"}
+    assert {word for line in done.stdout.splitlines() for word in line.split()} >= {
+        "_tap_gemm",
+        "_weight_gradient",
+        "_pack",
+    }

@@ -76,6 +76,19 @@ def test_extremes_are_finite(channels, value, device):
         assert all(result.isfinite().all() for result in run(case, params, images, grad, device)), kind
 
 
+@pytest.mark.parametrize("level", [0, 3, 16])
+def test_nan_stays_nan(level, device):
+    case = CASES["17 levels"]
+    params, images, grad = case.tensors()
+    images[0, :, 0] = level
+    for column, channel in enumerate(range(0, params.shape[1], 3)):
+        params[0, channel, 0, column % params.shape[3]] = torch.nan
+    nll, gradient = run(case, params, images, grad, device)
+    exact, _ = reference(case, params, images, grad)
+    assert exact.isnan().any() and torch.equal(nll.isnan(), exact.isnan())
+    assert gradient[exact.isnan()[:, None].expand_as(gradient)].isnan().any()
+
+
 def test_a_level_out_of_range_gives_nan(device):
     case = Case(3, 2, 5, 1, (2, 2))
     params, images, grad = case.tensors()

@@ -52,7 +52,7 @@ def test_against_float64(case, dtype, device):
         close(actual, expected)
 
 
-def test_memory_layouts_and_no_bias(device):
+def test_memory_layouts_and_biases(device):
     (x, weight, _, grad), size, mask = tensors(CASES["3x3 B"], torch.float32, device)
     strided = torch.randn(2, 5, 8, 12, device=device)[:, :, ::2, ::2].copy_(x)
     expected = kernel.forward(x, weight, None, *mask)
@@ -61,6 +61,9 @@ def test_memory_layouts_and_no_bias(device):
     )
     channels_last = weight.contiguous(memory_format=torch.channels_last)
     assert torch.equal(kernel.forward(x, channels_last, None, *mask), expected)
+    bias = torch.randn(34, device=device)[::2]
+    expected = kernel.forward(x, weight, bias.contiguous(), *mask)
+    assert torch.equal(kernel.forward(x, weight, bias, *mask), expected)
     expected = kernel.input_gradient(grad, weight, *mask)
     assert torch.equal(kernel.input_gradient(grad, channels_last, *mask), expected)
     expected = kernel.weight_gradients(grad, x, size, *mask)[0]

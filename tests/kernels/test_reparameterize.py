@@ -93,6 +93,19 @@ def test_large_and_small_logvar(device):
     assert (grads[1][logvar > MAX_LOGVAR] == 0).all()
 
 
+def test_nan_stays_nan(device):
+    mu, logvar = parameters((5, 6))
+    mu[0, 1] = logvar[2, 3] = torch.nan
+    for i, expected in enumerate(reparameterize_reference(mu, logvar, *OPTIONS, 0)):
+        actual = kernel.forward(mu.to(device), logvar.to(device), *signed(0))[i].cpu()
+        assert torch.equal(actual.isnan(), expected.isnan())
+    grads = torch.ones(5, 6), torch.ones(5)
+    exact = _grad_reference(*grads, mu, logvar, *OPTIONS, 0)
+    given = [value.to(device) for value in (*grads, mu, logvar)]
+    for actual, expected in zip(kernel.backward(*given, *signed(0)), exact, strict=True):
+        assert torch.equal(actual.cpu().isnan(), expected.isnan())
+
+
 def test_divergence_near_the_prior_keeps_its_digits(device):
     logvar = torch.full((1, 1), 1e-4, device=device)
     _, kl = kernel.forward(torch.zeros_like(logvar), logvar, 0, 0, 0)

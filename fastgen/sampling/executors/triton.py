@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import threading
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from fastgen.kernels import sample_plan as kernels
-from fastgen.kernels.launch import INTERPRETED, device_of
+from fastgen.kernels.launch import INTERPRETED, compiling_side_by_side, device_of, float32_products
 from fastgen.kernels.philox import signed
 from fastgen.sampling.executors import Batch
 from fastgen.sampling.heads import Bernoulli, LogisticMixture
@@ -25,7 +22,6 @@ _VECTOR = 4  # floats that are read at once where all that a step reads and writ
 _ALIGNED = kernels.ALIGNED
 _MULTIPROCESSORS = 128  # of a large GPU
 _MAX_ROWS = 2**31 - 2**10  # of a step: they are counted in 32 bits
-_COMPILERS = 16  # threads, at most
 _STAGES = 4  # of a product's pipeline
 _ROW_SIZE = 256  # operands of a program of `begin_row`
 _DRAW_SAMPLES, _DRAW_LEVELS = 1, 512  # of a program that draws from logits, at a time
@@ -119,7 +115,7 @@ class TritonExecutor:
 
     def sample(self, batch: Batch) -> Tensor:
         """Levels [count, C, H, W], on the CPU."""
-        precision = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+        precision = float32_products()
         with self._one_at_a_time, device_of(self._fields):
             space = self.space(batch.count, precision)
             if not space.graphs and not INTERPRETED:
@@ -210,11 +206,8 @@ class TritonExecutor:
         return (-(-rows // tile.rows), -(-step.width // tile.columns)), arguments, options
 
     def _compile(self, space: Space) -> None:
-        """The kernels of the steps, side by side where this Triton can: each takes seconds."""
-        side_by_side = getattr(triton, "AsyncCompileMode", None)
-        if side_by_side is None:
-            return
-        with ThreadPoolExecutor(min(os.cpu_count() or 1, _COMPILERS)) as pool, side_by_side(pool):
+        """The kernels of the steps, many at a time."""
+        with compiling_side_by_side():
             for step in self.plan.steps if self._tables.pixel_weights else self.plan.row_steps():
                 columns = 1 if step.stage == Stage.PIXEL else self._num_columns(step)
                 if columns > 0:
