@@ -90,18 +90,19 @@ def plan(python: Path, facts: Facts, results: Path, rehearse: bool, commit: str)
     small = [*kernel_tests(), "-k", SMALL]
     executors = ["tests/sampling", "-m", "gpu", "-k", "executors and gated"]
     stages = [
-        [suite(25, "ceilings")],
-        [Part("build", [*build, "-e", "."], 100, environment={"FASTGEN_CUDA": "1", "FASTGEN_CUDA_ARCHS": archs})],
+        [suite(20, "ceilings")],
+        [Part("build", [*build, "-e", "."], 80, environment={"FASTGEN_CUDA": "1", "FASTGEN_CUDA_ARCHS": archs})],
         [
             tests("gpu tests of sampling", 80, *gpu, "-m", "gpu", "tests/sampling"),
             tests(
                 "other gpu tests", 80, *gpu, "-m", "gpu", "tests", "--ignore=tests/kernels", "--ignore=tests/sampling"
             ),
-            *(tests(file, 80, *gpu, file) for file in kernel_tests()),
+            *(tests(file, 90, *gpu, file) for file in kernel_tests()),
         ],
-        [suite(70, "sampling-cuda", needs=["gpu tests of sampling"])],
-        [suite(70, "sampling-triton", needs=["gpu tests of sampling"])],
-        *([suite(20, name, needs=[proof])] for name, proof in proofs.items()),
+        [suite(65, "sampling-cuda", needs=["gpu tests of sampling"])],
+        [suite(65, "sampling-triton", needs=["gpu tests of sampling"])],
+        # A generator has many tiles to compile and to time.
+        *([suite(40 if name == "generator" else 20, name, needs=[proof])] for name, proof in proofs.items()),
         [suite(50, "generator", needs=[proofs["generator"]], compile=True)],
         [suite(35, *list(proofs)[1:], needs=proofs.values(), compile=True)],
         [
@@ -178,7 +179,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.plan:
         return 0
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("")
+    if path.exists():  # rows of an earlier run, which may be better than what is to come
+        path.replace(path.with_name(path.name + ".before"))
+    path.touch()
 
     def on_row(part: Part, row: Row) -> None:
         text = json.dumps(row).replace(str(python), "python").replace(f"{python.parent.parent}/", "")
@@ -192,7 +195,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     done = run(stages, options.seconds, ROOT, ROOT / LOGS, on_row)
     passed = sum(row["status"] == "passed" for row in done)
     print(f"\n{summary(path)}\n\n{path.name}: {passed} of {len(done)} parts passed")
-    return int(any(row["status"] in ("failed", "timed out") for row in done))
+    cut = {part.name for part in stages[-1]}  # by the limit for all: it has what time is left
+    bad = [r for r in done if r["status"] == "failed" or (r["status"] == "timed out" and r["part"] not in cut)]
+    return int(bool(bad))
 
 
 if __name__ == "__main__":

@@ -173,6 +173,13 @@ def test_batches_change_no_bit(precision, device):
     assert len(whole._executor._spaces) == executor._KEPT
 
 
+def test_inference_mode_of_one_call_is_not_that_of_the_next(device):
+    repeated = sampler(make(narrow), device)
+    with torch.inference_mode():
+        expected = repeated.sample(2, labels=1)
+    assert torch.equal(repeated.sample(2, labels=1), expected)
+
+
 def test_known_pixels_of_one_call_are_not_those_of_the_next(device):
     repeated = sampler(make(narrow), device)
     plain = repeated.sample(2, labels=1)

@@ -243,7 +243,8 @@ class TritonExecutor:
         if key not in self._spaces:
             while len(self._spaces) >= _KEPT:
                 del self._spaces[next(iter(self._spaces))]
-            self._spaces[key] = Space(self.plan, self._tables, count, precision, self.device)
+            with torch.inference_mode(False):  # later batches, which may come outside of it, are written there too
+                self._spaces[key] = Space(self.plan, self._tables, count, precision, self.device)
         return self._spaces[key]
 
     def _begin(self, batch: Batch, space: Space) -> None:
