@@ -11,6 +11,7 @@ float32, float16 or bfloat16, arithmetic float32.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import triton
@@ -27,11 +28,12 @@ _MAX_LOGVAR = tl.constexpr(80.0)
 
 
 @triton.jit
-def _tile(N, D, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Rows [ROWS, 1] and columns [1, COLUMNS] of this program, and which of them exist."""
+def _tile(N, D, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WHOLE: tl.constexpr):
+    """Rows [ROWS, 1] and columns [1, COLUMNS] of this program, and which of them exist: all of WHOLE tiles."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    return row, column, (row < N) & (column < D)
+    inside = tl.full([ROWS, COLUMNS], True, tl.int1) if WHOLE else (row < N) & (column < D)
+    return row, column, inside
 
 
 @triton.jit
@@ -44,9 +46,9 @@ def _noise(seed, start, draw, row, COLUMNS: tl.constexpr):
 @triton.jit(do_not_specialize=["seed", "start"])
 def _forward(
     mu, logvar, z, kl, seed: tl.int64, start: tl.int64, N, D, mu_row, logvar_row, draws,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    row, column, inside = _tile(N, D, ROWS, COLUMNS)
+    row, column, inside = _tile(N, D, ROWS, COLUMNS, WHOLE)
     m = tl.load(mu + row * mu_row + column, inside, 0.0).to(tl.float32)
     lv = tl.load(logvar + row * logvar_row + column, inside, 0.0).to(tl.float32)
     eps = _noise(seed, start, 0, row, COLUMNS)  # while they are loaded
@@ -66,9 +68,9 @@ def _forward(
 def _backward(
     grad_z, grad_kl, mu, logvar, grad_mu, grad_logvar, seed: tl.int64, start: tl.int64,
     N, D, mu_row, logvar_row, grad_kl_row, draws,
-    HAS_Z: tl.constexpr, HAS_KL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    HAS_Z: tl.constexpr, HAS_KL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    row, column, inside = _tile(N, D, ROWS, COLUMNS)
+    row, column, inside = _tile(N, D, ROWS, COLUMNS, WHOLE)
     m = tl.load(mu + row * mu_row + column, inside, 0.0).to(tl.float32)
     given = tl.load(logvar + row * logvar_row + column, inside, 0.0).to(tl.float32)
     lv = tl.minimum(given, _MAX_LOGVAR, propagate_nan=tl.PropagateNan.ALL)
@@ -130,11 +132,13 @@ def backward(
     return grads[0], grads[1]
 
 
-def _tiling(count: int, size: int) -> tuple[tuple[int, int], dict[str, int]]:
-    """Grid and tile sizes: a program has whole rows where they are short, else a part of one."""
+def _tiling(count: int, size: int) -> tuple[tuple[int, int], dict[str, Any]]:
+    """Grid and tile: a program has whole rows where they are short, else a part of one."""
     columns = min(_TILE, max(4, 1 << (size - 1).bit_length()))
     rows = _TILE // columns
-    return (-(-count // rows), -(-size // columns)), {"ROWS": rows, "COLUMNS": columns, "num_warps": _WARPS}
+    whole = count % rows == 0 and size % columns == 0
+    tile = {"ROWS": rows, "COLUMNS": columns, "WHOLE": whole, "num_warps": _WARPS}
+    return (-(-count // rows), -(-size // columns)), tile
 
 
 def _dense_rows(tensor: Tensor, size: int) -> tuple[Tensor, int]:

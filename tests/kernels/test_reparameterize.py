@@ -12,7 +12,7 @@ from fastgen.ops.normal import normals_reference
 from fastgen.ops.reparameterize import MAX_LOGVAR, _grad_reference, reparameterize_reference
 
 SIZES = pytest.mark.parametrize(
-    ("shape", "draws"), [((1,), 3), ((64, 2), 0), ((7, 13), 2), ((3, 2, 5, 3), 1), ((2, 1025), 0)]
+    ("shape", "draws"), [((1,), 3), ((64, 2), 0), ((256, 4), 2), ((7, 13), 2), ((3, 2, 5, 3), 1), ((2, 1025), 0)]
 )
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 OPTIONS = (2**63 + 3, 2**40 + 5)  # seed, start

@@ -27,7 +27,10 @@ class Strategy(Enum):
 
 
 # (blocks of a cluster, blocks on a multiprocessor), the first that the GPU has
-_CLUSTERS = {Strategy.LATENCY: ((16, 1), (8, 1)), Strategy.THROUGHPUT: ((7, 2),)}
+_CLUSTERS = {
+    Strategy.LATENCY: ((16, 1), (8, 1), (4, 1)),
+    Strategy.THROUGHPUT: ((7, 2), (8, 2), (4, 2), (8, 1), (4, 1)),
+}
 
 
 class Cut(NamedTuple):
@@ -70,7 +73,10 @@ class CudaExecutor(TritonExecutor):
             most = self._native.clusters(size, share)
             if most:
                 return Cut(size, share, most)
-        raise RuntimeError("the plan's tables are too large for the memory of a cluster of thread blocks")
+        raise RuntimeError(
+            f"the GPU runs no clusters of {' or '.join(str(size) for size, _ in shapes)} blocks with the memory that the "
+            "plan's tables need"
+        )
 
     def launch_pixels(self, pattern: Pattern, space: Space) -> None:
         key = key_of(pattern)
