@@ -41,14 +41,6 @@ def compiling_side_by_side() -> Iterator[None]:
         yield
 
 
-def float32_products() -> str:
-    """The precision of products of float32 that PyTorch was asked for, "ieee" or "tf32"."""
-    matmul = torch.backends.cuda.matmul
-    if hasattr(matmul, "fp32_precision"):  # once that was written, the older setting may not be read
-        return "tf32" if matmul.fp32_precision == "tf32" else "ieee"
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-
-
 def architecture() -> int:
     """Of the current device: 90 for compute capability 9.0."""
     return 0 if INTERPRETED else triton.runtime.driver.active.get_current_target().arch

@@ -28,8 +28,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastgen._float32 import float32_products
 from fastgen.kernels.elementary import exp, expm1, relu, tanh
-from fastgen.kernels.launch import INTERPRETED, architecture, device_of, float32_products, launched_fast, tuned
+from fastgen.kernels.launch import INTERPRETED, architecture, device_of, launched_fast, tuned
 
 _MAX_ROWS = 2**31 - 2**10
 _SMALL = 2**31 - 2**24  # elements, at most, of tensors whose offsets, and those just beyond, take 32 bits

@@ -73,10 +73,8 @@ class CudaExecutor(TritonExecutor):
             most = self._native.clusters(size, share)
             if most:
                 return Cut(size, share, most)
-        raise RuntimeError(
-            f"the GPU runs no clusters of {' or '.join(str(size) for size, _ in shapes)} blocks with the memory that the "
-            "plan's tables need"
-        )
+        sizes = " or ".join(str(size) for size, _ in shapes)
+        raise RuntimeError(f"the GPU runs no clusters of {sizes} blocks with as much memory as the plan's tables need")
 
     def launch_pixels(self, pattern: Pattern, space: Space) -> None:
         key = key_of(pattern)

@@ -9,8 +9,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastgen._float32 import float32_products
 from fastgen.kernels import sample_plan as kernels
-from fastgen.kernels.launch import INTERPRETED, compiling_side_by_side, device_of, float32_products
+from fastgen.kernels.launch import INTERPRETED, compiling_side_by_side, device_of
 from fastgen.kernels.philox import signed
 from fastgen.sampling.executors import Batch
 from fastgen.sampling.heads import Bernoulli, LogisticMixture

@@ -1,0 +1,50 @@
+"""What PyTorch was asked for is found by its older and its newer settings, and convolutions get what products have."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from fastgen._float32 import convolutions_like_products, float32_products
+
+newer = pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="this PyTorch has the older settings only")
+
+
+@pytest.mark.parametrize(("asked", "found"), [("highest", "ieee"), ("high", "tf32"), ("medium", "tf32")])
+def test_the_older_setting(asked: str, found: str) -> None:
+    torch.set_float32_matmul_precision(asked)
+    try:
+        assert float32_products() == found
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
+NEWER = """
+import torch
+from fastgen._float32 import convolutions_like_products, float32_products
+torch.backends.cuda.matmul.fp32_precision = products = {products!r}
+conv = torch.backends.cudnn.conv
+before = conv.fp32_precision
+assert float32_products() == products
+with convolutions_like_products():
+    assert conv.fp32_precision == products
+assert conv.fp32_precision == before
+"""
+
+
+@newer
+@pytest.mark.parametrize("products", ["ieee", "tf32"])
+def test_the_newer_setting(products: str) -> None:
+    """In a process of its own: the older one may not be read afterwards."""
+    subprocess.run([sys.executable, "-c", NEWER.format(products=products)], check=True)
+
+
+def test_settings_are_left_as_they_were() -> None:
+    before = torch.backends.cudnn.allow_tf32
+    with convolutions_like_products():
+        pass
+    assert torch.backends.cudnn.allow_tf32 == before
+    assert torch.get_float32_matmul_precision() == "highest"
