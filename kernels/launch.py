@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -54,8 +54,16 @@ class Tuned:
     compiled for that.
     """
 
-    def __init__(self, kernel: Any, configs: Configs, kind: Callable[..., Any], zero: Sequence[str]):
+    def __init__(
+        self,
+        kernel: Any,
+        configs: Configs,
+        kind: Callable[..., Any],
+        zero: Sequence[str] = (),
+        any_value: Sequence[str] = (),
+    ):
         self.fn, self.configs, self.kind, self.zero = kernel, configs, kind, zero
+        self.any_value = {kernel.arg_names.index(name) for name in any_value}
         self.chosen: dict[Any, dict[str, Any]] = {}
         self.compiled: dict[Any, tuple[Any, Any, list[Any]]] = {}
 
@@ -63,7 +71,7 @@ class Tuned:
         return functools.partial(self.run, grid)
 
     def run(self, grid: Callable[[dict[str, Any]], tuple[int, ...]], *args: Any, **kwargs: Any) -> None:
-        like = _likeness(args, kwargs)
+        like = _likeness(args, kwargs, self.any_value)
         ready = self.compiled.get(like)
         if ready is not None:
             kernel, options, constants = ready
@@ -101,16 +109,18 @@ class Tuned:
                 args[name].zero_()
 
 
-def _likeness(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    """Everything that Triton compiles for: of tensors the dtype and whether addresses are multiples of 16."""
+def _likeness(args: tuple[Any, ...], kwargs: dict[str, Any], any_value: Set[int] = frozenset()) -> tuple[Any, ...]:
+    """Everything that Triton compiles for: of tensors the dtype and whether addresses are multiples of 16, of integers
+    the value, unless it counts as any.
+    """
     of_args: list[Any] = []
     addresses = 0
-    for arg in args:
+    for i, arg in enumerate(args):
         if isinstance(arg, Tensor):
             of_args.append(arg.dtype)
             addresses |= arg.data_ptr()
         else:
-            of_args.append(arg if type(arg) is int else type(arg))
+            of_args.append(arg if type(arg) is int and i not in any_value else type(arg))
     aligned = True if addresses % 16 == 0 else tuple(isinstance(a, Tensor) and a.data_ptr() % 16 == 0 for a in args)
     return (args[0].get_device(), aligned, *of_args, *kwargs.values())
 
@@ -125,6 +135,10 @@ def tuned(configs: Configs, kind: Callable[..., Any], zero: Sequence[str] = ()) 
     return lambda kernel: Tuned(kernel, configs, kind, zero)
 
 
-def launched_fast(kernel: Any) -> Tuned:
-    """A kernel of one configuration, for calls that are alike."""
-    return Tuned(kernel, lambda *_, **__: [triton.Config({})], lambda *_, **__: None, ())
+def launched_directly(warps: int = 4, any_value: Sequence[str] = ()) -> Callable[[Any], Tuned]:
+    """Makes a kernel a `Tuned` one with nothing to time, for the sake of its launches.
+
+    `any_value` names integers that are not specialised.
+    """
+    configs = [triton.Config({}, num_warps=warps)]
+    return lambda kernel: Tuned(kernel, lambda *_, **__: configs, lambda *_, **__: None, any_value=any_value)

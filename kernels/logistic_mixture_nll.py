@@ -31,11 +31,12 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgen.kernels.elementary import clamp, exp2_flushed, exp_bounded, reciprocal
-from fastgen.kernels.launch import device_of
+from fastgen.kernels.launch import device_of, launched_directly
 
 _ROWS = 2  # threads that share the components of a pixel: fewer have too many numbers to hold, more are idle more often
 _CLOSE_ROWS = 16  # of channels-last parameters
 _THREADS = 64  # of a program
+_WARPS = _THREADS // 32
 _CHECKED = 8  # tiles that a program compares
 _MIN_LOG_SCALE = tl.constexpr(-7.0)
 _FAR = tl.constexpr(3.4028234e38 / 16)  # sums of six such numbers are finite
@@ -85,6 +86,7 @@ def _bin(x, first, last, half, mean, log_scale):
     return exponent, share * sigmoids, lost, by_mean, tl.where(log_scale < _MIN_LOG_SCALE, 0.0, by_scale)
 
 
+@launched_directly(_WARPS)
 @triton.jit
 def _nll(
     values, images, nll, out, grad, guess, assumed, levels, size, tiles,
@@ -114,6 +116,7 @@ def _nll(
     )  # fmt: skip
 
 
+@launched_directly(_WARPS)
 @triton.jit
 def _complete(
     values, images, out, grad, guess, assumed, levels, size, tiles, total,
@@ -318,12 +321,12 @@ def _launch(
     with device_of(params):
         if grad is not None and assumed is not None:
             total = tiles * count
-            _complete[(-(-total // _CHECKED),)](
+            _complete[lambda _: (-(-total // _CHECKED),)](
                 params, images, out, grad, guess, assumed, levels, height * width, tiles, total, *strides, **constants,
                 CHECKED=_CHECKED,
             )  # fmt: skip
             return
-        _nll[(tiles * count,)](
+        _nll[lambda _: (tiles * count,)](
             params, images, nll, out, grad, guess, assumed, levels, height * width, tiles, *strides, **constants
         )
 
@@ -347,7 +350,6 @@ def _tiling(params: Tensor, images: Tensor) -> tuple[dict[str, int | bool], int]
     pixels = _THREADS // rows
     constants = {
         "K": components, "COLORS": colors, "ROWS": rows, "PIXELS": pixels, "WHOLE": height * width % pixels == 0,
-        "num_warps": _THREADS // 32,
     }  # fmt: skip
     return constants, -(-height * width // pixels)
 

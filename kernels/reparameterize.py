@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastgen.kernels.elementary import exp_beyond_tangent, exp_bounded
-from fastgen.kernels.launch import device_of
+from fastgen.kernels.launch import device_of, launched_directly
 from fastgen.kernels.philox import normals
 
 _TILE = 1024  # elements of a program
@@ -43,6 +43,7 @@ def _noise(seed, start, draw, row, COLUMNS: tl.constexpr):
     return normals(seed, draw, position, start + row)
 
 
+@launched_directly(_WARPS, any_value=("seed", "start"))
 @triton.jit(do_not_specialize=["seed", "start"])
 def _forward(
     mu, logvar, z, kl, seed: tl.int64, start: tl.int64, N, D, mu_row, logvar_row, draws,
@@ -64,6 +65,7 @@ def _forward(
     tl.store(kl + tl.program_id(1).to(tl.int64) * N + rows, share, rows < N)
 
 
+@launched_directly(_WARPS, any_value=("seed", "start"))
 @triton.jit(do_not_specialize=["seed", "start"])
 def _backward(
     grad_z, grad_kl, mu, logvar, grad_mu, grad_logvar, seed: tl.int64, start: tl.int64,
@@ -106,7 +108,9 @@ def forward(mu: Tensor, logvar: Tensor, seed: int, start: int, draws: int) -> tu
     grid, tile = _tiling(count, size)
     shares = torch.empty(grid[1], count, **options)
     with device_of(mu):
-        _forward[grid](mu, logvar, z, shares, seed, start, count, size, mu_row, logvar_row, max(1, draws), **tile)
+        _forward[lambda _: grid](
+            mu, logvar, z, shares, seed, start, count, size, mu_row, logvar_row, max(1, draws), **tile
+        )
     return z, shares[0] if grid[1] == 1 else shares.sum(0)
 
 
@@ -124,7 +128,7 @@ def backward(
     grad_z_or_any = mu if grad_z is None else grad_z.contiguous()
     grad_kl_or_any, grad_kl_row = (mu, 0) if grad_kl is None else (grad_kl, grad_kl.stride(0))
     with device_of(mu):
-        _backward[grid](
+        _backward[lambda _: grid](
             grad_z_or_any, grad_kl_or_any, mu, logvar, *grads, seed, start,
             count, size, mu_row, logvar_row, grad_kl_row, max(1, draws),
             HAS_Z=grad_z is not None, HAS_KL=grad_kl is not None, **tile,
@@ -137,7 +141,7 @@ def _tiling(count: int, size: int) -> tuple[tuple[int, int], dict[str, Any]]:
     columns = min(_TILE, max(4, 1 << (size - 1).bit_length()))
     rows = _TILE // columns
     whole = count % rows == 0 and size % columns == 0
-    tile = {"ROWS": rows, "COLUMNS": columns, "WHOLE": whole, "num_warps": _WARPS}
+    tile = {"ROWS": rows, "COLUMNS": columns, "WHOLE": whole}
     return (-(-count // rows), -(-size // columns)), tile
 
 

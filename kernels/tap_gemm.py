@@ -30,7 +30,7 @@ from torch import Tensor
 
 from fastgen._float32 import float32_products
 from fastgen.kernels.elementary import exp, expm1, relu, tanh
-from fastgen.kernels.launch import INTERPRETED, architecture, device_of, launched_fast, tuned
+from fastgen.kernels.launch import INTERPRETED, architecture, device_of, launched_directly, tuned
 
 _MAX_ROWS = 2**31 - 2**10
 _SMALL = 2**31 - 2**24  # elements, at most, of tensors whose offsets, and those just beyond, take 32 bits
@@ -305,7 +305,7 @@ def _connected(source, reader, CI, part, COLORS: tl.constexpr, STRICT: tl.conste
     return of_source < of_reader if STRICT else of_source <= of_reader
 
 
-@launched_fast
+@launched_directly()
 @triton.jit
 def _pack(
     weight, out, A, B, OPEN, TAPS, part,
@@ -324,7 +324,7 @@ def _pack(
     tl.store(out + i, value, t < OPEN)
 
 
-@launched_fast
+@launched_directly()
 @triton.jit
 def _unpack(parts, out, A, B, OPEN, TAPS, splits, part, COLORS: tl.constexpr, STRICT: tl.constexpr, SIZE: tl.constexpr):
     """Sum over splits of parts [splits, OPEN, A, B] -> out [A, B, TAPS], masked, 0 for taps that are not open."""

@@ -100,13 +100,15 @@ def main(folder: str) -> None:
         return indexed(self, grid)
 
     CompiledKernel.__getitem__ = watched
-    tuned = [kernel for kernel in vars(tap_gemm).values() if isinstance(kernel, Tuned)]
+    modules = {name: importlib.import_module(f"fastgen.kernels.{name}") for name, _, _ in CASES.values()}
+    values = [value for module in (tap_gemm, *modules.values()) for value in vars(module).values()]
+    tuned = [value for value in values if isinstance(value, Tuned)]
     for name, (module, function, arguments) in CASES.items():
         if "tf32" in name:
             continue  # launched like float32
         for kernel in tuned:  # cases share some launches
             kernel.compiled.clear()
-        launcher, given = getattr(importlib.import_module(f"fastgen.kernels.{module}"), function), arguments()
+        launcher, given = getattr(modules[module], function), arguments()
         results = [launcher(*given)]  # kept, so that the next ones lie elsewhere
         first = taken(cuda)
         assert first and not direct, name
