@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from fastgen.sampling.precision import weights_in
+from fastgen.sampling.subject import evaluating, private
 
 
-@torch.no_grad()
 def bits_per_dim(
     model: torch.nn.Module,
     images: Tensor,
@@ -22,7 +22,7 @@ def bits_per_dim(
 ) -> float:
     """Negative log-likelihood in bits per image element, averaged over all elements of all images.
 
-    The model is evaluated in eval mode, on the device of its parameters, and left in the mode it was in.
+    The model is evaluated in eval mode, without autocast, on the device of its parameters, and left as it was.
 
     Args:
         model: has ``log_prob(images, labels) -> [n]`` nats per image.
@@ -41,16 +41,12 @@ def bits_per_dim(
         raise ValueError(f"images: bits per dimension need at least one image, got shape {list(images.shape)}")
     if not hasattr(model, "log_prob"):
         raise TypeError(f"model: expected one with a likelihood (log_prob), got {type(model).__name__}")
-    log_prob = cast(Any, model).log_prob
     device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    try:
-        nats = 0.0
-        with weights_in(precision):
-            for i in range(0, len(images), batch_size):
-                batch_labels = None if labels is None else labels[i : i + batch_size].to(device)
-                nats += float(log_prob(images[i : i + batch_size].to(device), batch_labels).double().sum())
-    finally:
-        model.train(was_training)
+    model = private(model)
+    nats = 0.0
+    with evaluating(model), weights_in(precision):
+        for i in range(0, len(images), batch_size):
+            batch_labels = None if labels is None else labels[i : i + batch_size].to(device)
+            batch_nats = cast(Any, model).log_prob(images[i : i + batch_size].to(device), batch_labels)
+            nats += float(batch_nats.double().sum())
     return -nats / (images.numel() * math.log(2))

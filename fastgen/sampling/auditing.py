@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -119,7 +119,7 @@ class _Found:
         if not len(suspects):
             return
         labels = None if labels is None else labels[suspects]
-        exact = Subject(copy.deepcopy(subject.module).double(), subject.image_shape, subject.head, subject.num_classes)
+        exact = replace(subject, module=copy.deepcopy(subject.module).double())
         with _Widening():
             precise = _boundaries(exact, images[suspects], labels, temperature)
         error = float((precise - boundaries[suspects]).abs().max())

@@ -49,7 +49,7 @@ def naive_sample(
         return images
     groups = subject.head.groups(channels)
     uniforms = image_uniforms(request.seed, request.start, n, (subject.head.num_uniforms(channels), height, width))
-    with evaluating(model), tqdm(total=height, desc="naive loop", unit="row", disable=not progress) as bar:
+    with evaluating(subject.module), tqdm(total=height, desc="naive loop", unit="row", disable=not progress) as bar:
         for y in range(height):
             for x in range(width):
                 for group in groups:

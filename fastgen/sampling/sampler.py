@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,11 +22,12 @@ from fastgen.sampling.pack import compile_graph
 from fastgen.sampling.plan import Plan
 from fastgen.sampling.precision import check_precision
 from fastgen.sampling.request import Request, make_request
-from fastgen.sampling.subject import evaluating, host_defaults, make_subject
+from fastgen.sampling.subject import evaluating, host_defaults, host_device, make_subject, no_autocast
 from fastgen.sampling.trace import TRACE_BATCH, trace
 
 LARGEST_BATCH = 256  # beyond it the caches only grow
 MEMORY_SHARE = 0.25  # of the memory of the machine, or of the GPU that draws, for the caches of one batch
+_COMPILING = threading.RLock()
 
 
 def _triton_executor(plan: Plan) -> Any:
@@ -119,7 +121,7 @@ class Sampler:
         # "auto" leaves the choice to the environment and to an enclosing `with fastgen.backend(...)`.
         with contextlib.nullcontext() if backend == "auto" else backends.backend(backend):
             executor = _select(self._subject.like)
-        with _one_thread():
+        with _compiling():
             self._compile()
             if precision == "bf16":
                 self.plan.round_weights()
@@ -131,6 +133,9 @@ class Sampler:
             self.plan.drop_weights()
 
     plan: Plan
+
+    def __reduce__(self) -> Any:
+        raise TypeError("a Sampler cannot be copied or pickled: make a new one of its model")
 
     @property
     def weight_bytes(self) -> int:
@@ -199,7 +204,7 @@ class Sampler:
         batches = -(-n // self.max_batch)
         images = torch.empty(n, *subject.image_shape, dtype=subject.head.dtype, device="cpu")
         rows = batches * subject.image_shape[1]
-        with host_defaults(), tqdm(total=rows, desc="sampling", unit="row", disable=not progress) as bar:
+        with host_device(), no_autocast(), tqdm(total=rows, desc="sampling", unit="row", disable=not progress) as bar:
             for i in range(batches):
                 # Batches of nearly the same size: the last one is no straggler.
                 part = slice(i * n // batches, (i + 1) * n // batches)
@@ -243,14 +248,18 @@ def _device(like: Tensor) -> contextlib.AbstractContextManager[object]:
 
 
 @contextlib.contextmanager
-def _one_thread() -> Iterator[None]:
-    """Compiling makes thousands of small tensors; handing parts of them to other threads costs more than it saves."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
+def _compiling() -> Iterator[None]:
+    """One at a time: the number of threads and the default dtype are those of the process.
+
+    Compiling makes thousands of small tensors; handing parts of them to other threads costs more than it saves.
+    """
+    with _COMPILING, no_autocast():
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
 
 
 def _as_plane(value: Tensor) -> Tensor:

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from types import FunctionType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from fastgen.sampling.heads import Head
 
 MAX_CHANNELS = 256  # of an image: what the schedule's keys have room for
+AUTOCAST_DEVICES = ("cpu", "cuda", "xpu", "mps")
 
 
 @dataclass(frozen=True)
 class Subject:
+    """module: `private`, so that running it changes nothing that others see."""
+
     module: nn.Module
     image_shape: tuple[int, int, int]
     head: Head
@@ -51,6 +58,7 @@ def make_subject(
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(module).__name__}")
+    module = _eager(module)
     image_shape = image_shape if image_shape is not None else getattr(module, "image_shape", None)
     head = head if head is not None else getattr(module, "head", None)
     num_classes = num_classes if num_classes is not None else getattr(module, "num_classes", None)
@@ -65,34 +73,81 @@ def make_subject(
         raise ValueError(f"num_classes must be a positive integer or None, got {num_classes!r}")
     if any(t.is_meta for t in (*module.parameters(), *module.buffers())):
         raise ValueError("the model is on the meta device: its weights have no values")
-    return Subject(module, (channels, height, width), head, num_classes)
+    return Subject(private(module), (channels, height, width), head, num_classes)
 
 
 def _positive(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
+def private(module: nn.Module) -> nn.Module:
+    """A copy of a module that shares its tensors: modes, hooks and attributes that its forward sets are the copy's own,
+    so that other threads, and later calls of the module, do not see them. What ``torch.compile`` wraps is unwrapped.
+
+    The module itself, where it cannot be copied.
+    """
+    parts = {id(part) for part in module.modules()}
+    attributes = [part.__dict__ for part in module.modules() if _eager(part) is part]
+    leaves = [leaf for a in attributes for name in a if name != "_compiled_call_impl" for leaf in tree_leaves(a[name])]
+    try:
+        if any(isinstance(leaf, FunctionType) and _refers_to(leaf, parts) for leaf in leaves):
+            return module  # a copy would share the function, and with it the original's parts
+        result = copy.deepcopy(module, {id(leaf): leaf for leaf in leaves if isinstance(leaf, Tensor)})
+    except Exception:  # locks, files, closures without end: whatever a module may hold
+        return module
+    for part in list(result.modules()):
+        part._modules.update({name: _eager(child) for name, child in part._modules.items() if child is not None})
+    return result
+
+
+def _refers_to(value: Any, modules: set[int]) -> bool:
+    if not isinstance(value, FunctionType):
+        return id(getattr(value, "__self__", value)) in modules
+    inside = ([cell.cell_contents for cell in value.__closure__ or ()], value.__defaults__, value.__kwdefaults__)
+    return any(_refers_to(v, modules) for v in tree_leaves(inside))
+
+
+def _eager(module: nn.Module) -> nn.Module:
+    """What ``torch.compile`` made the module of, which would be compiled anew for each way of running it."""
+    return getattr(module, "_orig_mod", module)
+
+
+@contextlib.contextmanager
+def host_device() -> Iterator[None]:
+    """New tensors are on the CPU, whatever the user's default."""
+    # As a context, a device costs microseconds at each call of a torch function.
+    with contextlib.nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu"):
+        yield
+
+
 @contextlib.contextmanager
 def host_defaults() -> Iterator[None]:
-    """New tensors are float32 on the CPU, whatever the user's defaults."""
+    """New tensors are float32 on the CPU, whatever the user's defaults. The dtype is that of the whole process."""
     dtype = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
-    # As a context, a device costs microseconds at each call of a torch function.
-    device = contextlib.nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
     try:
-        with device:
+        with host_device():
             yield
     finally:
         torch.set_default_dtype(dtype)
 
 
 @contextlib.contextmanager
+def no_autocast() -> Iterator[None]:
+    """A model computes in the dtypes that it has, whatever is around the call."""
+    with contextlib.ExitStack() as stack:
+        for device in filter(torch.is_autocast_enabled, AUTOCAST_DEVICES):
+            stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
+@contextlib.contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """No gradients, and eval mode for all submodules; each gets its own mode back."""
+    """No gradients, no autocast, and eval mode for all submodules; each gets its own mode back."""
     modes = [(m, m.training) for m in module.modules()]
     module.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), no_autocast():
             yield
     finally:
         for m, training in modes:

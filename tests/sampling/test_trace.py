@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgen.sampling import Categorical, Sampler, UnsupportedModel, naive_sample
+from fastgen.sampling import Categorical, Sampler, UnsupportedModel, audit, naive_sample
 
 from .networks import LEVELS
 
@@ -204,8 +204,14 @@ def default_float64():
 @pytest.mark.parametrize("mix", [seen_below, changed_after_use], ids=lambda f: f.__name__)
 @pytest.mark.parametrize(
     "surroundings",
-    [default_float64, lambda: torch.device("meta"), torch.inference_mode, torch.enable_grad],
-    ids=["float64 by default", "other default device", "inference mode", "gradients"],
+    [
+        default_float64,
+        lambda: torch.device("meta"),
+        torch.inference_mode,
+        torch.enable_grad,
+        lambda: torch.autocast("cpu", torch.bfloat16),
+    ],
+    ids=["float64 by default", "other default device", "inference mode", "gradients", "autocast"],
 )
 def test_surroundings_do_not_matter(surroundings: Callable, mix: Callable) -> None:
     network, given = make(mix)
@@ -216,6 +222,26 @@ def test_surroundings_do_not_matter(surroundings: Callable, mix: Callable) -> No
         images = sampler.sample(3, labels=labels)
         assert torch.equal(images, expected) and images.device.type == "cpu"
         assert torch.equal(naive_sample(network, 3, **given, labels=labels), expected)
+        assert audit(network, images, **given, labels=labels).ok
+
+
+def test_reference_executor_ignores_autocast() -> None:
+    network, given = make(seen_below)
+    sampler = Sampler(network, **given, backend="reference")
+    expected = sampler.sample(3)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(sampler.sample(3), expected)
+
+
+def test_drawing_leaves_the_default_dtype_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is that of the process: other threads would see another one."""
+    network, given = make(one_hot)
+    sampler = Sampler(network, **given)
+    with default_float64():
+        monkeypatch.setattr(torch, "set_default_dtype", lambda dtype: pytest.fail(f"set to {dtype}"))
+        images = sampler.sample(3, labels=1)
+        monkeypatch.undo()
+    assert torch.equal(images, sampler.sample(3, labels=1))
 
 
 def written_partly(net: Causal, h: Tensor, labels: Tensor) -> Tensor:
