@@ -45,7 +45,7 @@ def audit(
     model: nn.Module,
     images: Tensor,
     *,
-    image_shape: tuple[int, int, int] | None = None,
+    image_shape: tuple[int, ...] | None = None,
     head: Head | None = None,
     num_classes: int | None = None,
     precision: str = "fp32",

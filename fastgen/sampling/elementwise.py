@@ -164,7 +164,7 @@ def _operand(tracer: Tracer, value: Any) -> Tensor | float:
     """Codes of a tensor operand; a parameter with one element, or a number, as a number."""
     if not isinstance(value, Tensor):
         return float(value)
-    if value.numel() == 1 and not tracer.depends(value) and not tracer.tape.depends(value):
+    if value.numel() == 1 and not tracer.varies(value):
         return float(value)
     return tracer.codes(value)
 
@@ -326,7 +326,7 @@ def _masked_fill(tracer: Tracer, func: Any, args: tuple, kwargs: dict, outputs: 
 
 
 def _select(tracer: Tracer, mask: Tensor, chosen: Tensor, other: Tensor, output: Tensor) -> None:
-    if tracer.depends(mask) or tracer.tape.depends(mask):
+    if tracer.varies(mask):
         raise LayoutError("with a mask that depends on the image or the labels")
     mask = mask.cpu().expand(output.shape)
     emit = _emit(tracer, output.shape)

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from fastgen.sampling import elementwise
 from fastgen.sampling.graph import Embedding, Image, LayoutError, Linear, Ref, Stride, Tap, taps_of
@@ -32,7 +32,6 @@ _LAYOUT = (
     "_unsafe_view _reshape_copy _reshape_alias_copy view_copy permute_copy copy lift_fresh pixel_shuffle "
     "pixel_unshuffle"
 ).split()
-_INDEXING = ("gather", "index", "index_select")  # layout operators with tensors of indices
 
 
 rule(*"zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty new_empty_strided".split())(
@@ -40,17 +39,13 @@ rule(*"zeros_like ones_like full_like empty_like new_zeros new_ones new_full new
 )
 
 
-@rule(*_LAYOUT, *_INDEXING)
+@rule(*_LAYOUT)
 def _layout(tracer: Tracer, func: Any, args: tuple, kwargs: dict, outputs: list[Tensor]) -> None:
     """The same operator on the codes."""
     if func._schema.name == "aten::constant_pad_nd" and len(args) > 2 and args[2] != 0:
         raise tracer.unsupported(f"padding with {args[2]}")
     kwargs = {k: v for k, v in kwargs.items() if k not in ("dtype", "layout", "device", "pin_memory", "non_blocking")}
-    by_index = func._schema.name.removeprefix("aten::") in _INDEXING
-    codes = tree_map(
-        lambda a: tracer.codes(a) if isinstance(a, Tensor) and (tracer.depends(a) or not by_index) else a,
-        (args, kwargs),
-    )
+    codes = tree_map(lambda a: tracer.codes(a) if isinstance(a, Tensor) else a, (args, kwargs))
     if func._schema.name == "aten::_to_copy":
         if args[0].is_floating_point() and not outputs[0].is_floating_point():
             raise tracer.unsupported(f"conversion of the image to {outputs[0].dtype}")
@@ -60,8 +55,24 @@ def _layout(tracer: Tracer, func: Any, args: tuple, kwargs: dict, outputs: list[
     tracer.set_codes(outputs[0], result)
 
 
+@rule("gather", "index", "index_select")
+def _indexed(tracer: Tracer, func: Any, args: tuple, kwargs: dict, outputs: list[Tensor]) -> None:
+    """The same operator on the codes; rows of a table by levels of the image are looked up."""
+    indices = [a for a in tree_leaves(args[1:]) if isinstance(a, Tensor)]
+    if not any(tracer.varies(i) for i in indices):
+        where = tree_map(lambda a: a.cpu() if isinstance(a, Tensor) else a, args[1:])
+        tracer.set_codes(outputs[0], func(tracer.codes(args[0]), *where))
+        return
+    of_rows = {"aten::index": len(tree_leaves(args[1:])) == 1, "aten::index_select": args[1] == 0}
+    if not of_rows.get(func._schema.name) or not tracer.depends(indices[0]):
+        raise LayoutError("with an index that depends on the image or the labels")
+    _embedding(tracer, func, (args[0], indices[0]), kwargs, outputs)
+
+
 @rule("zero_", "fill_")
 def _fill_in_place(tracer: Tracer, func: Any, args: tuple, kwargs: dict, outputs: list[Tensor]) -> None:
+    if len(args) > 1 and isinstance(args[1], Tensor) and tracer.varies(args[1]):
+        raise LayoutError("with a number that depends on the image or the labels")
     value = float(args[1]) if len(args) > 1 else 0.0
     size = args[0].shape[-2:]  # height and width, where a whole channel is filled
     tracer.set_codes(args[0], tracer.codes(torch.full((1, 1, *size), value)).view(size).expand(args[0].shape))
@@ -81,7 +92,7 @@ def _convolution(tracer: Tracer, func: Any, args: tuple, kwargs: dict, outputs: 
     if x.dim() != 4:
         raise tracer.unsupported("a convolution that is not two-dimensional")
     for name, parameter in (("weight", weight), ("bias", bias)):
-        if parameter is not None and (tracer.depends(parameter) or tracer.tape.depends(parameter)):
+        if parameter is not None and tracer.varies(parameter):
             raise tracer.unsupported(f"a convolution whose {name} depends on the image or the labels")
     height, width = outputs[0].shape[2:]
     lower = _transposed_taps if transposed else _convolution_taps
@@ -207,22 +218,22 @@ def _vector(bias: Tensor | None) -> Tensor | None:
 
 @rule("embedding")
 def _embedding(tracer: Tracer, func: Any, args: tuple, kwargs: dict, outputs: list[Tensor]) -> None:
-    """A table indexed by levels of the image: one plane for each colour."""
+    """Rows of a table by levels of the image: one plane for each colour."""
     weight, indices = args[:2]
-    if tracer.depends(weight) or tracer.tape.depends(weight):
-        raise tracer.unsupported("an embedding whose table depends on the image or the labels")
+    if tracer.varies(weight):
+        raise LayoutError("of a table that depends on the image or the labels")
     plane, sample, colour, y, x = tracer.graph.decode(tracer.codes(indices).numpy())
     image = tracer.graph.nodes[max(0, int(plane.flat[0]))]
     if not isinstance(image, Image) or (plane != image.id).any():
         raise LayoutError("of anything but the levels of the image")
-    table = weight.detach().to("cpu", torch.float32).clone()
+    table = weight.detach().to("cpu", torch.float32).reshape(len(weight), -1).clone()
     size = (table.shape[1], image.height, image.width)
-    result = torch.empty(outputs[0].shape, dtype=torch.int64)
+    result = torch.empty(*indices.shape, table.shape[1], dtype=torch.int64)
     for c in np.unique(colour).tolist():
         codes = tracer.add(Embedding(tracer.module, *size, colour=c, table=table)).permute(0, 2, 3, 1)
         here = torch.from_numpy(colour == c)
         result[here] = codes[sample[colour == c], y[colour == c], x[colour == c]]
-    tracer.set_codes(outputs[0], result)
+    tracer.set_codes(outputs[0], result.view(outputs[0].shape))
 
 
 @rule("mm", "addmm", "linear", "bmm")
@@ -235,13 +246,18 @@ def _product(tracer: Tracer, func: Any, args: tuple, kwargs: dict, outputs: list
         bias, x, weight = args[:3]
     else:
         x, weight, bias = args[0], args[1], None
-    if name == "aten::bmm" and weight.shape[0] == 1:  # what einsum makes of it
+    if name == "aten::bmm" and (weight.shape[0] == 1 or weight.stride(0) == 0):  # what einsum and matmul make of it
         weight = weight[0]
-    if tracer.depends(weight) or tracer.tape.depends(weight) or weight.dim() != 2 or kwargs:
+    if tracer.varies(weight) or weight.dim() != 2 or kwargs:
         raise tracer.unsupported("a product with a matrix that is no parameter")
-    if bias is not None and (tracer.depends(bias) or bias.dim() != 1):
+    if bias is not None and (tracer.varies(bias) or bias.dim() != 1):
         raise tracer.unsupported("a product plus a matrix that is no bias")
-    rows = tracer.codes(x).reshape(-1, x.shape[-1])  # [N*h*w, K]
+    out = product(tracer, tracer.codes(x).reshape(-1, x.shape[-1]), weight, bias)
+    tracer.set_codes(outputs[0], out.view(outputs[0].shape))
+
+
+def product(tracer: Tracer, rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Codes [N*h*w, M] of codes [N*h*w, K], positions in any order, times weight [K, M]."""
     for order in _raster_orders(tracer, rows):
         with contextlib.suppress(LayoutError):
             grid = rows[order].permute(0, 3, 1, 2).contiguous()
@@ -254,7 +270,7 @@ def _product(tracer: Tracer, func: Any, args: tuple, kwargs: dict, outputs: list
     node = Linear(tracer.module, weight.shape[1], height, width, stride=ref.stride, taps=taps, bias=_vector(bias))
     out = torch.empty(len(rows), weight.shape[1], dtype=torch.int64)
     out[order] = tracer.add(node).permute(0, 2, 3, 1)
-    tracer.set_codes(outputs[0], out.view(outputs[0].shape))
+    return out
 
 
 def _raster_orders(tracer: Tracer, rows: Tensor) -> Iterator[Tensor]:

@@ -16,7 +16,7 @@ def naive_sample(
     model: nn.Module,
     n: int,
     *,
-    image_shape: tuple[int, int, int] | None = None,
+    image_shape: tuple[int, ...] | None = None,
     head: Head | None = None,
     num_classes: int | None = None,
     seed: int = 0,

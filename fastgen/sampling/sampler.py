@@ -17,6 +17,7 @@ from fastgen import backends
 from fastgen.sampling.executors import Batch
 from fastgen.sampling.executors.cpu import CpuExecutor
 from fastgen.sampling.executors.reference import ReferenceExecutor
+from fastgen.sampling.graph import Constant, Embedding, Graph, Linear, Pointwise
 from fastgen.sampling.heads import Head
 from fastgen.sampling.pack import compile_graph
 from fastgen.sampling.plan import Plan
@@ -83,7 +84,8 @@ class Sampler:
         model: maps encoded images [N, C, H, W] (and labels [N]) to head parameters [N, head.num_params(C), H, W].
             Any module; it is traced in eval mode and left as it was. Whatever its dtype, sampling computes in
             float32.
-        image_shape: (C, H, W); default: ``model.image_shape``.
+        image_shape: (C, H, W); default: ``model.image_shape``.  (H, W) for a model that reads [N, H, W], as priors over
+            codes do; images are [N, 1, H, W] all the same.
         head: default: ``model.head``.
         num_classes: labels are 0..num_classes-1; default: ``model.num_classes``, else unconditional.
         precision: "fp32", or "bf16": the weights of products are rounded to bfloat16, activations and sums stay
@@ -106,7 +108,7 @@ class Sampler:
     def __init__(
         self,
         model: nn.Module,
-        image_shape: tuple[int, int, int] | None = None,
+        image_shape: tuple[int, ...] | None = None,
         head: Head | None = None,
         *,
         num_classes: int | None = None,
@@ -125,7 +127,6 @@ class Sampler:
             self._compile()
             if precision == "bf16":
                 self.plan.round_weights()
-            _check_finite(self.plan)
             with host_defaults(), _device(self._subject.like):
                 self._executor = executor(self.plan)
         self.max_batch = max_batch or _batch_that_fits(self.plan, _memory_of(self._executor))
@@ -159,7 +160,8 @@ class Sampler:
             if subject.num_classes is not None:
                 labels = (torch.arange(TRACE_BATCH) % subject.num_classes).to(subject.like.device)
         with evaluating(subject.module):
-            graph, self._tape = trace(subject.module, image, labels)
+            graph, self._tape = trace(subject, image, labels)
+        _check_finite(graph)
         with host_defaults():
             self.plan, self._conditions = compile_graph(graph, subject.head)
 
@@ -268,16 +270,20 @@ def _as_plane(value: Tensor) -> Tensor:
     return value if value.dim() == 4 else value.reshape(len(value), -1, 1, 1)
 
 
-def _check_finite(plan: Plan) -> None:
-    for step in plan.steps:
-        for tensor in (step.weight, step.bias):
-            if tensor is not None and not tensor.sum(dtype=torch.float64).isfinite():
-                raise ValueError(f"the weights of module {step.name!r} are not finite")
-        if any(math.isnan(i.value) for i in step.program):
-            raise ValueError(f"module {step.name!r} computes with NaN")
-    for plane in plan.planes:
-        if plane.data is not None and plane.data.isnan().any():  # infinities have their uses: -inf forbids a level
-            raise ValueError(f"a constant of module {plane.name!r} holds NaN")
+def _check_finite(graph: Graph) -> None:
+    """Before anything is concluded from the weights: not a number is not zero, and so seems to be seen."""
+    for node in graph.nodes:
+        weights: list[Tensor | None] = []
+        if isinstance(node, Linear):
+            weights = [*(tap.weight for tap in node.taps), node.bias]
+        elif isinstance(node, Embedding):
+            weights = [node.table]
+        elif isinstance(node, Pointwise) and any(isinstance(o, float) and math.isnan(o) for o in node.operands):
+            raise ValueError(f"module {node.name!r} computes with NaN")
+        elif isinstance(node, Constant) and node.data.isnan().any():  # infinities have their uses: -inf forbids a level
+            raise ValueError(f"a constant of module {node.name!r} holds NaN")
+        if any(w is not None and not w.sum(dtype=torch.float64).isfinite() for w in weights):
+            raise ValueError(f"the weights of module {node.name!r} are not finite")
 
 
 def _memory_of(executor: Any) -> int:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from fastgen.sampling.heads import Head
+from fastgen.sampling.heads import Categorical, Head
 
 MAX_CHANNELS = 256  # of an image: what the schedule's keys have room for
 AUTOCAST_DEVICES = ("cpu", "cuda", "xpu", "mps")
@@ -21,17 +21,28 @@ AUTOCAST_DEVICES = ("cpu", "cuda", "xpu", "mps")
 
 @dataclass(frozen=True)
 class Subject:
-    """module: `private`, so that running it changes nothing that others see."""
+    """module: `private`, so that running it changes nothing that others see.
+    reads_channels: whether it reads images as [N, C, H, W]; else, of one channel, as [N, H, W].
+    """
 
     module: nn.Module
     image_shape: tuple[int, int, int]
     head: Head
     num_classes: int | None
+    reads_channels: bool = True
 
     def params(self, images: Tensor, labels: Tensor | None) -> Tensor:
         """Head parameters [N, C*K, H, W] of levels [N, C, H, W], in the dtype and on the device of the module."""
-        x = self.encode(images)
-        return self.module(x) if labels is None else self.module(x, labels.to(self.like.device))
+        return self.forward(self.encode(images), labels)
+
+    def forward(self, x: Tensor, labels: Tensor | None) -> Tensor:
+        """Head parameters [N, C*K, H, W] of encoded images [N, C, H, W]."""
+        x = x if self.reads_channels else x.squeeze(1)
+        output = self.module(x) if labels is None else self.module(x, labels.to(self.like.device))
+        if isinstance(output, Tensor) and output.dim() == 5 and isinstance(self.head, Categorical):
+            if output.shape[1:3] == (self.head.levels, self.image_shape[0]):  # what F.cross_entropy takes
+                return output.transpose(1, 2).flatten(1, 2)
+        return output
 
     def encode(self, images: Tensor) -> Tensor:
         """What the module reads for levels [N, C, H, W], on its device and, unless it reads integers, in its dtype."""
@@ -47,7 +58,7 @@ class Subject:
 
 def make_subject(
     module: nn.Module,
-    image_shape: tuple[int, int, int] | None,
+    image_shape: tuple[int, ...] | None,
     head: Head | None,
     num_classes: int | None,
 ) -> Subject:
@@ -62,9 +73,10 @@ def make_subject(
     image_shape = image_shape if image_shape is not None else getattr(module, "image_shape", None)
     head = head if head is not None else getattr(module, "head", None)
     num_classes = num_classes if num_classes is not None else getattr(module, "num_classes", None)
-    if not isinstance(image_shape, Sequence) or len(image_shape) != 3 or not all(map(_positive, image_shape)):
-        raise ValueError(f"image_shape must be (C, H, W) with positive integers, got {image_shape!r}")
-    channels, height, width = image_shape
+    if not isinstance(image_shape, Sequence) or len(image_shape) not in (2, 3) or not all(map(_positive, image_shape)):
+        raise ValueError(f"image_shape must be (C, H, W) or (H, W) with positive integers, got {image_shape!r}")
+    reads_channels = len(image_shape) == 3
+    channels, height, width = image_shape if reads_channels else (1, *image_shape)
     if channels > MAX_CHANNELS:
         raise ValueError(f"image_shape must have at most {MAX_CHANNELS} channels, got {channels}")
     if not isinstance(head, Head):
@@ -73,7 +85,7 @@ def make_subject(
         raise ValueError(f"num_classes must be a positive integer or None, got {num_classes!r}")
     if any(t.is_meta for t in (*module.parameters(), *module.buffers())):
         raise ValueError("the model is on the meta device: its weights have no values")
-    return Subject(private(module), (channels, height, width), head, num_classes)
+    return Subject(private(module), (channels, height, width), head, num_classes, reads_channels)
 
 
 def _positive(value: object) -> bool:

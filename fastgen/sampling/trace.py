@@ -17,8 +17,10 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
@@ -35,7 +37,7 @@ from fastgen.sampling.graph import (
     Ref,
     UnsupportedModel,
 )
-from fastgen.sampling.subject import host_defaults
+from fastgen.sampling.subject import Subject, host_defaults
 
 TRACE_BATCH = 2  # two samples tell the batch dimension from a broadcast one, and show a mix-up of samples
 
@@ -144,6 +146,13 @@ def _written(func: Any, args: tuple, kwargs: dict) -> list[Tensor]:
     return tensors_in([named.get(a.name) for a in arguments if a.alias_info is not None and a.alias_info.is_write])
 
 
+def _has_shape_by_values(func: Any, inputs: list[Tensor]) -> bool:
+    """Whether the values of the inputs decide on the shape of the result."""
+    if func is torch.ops.aten.index.Tensor:
+        return any(index.dtype in (torch.bool, torch.uint8) for index in inputs[1:])
+    return torch.Tag.dynamic_output_shape in func.tags
+
+
 class Tracer(TorchDispatchMode):
     """Builds a Graph from the calls made while the mode is active."""
 
@@ -160,6 +169,10 @@ class Tracer(TorchDispatchMode):
     def depends(self, tensor: Tensor) -> bool:
         """Whether any element may depend on the image."""
         return storage_key(tensor) in self._shadows
+
+    def varies(self, tensor: Tensor) -> bool:
+        """Whether any element may depend on the image or the labels."""
+        return self.depends(tensor) or self.tape.depends(tensor)
 
     def codes(self, tensor: Tensor) -> Tensor:
         """int64 codes with the shape of `tensor`; parameters and conditions become planes of their own."""
@@ -229,6 +242,8 @@ class Tracer(TorchDispatchMode):
                 self.tape.will_write(tensor)
         result = func(*args, **kwargs)
         if on_labels:
+            if (func._schema.returns and not tensors_in(result)) or _has_shape_by_values(func, inputs):
+                raise self.unsupported(f"Python code that reads the values of labels (operator {func})")
             self.tape.record(func, args, kwargs, tensors_in(result))
         return result
 
@@ -272,6 +287,31 @@ class Tracer(TorchDispatchMode):
         return self.graph.codes(self.graph.add(node))
 
 
+class _Watch(TorchFunctionMode):
+    """For what no dispatch mode sees: values that leave for Python, where they would stay those of the trace."""
+
+    def __init__(self, tracer: Tracer):
+        super().__init__()
+        self.tracer = tracer
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        tracer, tensor = self.tracer, args[0] if args else None
+        if isinstance(tensor, Tensor) and tracer.varies(tensor):
+            if getattr(func, "__name__", "") in ("tolist", "numpy", "__array__", "__dlpack__"):
+                what = "the image" if tracer.depends(tensor) else "labels"
+                raise tracer.unsupported(f"Python code that reads the values of {what} (Tensor.{func.__name__})")
+            if func is F.one_hot:  # it looks at the values itself
+                return _one_hot(tracer, *args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _one_hot(tracer: Tracer, tensor: Tensor, num_classes: int = -1) -> Tensor:
+    if num_classes < 0:
+        raise tracer.unsupported("F.one_hot without num_classes")
+    return F.embedding(tensor, torch.eye(num_classes, dtype=tensor.dtype, device=tensor.device))
+
+
 @contextlib.contextmanager
 def _module_paths(root: nn.Module, tracer: Tracer) -> Iterator[None]:
     """Keep tracer.module at the path of the submodule that is running."""
@@ -294,29 +334,32 @@ def _module_paths(root: nn.Module, tracer: Tracer) -> Iterator[None]:
             handle.remove()
 
 
-def trace(module: nn.Module, image: Tensor, labels: Tensor | None = None) -> tuple[Graph, Tape]:
-    """Follow module(image) or module(image, labels).
+def trace(subject: Subject, image: Tensor, labels: Tensor | None = None) -> tuple[Graph, Tape]:
+    """Follow subject.forward(image, labels).
 
     Args:
-        module: in eval mode; maps image -> [N, parameters, H, W].
-        image: encoded images [TRACE_BATCH, C, H, W], floating point; the values matter only to operators that do not
-            depend on them in a supported model.
+        subject: its module in eval mode.
+        image: encoded images [TRACE_BATCH, C, H, W]; the values matter only to operators that do not depend on them in
+            a supported model.
         labels: [TRACE_BATCH] or None.
 
     Returns:
         the graph, its `output` set, and the tape of label-dependent calls.
 
     Raises:
-        UnsupportedModel: an operator without a lowering, or an output of the wrong shape.
+        UnsupportedModel: an operator without a lowering, an output of the wrong shape, or an error in the forward.
     """
     tracer = Tracer(labels)
     with host_defaults():
         tracer.set_codes(image, tracer.add(Image("", *image.shape[1:])))
-    with torch.no_grad(), backends.backend("reference"), _module_paths(module, tracer), tracer:
-        output = module(image) if labels is None else module(image, labels)
+    with torch.no_grad(), backends.backend("reference"), _module_paths(subject.module, tracer), _Watch(tracer), tracer:
+        output = _forward(subject, image, labels, tracer)
     if not isinstance(output, Tensor) or output.dim() != 4 or output.shape[0] != TRACE_BATCH:
         got = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
-        raise UnsupportedModel(f"the network's output must be a tensor [N, parameters, H, W], got {got}")
+        raise UnsupportedModel(
+            f"the network's output must be a tensor [N, parameters, H, W] or, for Categorical, [N, levels, C, H, W], "
+            f"got {got}"
+        )
     if tuple(output.shape[2:]) != tuple(image.shape[2:]):
         raise UnsupportedModel(
             f"the network's output has height and width {tuple(output.shape[2:])}, the image {tuple(image.shape[2:])}"
@@ -328,3 +371,16 @@ def trace(module: nn.Module, image: Tensor, labels: Tensor | None = None) -> tup
     except LayoutError:
         raise UnsupportedModel("the network's output is not made of shifted windows of feature maps") from None
     return tracer.graph, tracer.tape
+
+
+def _forward(subject: Subject, image: Tensor, labels: Tensor | None, tracer: Tracer) -> Tensor:
+    try:
+        return subject.forward(image, labels)
+    except UnsupportedModel:
+        raise
+    except Exception as error:
+        shape = tuple(image.shape if subject.reads_channels else image.squeeze(1).shape)
+        raise UnsupportedModel(
+            f"module {tracer.module or TOP_LEVEL!r} of {type(subject.module).__name__}, which was given {image.dtype} of "
+            f"shape {shape}, raised {type(error).__name__}: {error}"
+        ) from error

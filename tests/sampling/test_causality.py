@@ -11,7 +11,7 @@ from fastgen import models
 from fastgen.sampling import Categorical, NotCausal, Sampler, UnsupportedModel
 from fastgen.sampling.graph import Ref
 from fastgen.sampling.schedule import Stage, key, schedule, unkey
-from fastgen.sampling.subject import evaluating
+from fastgen.sampling.subject import evaluating, make_subject
 from fastgen.sampling.trace import trace
 
 from .networks import LEVELS, NETWORKS, MaskedInPlace, make
@@ -43,7 +43,9 @@ def test_reach_against_perturbation(name: str) -> None:
     height, width = 6, 7
     network, channels, num_classes = make(name, height, width)
     labels = torch.arange(2) if num_classes else None
-    graph, _ = trace(network, torch.randn(2, channels, height, width), labels)
+    subject = make_subject(network, (channels, height, width), Categorical(LEVELS), num_classes)
+    with evaluating(subject.module):
+        graph, _ = trace(subject, torch.randn(2, channels, height, width), labels)
     output = graph.output
     assert isinstance(output, Ref)
     groups = Categorical(LEVELS).groups(channels)

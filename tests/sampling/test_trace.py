@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -244,6 +245,76 @@ def test_drawing_leaves_the_default_dtype_alone(monkeypatch: pytest.MonkeyPatch)
     assert torch.equal(images, sampler.sample(3, labels=1))
 
 
+def by_first_label(net: Causal, h: Tensor, labels: Tensor) -> Tensor:
+    return h * net.channels[int(labels[0])]
+
+
+def by_any_label(net: Causal, h: Tensor, labels: Tensor) -> Tensor:
+    return h * 0 if (labels == 3).any() else h
+
+
+def by_largest_label(net: Causal, h: Tensor, labels: Tensor) -> Tensor:
+    return h if labels.max() < 2 else h * 0
+
+
+def by_equal_labels(net: Causal, h: Tensor, labels: Tensor) -> Tensor:
+    return h if torch.equal(labels, labels.flip(0)) else h * 0
+
+
+def by_list_of_labels(net: Causal, h: Tensor, labels: Tensor) -> Tensor:
+    return torch.stack([h[i] * k for i, k in enumerate(labels.tolist())])
+
+
+def by_numpy(net: Causal, h: Tensor, labels: Tensor) -> Tensor:
+    return h + torch.from_numpy(np.eye(CLASSES, dtype=np.float32)[labels.cpu().numpy()]).mean(1)[:, None, None, None]
+
+
+def by_count_of_labels(net: Causal, h: Tensor, labels: Tensor) -> Tensor:
+    return h * len((labels == 3).nonzero())
+
+
+def by_number_of_labels(net: Causal, h: Tensor, labels: Tensor) -> Tensor:
+    return h * len(labels[labels == 3])
+
+
+def one_hot_of_unknown_size(net: Causal, h: Tensor, labels: Tensor) -> Tensor:
+    return h + F.one_hot(labels).float().mean(1)[:, None, None, None]
+
+
+def picked_by_label(net: Causal, h: Tensor, labels: Tensor) -> Tensor:
+    return torch.stack([h * k for k in range(CLASSES)], dim=1)[torch.arange(len(h)), labels]
+
+
+def filled_by_label(net: Causal, h: Tensor, labels: Tensor) -> Tensor:
+    h = h.clone()
+    return h.fill_(labels[0] * 0.5)
+
+
+@pytest.mark.parametrize(
+    ("mix", "named"),
+    [
+        (by_first_label, r"module '\(top level\)': .*reads the values of labels"),
+        (by_any_label, "reads the values of labels"),
+        (by_largest_label, "reads the values of labels"),
+        (by_equal_labels, "reads the values of labels .*equal"),
+        (by_list_of_labels, "reads the values of labels .*tolist"),
+        (by_numpy, "reads the values of labels .*numpy"),
+        (by_count_of_labels, "reads the values of labels .*nonzero"),
+        (by_number_of_labels, "reads the values of labels .*index"),
+        (one_hot_of_unknown_size, "F.one_hot without num_classes"),
+        (picked_by_label, "aten.index.Tensor with an index that depends on the image or the labels"),
+        (filled_by_label, "fill_.Tensor with a number that depends on the image or the labels"),
+    ],
+    ids=lambda v: v.__name__ if callable(v) else "",
+)
+@pytest.mark.parametrize("mode", [contextlib.nullcontext, torch.inference_mode], ids=["", "inference mode"])
+def test_choices_by_label_are_refused(mix: Callable, named: str, mode: Callable) -> None:
+    """They would stay as they were for the labels of the trace."""
+    network, given = make(mix)
+    with mode(), pytest.raises(UnsupportedModel, match=named):
+        Sampler(network, **{**given, "num_classes": CLASSES})
+
+
 def written_partly(net: Causal, h: Tensor, labels: Tensor) -> Tensor:
     out = net.embedding(labels)[:, :, None, None].repeat(1, 1, *h.shape[2:])
     out[:, :, 1:] += h[:, :, 1:]
@@ -259,10 +330,11 @@ def written_partly(net: Causal, h: Tensor, labels: Tensor) -> Tensor:
         (lambda net, h: 2**h, "aten.pow.Scalar with an exponent other than 2"),
         (lambda net, h: torch.div(h, 2, rounding_mode="floor"), "with rounding mode 'floor'"),
         (lambda net, h: h * h.sum().item(), "aten.sum"),
-        (lambda net, h: torch.from_numpy(h.numpy() + 1), "the network's output is not made of shifted windows"),
+        (lambda net, h: torch.from_numpy(h.numpy() + 1), r"reads the values of the image \(Tensor.numpy\)"),
+        (lambda net, h: h + net.channels.gather(0, h.flatten().long()[:1]), "conversion of the image to torch.int64"),
         (written_partly, "writing the image into a part of a label-dependent tensor"),
     ],
-    ids=["noise", "dropout", "cube", "power", "rounding", "item", "numpy", "partly"],
+    ids=["noise", "dropout", "cube", "power", "rounding", "item", "numpy", "index", "partly"],
 )
 def test_refused_by_name(mix: Callable, named: str) -> None:
     network, given = make(mix)
@@ -277,8 +349,12 @@ def test_error_in_forward_leaves_nothing_behind() -> None:
 
     network, given = make(fail)
     network.train()
-    for function in (Sampler, lambda *a, **k: naive_sample(*a, 1, **k)):
-        with pytest.raises(KeyError, match="inside"):
+    message = r"module '\(top level\)' of Causal, which was given torch.float32 of shape \(2, 1, 5, 4\), raised KeyError: 'inside'"
+    for function, error, text in (
+        (Sampler, UnsupportedModel, message),
+        (lambda *a, **k: naive_sample(*a, 1, **k), KeyError, "inside"),
+    ):
+        with pytest.raises(error, match=text):
             function(network, **given)
         assert all(m.training for m in network.modules())
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in network.modules())
