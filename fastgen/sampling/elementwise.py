@@ -144,16 +144,31 @@ def _new_condition(tracer: Tracer, codes: Tensor, source: int) -> Tensor:
 
 
 def blanked(tracer: Tracer, codes: Tensor) -> Ref:
-    """A plane for codes in which elements inside a plane were replaced by zeros: the plane times a constant of zeros
-    and ones.
+    """A plane for codes in which elements inside a plane were replaced, by zeros or by elements of other planes, as
+    in-place writes into overlapping views do: the sum of the planes, each times a constant of zeros and ones.
     """
+    if codes.dim() != 4:
+        raise LayoutError
+    with contextlib.suppress(LayoutError):  # at best each channel holds elements of one plane
+        return tracer.graph.recognise(_masked(tracer, codes))
+    plane, *_ = tracer.graph.decode(codes.numpy())
+    total, *others = (
+        _masked(tracer, torch.where(torch.from_numpy(plane == p), codes, 0)) for p in np.unique(plane[plane >= 0])
+    )
+    for other in others:
+        total = pointwise_4d(tracer, "add", [total, other])
+    return tracer.graph.recognise(total)
+
+
+def _masked(tracer: Tracer, codes: Tensor) -> Tensor:
+    """Codes of a plane that holds what `codes` holds: in each channel, elements of one plane and zeros."""
     keep = codes > 0
-    if codes.dim() != 4 or not torch.equal(keep[0], keep[-1]):
+    if not torch.equal(keep[0], keep[-1]):
         raise LayoutError
     source = tracer.graph.recognise(codes, holes=True)
     _, channels, height, width = codes.shape
     mask = tracer.add(Constant(tracer.module, channels, height, width, data=keep[0].float()))
-    return tracer.graph.recognise(pointwise_4d(tracer, "mul", [source, mask.expand(codes.shape)]))
+    return pointwise_4d(tracer, "mul", [source, mask.expand(codes.shape)])
 
 
 def _emit(tracer: Tracer, shape: Sequence[int]) -> Callable[..., Tensor]:
@@ -169,6 +184,11 @@ def _operand(tracer: Tracer, value: Any) -> Tensor | float:
     return tracer.codes(value)
 
 
+def named_arguments(func: Any, args: tuple, kwargs: dict) -> dict[str, Any]:
+    """The arguments of a call of an ATen operator by their names in its schema."""
+    return dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
+
+
 Formula = Callable[..., "Tensor | float"]
 
 
@@ -178,8 +198,7 @@ def elementwise(*names: str) -> Callable[[Formula], Formula]:
     def add(formula: Formula) -> Formula:
         def apply(tracer: Tracer, func: Any, args: tuple, kwargs: dict, outputs: list[Tensor]) -> None:
             emit = _emit(tracer, outputs[0].shape)
-            schema = [a.name for a in func._schema.arguments]
-            named = dict(zip(schema, args, strict=False)) | kwargs
+            named = named_arguments(func, args, kwargs)
             tensors = [_operand(tracer, v) for k, v in named.items() if k in ("self", "other")]
             rest = {
                 k: _operand(tracer, v) if isinstance(v, Tensor) else v
@@ -307,6 +326,69 @@ def _rsqrt(emit: Formula, x: Any) -> Any:
     return emit("div", 1.0, emit("sqrt", x))
 
 
+def _positive(emit: Formula, x: Any) -> Any:
+    """1 where x > 0, else 0."""
+    above = emit("relu", x)
+    return emit("div", above, emit("positive_or", above, 1.0))
+
+
+def _not(emit: Formula, mask: Any) -> Any:
+    return emit("sub", 1.0, mask)
+
+
+def _between(emit: Formula, mask: Any, x: Any, y: Any) -> Any:
+    """x where the mask is 1, y where it is 0."""
+    return emit("add", emit("mul", mask, x), emit("mul", _not(emit, mask), y))
+
+
+@elementwise("gt")
+def _gt(emit: Formula, x: Any, y: Any) -> Any:
+    return _positive(emit, emit("sub", x, y))
+
+
+@elementwise("lt")
+def _lt(emit: Formula, x: Any, y: Any) -> Any:
+    return _positive(emit, emit("sub", y, x))
+
+
+@elementwise("ge")
+def _ge(emit: Formula, x: Any, y: Any) -> Any:
+    return _not(emit, _lt(emit, x, y))
+
+
+@elementwise("le")
+def _le(emit: Formula, x: Any, y: Any) -> Any:
+    return _not(emit, _gt(emit, x, y))
+
+
+@elementwise("ne")
+def _ne(emit: Formula, x: Any, y: Any) -> Any:
+    return _positive(emit, emit("abs", emit("sub", x, y)))
+
+
+@elementwise("eq")
+def _eq(emit: Formula, x: Any, y: Any) -> Any:
+    return _not(emit, _ne(emit, x, y))
+
+
+@elementwise("threshold")
+def _threshold(emit: Formula, x: Any, threshold: float, value: float) -> Any:
+    return _between(emit, _gt(emit, x, threshold), x, value)
+
+
+@elementwise("lerp")
+def _lerp(emit: Formula, x: Any, end: Any, weight: Any) -> Any:
+    return emit("add", x, emit("mul", weight, emit("sub", end, x)))
+
+
+@elementwise("addcmul")
+def _addcmul(emit: Formula, x: Any, tensor1: Any, tensor2: Any, value: float = 1) -> Any:
+    for factor in (tensor2, value):
+        both = isinstance(tensor1, float) and isinstance(factor, int | float)
+        tensor1 = tensor1 * factor if both else emit("mul", tensor1, factor)
+    return emit("add", x, tensor1)
+
+
 @rule("_prelu_kernel")
 def _prelu(tracer: Tracer, func: Any, args: tuple, kwargs: dict, outputs: list[Tensor]) -> None:
     emit = _emit(tracer, outputs[0].shape)
@@ -325,20 +407,32 @@ def _masked_fill(tracer: Tracer, func: Any, args: tuple, kwargs: dict, outputs: 
     _select(tracer, args[1], torch.as_tensor(args[2]), args[0], outputs[0])
 
 
+@rule("constant_pad_nd")
+def _constant_pad(tracer: Tracer, func: Any, args: tuple, kwargs: dict, outputs: list[Tensor]) -> None:
+    x, pad, value = (*args, 0)[:3]
+    codes = func(tracer.codes(x), pad)
+    if value != 0:
+        around = func(torch.zeros(x.shape), pad, float(value)).expand(codes.shape)
+        codes = _either(tracer, codes, tracer.codes(around))
+    tracer.set_codes(outputs[0], codes)
+
+
 def _select(tracer: Tracer, mask: Tensor, chosen: Tensor, other: Tensor, output: Tensor) -> None:
     if tracer.varies(mask):
         raise LayoutError("with a mask that depends on the image or the labels")
     mask = mask.cpu().expand(output.shape)
-    emit = _emit(tracer, output.shape)
     parts = []
     for keep, value in ((mask, chosen), (~mask, other)):
         codes = tracer.codes(value.to(output)) if not tracer.depends(value) else tracer.codes(value)
-        codes = torch.where(keep, codes.expand(output.shape), 0)
-        if codes.any():
-            parts.append(codes)
-    if len(parts) == 2:
-        parts = [emit("add", *parts)]
-    tracer.set_codes(output, parts[0] if parts else torch.zeros_like(mask, dtype=torch.int64))
+        parts.append(torch.where(keep, codes.expand(output.shape), 0))
+    tracer.set_codes(output, _either(tracer, *parts))
+
+
+def _either(tracer: Tracer, x: Tensor, y: Tensor) -> Tensor:
+    """The codes that are not zero; where neither is zero anywhere in common."""
+    if x.any() and y.any():
+        return pointwise(tracer, "add", [x, y], x.shape)
+    return x if x.any() else y
 
 
 @elementwise("silu")
@@ -354,24 +448,30 @@ def _glu(tracer: Tracer, func: Any, args: tuple, kwargs: dict, outputs: list[Ten
     tracer.set_codes(outputs[0], emit("mul", value, emit("sigmoid", gate)))
 
 
-@elementwise("clamp", "hardtanh")
+@elementwise("clamp", "clamp_min", "clamp_max", "hardtanh")
 def _clamp(emit: Formula, x: Any, min: float | None = None, max: float | None = None, **bounds: float) -> Any:
     low, high = bounds.get("min_val", min), bounds.get("max_val", max)
     out = x if low is None else emit("max", x, low)
     return out if high is None else emit("min", out, high)
 
 
+_MOST_FACTORS = 8  # of a power
+
+
 @elementwise("pow")
 def _pow(emit: Formula, x: Any, exponent: Tensor | float) -> Any:
-    if isinstance(exponent, Tensor) or exponent != 2:
-        raise LayoutError("with an exponent other than 2")
-    return emit("mul", x, x)
+    if isinstance(exponent, Tensor) or abs(exponent) not in (0.5, *range(1, _MOST_FACTORS + 1)):
+        raise LayoutError(f"with an exponent other than 0.5, 1, ..., {_MOST_FACTORS} and their negatives")
+    result = emit("sqrt", x) if abs(exponent) == 0.5 else x
+    for _ in range(abs(int(exponent)) - 1):
+        result = emit("mul", result, x)
+    return result if exponent > 0 else emit("div", 1.0, result)
 
 
 @rule("native_batch_norm", "_native_batch_norm_legit_no_training", "cudnn_batch_norm", "batch_norm")
 def _batch_norm(tracer: Tracer, func: Any, args: tuple, kwargs: dict, outputs: list[Tensor]) -> None:
     """(x - mean) / sqrt(var + eps) * weight + bias with running statistics: one scale and one shift per channel."""
-    named = dict(zip((a.name for a in func._schema.arguments), args, strict=False)) | kwargs
+    named = named_arguments(func, args, kwargs)
     if named.get("training"):
         raise tracer.unsupported("BatchNorm on batch statistics")
     scale = torch.rsqrt(named["running_var"].double() + named["eps"])

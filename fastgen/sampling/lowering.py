@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 # Layout.
 
 _LAYOUT = (
-    "cat stack clone contiguous _to_copy constant_pad_nd select_scatter slice_scatter roll flip repeat "
+    "cat stack clone contiguous _to_copy select_scatter slice_scatter roll flip repeat "
     "_unsafe_view _reshape_copy _reshape_alias_copy view_copy permute_copy copy lift_fresh pixel_shuffle "
     "pixel_unshuffle"
 ).split()
@@ -42,8 +42,6 @@ rule(*"zeros_like ones_like full_like empty_like new_zeros new_ones new_full new
 @rule(*_LAYOUT)
 def _layout(tracer: Tracer, func: Any, args: tuple, kwargs: dict, outputs: list[Tensor]) -> None:
     """The same operator on the codes."""
-    if func._schema.name == "aten::constant_pad_nd" and len(args) > 2 and args[2] != 0:
-        raise tracer.unsupported(f"padding with {args[2]}")
     kwargs = {k: v for k, v in kwargs.items() if k not in ("dtype", "layout", "device", "pin_memory", "non_blocking")}
     codes = tree_map(lambda a: tracer.codes(a) if isinstance(a, Tensor) else a, (args, kwargs))
     if func._schema.name == "aten::_to_copy":

@@ -39,9 +39,9 @@ class Subject:
         """Head parameters [N, C*K, H, W] of encoded images [N, C, H, W]."""
         x = x if self.reads_channels else x.squeeze(1)
         output = self.module(x) if labels is None else self.module(x, labels.to(self.like.device))
-        if isinstance(output, Tensor) and output.dim() == 5 and isinstance(self.head, Categorical):
-            if output.shape[1:3] == (self.head.levels, self.image_shape[0]):  # what F.cross_entropy takes
-                return output.transpose(1, 2).flatten(1, 2)
+        as_loss_takes_it = (len(x), self.head.levels, *self.image_shape)
+        if isinstance(self.head, Categorical) and getattr(output, "shape", None) == as_loss_takes_it:
+            return output.transpose(1, 2).flatten(1, 2)
         return output
 
     def encode(self, images: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from fastgen import backends
-from fastgen.sampling import elementwise, lowering, rules  # noqa: F401  (lowering: for its rules)
+from fastgen.sampling import channels, elementwise, logits, lowering, rules  # noqa: F401  (some for their rules)
 from fastgen.sampling.graph import (
     TOP_LEVEL,
     Condition,
@@ -160,6 +161,7 @@ class Tracer(TorchDispatchMode):
         super().__init__()
         self.graph = Graph(TRACE_BATCH)
         self.tape = Tape(labels)
+        self.log_softmaxes: dict[int, np.ndarray] = {}  # by node: see `fastgen.sampling.logits`
         self.module = ""  # path of the module whose forward is running
         # storage -> (flat codes, the storage, which keeps its key but not its memory)
         self._shadows: dict[int, tuple[Tensor, StorageWeakRef]] = {}
@@ -256,7 +258,8 @@ class Tracer(TorchDispatchMode):
                 return result
         rule = rules.find(func)
         if rule is None:
-            raise self.unsupported(f"operator {func} (supported: views, {', '.join(rules.supported())})")
+            hint = logits.HINTS.get(func._schema.name, "")
+            raise self.unsupported(f"operator {func}{hint} (supported: views, {', '.join(rules.supported())})")
         try:
             with host_defaults():
                 for tensor in _written(func, args, kwargs):
@@ -366,10 +369,13 @@ def trace(subject: Subject, image: Tensor, labels: Tensor | None = None) -> tupl
         )
     try:
         with host_defaults():
-            found = tracer.recognise(tracer.codes(output))
+            codes = tracer.codes(output)
+            found = tracer.recognise(codes)
             tracer.graph.output = tracer.graph.at_stride(found, (1, 1), (output.shape[2], output.shape[3]))
     except LayoutError:
         raise UnsupportedModel("the network's output is not made of shifted windows of feature maps") from None
+    if output.shape[1] == subject.head.num_params(subject.image_shape[0]):  # `compile_graph` refuses others
+        logits.check_logits(tracer, codes, subject.head)
     return tracer.graph, tracer.tape
 
 
@@ -381,6 +387,6 @@ def _forward(subject: Subject, image: Tensor, labels: Tensor | None, tracer: Tra
     except Exception as error:
         shape = tuple(image.shape if subject.reads_channels else image.squeeze(1).shape)
         raise UnsupportedModel(
-            f"module {tracer.module or TOP_LEVEL!r} of {type(subject.module).__name__}, which was given {image.dtype} of "
-            f"shape {shape}, raised {type(error).__name__}: {error}"
+            f"module {tracer.module or TOP_LEVEL!r} of {type(subject.module).__name__}, which was given {image.dtype} "
+            f"of shape {shape}, raised {type(error).__name__}: {error}"
         ) from error

@@ -137,6 +137,25 @@ def test_weights_that_are_not_finite(value: float) -> None:
         Sampler(model)
 
 
+@pytest.mark.parametrize("model", [MODEL, LABELLED], ids=["one layer after the other", "gates"])
+def test_model_that_is_not_a_number(model: torch.nn.Module) -> None:
+    """Not taken for one whose masks are open."""
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(float("nan"))
+    with pytest.raises(ValueError, match=r"weights of module .* are not finite"):
+        Sampler(model)
+
+
+def test_codes_embedded_as_not_a_number() -> None:
+    model = torch.nn.Sequential(torch.nn.Embedding(4, 1), torch.nn.Flatten(3), MODEL)
+    with torch.no_grad():
+        model[0].weight[2] = float("nan")
+    with pytest.raises(ValueError, match="weights of module '0' are not finite"):
+        Sampler(model, (1, 3, 4), Categorical(4, input_range=None))
+
+
 def test_embedding_that_is_not_a_number() -> None:
     model = copy.deepcopy(LABELLED)
     with torch.no_grad():

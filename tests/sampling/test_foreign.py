@@ -5,6 +5,7 @@ port of PixelCNN++, an hourglass.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -145,6 +146,84 @@ def test_prior_embeds_too_few_codes() -> None:
     network.prior.output_conv[2] = nn.Conv2d(32, CODES + 1, 1)
     with pytest.raises(ValueError, match=r"module 'prior\.embedding' embeds 512 levels; .* has 513"):
         Sampler(network, **given)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_prior_that_reads_no_channels(backend: str) -> None:
+    """An image shape (H, W): the network reads [N, H, W]."""
+    network = strengthened(Prior())
+    given = {"image_shape": (4, 5), "head": Categorical(CODES, input_range=None), "num_classes": CLASSES}
+    options = {"labels": torch.tensor([9, 0, 3]), "known": torch.full((1, 4, 5), 7), "mask": torch.eye(4, 5) > 0}
+    codes = Sampler(network, **given, backend=backend).sample(3, **options)
+    assert codes.shape == (3, 1, 4, 5) and torch.equal(codes, naive_sample(network, 3, **given, **options))
+    assert audit(network, codes, **given, labels=options["labels"], mask=options["mask"]).ok
+    with_channels = Sampler(OneChannel(network), **{**given, "image_shape": (1, 4, 5)})
+    assert torch.equal(with_channels.sample(3, **options), codes)
+
+
+def test_prior_with_another_shape_is_told_so() -> None:
+    given = {"image_shape": (1, 4, 5), "head": Categorical(CODES, input_range=None), "num_classes": CLASSES}
+    message = r"module '.*' of Prior, which was given torch.int64 of shape \(2, 1, 4, 5\), raised RuntimeError"
+    with pytest.raises(UnsupportedModel, match=message):
+        Sampler(Prior(), **given)
+
+
+READINGS = {
+    "one_hot": lambda net, x: F.one_hot(x, net.levels).float(),
+    "one_hot by keyword": lambda net, x: F.one_hot(x, num_classes=net.levels).to(torch.float32),
+    "compared": lambda net, x: (x.unsqueeze(-1) == torch.arange(net.levels)).float(),
+    "identity[x]": lambda net, x: torch.eye(net.levels)[x],
+    "table[x]": lambda net, x: torch.cat([net.table[x], net.brightness[x].unsqueeze(-1)], dim=-1),
+    "index_select": lambda net, x: net.table.index_select(0, x.flatten()).view(*x.shape, -1),
+    "cube[x]": lambda net, x: net.table.view(net.levels, 2, -1)[x].flatten(3),
+}
+
+
+class Reads(nn.Module):
+    """Codes, looked up in one of many ways."""
+
+    def __init__(self, how: str, levels: int = 7) -> None:
+        super().__init__()
+        self.how, self.levels = how, levels
+        self.table = nn.Parameter(torch.randn(levels, 6))
+        self.register_buffer("brightness", torch.linspace(-1, 1, levels))
+        width = READINGS[how](self, torch.zeros(1, 1, 1, dtype=torch.int64)).shape[-1]
+        self.first = MaskedInPlace("A", width, 8, 3, padding=1)
+        self.out = nn.Conv2d(8, levels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = READINGS[self.how](self, x.squeeze(1))
+        return self.out(torch.tanh(self.first(x.permute(0, 3, 1, 2))))
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize("how", READINGS)
+def test_codes_are_looked_up(how: str, backend: str) -> None:
+    network = strengthened(Reads(how), 2.0)
+    given = {"image_shape": (5, 4), "head": Categorical(7, input_range=None)}
+    codes = Sampler(network, **given, backend=backend).sample(5, seed=1)
+    assert len(codes.unique()) == 7 and torch.equal(codes, naive_sample(network, 5, **given, seed=1))
+
+
+@pytest.mark.parametrize(
+    ("reading", "named"),
+    [
+        (lambda net, x: F.one_hot(x), "F.one_hot without num_classes"),
+        (lambda net, x: net.table.gather(0, x.view(-1, 1)).view(*x.shape, 1), "aten.gather.default with an index that"),
+        (
+            lambda net, x: net.table.t()[:, x].permute(1, 2, 3, 0),
+            "aten.index.Tensor with an index that depends on the image",
+        ),
+        (lambda net, x: net.table[x * 2 % 7], "aten.remainder"),
+        (lambda net, x: torch.eye(7)[x.tolist()], r"reads the values of the image \(Tensor.tolist\)"),
+    ],
+    ids=["one_hot", "gather", "columns", "arithmetic", "list"],
+)
+def test_other_look_ups_are_refused(reading: Callable, named: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    network = Reads("table[x]").eval()
+    monkeypatch.setitem(READINGS, "table[x]", reading)
+    with pytest.raises(UnsupportedModel, match=named):
+        Sampler(network, (5, 4), Categorical(7, input_range=None))
 
 
 @pytest.mark.parametrize("norm", [OLD_NORM, NEW_NORM], ids=["old norm", "new norm"])

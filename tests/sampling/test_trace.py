@@ -105,6 +105,68 @@ def seen_below(net: Causal, h: Tensor) -> Tensor:
     return tall[:, :, : h.shape[2]] + F.pad(tall[:, :, 6:], (0, 0, 4, 0))[:, :, : h.shape[2]]
 
 
+def compared(net: Causal, h: Tensor) -> Tensor:
+    inside = (h > -0.3) * (h <= 0.5)
+    return h * inside + (h >= net.channels.view(6, 1, 1)).float() - (h < 0) * 0.2 + (h.abs() != h).float() * (h == h)
+
+
+def powers(net: Causal, h: Tensor) -> Tensor:
+    return 0.1 * h**3 - (h.abs() + 1) ** -2 + (h * h + 1) ** 0.5 + 0.01 * h.square().pow(2)
+
+
+def pieces(net: Causal, h: Tensor) -> Tensor:
+    h = F.threshold(torch.addcmul(h, h, net.channels.view(6, 1, 1), value=0.5), -0.2, 0.3)
+    return F.hardtanh(torch.lerp(h, torch.tanh(h), 0.3), -1.2, 0.9).clamp_min(-1).clamp_max(0.8)
+
+
+def padded_with_numbers(net: Causal, h: Tensor) -> Tensor:
+    """A channel of ones, and a border of halves."""
+    wider = F.pad(h[:, :5], (0, 0, 0, 0, 0, 1), value=1.0)
+    return wider + F.pad(torch.tanh(h), (1, 0, 1, 0), value=0.5)[:, :, :-1, :-1]
+
+
+def overlapping(net: Causal, h: Tensor) -> Tensor:
+    """Two views of one tensor; what is added to one, parts of the other hold, too."""
+    tall = F.pad(h, (0, 0, 1, 0)) * 1.5
+    whole, shifted = tall[:, :, 1:], tall[:, :, :-1]
+    whole += torch.tanh(h)
+    return whole + shifted * 0.5
+
+
+def layer_norm(net: Causal, h: Tensor) -> Tensor:
+    last = h.permute(0, 2, 3, 1)
+    h = F.layer_norm(last, (6,), net.channels, net.channels.flip(0)) - F.layer_norm(last * 3, (6,), eps=1e-2)
+    return h.permute(0, 3, 1, 2)
+
+
+def layer_norm_of_tokens(net: Causal, h: Tensor) -> Tensor:
+    return F.layer_norm(h.flatten(2).transpose(1, 2), (6,), net.channels).transpose(1, 2).reshape(h.shape)
+
+
+def layer_norm_by_hand(net: Causal, h: Tensor) -> Tensor:
+    mean = h.mean(1, keepdim=True)
+    return (h - mean) / torch.sqrt((h - mean).pow(2).mean(1, keepdim=True) + 1e-6)
+
+
+def other_norms(net: Causal, h: Tensor) -> Tensor:
+    pixel = h / torch.sqrt(torch.mean(h**2, dim=1, keepdim=True) + 1e-8)
+    return pixel + F.normalize(h, dim=1) + F.normalize(h, p=1, dim=1) + h / (1 + h.abs().sum(1, keepdim=True))
+
+
+def variances(net: Causal, h: Tensor) -> Tensor:
+    last = h.permute(0, 2, 3, 1)
+    found = [last.var(-1), last.var(-1, unbiased=False), last.std(-1), *torch.var_mean(last, -1), last.sum(-1)]
+    return h * torch.tanh(torch.stack(found, dim=1))
+
+
+def frozen_on_tokens(net: Causal, h: Tensor) -> Tensor:
+    """Weights without gradients, which matmul expands over the batch."""
+    weight = net.embedding.weight.detach()
+    tokens = F.linear(h.flatten(2).transpose(1, 2), weight, net.channels[:5].detach())
+    last = (tokens @ weight).transpose(1, 2).reshape(h.shape).permute(0, 2, 3, 1)
+    return h + F.linear(last @ weight.t(), weight.t()).permute(0, 3, 1, 2)
+
+
 PLAIN = [
     filled,
     accumulated,
@@ -119,6 +181,17 @@ PLAIN = [
     dead_then_shifted_up,
     two_rows_above,
     seen_below,
+    compared,
+    powers,
+    pieces,
+    padded_with_numbers,
+    overlapping,
+    layer_norm,
+    layer_norm_of_tokens,
+    layer_norm_by_hand,
+    other_norms,
+    variances,
+    frozen_on_tokens,
 ]
 
 
@@ -326,15 +399,39 @@ def written_partly(net: Causal, h: Tensor, labels: Tensor) -> Tensor:
     [
         (lambda net, h: h + torch.randn(6, 1, 1), "a network that is random .*randn"),
         (lambda net, h: F.dropout(h, 0.5, training=True), "a network that is random .*bernoulli"),
-        (lambda net, h: h**3, "aten.pow.Tensor_Scalar with an exponent other than 2"),
-        (lambda net, h: 2**h, "aten.pow.Scalar with an exponent other than 2"),
+        (
+            lambda net, h: h**9,
+            r"aten.pow.Tensor_Scalar with an exponent other than 0.5, 1, \.\.\., 8 and their negatives",
+        ),
+        (lambda net, h: 2**h, "aten.pow.Scalar with an exponent other than"),
+        (lambda net, h: torch.where(h > 0, h, -h), "with a mask that depends on the image or the labels"),
+        (lambda net, h: h - h.mean((1, 2), keepdim=True), "aten.mean.dim over more than the channels"),
+        (lambda net, h: F.layer_norm(h, h.shape[1:]), "aten.native_layer_norm.default over more than the channels"),
+        (
+            lambda net, h: torch.softmax(h, 1),
+            "_softmax.default, which the last layer must not be, for heads take logits",
+        ),
         (lambda net, h: torch.div(h, 2, rounding_mode="floor"), "with rounding mode 'floor'"),
         (lambda net, h: h * h.sum().item(), "aten.sum"),
         (lambda net, h: torch.from_numpy(h.numpy() + 1), r"reads the values of the image \(Tensor.numpy\)"),
         (lambda net, h: h + net.channels.gather(0, h.flatten().long()[:1]), "conversion of the image to torch.int64"),
         (written_partly, "writing the image into a part of a label-dependent tensor"),
     ],
-    ids=["noise", "dropout", "cube", "power", "rounding", "item", "numpy", "index", "partly"],
+    ids=[
+        "noise",
+        "dropout",
+        "ninth",
+        "power",
+        "where",
+        "mean",
+        "layer norm",
+        "softmax",
+        "rounding",
+        "item",
+        "numpy",
+        "index",
+        "partly",
+    ],
 )
 def test_refused_by_name(mix: Callable, named: str) -> None:
     network, given = make(mix)
@@ -349,7 +446,7 @@ def test_error_in_forward_leaves_nothing_behind() -> None:
 
     network, given = make(fail)
     network.train()
-    message = r"module '\(top level\)' of Causal, which was given torch.float32 of shape \(2, 1, 5, 4\), raised KeyError: 'inside'"
+    message = r"'\(top level\)' of Causal, which was given torch.float32 of shape \(2, 1, 5, 4\), raised KeyError: 'ins"
     for function, error, text in (
         (Sampler, UnsupportedModel, message),
         (lambda *a, **k: naive_sample(*a, 1, **k), KeyError, "inside"),

@@ -1,0 +1,104 @@
+"""What the outputs of a network may be: logits in several orders, log-probabilities, but no probabilities."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastgen.sampling import Bernoulli, Categorical, LogisticMixture, Sampler, UnsupportedModel, audit, naive_sample
+
+from .networks import LEVELS, make
+
+
+class Ends(nn.Module):
+    """Three colours in sequence, and whatever is done to their logits [N, 3 * LEVELS, H, W]."""
+
+    def __init__(self, end: Callable[[Tensor], Tensor], name: str = "colours") -> None:
+        super().__init__()
+        self.network, *_ = make(name, 5, 4)
+        self.end = end
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.end(self.network(x))
+
+
+def levels_first(logits: Tensor) -> Tensor:
+    """[N, LEVELS, 3, H, W], as F.cross_entropy takes them."""
+    return logits.unflatten(1, (3, LEVELS)).transpose(1, 2)
+
+
+def levels_last(logits: Tensor) -> Tensor:
+    """Log-probabilities of [N, H, W, 3, LEVELS], flattened to channels again."""
+    last = logits.unflatten(1, (3, LEVELS)).permute(0, 3, 4, 1, 2)
+    return F.log_softmax(last, dim=-1).flatten(3).permute(0, 3, 1, 2)
+
+
+def one_by_one(logits: Tensor) -> Tensor:
+    """A head for each colour."""
+    return torch.stack([F.log_softmax(part, dim=1) for part in logits.chunk(3, dim=1)], dim=2)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize(
+    "end",
+    [
+        levels_first,
+        levels_last,
+        one_by_one,
+        lambda x: F.log_softmax(levels_first(x), dim=1),
+        lambda x: torch.cat([F.log_softmax(x[:, :LEVELS], 1), x[:, LEVELS:]], 1),
+        lambda x: torch.cat([F.log_softmax(F.pad(part, (1, 0)), 1)[..., 1:] for part in x.chunk(3, 1)], 1),
+    ],
+    ids=["levels first", "levels last", "one by one", "log-probabilities", "of one colour", "cropped"],
+)
+def test_orders_of_logits(end: Callable, backend: str) -> None:
+    network, given = Ends(end).eval(), {"image_shape": (3, 5, 4), "head": Categorical(LEVELS)}
+    images = Sampler(network, **given, backend=backend).sample(4, seed=2)
+    assert torch.equal(images, Sampler(network.network, **given).sample(4, seed=2))
+    assert torch.equal(images, naive_sample(network, 4, **given, seed=2))
+    assert audit(network, images, **given, seed=2).ok
+
+
+def test_log_softmax_with_temperature() -> None:
+    network, given = Ends(levels_last).eval(), {"image_shape": (3, 5, 4), "head": Categorical(LEVELS)}
+    assert torch.equal(
+        Sampler(network, **given).sample(4, temperature=0.6), naive_sample(network, 4, **given, temperature=0.6)
+    )
+
+
+@pytest.mark.parametrize(
+    ("end", "named"),
+    [
+        (lambda x: F.log_softmax(x, dim=1), r"a log-softmax over anything but the levels of Categorical"),
+        (lambda x: F.log_softmax(x.unflatten(1, (LEVELS, 3)), dim=1).flatten(1, 2), "over anything but the levels"),
+        (lambda x: F.log_softmax(x, dim=3), "over anything but the levels"),
+        (lambda x: 2 * F.log_softmax(levels_first(x), dim=1), "a log-softmax that is not the last layer"),
+        (lambda x: F.softmax(levels_first(x), dim=1), "which the last layer must not be, for heads take logits"),
+        (lambda x: levels_first(x).transpose(1, 2), r"got shape \(2, 3, 5, 5, 4\)"),
+    ],
+    ids=["all channels", "other order", "columns", "doubled", "probabilities", "5-D in another order"],
+)
+def test_other_outputs_are_refused(end: Callable, named: str) -> None:
+    with pytest.raises(UnsupportedModel, match=named):
+        Sampler(Ends(end).eval(), (3, 5, 4), Categorical(LEVELS))
+
+
+def test_log_softmax_is_for_categorical() -> None:
+    network = nn.Sequential(nn.ZeroPad2d((0, 0, 1, -1)), nn.Conv2d(1, 6, 1), nn.LogSoftmax(1))
+    with pytest.raises(UnsupportedModel, match=r"module '2': a log-softmax over anything but the levels of Logistic"):
+        Sampler(network, (1, 5, 4), LogisticMixture(2))
+
+
+@pytest.mark.parametrize("sigmoid", [nn.Sigmoid(), nn.Sequential(nn.Identity(), nn.Sigmoid())], ids=["plain", "nested"])
+def test_probabilities_are_no_logits_of_bernoulli(sigmoid: nn.Module) -> None:
+    logits = nn.Sequential(nn.ZeroPad2d((0, 0, 1, -1)), nn.Conv2d(1, 1, 1))
+    given = {"image_shape": (1, 5, 4), "head": Bernoulli()}
+    assert torch.equal(Sampler(logits, **given).sample(9), naive_sample(logits, 9, **given))
+    with pytest.raises(
+        UnsupportedModel, match=r"module '1.*': a sigmoid as the last layer, where the head takes logits"
+    ):
+        Sampler(nn.Sequential(logits, sigmoid), **given)
