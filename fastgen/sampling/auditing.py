@@ -86,11 +86,12 @@ def audit(
     found = _Found()
     for first in range(0, len(images), chunk):
         part = slice(first, first + chunk)
-        uniforms = image_uniforms(seed, start + first, len(images[part]), (head.num_uniforms(channels), height, width))
+        size = (head.num_uniforms(channels), height, width)
+        uniforms = image_uniforms(request.seed, request.start + first, len(images[part]), size)
         part_mask = None if request.mask is None else request.mask[part]
         part_labels = None if request.labels is None else request.labels[part]
         with weights_in(precision):
-            found.add(subject, images[part], uniforms, part_mask, part_labels, temperature)
+            found.add(subject, images[part], uniforms, part_mask, part_labels, request.temperature)
     return AuditReport(found.elements, found.mismatches, found.ties, found.max_margin)
 
 

@@ -44,6 +44,7 @@ def naive_sample(
         mask=mask,
     )
     channels, height, width = subject.image_shape
+    n = request.n
     images = torch.zeros(n, *subject.image_shape, dtype=subject.head.dtype, device="cpu")
     if n == 0:
         return images

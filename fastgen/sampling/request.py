@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import operator
 from dataclasses import dataclass
+from numbers import Real
+from typing import SupportsIndex
 
 import torch
 from torch import Tensor
@@ -42,10 +45,10 @@ def make_request(
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
     """
-    _integer("n", n, 0, 2**31 - 1)
-    _integer("seed", seed, 0, 2**64 - 1)
-    _integer("start", start, 0, 2**62)
-    if isinstance(temperature, bool) or not isinstance(temperature, int | float):
+    n = _integer("n", n, 0, 2**31 - 1)
+    seed = _integer("seed", seed, 0, 2**64 - 1)
+    start = _integer("start", start, 0, 2**62)
+    if isinstance(temperature, bool) or not isinstance(temperature, Real):
         raise TypeError(f"temperature must be a number, got {type(temperature).__name__}")
     if not (temperature > 0 and math.isfinite(temperature)):
         raise ValueError(f"temperature must be positive and finite, got {temperature}")
@@ -58,11 +61,17 @@ def make_request(
     return Request(n, seed, start, labels, float(temperature), known, mask)
 
 
-def _integer(name: str, value: int, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
+def _integer(name: str, value: SupportsIndex, low: int, high: int) -> int:
+    """As an int: NumPy's integers pass, too."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool):
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
-    if not low <= value <= high:
+    if not low <= number <= high:
         raise ValueError(f"{name} must be in {low}..{high}, got {value}")
+    return number
 
 
 def check_images(

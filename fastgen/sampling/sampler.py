@@ -203,6 +203,7 @@ class Sampler:
             known=known,
             mask=mask,
         )
+        n = request.n
         batches = -(-n // self.max_batch)
         images = torch.empty(n, *subject.image_shape, dtype=subject.head.dtype, device="cpu")
         rows = batches * subject.image_shape[1]

@@ -107,8 +107,9 @@ def private(module: nn.Module) -> nn.Module:
         result = copy.deepcopy(module, {id(leaf): leaf for leaf in leaves if isinstance(leaf, Tensor)})
     except Exception:  # locks, files, closures without end: whatever a module may hold
         return module
-    for part in list(result.modules()):
-        part._modules.update({name: _eager(child) for name, child in part._modules.items() if child is not None})
+    for name, part in list(result.named_modules()):
+        if _eager(part) is not part:
+            result.set_submodule(name, _eager(part))
     return result
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 
+import numpy as np
 import pytest
 import torch
 
@@ -20,11 +21,17 @@ MASK = torch.ones(3, 4, dtype=torch.bool)
 SAMPLE = [
     ({"n": -1}, ValueError, "n must be in 0.."),
     ({"n": 2.0}, TypeError, "n must be an integer, got float"),
+    ({"n": True}, TypeError, "n must be an integer, got bool"),
+    ({"n": np.bool_(True)}, TypeError, "n must be an integer, got bool"),
+    ({"seed": np.float32(1)}, TypeError, "seed must be an integer, got float32"),
+    ({"start": torch.tensor(1.5)}, TypeError, "start must be an integer, got Tensor"),
+    ({"seed": np.int64(-1)}, ValueError, "seed must be in 0..18446744073709551615, got -1"),
     ({"seed": -1}, ValueError, "seed must be in 0..18446744073709551615, got -1"),
     ({"seed": 2**64}, ValueError, "seed"),
     ({"start": -3}, ValueError, "start"),
     ({"temperature": 0.0}, ValueError, "temperature must be positive and finite, got 0.0"),
     ({"temperature": float("nan")}, ValueError, "temperature"),
+    ({"temperature": np.float32("inf")}, ValueError, "temperature must be positive and finite, got inf"),
     ({"temperature": "hot"}, TypeError, "temperature must be a number, got str"),
     ({"labels": torch.tensor([0, 1])}, ValueError, "the model has no classes"),
     ({"known": IMAGES}, ValueError, "known and mask go together"),
@@ -71,6 +78,7 @@ def test_labels(labels: object, error: type[Exception], message: str) -> None:
         (("model",), TypeError, "model must be a torch.nn.Module, got str"),
         ((torch.nn.Conv2d(1, 4, 1),), ValueError, r"image_shape must be \(C, H, W\)"),
         ((torch.nn.Conv2d(1, 4, 1), (1, 0, 4)), ValueError, "image_shape"),
+        ((torch.nn.Conv2d(1, 4, 1), (4,)), ValueError, r"image_shape must be \(C, H, W\) or \(H, W\) .*, got \(4,\)"),
         ((torch.nn.Conv2d(1, 4, 1), 28), ValueError, r"image_shape must be \(C, H, W\) .*, got 28"),
         ((torch.nn.Conv2d(1, 4, 1), (257, 3, 4)), ValueError, "image_shape must have at most 256 channels, got 257"),
         ((torch.nn.Conv2d(1, 4, 1), (1, 3, 4)), TypeError, "head must be a fastgen.sampling.heads.Head"),
@@ -80,6 +88,7 @@ def test_labels(labels: object, error: type[Exception], message: str) -> None:
         "no module",
         "no shape",
         "bad shape",
+        "row",
         "number as shape",
         "too many channels",
         "no head",
@@ -199,6 +208,16 @@ def test_levels_beyond_bytes() -> None:
         Sampler(model, **given).sample(2, known=IMAGES, mask=MASK)
     with pytest.raises(ValueError, match=r"known must hold levels in 0\.\.299, got 300"):
         Sampler(model, **given).sample(2, known=IMAGES.long() + 300, mask=MASK)
+
+
+def test_numbers_of_numpy() -> None:
+    options = {"seed": np.uint64(2**63), "start": np.int32(3), "temperature": np.float32(0.5)}
+    expected = naive_sample(MODEL, 2, seed=2**63, start=3, temperature=0.5)
+    sampler = Sampler(MODEL)
+    assert torch.equal(sampler.sample(np.int64(2), **options), expected)
+    assert torch.equal(naive_sample(MODEL, np.int64(2), **options), expected)
+    assert torch.equal(sampler.sample(torch.tensor(2), **options), expected)
+    assert audit(MODEL, expected, **options).ok
 
 
 def test_labels_as_one_number() -> None:
