@@ -81,11 +81,12 @@ class Sampler:
     number of threads or the other samples drawn with it, bit for bit.
 
     Args:
-        model: maps encoded images [N, C, H, W] (and labels [N]) to head parameters [N, head.num_params(C), H, W].
-            Any module; it is traced in eval mode and left as it was. Whatever its dtype, sampling computes in
-            float32.
-        image_shape: (C, H, W); default: ``model.image_shape``.  (H, W) for a model that reads [N, H, W], as priors over
-            codes do; images are [N, 1, H, W] all the same.
+        model: maps encoded images [N, C, H, W] (and labels [N]) to head parameters [N, head.num_params(C), H, W] or,
+            for `Categorical`, [N, levels, C, H, W]. They are logits; log-probabilities do, too, probabilities do not.
+            Any module; a copy that shares its tensors is traced, in eval mode and without autocast, so that other
+            threads may use it. Whatever its dtype, sampling computes in float32.
+        image_shape: (C, H, W), or (H, W) for a model that reads [N, H, W], as priors over codes do; images are
+            [N, 1, H, W] all the same. Default: ``model.image_shape``.
         head: default: ``model.head``.
         num_classes: labels are 0..num_classes-1; default: ``model.num_classes``, else unconditional.
         precision: "fp32", or "bf16": the weights of products are rounded to bfloat16, activations and sums stay
@@ -98,7 +99,8 @@ class Sampler:
 
     Raises:
         NotCausal: the model sees the pixel it predicts, or a later one; the text names the module.
-        UnsupportedModel: an operator without a lowering; the text names it, its module and what is supported.
+        UnsupportedModel: an operator without a lowering, Python code that reads values of the image or the labels, or
+            an error in the model's forward; the text names the module, and what is supported.
         ValueError, TypeError: bad arguments, or weights that are not finite.
         RuntimeError: the backend asked for cannot be used; the text says why.
 
