@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from fastgen._float32 import convolutions_like_products, float32_products
+from fastgen.sampling import Categorical
+from fastgen.sampling.subject import make_subject
 
 newer = pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="this PyTorch has the older settings only")
 
@@ -25,6 +27,8 @@ def test_the_older_setting(asked: str, found: str) -> None:
 NEWER = """
 import torch
 from fastgen._float32 import convolutions_like_products, float32_products
+from fastgen.sampling import Categorical
+from fastgen.sampling.subject import make_subject
 torch.backends.cuda.matmul.fp32_precision = products = {products!r}
 conv = torch.backends.cudnn.conv
 before = conv.fp32_precision
@@ -48,3 +52,17 @@ def test_settings_are_left_as_they_were() -> None:
         pass
     assert torch.backends.cudnn.allow_tf32 == before
     assert torch.get_float32_matmul_precision() == "highest"
+
+
+@newer
+def test_a_forward_pass_that_samples_or_audits_has_no_tf32_that_nobody_asked_for() -> None:
+    found: list[str] = []
+
+    class Model(torch.nn.Conv2d):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            found.append(torch.backends.cudnn.conv.fp32_precision)
+            return super().forward(x)
+
+    subject = make_subject(Model(1, 3, 1), (1, 2, 2), Categorical(3), None)
+    subject.params(torch.zeros(1, 1, 2, 2, dtype=torch.uint8), None)
+    assert found == ["ieee"]
