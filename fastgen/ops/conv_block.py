@@ -11,7 +11,8 @@ from torch.autograd import forward_ad
 
 from fastgen import backends
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+_dispatch_modes, _is_tracing = torch._C._len_torch_dispatch_stack, torch._C._is_tracing
+_PLAIN, _STRIDED = (Tensor, torch.nn.Parameter), torch.strided
 ACTIVATIONS = ("none", "relu", "leaky_relu", "elu", "tanh", "sigmoid")
 
 
@@ -70,15 +71,15 @@ def wants_grad(tensors: Sequence[Tensor | None]) -> bool:
 
 
 def is_unobserved(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether the dispatcher would only pass the call on: no tracing, no mode, no tensor subclass.
+    """Whether the dispatcher would only pass the call on: no tracing, no mode, no tensor subclass, and no tensor whose
+    sign is still to be changed, as that of ``z.conj().imag`` (the memory has the other sign).
 
     For small layers the way through it costs as much as the arithmetic.
     """
-    return (
-        torch._C._len_torch_dispatch_stack() == 0
-        and not torch.jit.is_tracing()
-        and all(tensor is None or type(tensor) in _PLAIN for tensor in tensors)
-    )
+    for tensor in tensors:
+        if tensor is not None and (type(tensor) not in _PLAIN or tensor.is_neg()):
+            return False
+    return _dispatch_modes() == 0 and not _is_tracing()
 
 
 def goes_straight(tensors: Sequence[Tensor | None]) -> bool:
@@ -91,14 +92,15 @@ def goes_straight(tensors: Sequence[Tensor | None]) -> bool:
             type(tensor) not in _PLAIN
             or tensor.dtype is not dtype
             or not tensor.is_cpu
-            or tensor.layout is not torch.strided
+            or tensor.layout is not _STRIDED
+            or tensor.is_neg()
             or (with_grad and tensor.requires_grad)
         ):
             return False
     return (
         backends.is_free("cpu")
-        and torch._C._len_torch_dispatch_stack() == 0
-        and not torch._C._is_tracing()
+        and _dispatch_modes() == 0
+        and not _is_tracing()
         and not torch.is_autocast_enabled("cpu")
         and not is_transformed()
     )

@@ -153,7 +153,7 @@ class _TritonLogisticMixtureNll(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         early, ctx.early = ctx.early, ()  # given away once: another backward pass makes its own
-        return _triton_grad(grad, *ctx.saved_tensors, ctx.levels, *early), None, None
+        return _triton_grad(grad.resolve_neg(), *ctx.saved_tensors, ctx.levels, *early), None, None
 
 
 # Checks, shared by the real and the fake implementations

@@ -85,6 +85,8 @@ def _goes_straight(mu: Tensor, logvar: Tensor) -> bool:
     return (
         type(mu) in _PLAIN
         and type(logvar) in _PLAIN
+        and not mu.is_neg()
+        and not logvar.is_neg()
         and logvar.dtype is mu.dtype
         and logvar.is_cpu
         and logvar.layout is torch.strided
@@ -96,8 +98,10 @@ def _goes_straight(mu: Tensor, logvar: Tensor) -> bool:
 
 
 def _are_plain(tensors: tuple[Tensor | None, ...]) -> bool:
-    """Whether none is of a subclass."""
-    return {type(tensor) for tensor in tensors} <= _PLAIN
+    """Whether none is of a subclass, or has its sign still to be changed."""
+    if not {type(tensor) for tensor in tensors} <= _PLAIN:
+        return False
+    return not any(tensor is not None and tensor.is_neg() for tensor in tensors)
 
 
 def _is_native(mu: Tensor) -> bool:
