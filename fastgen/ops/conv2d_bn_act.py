@@ -99,10 +99,9 @@ def conv2d_bn_act(
     tensors = (input, weight, bias, running_mean, running_var, bn_weight, bn_bias)
     args = (*tensors, *options)
     _check(*args)
-    compiling = torch.compiler.is_compiling()
-    if wants_grad(tensors) or torch.is_autocast_enabled(input.device.type) or (not compiling and is_transformed()):
+    if wants_grad(tensors) or torch.is_autocast_enabled(input.device.type) or is_transformed():
         return conv2d_bn_act_reference(*args)
-    if compiling or not is_unobserved(tensors):
+    if torch.compiler.is_compiling() or not is_unobserved(tensors):
         return torch.ops.fastgen.conv2d_bn_act(*args)
     return backends.select("conv2d_bn_act", *args)(*args)
 

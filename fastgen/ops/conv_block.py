@@ -12,6 +12,7 @@ from torch.autograd import forward_ad
 from fastgen import backends
 
 _dispatch_modes, _is_tracing = torch._C._len_torch_dispatch_stack, torch._C._is_tracing
+_transform = torch._C._functorch.peek_interpreter_stack
 _PLAIN, _STRIDED = (Tensor, torch.nn.Parameter), torch.strided
 ACTIVATIONS = ("none", "relu", "leaky_relu", "elu", "tanh", "sigmoid")
 
@@ -110,4 +111,13 @@ def is_transformed() -> bool:
     """Within `torch.func.vmap`, `grad` and the like, or forward-mode differentiation: only PyTorch's own operators know
     what to do.
     """
-    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+    return (
+        type(_transform()) is not type(None) or forward_ad._current_level >= 0
+    )  # torch.compile sees None as an object
+
+
+def unwrapped(tensor: Tensor) -> Tensor:
+    """The values behind a tensor of `torch.func`, for checks: those of the whole batch."""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor

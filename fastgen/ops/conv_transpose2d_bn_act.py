@@ -94,11 +94,13 @@ def conv_transpose2d_bn_act(
             return call(*tensors)
     _check(*args)
     saving = training or wants_grad(tensors)
-    if compiling:
+    if is_transformed():
+        plain = True
+    elif compiling:
         plain = torch.is_autocast_enabled(input.device.type)
     else:
         function = backends.select("conv_transpose2d_bn_act_saving" if saving else "conv_transpose2d_bn_act", *args)
-        plain = function is _forward_reference or function is _saving_reference or is_transformed()
+        plain = function is _forward_reference or function is _saving_reference
     if plain:
         return conv_transpose2d_bn_act_reference(*args, momentum=momentum)
     if not saving:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from fastgen import backends
-from fastgen.ops.conv_block import is_transformed, is_unobserved
+from fastgen.ops.conv_block import is_transformed, is_unobserved, unwrapped
 
 MIN_LOG_SCALE = -7.0  # smaller ones count as this
 _MIN_THREAD_PIXELS = 256  # below, waking a thread costs more than it saves
@@ -40,10 +40,11 @@ def logistic_mixture_nll(params: Tensor, images: Tensor, *, levels: int = 256) -
         [N, H, W] in the dtype of params, float32 for lower precisions. It is finite for all finite params, and so are
         the gradients.
 
-    float32 and float64 run natively on the CPU; float32, float16 and bfloat16 on the GPU (Triton); others through plain
-    PyTorch.  For the backward pass the native ways keep their inputs and, on the GPU, the gradient: the forward pass
-    makes it for the gradient of the result that the last backward pass saw, and the backward pass only what differs.
-    Second derivatives need ``with fastgen.backend("reference")``.
+    float32 and float64 run natively on the CPU; float32, float16 and bfloat16 on the GPU (Triton); others, and all
+    within `torch.func` or forward-mode differentiation, through plain PyTorch.  For the backward pass the native ways
+    keep their inputs and, on the GPU, the gradient: the forward pass makes it for the gradient of the result that the
+    last backward pass saw, and the backward pass only what differs.  Second derivatives need `torch.func` or
+    ``with fastgen.backend("reference")``.
 
     Raises:
         TypeError: an argument is not a tensor or not of the dtype above.
@@ -53,13 +54,16 @@ def logistic_mixture_nll(params: Tensor, images: Tensor, *, levels: int = 256) -
     if isinstance(params, Tensor) and not params.is_cuda:
         params = params.to(_result_dtype(params))
     _check(params, images, levels)
+    if is_transformed():
+        _check_levels(images, levels)
+        return logistic_mixture_nll_reference(params, images, levels)
     if torch.compiler.is_compiling():
         return _LogisticMixtureNll.apply(params, images, levels)
     function = backends.select("logistic_mixture_nll", params, images, levels)
     if function is logistic_mixture_nll_reference:
         _check_levels(images, levels)
         return logistic_mixture_nll_reference(params, images, levels)
-    if function is _triton and is_unobserved((params, images)) and not is_transformed():
+    if function is _triton and is_unobserved((params, images)):
         _check_levels(images, levels)
         if not (torch.is_grad_enabled() and params.requires_grad):
             return _triton(params, images, levels)
@@ -191,8 +195,11 @@ def _check_grad(grad: Tensor, params: Tensor, images: Tensor, levels: int) -> No
 
 
 def _check_levels(images: Tensor, levels: int) -> None:
-    if levels < 256 and images.numel() and not images.is_cuda and int(images.max()) >= levels:
-        raise ValueError(f"images must hold levels in 0..{levels - 1}, got {int(images.max())}")
+    if levels == 256 or images.is_cuda or not images.numel() or torch.compiler.is_compiling():
+        return
+    highest = int(unwrapped(images).max())
+    if highest >= levels:
+        raise ValueError(f"images must hold levels in 0..{levels - 1}, got {highest}")
 
 
 # Implementations

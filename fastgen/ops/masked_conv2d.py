@@ -40,8 +40,9 @@ def masked_conv2d(
 
     Only open taps are computed, in both directions; the gradient of a closed weight is zero.  float32 and float64 run
     natively on the CPU, float32, float16 and bfloat16 on the GPU (Triton; TF32 only where
-    ``torch.set_float32_matmul_precision`` asks for it), other dtypes and autocast through plain PyTorch.  Second
-    derivatives need ``with fastgen.backend("reference")``.
+    ``torch.set_float32_matmul_precision`` asks for it), other dtypes, autocast and all within `torch.func` or
+    forward-mode differentiation through plain PyTorch.  Second derivatives need one of these two or
+    ``with fastgen.backend("reference")``.
 
     Raises:
         TypeError: an argument is not a tensor or the dtypes differ.
@@ -49,6 +50,8 @@ def masked_conv2d(
     """
     _check(input, weight, bias, mask_type, colors, splits)
     args = (input, weight, bias, mask_type, colors, splits)
+    if is_transformed():
+        return masked_conv2d_reference(*args)
     autocast = torch.is_autocast_enabled(input.device.type)
     if torch.compiler.is_compiling():
         return masked_conv2d_reference(*args) if autocast else _MaskedConv2d.apply(*args)
@@ -56,7 +59,7 @@ def masked_conv2d(
     if function is _forward_reference:
         return masked_conv2d_reference(*args)
     tensors = (input, weight, bias)
-    if not wants_grad(tensors) and is_unobserved(tensors) and not is_transformed():
+    if not wants_grad(tensors) and is_unobserved(tensors):
         return function(*args)
     return _MaskedConv2d.apply(*args)
 

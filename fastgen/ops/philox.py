@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from fastgen import backends
+from fastgen.ops.conv_block import is_transformed, unwrapped
 
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
@@ -46,7 +47,7 @@ def uint32(seed: int, block: int | Tensor, position: int | Tensor, sample: int |
         ValueError: an argument is out of its range, or the shapes do not broadcast.
     """
     counter = _counter(seed, block, position, sample)
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or is_transformed():
         return philox_reference(seed, *counter)
     return backends.select("philox", seed, *counter)(seed, *counter)
 
@@ -119,7 +120,7 @@ def _words(name: str, value: int | Tensor, limit: int, device: torch.device | No
         raise ValueError(f"{name} must be in 0..{limit - 1}, got {value}")
     words = torch.as_tensor(value, dtype=torch.int64, device=device)
     if not torch.compiler.is_compiling() and words.numel():
-        low, high = int(words.min()), int(words.max())
+        low, high = int(unwrapped(words).min()), int(unwrapped(words).max())
         if low < 0 or high >= limit:
             raise ValueError(f"{name} must be in 0..{limit - 1}, got values in {low}..{high}")
     return words

@@ -68,9 +68,11 @@ def reparameterize(
         mu, logvar = mu.float(), logvar.float() if isinstance(logvar, Tensor) else logvar
     args = (mu, logvar, signed, start, draws)
     _check(*args)
+    if is_transformed():
+        return reparameterize_reference(*args)
     if compiling:
         return _Reparameterize.apply(*args)
-    function = reparameterize_reference if is_transformed() else backends.select("reparameterize", *args)
+    function = backends.select("reparameterize", *args)
     if function is _triton and is_unobserved((mu, logvar)):
         wants_grad = torch.is_grad_enabled() and (mu.requires_grad or logvar.requires_grad)
         return _Reparameterize.apply(*args) if wants_grad else function(*args)

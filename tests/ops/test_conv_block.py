@@ -1,11 +1,13 @@
-"""What lies between a call and its kernel, for every operation: tensors whose sign is still to be changed."""
+"""What lies between a call and its kernel, for every operation: signs still to be changed, `torch.func`."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
-from fastgen import ops
+import fastgen
+from fastgen import models, ops
 from fastgen.ops.conv_sequence import conv_transpose2d_bn_act_sequence
 from fastgen.ops.conv_transpose2d_bn_act_cpu import Options
 
@@ -52,6 +54,7 @@ def calls():
 
 
 CALLS = calls()
+every_call = pytest.mark.parametrize(("function", "tensors"), CALLS.values(), ids=CALLS.keys())
 
 
 def lazy(tensor):
@@ -61,7 +64,7 @@ def lazy(tensor):
     return result
 
 
-@pytest.mark.parametrize(("function", "tensors"), CALLS.values(), ids=CALLS.keys())
+@every_call
 def test_signs_still_to_be_changed(function, tensors):
     expected = function(*tensors)
     for i in range(len(tensors)):
@@ -69,7 +72,7 @@ def test_signs_still_to_be_changed(function, tensors):
         torch.testing.assert_close(function(*given), expected)
 
 
-@pytest.mark.parametrize(("function", "tensors"), CALLS.values(), ids=CALLS.keys())
+@every_call
 def test_gradients_of_signs_still_to_be_changed(function, tensors):
     def gradients(changed, grad):
         leaves = [tensor.detach().requires_grad_() for tensor in tensors[:2]]
@@ -89,3 +92,80 @@ def test_imaginary_parts():
     weight = torch.randn(10, 10, 3, 3)
     for function in (masked, conv2d, ops.conv_transpose2d_bn_act):
         torch.testing.assert_close(function(x, weight), function(x.clone(), weight))
+
+
+@every_call
+def test_transforms(function, tensors):
+    point, *rest = [tensor.double() for tensor in tensors]
+    direction = torch.randn_like(point)
+    output, vjp = torch.autograd.functional.vjp(
+        lambda x: function(x, *rest), point, torch.ones_like(function(*tensors))
+    )
+    gradient = vjp.double()
+
+    def summed(x):
+        return function(x, *rest).sum()
+
+    assert_close = torch.testing.assert_close
+    assert_close(torch.func.grad(summed)(point), gradient)
+    assert_close(torch.func.vmap(summed)(torch.stack([point, point])), output.sum().expand(2))
+    assert_close(torch.func.vmap(torch.func.grad(summed))(torch.stack([point, point])), torch.stack([gradient] * 2))
+    expected = (gradient * direction).sum()
+    assert_close(torch.func.jvp(summed, (point,), (direction,))[1], expected)
+    with forward_ad.dual_level():
+        assert_close(forward_ad.unpack_dual(summed(forward_ad.make_dual(point, direction))).tangent, expected)
+
+
+@every_call
+def test_compiled_transforms(function, tensors):
+    def summed(x):
+        return function(x, *tensors[1:]).sum()
+
+    compiled = torch.compile(torch.func.grad(summed), backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(tensors[0]), torch.func.grad(summed)(tensors[0]))
+
+
+def test_second_derivatives_by_transforms():
+    (params,) = CALLS["logistic_mixture_nll"][1]
+    with fastgen.backend("reference"):
+        expected = torch.autograd.functional.hessian(lambda x: likelihood(x).sum(), params)
+    torch.testing.assert_close(torch.func.hessian(lambda x: likelihood(x).sum())(params), expected)
+
+
+def test_transforms_of_images_still_check_the_levels():
+    images = torch.arange(24, dtype=torch.uint8).reshape(2, 1, 1, 3, 4)
+    params = torch.randn(2, 1, 6, 3, 4)
+
+    def batched(levels):
+        return torch.func.vmap(lambda p, x: ops.logistic_mixture_nll(p, x, levels=levels))(params, images)
+
+    torch.testing.assert_close(batched(24)[:, 0], ops.logistic_mixture_nll(params[:, 0], images[:, 0], levels=24))
+    with pytest.raises(ValueError, match=r"levels in 0\.\.22, got 23"):
+        batched(23)
+
+
+def test_transforms_of_a_model():
+    model = models.PixelCNN(image_shape=(1, 5, 4), num_filters=4, num_blocks=1, levels=4)
+    images = torch.randint(4, (3, 1, 5, 4), dtype=torch.uint8)
+    parameters = dict(model.named_parameters())
+
+    def loss(parameters, image):
+        return -torch.func.functional_call(model, parameters, (model.head.encode(image[None]),)).logsumexp(1).sum()
+
+    each = torch.func.vmap(torch.func.grad(loss), (None, 0))(parameters, images)
+    for i, image in enumerate(images):
+        expected = torch.autograd.grad(loss(parameters, image), list(parameters.values()))
+        torch.testing.assert_close([gradient[i] for gradient in each.values()], list(expected))
+
+
+def test_random_numbers_within_transforms():
+    sample = torch.arange(5)
+
+    def both(x, sample):
+        numbers = ops.normal(2, (3,), seed=3, start=1) * x.sum()
+        return numbers, ops.philox.uniform(7, 0, 0, sample)
+
+    expected = both(torch.ones(2), sample)
+    torch.testing.assert_close(torch.func.vmap(both)(torch.ones(1, 2), sample[None]), tuple(e[None] for e in expected))
+    gradient = torch.func.grad(lambda x: both(x, sample)[0].sum())(torch.ones(2))
+    torch.testing.assert_close(gradient, expected[0].sum().div(2).expand(2))
