@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+
+import safetensors.torch
+from torch import Tensor
 
 
 @contextmanager
@@ -15,7 +18,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     The data is on the disk before the name is: a reader, or a crash, sees the old file or the new one.
 
     Raises:
-        OSError: the folder is missing or cannot be written to.
+        OSError: the folder is missing or cannot be written to, or the disk is full.
     """
     path = Path(path)
     if not path.parent.is_dir():
@@ -29,8 +32,23 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         finally:
             os.close(descriptor)
         os.replace(temporary, path)
+    except OSError as error:  # which names the temporary file, or none
+        raise type(error)(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def save_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """Writes a safetensors file.
+
+    Raises:
+        OSError: as `atomic_path`.
+    """
+    with atomic_path(path) as temporary:
+        try:
+            safetensors.torch.save_file(dict(tensors), temporary, metadata)
+        except safetensors.SafetensorError as error:
+            raise OSError(str(error)) from error
 
 
 def cache_folder() -> Path:

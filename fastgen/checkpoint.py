@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from fastgen import models
-from fastgen._files import atomic_path
+from fastgen._files import save_tensors
 
 FORMAT = 1
 TRAINING_PREFIX = "training/"  # of extra tensors; no module name holds a slash
@@ -30,7 +29,7 @@ def save(model: torch.nn.Module, path: str | os.PathLike[str]) -> None:
 
     Raises:
         TypeError: the model is not one of `fastgen.models`.
-        OSError: the folder is missing or cannot be written to.
+        OSError: the folder is missing or cannot be written to, or the disk is full.
     """
     write(path, model.state_dict(), {"fastgen": describe(model)})
 
@@ -124,8 +123,7 @@ def describe(model: torch.nn.Module) -> dict[str, Any]:
 def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:
     """Writes tensors and JSON-able metadata, atomically."""
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
-    with atomic_path(Path(path)) as temporary:
-        safetensors.torch.save_file(tensors, temporary, {key: json.dumps(value) for key, value in metadata.items()})
+    save_tensors(Path(path), tensors, {key: json.dumps(value) for key, value in metadata.items()})
 
 
 def read(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:

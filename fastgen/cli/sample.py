@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 from fastgen.cli import shared
@@ -153,7 +154,8 @@ def _write(options: argparse.Namespace, pictures: Tensor, levels: int, labels: T
         return
     with atomic_path(options.output) as temporary, open(temporary, "wb") as file:
         if options.output.suffix == ".npy":
-            np.save(file, pictures.numpy())
+            # Not to the file itself: NumPy writes there past Python, and does not say why it could not.
+            np.save(SimpleNamespace(write=file.write), pictures.numpy())  # type: ignore[arg-type]
         elif labels is None:
             np.savez_compressed(file, images=pictures.numpy())
         else:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgen._files import atomic_path, cache_folder
+from fastgen._files import cache_folder, save_tensors
 from fastgen.data import Dataset, load
 from fastgen.data.resize import cover
 
@@ -83,8 +83,7 @@ def classifier(spec: str | Path, *, cache: str | os.PathLike[str] | None = None,
     if not found:
         model.accuracy.fill_(_accuracy(model.eval(), val))
         folder.mkdir(parents=True, exist_ok=True)
-        with atomic_path(path) as temporary:
-            safetensors.torch.save_file(model.state_dict(), temporary)
+        save_tensors(path, model.state_dict())
     return model.eval().requires_grad_(False)
 
 

@@ -244,6 +244,25 @@ def test_bad_input(command: str, message: str, here: Path, capsys: pytest.Captur
     assert {p for p in here.rglob("*") if p.is_file()} == before
 
 
+@pytest.mark.parametrize("name", ["s.png", "s.npy", "s.npz"])
+def test_samples_on_a_full_disk(
+    name: str, here: Path, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = checkpoint(here)
+    request.getfixturevalue("full_disk")
+    assert main(["sample", path, "-n", "50", "-o", name, "--quiet"]) == 2
+    assert capsys.readouterr().err == f"fastgen: cannot write {name}: File too large\n"
+    assert [file.name for file in here.iterdir()] == ["m.safetensors"]
+
+
+def test_training_on_a_full_disk(here: Path, full_disk: None, capsys: pytest.CaptureFixture[str]) -> None:
+    train = "train pixelcnn --data digits --num-filters 4 --num-blocks 1 --num-features 4 --steps 1 --quiet --out run"
+    assert main(train.split()) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("fastgen: cannot write run/checkpoint.safetensors: ") and error.count("\n") == 1
+    assert [file.name for file in Path("run").iterdir()] == ["log.jsonl"]
+
+
 def test_usage_errors_exit_with_2(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in (["nothing"], [], ["train", "no_model", "--data", "digits"], ["sample"]):
         with pytest.raises(SystemExit, match="2"):
