@@ -155,7 +155,7 @@ def _write(options: argparse.Namespace, pictures: Tensor, levels: int, labels: T
     with atomic_path(options.output) as temporary, open(temporary, "wb") as file:
         if options.output.suffix == ".npy":
             # Not to the file itself: NumPy writes there past Python, and does not say why it could not.
-            np.save(SimpleNamespace(write=file.write), pictures.numpy())  # type: ignore[arg-type]
+            np.save(SimpleNamespace(write=file.write), pictures.numpy())
         elif labels is None:
             np.savez_compressed(file, images=pictures.numpy())
         else:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgen.models.autoregressive.base import AutoregressiveModel, positive
+from fastgen.sampling.subject import evaluating
 
 RESOLUTIONS = 3  # full, half and quarter resolution
 CONSTANT = 1e-8  # an output channel whose variance is below this share of g^2 has no scale to standardise
@@ -305,12 +306,10 @@ class PixelCNNpp(AutoregressiveModel):
             raise ValueError("images: the initialisation needs at least one, got none")
         layers = [layer for layer in self.modules() if isinstance(layer, WeightNormed)]
         hooks = [layer.register_forward_hook(lambda layer, _, output: layer.standardise(output)) for layer in layers]
-        was_training = self.training
-        self.eval()
         try:
-            self(self.head.encode(images).to(self.output.bias), labels)
+            with evaluating(self):
+                self(self.head.encode(images).to(self.output.bias), labels)
         finally:
-            self.train(was_training)
             for hook in hooks:
                 hook.remove()
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastgen import ops
 from fastgen._arguments import check_labels
+from fastgen.sampling.subject import evaluating
 
 CHUNK = 16  # samples per pass through the generator
 
@@ -154,17 +155,13 @@ class AdversarialModel(torch.nn.Module):
         known = check_labels(labels, len(z), self.num_classes)
         like = next(self.generator.parameters())
         images = torch.empty(len(z), *self.image_shape, dtype=torch.uint8)
-        was_training = self.generator.training
-        self.generator.eval()
-        try:
+        with evaluating(self.generator):
             for i in tqdm(range(0, len(z), CHUNK), unit=f"x{CHUNK} images", disable=not progress, leave=False):
                 part = z[i : i + CHUNK].to(like)
                 missing = CHUNK - len(part)
                 y = None if known is None else F.pad(known[i : i + CHUNK], (0, missing)).to(like.device)
                 x = self.generator(F.pad(part, (0, 0, 0, missing)), y)
                 images[i : i + CHUNK] = self.decode(x)[: len(part)].cpu()
-        finally:
-            self.generator.train(was_training)
         return images
 
     def extra_repr(self) -> str:

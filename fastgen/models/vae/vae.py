@@ -19,6 +19,7 @@ from fastgen.models.vae.networks import (
     PerceptronEncoder,
 )
 from fastgen.ops.normal import normals
+from fastgen.sampling.subject import evaluating
 
 CHUNK = 16  # samples per pass through the decoder
 MAX_DECODED = 256  # images that `log_prob` decodes at a time
@@ -267,28 +268,19 @@ class VAE(nn.Module):
         self._conditions(len(z), labels, condition)
         labels = check_labels(labels, len(z), self.num_classes)
         images = torch.empty(len(z), *self.image_shape, dtype=torch.uint8)
-        was_training = self.training
-        self.eval()
-        try:
+        with evaluating(self):
             for i in tqdm(range(0, len(z), CHUNK), unit=f"x{CHUNK} images", disable=not progress, leave=False):
                 part = slice(i, i + CHUNK)
                 count = len(z[part])
                 own = [None if value is None else _whole_chunk(value[part]) for value in (labels, condition)]
                 params = self.decode(_whole_chunk(z[part]), *own)
                 images[part] = self._levels_of(self.likelihood.mean(params))[:count].cpu()
-        finally:
-            self.train(was_training)
         return images
 
     def reconstruct(self, images: Tensor, labels: Tensor | int | None = None) -> Tensor:
         """Images after encoding and decoding, by the means of their latents, in eval mode: uint8 [N, C, H, W]."""
-        was_training = self.training
-        self.eval()
-        try:
-            with torch.no_grad():
-                mu, _ = self.encode(images, labels)
-        finally:
-            self.train(was_training)
+        with evaluating(self):
+            mu, _ = self.encode(images, labels)
         return self.render(mu, labels, None if self.condition is None else images)
 
     # What the latents are used for
