@@ -78,10 +78,14 @@ def sample(model: torch.nn.Module | str | os.PathLike[str], n: int, *, seed: int
         model = load(model)
     num_classes = getattr(model, "num_classes", None)
     if num_classes is not None and options.get("labels") is None:
-        start = options.get("start", 0)
-        options["labels"] = torch.arange(start, start + n) % num_classes
+        options["labels"] = in_turn(n, options.get("start", 0), num_classes)
     draw = model.sample if isinstance(model, models.AdversarialModel | models.VAE) else Sampler(model).sample
     return draw(n, seed=seed, **options)
+
+
+def in_turn(n: int, start: int, count: int) -> Tensor:
+    """``i % count`` of the samples i = start .. start+n-1, int64 [n]."""
+    return (torch.arange(max(0, n)) + start % count) % count
 
 
 def load_state_dict_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:

@@ -43,6 +43,7 @@ def collect() -> dict[str, Any]:
         "cpu": _cpu_module(),
         "cuda": _cuda_module(),
         "backends": _backends(),
+        "sampler": _sampler(),
         "openmp": openmp_runtimes(),
         "threads": {"intra-op": torch.get_num_threads(), "inter-op": torch.get_num_interop_threads()},
         "environment": _environment(),
@@ -134,7 +135,8 @@ def _cuda_module() -> dict[str, Any]:
 
 def _backends() -> dict[str, str]:
     """Each backend with the operations that it implements, or the reason why it cannot be used."""
-    importlib.import_module("fastgen.ops")  # registers them
+    for module in ("ops", "sampling.sampler"):
+        importlib.import_module(f"fastgen.{module}")  # registers them
     offers = backends.operations()
     return {
         name: backends.unavailable(name)
@@ -142,6 +144,16 @@ def _backends() -> dict[str, str]:
         or "no operation yet"
         for name in backends.BACKENDS
     }
+
+
+def _sampler() -> dict[str, str]:
+    """Whether each executor of a `Sampler` draws here without being asked for, or why not."""
+    gpu = torch.cuda.is_available()
+    reasons = backends.reasons("sample_plan", torch.empty(0, device="cuda" if gpu else "cpu"))
+    reasons["cpu"] = backends.unavailable("cpu")  # takes models on a GPU, too
+    if not gpu:
+        reasons |= {name: backends.unavailable(name) or "torch sees no GPU" for name in ("triton", "cuda")}
+    return {name: "yes" if reason is None else f"no: {reason}" for name, reason in reasons.items()}
 
 
 def _environment() -> dict[str, dict[str, str | None]]:

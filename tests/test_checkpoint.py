@@ -86,6 +86,9 @@ def test_sample_from_a_model_or_a_file(tmp_path):
         assert torch.equal(checkpoint.sample(path, 3, seed=4, start=2), images[2:])
         ones = checkpoint.sample(path, 2, seed=4, labels=torch.tensor([1, 1]))
         assert torch.equal(ones[1], images[1])
+    for name, value in (("n", -1), ("start", 10**20), ("seed", 2**64)):
+        with pytest.raises(ValueError, match=f"{name} must be in"):
+            checkpoint.sample(model, **{"n": 2, name: value})
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, full_disk):

@@ -22,7 +22,17 @@ def test_collect_is_plain_data_with_the_facts():
     assert facts["cpu"]["chosen"] in facts["cpu"]["instruction sets"]
     assert facts["cuda"]["loaded"].startswith(("yes", "no: "))
     assert "masked_conv2d" in facts["backends"]["reference"].split()
-    assert set(facts["backends"]) == set(backends.BACKENDS)
+    assert set(facts["backends"]) == set(facts["sampler"]) == set(backends.BACKENDS)
+    assert all("sample_plan" in facts["backends"][name].split() for name in ("reference", "cpu"))
+    assert facts["sampler"]["reference"] == facts["sampler"]["cpu"] == "yes"
+    assert facts["sampler"]["cuda"].startswith("no: ")
+
+
+def test_executors_without_a_gpu_say_so(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(backends, "unavailable", lambda name: "it is broken" if name == "triton" else None)
+    sampler = info.collect()["sampler"]
+    assert sampler == {"cuda": "no: torch sees no GPU", "triton": "no: it is broken", "cpu": "yes", "reference": "yes"}
 
 
 def test_fastgen_brings_no_second_openmp_runtime():

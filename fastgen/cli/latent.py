@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,8 +70,8 @@ def run(options: argparse.Namespace) -> int:
     import fastgen
     from fastgen import images
 
-    if options.output.suffix != ".png":
-        raise ValueError(f"-o: the file's name must end in .png, got {str(options.output)!r}")
+    shared.check_output(options.output, (".png",))
+    shared.check_seed(options.seed)
     model: Any = fastgen.load(options.checkpoint)
     if not hasattr(model, "render"):
         raise ValueError(f"{options.checkpoint}: a {model.name} has no latents")
@@ -108,6 +109,8 @@ def _arithmetic(options: argparse.Namespace, model: Any) -> np.ndarray:
 
     from fastgen import images, latent
 
+    if not math.isfinite(options.noise):
+        raise ValueError(f"--noise: expected a finite number, got {options.noise}")
     groups = [(sign, text) for sign, texts in (("plus", options.plus), ("minus", options.minus)) for text in texts]
     latents = [_samples(options, model, f"--{sign}", text) for sign, text in groups]
     plus = len(options.plus)

@@ -7,6 +7,8 @@ Sample i of a seed is always the same image, whatever the number of samples or t
 from __future__ import annotations
 
 import argparse
+import math
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -24,6 +26,7 @@ EXAMPLES = """examples:
   fastgen sample model.safetensors -n 16 --known digits --keep top -o completions.png
 """
 SUFFIXES = (".png", ".npy", ".npz")
+BYTES_BESIDE = 32  # that a sample takes beside its levels: labels, and numbers they are made of
 # options of the sampler of pixel models, with their defaults
 SAMPLER_OPTIONS = {
     "temperature": 1.0, "known": None, "precision": "fp32", "backend": "auto", "max_batch": None, "audit": False
@@ -57,7 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--keep", choices=("top", "bottom", "left", "right"), default="top", help="the given half (default: top)"
     )
     group.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the weights (default: fp32)")
-    group.add_argument("--backend", default="auto", metavar="NAME", help="auto, cpu or reference (default: auto)")
+    group.add_argument(
+        "--backend", default="auto", metavar="NAME", help="auto, reference, cpu, triton or cuda (default: auto)"
+    )
     group.add_argument("--max-batch", type=int, metavar="N", help="samples at a time (default: what fits the memory)")
     group.add_argument("--audit", action="store_true", help="prove by a parallel forward pass; status 1 if it fails")
 
@@ -65,8 +70,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     import fastgen
 
-    _check_output(options.output)
+    _check(options)
     model: Any = fastgen.load(options.checkpoint)
+    _check_memory(options.n, model)
     if isinstance(model, fastgen.models.AdversarialModel | fastgen.models.VAE):
         return _sample_generator(options, model)
     labels, known, mask = _given(options, model)
@@ -99,26 +105,40 @@ def _sample_generator(options: argparse.Namespace, model: Any) -> int:
     return 0
 
 
-def _check_output(path: Path) -> None:
-    if path.suffix not in SUFFIXES:
-        raise ValueError(f"-o: the file's name must end in {', '.join(SUFFIXES)}, got {str(path)!r}")
-    if not path.parent.is_dir():
-        raise ValueError(f"-o: there is no folder {str(path.parent)!r}")
+def _check(options: argparse.Namespace) -> None:
+    """What can be refused before anything is loaded or drawn."""
+    shared.check_output(options.output, SUFFIXES)
+    shared.check_range("-n", options.n, 0, 2**31 - 1)
+    if options.n == 0 and options.output.suffix == ".png":
+        raise ValueError("-n: a picture needs at least one sample, got 0")
+    shared.check_range("--start", options.start, 0, 2**62)
+    shared.check_seed(options.seed)
+    if options.columns is not None:
+        shared.check_range("--columns", options.columns, 1, 2**31 - 1)
+
+
+def _check_memory(n: int, model: Any) -> None:
+    needed = n * (math.prod(model.image_shape) + BYTES_BESIDE)
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > memory:
+        raise ValueError(f"-n: {n} samples take {needed / 1e9:.0f} GB, and the machine has {memory / 1e9:.0f} GB")
 
 
 def _given(options: argparse.Namespace, model: Any) -> tuple[Tensor | int | None, Tensor | None, Tensor | None]:
     """Labels, known images and mask of all samples."""
     import torch
 
+    from fastgen.checkpoint import in_turn
+
     labels: Tensor | int | None = None
     if options.labels is not None:
         labels = _parse_labels(options.labels)
     elif model.num_classes is not None:
-        labels = torch.arange(options.start, options.start + max(0, options.n)) % model.num_classes
+        labels = in_turn(options.n, options.start, model.num_classes)
     if options.known is None:
         return labels, None, None
     data = shared.load_for(model, options.known, "val")
-    index = torch.arange(options.start, options.start + max(0, options.n)) % len(data)
+    index = in_turn(options.n, options.start, len(data))
     own = shared.labels_for(model, data) if options.labels is None else None
     _, height, width = model.image_shape
     mask = torch.zeros(height, width, dtype=torch.bool)
@@ -136,10 +156,10 @@ def _parse_labels(text: str) -> Tensor | int:
     import torch
 
     try:
-        labels = [int(part) for part in text.split(",")]
-    except ValueError:
-        raise ValueError(f"--labels: expected whole numbers separated by commas, got {text!r}") from None
-    return labels[0] if len(labels) == 1 else torch.tensor(labels)
+        labels = torch.tensor([int(part) for part in text.split(",")])
+    except (ValueError, RuntimeError):  # of more than 64 bits
+        raise ValueError(f"--labels: expected whole numbers separated by commas, got {text!r:.80}") from None
+    return int(labels) if len(labels) == 1 else labels
 
 
 def _write(options: argparse.Namespace, pictures: Tensor, levels: int, labels: Tensor | int | None) -> None:

@@ -33,21 +33,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace) -> int:
     import fastgen
     from fastgen import data, scores
+    from fastgen.cli import shared
 
     if options.n is not None and options.n < 3:
         raise ValueError(f"-n: expected at least 3, got {options.n}")
+    shared.check_seed(options.seed)
     model: Any = fastgen.load(options.checkpoint)
     progress = not options.quiet
     shape = {"size": tuple(model.image_shape[1:]), "levels": model.levels, "resize": True, "progress": progress}
     train, val = (data.load(options.data, split=split, **shape) for split in ("train", "val"))
     if val.image_shape != tuple(model.image_shape):
         raise ValueError(f"the images of {val.name} are {val.image_shape}, the model's are {tuple(model.image_shape)}")
+    count = len(train) if options.n is None else options.n
+    shared.check_range("--splits", options.splits, 2, min(count, len(train), len(val)) - 1)
     if options.inception is None:
         extractor: Any = scores.classifier(options.data, progress=progress)
         features = f"a classifier that is right on {100 * float(extractor.accuracy):.1f} % of them"
     else:
         extractor, features = scores.inception(options.inception), "Inception v3"
-    count = len(train) if options.n is None else options.n
     samples = fastgen.sample(model, count, seed=options.seed, progress=progress)
     real = scores.extract(extractor, val.images, val.levels).features
     print(f"{'':24}{'Frechet distance':20}{'bias':>8}   Inception score")

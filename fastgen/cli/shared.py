@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -18,6 +21,31 @@ DATA_HELP = (
 
 def add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", required=True, metavar="SPEC", help=DATA_HELP)
+
+
+def check_range(flag: str, value: int, low: int, high: int) -> None:
+    if not low <= value <= high:
+        raise ValueError(f"{flag} must be in {low}..{high}, got {value}")
+
+
+def check_seed(seed: int) -> None:
+    check_range("--seed", seed, 0, 2**64 - 1)
+
+
+def check_output(path: Path, suffixes: Sequence[str]) -> None:
+    """What can be known before anything is drawn of whether it can be written.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if path.suffix not in suffixes:
+        raise ValueError(f"-o: the file's name must end in {', '.join(suffixes)}, got {str(path)!r}")
+    if path.is_dir():
+        raise ValueError(f"-o: {str(path)!r} is a folder")
+    if not path.parent.is_dir():
+        raise ValueError(f"-o: there is no folder {str(path.parent)!r}")
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"-o: the folder {str(path.parent)!r} cannot be written to")
 
 
 def load_for(model: Any, spec: str, split: str) -> Dataset:

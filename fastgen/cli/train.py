@@ -157,6 +157,8 @@ def _add_training(
 def run(options: argparse.Namespace) -> int:
     from fastgen import models
 
+    if options.seed is not None:
+        shared.check_seed(options.seed)
     kind = models.get(options.model)
     if options.scores and not issubclass(kind, models.AdversarialModel):
         raise ValueError(f"{options.model} has no option --scores: it is validated by its likelihood")
@@ -256,7 +258,6 @@ def _train(
 ) -> Any:
     """``function(model, train_data, *arguments, **more)`` with what all kinds of training take."""
     out = _folder(options)
-    out.mkdir(parents=True, exist_ok=True)
     print(f"{options.model} with {sum(p.numel() for p in model.parameters()):,} parameters on {train_data}")
     try:
         return function(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -202,8 +203,18 @@ BAD = [
     ("sample missing.safetensors", "missing.safetensors: no such file"),
     ("sample {m} -o s.jpg", "-o: the file's name must end in .png, .npy, .npz, got 's.jpg'"),
     ("sample {m} -o nowhere/s.png", "-o: there is no folder 'nowhere'"),
-    ("sample {m} -n -1", "n must be in 0.."),
-    ("sample {m} --seed -1", "seed must be in"),
+    ("sample {m} -o .", "-o: the file's name must end in .png, .npy, .npz, got '.'"),
+    ("sample {m} -o folder.png", "-o: 'folder.png' is a folder"),
+    ("sample {m} -n -1", "-n must be in 0..2147483647, got -1"),
+    ("sample {m} -n 0", "-n: a picture needs at least one sample, got 0"),
+    ("sample {m} -n 2147483648 -o s.npy", "-n must be in 0..2147483647, got 2147483648"),
+    ("sample {c} -n 2000000000 -o s.npy", "-n: 2000000000 samples take 192 GB, and the machine has 8 GB"),
+    ("sample {m} -n 2000000000 -o s.npy", "-n: 2000000000 samples take 192 GB, and the machine has 8 GB"),
+    ("sample {m} --seed -1", "--seed must be in 0..18446744073709551615, got -1"),
+    ("sample {c} --start 99999999999999999999", "--start must be in 0..4611686018427387904, got 99999999999999999999"),
+    ("sample {c} --labels 99999999999999999999", "--labels: expected whole numbers"),
+    ("sample {c} --labels 99999999999999999999,1", "--labels: expected whole numbers"),
+    ("sample {m} --columns 0", "--columns must be in 1.."),
     ("sample {m} --temperature 0", "temperature must be positive"),
     ("sample {m} --labels 3", "the model has no classes"),
     ("sample {m} --labels a", "--labels: expected whole numbers"),
@@ -228,20 +239,43 @@ BAD = [
     ("sample {g} --audit", "gan has no option --audit"),
     ("sample {g} -n -1", "n must be in 0.."),
     ("eval {g} --data digits", "g.safetensors: a gan has no likelihood to evaluate"),
+    ("score {g} --data digits --splits 0", "--splits must be in 2..179, got 0"),
+    ("score {g} --data digits -n 40 --splits 40", "--splits must be in 2..39, got 40"),
+    ("score {g} --data digits --seed -1", "--seed must be in"),
+    ("latent arithmetic {g} --plus 0,1 --noise nan", "--noise: expected a finite number, got nan"),
+    ("latent grid {g} --seed -1", "--seed must be in"),
+    ("latent grid {g} -o folder.png", "-o: 'folder.png' is a folder"),
+    ("train pixelcnn --data digits --quiet --seed 18446744073709551616", "--seed must be in 0..18446744073709551615"),
 ]
 
 
 @pytest.mark.parametrize(("command", "message"), BAD, ids=[command for command, _ in BAD])
-def test_bad_input(command: str, message: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """One line on stderr, exit code 2, no file written."""
-    paths = {"m": checkpoint(here), "broken": str(here / "broken.safetensors"), "g": str(here / "g.safetensors")}
+def test_bad_input(
+    command: str, message: str, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One line on stderr, exit code 2, no file written, no image drawn."""
+    for work in ("sampling.sampler.Sampler._batch", "models.GAN.render", "scores.classify._train"):
+        monkeypatch.setattr(f"fastgen.{work}", lambda *_, **__: pytest.fail("refused too late"))
+    monkeypatch.setattr("os.sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 2_000_000}.__getitem__)
+    paths = {name: str(here / f"{name}.safetensors") for name in ("broken", "g", "c")} | {"m": checkpoint(here)}
+    (here / "folder.png").mkdir()
     fastgen.save(models.GAN(image_shape=(1, 8, 8), levels=17, num_filters=5), paths["g"])
+    fastgen.save(models.GatedPixelCNN(**DIGITS, num_classes=10), paths["c"])
     Path(paths["broken"]).write_bytes(Path(paths["m"]).read_bytes()[:100])
-    before = {p for p in here.rglob("*") if p.is_file()}
+    before = {*here.rglob("*")}
     assert main(command.format(**paths).split()) == 2
     error = capsys.readouterr().err
     assert message in error and error.startswith("fastgen: ") and error.count("\n") == 1
-    assert {p for p in here.rglob("*") if p.is_file()} == before
+    assert {*here.rglob("*")} == before
+
+
+def test_folders_that_cannot_be_written_to(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("os.access", lambda path, mode: mode != os.W_OK)
+    for command in ("sample", "latent grid"):
+        assert main([*command.split(), "m.safetensors"]) == 2
+        assert capsys.readouterr().err == "fastgen: -o: the folder '.' cannot be written to\n"
 
 
 @pytest.mark.parametrize("name", ["s.png", "s.npy", "s.npz"])

@@ -76,7 +76,7 @@ def test_arithmetic(here: Path) -> None:
         ("grid g.safetensors --steps 1", "steps: expected an integer of at least 2, got 1"),
         ("interpolate g.safetensors -n 0", "-n: expected at least 1, got 0"),
         ("interpolate g.safetensors -o p.jpg", "-o: the file's name must end in .png, got 'p.jpg'"),
-        ("interpolate g.safetensors -o no/p.png", "there is no folder no"),
+        ("interpolate g.safetensors -o no/p.png", "-o: there is no folder 'no'"),
         ("interpolate a.safetensors", "a.safetensors: a pixelcnn has no latents"),
         ("arithmetic g.safetensors", "expected at least one group"),
         ("truncate g.safetensors --limits 0", "limit: expected a number above 0, got 0.0"),
