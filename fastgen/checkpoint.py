@@ -29,6 +29,7 @@ def save(model: torch.nn.Module, path: str | os.PathLike[str]) -> None:
 
     Raises:
         TypeError: the model is not one of `fastgen.models`.
+        ValueError: its tensors are not those of such a model, as where a parametrization (weight_norm, ...) was added.
         OSError: the folder is missing or cannot be written to, or the disk is full.
     """
     write(path, model.state_dict(), {"fastgen": describe(model)})
@@ -116,12 +117,25 @@ def describe(model: torch.nn.Module) -> dict[str, Any]:
 
     Raises:
         TypeError: the model is not one of `fastgen.models`.
+        ValueError: its tensors are not those of a new one of its configuration, so that `load` could not take them.
     """
     name = getattr(model, "name", None)
     if name not in models.names() or models.get(name) is not type(model):
         known = ", ".join(models.get(name).__name__ for name in models.names())
         raise TypeError(f"model: expected one of fastgen.models ({known}), got {type(model).__name__}")
+    with torch.device("meta"):  # without values or random numbers
+        expected = _shapes(type(model)(**model.config))
+    different = sorted({tensor for tensor, _ in _shapes(model).items() ^ expected.items()})
+    if different:
+        raise ValueError(
+            f"model: {different[0]!r} is not as in a new {type(model).__name__} of its configuration, and could not be "
+            "loaded: remove what was added (torch.nn.utils.parametrize.remove_parametrizations)"
+        )
     return {"format": FORMAT, "model": name, "config": model.config}
+
+
+def _shapes(model: torch.nn.Module) -> dict[str, torch.Size]:
+    return {name: tensor.shape for name, tensor in model.state_dict().items()}
 
 
 def write(path: str | os.PathLike[str], tensors: Mapping[str, Tensor], metadata: Mapping[str, Any]) -> None:

@@ -14,6 +14,7 @@ import torch
 
 from fastgen import backend, checkpoint, models
 from fastgen.sampling import naive_sample
+from fastgen.training.run import prepare_folder
 
 
 def build(name="gated_pixelcnn", **options):
@@ -114,6 +115,28 @@ def test_only_registered_models_are_saved(tmp_path):
     for model in (torch.nn.Linear(1, 1), Mine(num_filters=1, num_blocks=1)):
         with pytest.raises(TypeError, match=f"expected one of fastgen.models .*, got {type(model).__name__}"):
             checkpoint.save(model, tmp_path / "m.safetensors")
+    assert os.listdir(tmp_path) == []
+
+
+CHANGES = {
+    "parametrization": lambda model: torch.nn.utils.parametrizations.weight_norm(model.output),
+    "hook": lambda model: torch.nn.utils.spectral_norm(model.output),
+    "other layer": lambda model: setattr(model, "output", torch.nn.Conv2d(4, 6, 1)),
+    "more": lambda model: model.register_buffer("more", torch.ones(2)),
+    "less": lambda model: delattr(model, "output"),
+}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+def test_what_could_not_be_loaded_is_not_saved(tmp_path, change):
+    model = build()
+    change(model)
+    with pytest.raises(ValueError, match=r"model: '(output|more).* is not as in a new GatedPixelCNN .* remove"):
+        checkpoint.save(model, tmp_path / "m.safetensors")
+    assert os.listdir(tmp_path) == []
+    with pytest.raises(ValueError, match="model: "):
+        prepare_folder(model, tmp_path / "run", resume=False)
     assert os.listdir(tmp_path) == []
 
 
