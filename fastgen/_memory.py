@@ -18,7 +18,7 @@ def empty_in_large_pages(count: int, dtype: torch.dtype) -> Tensor:
     """
     size = count * dtype.itemsize
     if size < _LARGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return torch.empty(count, dtype=dtype)
+        return torch.empty(count, dtype=dtype, device="cpu")
     memory = mmap.mmap(-1, size + _LARGE_PAGE)  # what is never touched takes no memory
     with contextlib.suppress(OSError):  # a hint
         memory.madvise(mmap.MADV_HUGEPAGE)

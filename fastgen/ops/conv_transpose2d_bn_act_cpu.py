@@ -178,7 +178,7 @@ def backward(
     block = Block.of(input.shape, input.dtype, weight, options)
     channels = grad.shape[1]
     grad_input = channels_last(input, input.shape) if for_input else input.new_empty(0)
-    grad_weight = torch.zeros(weight.shape, dtype=input.dtype) if for_weight else input.new_empty(0)
+    grad_weight = input.new_zeros(weight.shape) if for_weight else input.new_empty(0)
     sums = [input.new_zeros(channels) for _ in range(2)]
     if grad.numel():
         grad = grad.contiguous(memory_format=torch.channels_last)
@@ -246,14 +246,15 @@ class Block:
         eps: float = 0.0, activation: str = "none", parameter: float = 0.0,
     ) -> None:  # fmt: skip
         native, size = backends.native_cpu(), (self.output[0], self.threads)
-        scratch = torch.empty(self.scratch_size(plan, strides), dtype=_sum_dtype(self.dtype))
+        scratch = torch.empty(self.scratch_size(plan, strides), dtype=_sum_dtype(self.dtype), device=CPU)
         tensors = [_dense(tensor) for tensor in tensors]
         addresses = [_address(tensor) for tensor in tensors]
         act = (eps, getattr(native.Activation, activation), parameter)
         self.call("conv_bn_act", plan, *size, image, strides, packed, addresses, *act, output, scratch)
 
     def channel_scratch(self) -> Tensor:
-        return torch.empty(self.call("channel_scratch_size", self.positions, self.output[1]), dtype=self.dtype)
+        size = self.call("channel_scratch_size", self.positions, self.output[1])
+        return torch.empty(size, dtype=self.dtype, device=CPU)
 
     def pass_over(
         self, name: str, conv: Tensor, more: Sequence[Tensor], norm: Tensors, options: Options, *results: Any

@@ -26,6 +26,7 @@ _LOG = (
 )  # fmt: skip
 _SIN = (-75.4019940, 81.5931843, -41.3416725, -1.74845553e-7)
 _COS = (59.2204006, -85.4432493, 64.9393255, -19.7392087, 1.0)
+_CPU = torch.device("cpu")  # whatever the default device is
 _TWO_PI = 6.28318548
 _TWO_LOG_2 = (-1.38629436, 3.80930865e-9)  # -2 log 2 in two parts
 _SQRT_HALF_BITS = 0x3F3504F3
@@ -55,12 +56,14 @@ def normal(n: int, shape: Sequence[int], *, seed: int = 0, start: int = 0) -> Te
 def normals(n: int, count: int, *, seed: int, start: int, draw: int) -> Tensor:
     """`normal` of flat samples, and of other draws than the first (see the table in `fastgen.ops.philox`)."""
     args = (n, count, seed, start, draw)
-    return normals_reference(*args) if is_transformed() else backends.select("normal", *args)(*args)
+    if is_transformed():
+        return normals_reference(*args)
+    if torch.compiler.is_compiling():
+        return torch.ops.fastgen.normal(n, count, philox.signed(seed), start, draw)
+    return backends.select("normal", *args)(*args)
 
 
-def normals_reference(
-    n: int, count: int, seed: int, start: int, draw: int, device: torch.device | None = None
-) -> Tensor:
+def normals_reference(n: int, count: int, seed: int, start: int, draw: int, device: torch.device = _CPU) -> Tensor:
     """The definition: float32 [n, count]."""
     sample = torch.arange(start, start + n, device=device).view(-1, 1)
     position = torch.arange(-(-count // 4), device=device)
@@ -123,7 +126,7 @@ def _fma(a: Tensor, b: Tensor | float, c: Tensor | float) -> Tensor:
 
 
 def _normals_cpu(n: int, count: int, seed: int, start: int, draw: int) -> Tensor:
-    numbers = torch.empty(n, count)
+    numbers = torch.empty(n, count, dtype=torch.float32, device=_CPU)
     threads = max(1, min(torch.get_num_threads(), n, n * count // _MIN_THREAD_NUMBERS))
     backends.native_cpu().normal(seed, draw, start, n, count, numbers.data_ptr(), threads)
     return numbers
@@ -131,3 +134,23 @@ def _normals_cpu(n: int, count: int, seed: int, start: int, draw: int) -> Tensor
 
 backends.register("normal", "reference", normals_reference)
 backends.register("normal", "cpu", _normals_cpu)
+
+
+# Registration
+
+
+def _real(n: int, count: int, seed: int, start: int, draw: int) -> Tensor:
+    args = (n, count, seed % 2**64, start, draw)
+    return backends.select("normal", *args)(*args)
+
+
+def _fake(n: int, count: int, *_: int) -> Tensor:
+    return torch.empty(n, count, dtype=torch.float32, device=_CPU)
+
+
+_library = torch.library.Library("fastgen", "FRAGMENT")
+_library.define(
+    "normal(SymInt n, SymInt count, SymInt seed, SymInt start, int draw) -> Tensor", tags=torch.Tag.pt2_compliant_tag
+)
+_library.impl("normal", _real, "CompositeExplicitAutograd")
+torch.library.register_fake("fastgen::normal", _fake, lib=_library)

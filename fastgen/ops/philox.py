@@ -72,6 +72,11 @@ def check_seed(seed: int) -> None:
         raise ValueError(f"seed must be in 0..2^64-1, got {seed}")
 
 
+def signed(seed: int) -> int:
+    """The same 64 bits as operators take them."""
+    return seed - 2**64 if seed >= 2**63 else seed
+
+
 def philox_reference(seed: int, block: Tensor, position: Tensor, sample: Tensor) -> Tensor:
     """The definition: int64 tensors of one shape [...] -> int64 [..., 4]."""
     c0, c1, c2, c3 = block, position, sample & _WORD, sample >> 32 & _WORD
@@ -86,7 +91,7 @@ def philox_reference(seed: int, block: Tensor, position: Tensor, sample: Tensor)
 
 def _philox_cpu(seed: int, block: Tensor, position: Tensor, sample: Tensor) -> Tensor:
     block, position, sample = block.contiguous(), position.contiguous(), sample.contiguous()
-    out = torch.empty((*block.shape, 4), dtype=torch.int64)
+    out = block.new_empty((*block.shape, 4))
     backends.native_cpu().philox_uint32(
         seed,
         block.data_ptr(),

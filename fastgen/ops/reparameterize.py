@@ -58,7 +58,7 @@ def reparameterize(
         philox.check_seed(seed)
         _check_int("start", start, 0, 2**62 - 1)
     draws = 0 if num_samples is None else _check_int("num_samples", num_samples, 1, 2**32 - 1)
-    signed = seed - 2**64 if seed >= 2**63 else seed  # operators take signed numbers
+    signed = philox.signed(seed)
     compiling = torch.compiler.is_compiling()
     if not compiling and _goes_straight(mu, logvar):
         if torch.is_grad_enabled() and (mu.requires_grad or logvar.requires_grad):
@@ -302,10 +302,10 @@ _triton, _triton_grad = (backends.triton_kernel("reparameterize", name) for name
 
 # Registration
 
+_DRAWS = "SymInt seed, SymInt start, int draws"  # symbolic: a step of training has a seed of its own, but no graph
 _SCHEMAS = {
-    "reparameterize": "(Tensor mu, Tensor logvar, int seed, int start, int draws) -> (Tensor, Tensor)",
-    "reparameterize_grad": "(Tensor? grad_z, Tensor? grad_kl, Tensor mu, Tensor logvar, int seed, int start, int draws)"
-    " -> (Tensor, Tensor)",
+    "reparameterize": f"(Tensor mu, Tensor logvar, {_DRAWS}) -> (Tensor, Tensor)",
+    "reparameterize_grad": f"(Tensor? grad_z, Tensor? grad_kl, Tensor mu, Tensor logvar, {_DRAWS}) -> (Tensor, Tensor)",
 }
 _library = torch.library.Library("fastgen", "FRAGMENT")
 

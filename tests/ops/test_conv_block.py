@@ -5,12 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.autograd import forward_ad
+from torch.utils._device import _device_constructors
 
 import fastgen
 from fastgen import models, ops
 from fastgen.ops.conv_sequence import conv_transpose2d_bn_act_sequence
 from fastgen.ops.conv_transpose2d_bn_act_cpu import Options
 
+IMAGES = torch.arange(24, dtype=torch.uint8).reshape(2, 1, 3, 4)
 PLAIN = Options((1, 1), (0, 0), (0, 0), 1, (1, 1), False, 1e-5, "elu", 0.7)
 
 
@@ -31,7 +33,7 @@ def masked(*tensors):
 
 
 def likelihood(params):
-    return ops.logistic_mixture_nll(params, torch.arange(24, dtype=torch.uint8).reshape(2, 1, 3, 4), levels=30)
+    return ops.logistic_mixture_nll(params, IMAGES, levels=30)
 
 
 def latents(mu, logvar):
@@ -84,6 +86,47 @@ def test_gradients_of_signs_still_to_be_changed(function, tensors):
     expected = gradients(False, grad)
     torch.testing.assert_close(gradients(True, grad), expected)
     torch.testing.assert_close(gradients(False, lazy(grad)), expected)
+
+
+@pytest.fixture
+def unpoisoned(monkeypatch):
+    """Default devices know PyTorch's own `torch.empty` alone."""
+    monkeypatch.setattr(torch, "empty", torch.empty.__wrapped__)
+    _device_constructors.cache_clear()
+    yield
+    _device_constructors.cache_clear()
+
+
+@every_call
+def test_defaults_of_the_user(function, tensors, unpoisoned):
+    leaf = tensors[0].detach().requires_grad_()
+    expected = function(leaf, *tensors[1:])
+    expected.sum().backward()
+    for dtype, device in ((torch.float64, "cpu"), (torch.float32, "meta")):
+        again = tensors[0].detach().requires_grad_()
+        other = [tensors[1].clone(), *tensors[2:]] if len(tensors) > 1 else []  # not packed yet
+        torch.set_default_dtype(dtype)
+        try:
+            with torch.device(device):
+                actual = function(again, *other)
+                actual.sum().backward()
+                with torch.no_grad():
+                    inferred = function(again, *other)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        torch.testing.assert_close([actual, again.grad, inferred], [expected, leaf.grad, expected])
+
+
+def test_random_numbers_and_defaults_of_the_user(unpoisoned):
+    position, expected = torch.arange(3), ops.normal(3, (5,), seed=1)
+    uniforms = ops.philox.uniform(1, 0, position, 2)
+    torch.set_default_dtype(torch.float64)
+    try:
+        with torch.device("meta"):
+            numbers = [ops.normal(3, (5,), seed=1), ops.philox.uniform(1, 0, position, 2)]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(numbers, [expected, uniforms], rtol=0, atol=0)
 
 
 def test_imaginary_parts():

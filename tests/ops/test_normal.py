@@ -9,6 +9,8 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
+from torch.library import opcheck
 
 import fastgen
 from fastgen import backends, ops
@@ -73,6 +75,23 @@ def test_implementations_agree(isa, n, count, seed, start, draw):
     expected = module.normals_reference(n, count, seed, start, draw)
     with fastgen.backend("cpu"):
         assert torch.equal(module.normals(n, count, seed=seed, start=start, draw=draw), expected)
+
+
+def test_opcheck():
+    for args in ((3, 5, 7, 2, 1), (0, 4, -1, 0, 0), (2, 0, 0, 2**40, 3)):
+        opcheck(torch.ops.fastgen.normal.default, args)
+
+
+def test_compiles_as_one_graph_for_many_seeds():
+    counter = CompileCounter()
+    compiled = torch.compile(lambda n, seed: ops.normal(n, (2, 3), seed=seed, start=n), backend=counter, fullgraph=True)
+    for seed in (*range(2, 14), 2**63 - 1):
+        assert torch.equal(
+            compiled(seed % 5 + 2, seed), ops.normal(seed % 5 + 2, (2, 3), seed=seed, start=seed % 5 + 2)
+        )
+    assert counter.frame_count <= 2  # the first with numbers written in
+    for seed in (0, 1, 2**63, 2**64 - 1):
+        assert torch.equal(compiled(2, seed), ops.normal(2, (2, 3), seed=seed, start=2))
 
 
 def test_by_hand_in_exact_arithmetic_from_the_draw_table():

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 import fastgen
 from fastgen import backends, ops
@@ -232,6 +233,20 @@ def test_compiles():
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
     expected = torch.autograd.grad(loss(*leaves), leaves)
     assert all(map(torch.equal, torch.autograd.grad(compiled(*leaves), leaves), expected))
+
+
+@pytest.mark.parametrize("differentiable", [False, True])
+def test_compiles_once_for_many_seeds(differentiable):
+    mu, logvar = (tensor.requires_grad_(differentiable) for tensor in parameters((3, 4)))
+
+    def both(mu, logvar, seed, start):
+        return ops.reparameterize(mu, logvar, seed=seed, start=start)
+
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(both, backend=counter, fullgraph=True)
+    for seed in (*range(2, 14), 2**63 - 1):
+        torch.testing.assert_close(compiled(mu, logvar, seed, seed // 3), both(mu, logvar, seed, seed // 3))
+    assert counter.frame_count <= 3  # the first with numbers written in, start 0 and others
 
 
 def test_no_noise_is_kept():
