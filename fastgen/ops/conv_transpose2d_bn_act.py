@@ -108,7 +108,7 @@ def conv_transpose2d_bn_act(
             return function(*args)
         return torch.ops.fastgen.conv_transpose2d_bn_act(*args)
     output, mean, var = _Block.apply(*args)
-    if training and running_mean is not None and running_var is not None:
+    if training and running_mean is not None and running_var is not None and output.numel():
         _update(running_mean, running_var, mean, var, output.numel() // output.shape[1], momentum)
     return output
 
@@ -197,12 +197,12 @@ def _check(input: Tensor, weight: Tensor, *rest: Any) -> None:
         )
     if weight.shape[0] % options.groups:
         raise ValueError(f"groups must divide the {weight.shape[0]} input channels, got {options.groups}")
-    if input.dim() != 4 or 0 in input.shape[1:]:
-        raise ValueError(f"input must be [N, Cin, H, W] without empty dimensions but N, got {list(input.shape)}")
+    if input.dim() != 4 or (input.shape[0] and 0 in input.shape[1:]):
+        raise ValueError(f"input must be [N, Cin, H, W], not empty where N is not, got {list(input.shape)}")
     if input.shape[1] != weight.shape[0]:
         raise ValueError(f"input must have {weight.shape[0]} channels as the weight has, got {input.shape[1]}")
     shape = output_shape(input.shape, weight.shape, options)
-    if shape[2] < 1 or shape[3] < 1:
+    if shape[2] < 0 or shape[3] < 0:
         raise ValueError(f"the output would be {shape[2]} x {shape[3]}: padding {options.padding} is too large for it")
     check_norm(channels, shape[1], options.training)
     if options.training and shape[0] * shape[2] * shape[3] == 1:

@@ -481,6 +481,35 @@ def test_empty_batch(backend):
     assert (tensors[2].grad == 0).all()
 
 
+# Shape of the input and padding; a kernel of 3x3 in steps of 1.
+EMPTY = {
+    "no rows": ((0, 4, 0, 5), 1),
+    "no rows, some come out": ((0, 4, 0, 5), 0),
+    "nothing comes out": ((2, 4, 2, 2), 2),
+}
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize(("shape", "padding"), EMPTY.values(), ids=EMPTY.keys())
+def test_empty_images(shape, padding, backend):
+    """Where PyTorch takes them."""
+    x, weight, bias = torch.randn(shape), torch.randn(4, 3, 3, 3), torch.randn(3)
+    expected = F.conv_transpose2d(x, weight, bias, padding=padding).shape
+    with fastgen.backend(backend):
+        for activation in ("none", "tanh"):
+            inferred = ops.conv_transpose2d_bn_act(x, weight, bias, padding=padding, activation=activation)
+            trained = ops.conv_transpose2d_bn_act(
+                x, weight.requires_grad_(), bias.requires_grad_(), padding=padding, activation=activation
+            )
+            trained.sum().backward()
+            assert inferred.shape == trained.shape == expected
+            assert not weight.grad.any() and not bias.grad.any()
+        running = torch.randn(3), torch.rand(3)
+        kept = [tensor.clone() for tensor in running]
+        ops.conv_transpose2d_bn_act(x, weight, bias, *running, padding=padding, training=True)
+        assert all(torch.equal(*pair) for pair in zip(running, kept, strict=True))
+
+
 class Stale(NamedTuple):
     case: Case
     tensors: list[torch.Tensor]
