@@ -87,6 +87,9 @@ def conv2d_bn_act(
     with the BatchNorm folded into weights that are kept from call to call, and the activation in place. Where a
     gradient is wanted it is plain PyTorch, and derivatives are of any order.
 
+    Minimal filtering on the CPU (of kernels like 4x4 in steps of 2) mixes neighbouring pixels of a tile: an infinite
+    input, or one 1e4 times as large as the others, disturbs outputs that do not read it.
+
     Raises:
         TypeError: an argument is not a tensor or the dtypes differ.
         ValueError: a shape or an option is not as above.

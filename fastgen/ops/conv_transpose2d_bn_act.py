@@ -77,6 +77,9 @@ def conv_transpose2d_bn_act(
     from call to call; see `fastgen.ops.packed_weights` for how changed weights are noticed.  A backward pass that is
     itself to be differentiated (``create_graph=True``) runs in plain PyTorch.
 
+    Minimal filtering on the CPU (of kernels like 4x4 in steps of 2) mixes neighbouring pixels of a tile: an infinite
+    input, or one 1e4 times as large as the others, disturbs outputs that do not read it.
+
     Raises:
         TypeError: an argument is not a tensor or the dtypes differ.
         ValueError: a shape or an option is not as above; training on a single value per channel.
