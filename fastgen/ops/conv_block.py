@@ -111,9 +111,8 @@ def is_transformed() -> bool:
     """Within `torch.func.vmap`, `grad` and the like, or forward-mode differentiation: only PyTorch's own operators know
     what to do.
     """
-    return (
-        type(_transform()) is not type(None) or forward_ad._current_level >= 0
-    )  # torch.compile sees None as an object
+    # By the type: torch.compile wraps the value, which then is not None.
+    return type(_transform()) is not type(None) or forward_ad._current_level >= 0
 
 
 def unwrapped(tensor: Tensor) -> Tensor:

@@ -201,7 +201,9 @@ def _check(input: Tensor, weight: Tensor, *rest: Any) -> None:
     if weight.shape[0] % options.groups:
         raise ValueError(f"groups must divide the {weight.shape[0]} input channels, got {options.groups}")
     if input.dim() != 4 or (input.shape[0] and 0 in input.shape[1:]):
-        raise ValueError(f"input must be [N, Cin, H, W], not empty where N is not, got {list(input.shape)}")
+        raise ValueError(
+            f"input must be [N, Cin, H, W], without empty dimensions unless N is 0, got {list(input.shape)}"
+        )
     if input.shape[1] != weight.shape[0]:
         raise ValueError(f"input must have {weight.shape[0]} channels as the weight has, got {input.shape[1]}")
     shape = output_shape(input.shape, weight.shape, options)
