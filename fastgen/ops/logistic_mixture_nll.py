@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from fastgen import backends
 from fastgen.ops.conv_block import is_transformed, is_unobserved, unwrapped
@@ -43,8 +42,8 @@ def logistic_mixture_nll(params: Tensor, images: Tensor, *, levels: int = 256) -
     float32 and float64 run natively on the CPU; float32, float16 and bfloat16 on the GPU (Triton); others, and all
     within `torch.func` or forward-mode differentiation, through plain PyTorch.  For the backward pass the native ways
     keep their inputs and, on the GPU, the gradient: the forward pass makes it for the gradient of the result that the
-    last backward pass saw, and the backward pass only what differs.  Second derivatives need `torch.func` or
-    ``with fastgen.backend("reference")``.
+    last backward pass saw, and the backward pass only what differs.  One that is itself to be differentiated
+    (``create_graph=True``) runs in plain PyTorch.
 
     Raises:
         TypeError: an argument is not a tensor or not of the dtype above.
@@ -137,9 +136,10 @@ class _LogisticMixtureNll(torch.autograd.Function):
         return torch.ops.fastgen.logistic_mixture_nll(params, images, levels)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         params, images = ctx.saved_tensors
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+            return _differentiable_grad(grad, params, images, ctx.levels), None, None
         return torch.ops.fastgen.logistic_mixture_nll_grad(grad, params, images, ctx.levels), None, None
 
 
@@ -154,10 +154,18 @@ class _TritonLogisticMixtureNll(torch.autograd.Function):
         return nll
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        params, images = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph=True
+            return _differentiable_grad(grad, params, images, ctx.levels), None, None
         early, ctx.early = ctx.early, ()  # given away once: another backward pass makes its own
-        return _triton_grad(grad.resolve_neg(), *ctx.saved_tensors, ctx.levels, *early), None, None
+        return _triton_grad(grad.resolve_neg(), params, images, ctx.levels, *early), None, None
+
+
+def _differentiable_grad(grad: Tensor, params: Tensor, images: Tensor, levels: int) -> Tensor:
+    """As a function of `grad` and `params`, from a second forward pass."""
+    nll = logistic_mixture_nll_reference(params, images, levels)
+    return torch.autograd.grad(nll, params, grad, create_graph=True)[0]
 
 
 # Checks, shared by the real and the fake implementations

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.grad import conv2d_input, conv2d_weight
 
 from fastgen import backends
@@ -41,8 +40,8 @@ def masked_conv2d(
     Only open taps are computed, in both directions; the gradient of a closed weight is zero.  float32 and float64 run
     natively on the CPU, float32, float16 and bfloat16 on the GPU (Triton; TF32 only where
     ``torch.set_float32_matmul_precision`` asks for it), other dtypes, autocast and all within `torch.func` or
-    forward-mode differentiation through plain PyTorch.  Second derivatives need one of these two or
-    ``with fastgen.backend("reference")``.
+    forward-mode differentiation through plain PyTorch; so does a backward pass that is itself to be differentiated
+    (``create_graph=True``).
 
     Raises:
         TypeError: an argument is not a tensor or the dtypes differ.
@@ -112,16 +111,18 @@ class _MaskedConv2d(torch.autograd.Function):
         return torch.ops.fastgen.masked_conv2d(input, weight, bias, mask_type, colors, splits)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         input, weight = ctx.saved_tensors
         for_input, for_weight, for_bias = ctx.needs_input_grad[:3]
         grad_input = grad_weight = grad_bias = None
+        input_grad: Any = torch.ops.fastgen.masked_conv2d_input_grad
+        weight_grad: Any = torch.ops.fastgen.masked_conv2d_weight_grad
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+            input_grad, weight_grad = _input_grad_reference, _weight_grad_reference
         if for_input:
-            grad_input = torch.ops.fastgen.masked_conv2d_input_grad(grad, weight, *ctx.mask)
+            grad_input = input_grad(grad, weight, *ctx.mask)
         if for_weight:
-            kernel = weight.shape[2:]
-            grad_weight, grad_bias = torch.ops.fastgen.masked_conv2d_weight_grad(grad, input, kernel, *ctx.mask)
+            grad_weight, grad_bias = weight_grad(grad, input, weight.shape[2:], *ctx.mask)
         elif for_bias:
             grad_bias = grad.sum((0, 2, 3))
         return grad_input, grad_weight, grad_bias if for_bias else None, None, None, None

@@ -305,13 +305,25 @@ def test_only_the_gradients_asked_for(needs, monkeypatch):
 
 def test_second_derivatives():
     case = CASES["3x3 A colors"]
+    *tensors, _ = case.tensors(torch.float64)
+    for tensor in tensors:
+        tensor.requires_grad_()
+    assert torch.autograd.gradgradcheck(lambda *tensors: ops.masked_conv2d(*tensors, **case.mask), tensors)
+
+
+def test_penalties_of_gradients():
+    """The gradient of a sum is a function of the weight, though not of a gradient that is to be differentiated."""
+    case = CASES["3x3 B"]
     x, weight, bias, _ = case.tensors(torch.float64)
-    x.requires_grad_()
-    (grad,) = torch.autograd.grad(ops.masked_conv2d(x, weight, bias, **case.mask).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiate twice"):
-        grad.sum().backward()
+
+    def penalised():
+        output = ops.masked_conv2d(x.requires_grad_(), weight.requires_grad_(), bias, **case.mask)
+        (grad,) = torch.autograd.grad(output.sum(), x, create_graph=True)
+        return torch.autograd.grad(output.square().sum() + grad.square().sum(), weight)[0]
+
     with fastgen.backend("reference"):
-        assert torch.autograd.gradgradcheck(lambda x: ops.masked_conv2d(x, weight, bias, **case.mask), x)
+        expected = penalised()
+    torch.testing.assert_close(penalised(), expected)
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
