@@ -412,8 +412,7 @@ def _constant_pad(tracer: Tracer, func: Any, args: tuple, kwargs: dict, outputs:
     x, pad, value = (*args, 0)[:3]
     codes = func(tracer.codes(x), pad)
     if value != 0:
-        around = func(torch.zeros(x.shape), pad, float(value)).expand(codes.shape)
-        codes = _either(tracer, codes, tracer.codes(around))
+        codes = _either(tracer, codes, tracer.codes(func(torch.zeros(x.shape), pad, float(value))))
     tracer.set_codes(outputs[0], codes)
 
 

@@ -17,7 +17,7 @@ from fastgen.sampling.rules import rule
 if TYPE_CHECKING:
     from fastgen.sampling.trace import Tracer
 
-HINTS = {"aten::_softmax": ", which the last layer must not be, for heads take logits,"}  # on operators without a rule
+HINTS = {"aten::_softmax": "as the last layer leave it out: heads take logits; "}  # on operators without a rule
 
 
 @rule("_log_softmax")
@@ -39,16 +39,16 @@ def check_logits(tracer: Tracer, codes: Tensor, head: Head) -> None:
     nodes = tracer.graph.nodes
     for plane, rows in tracer.log_softmaxes.items():
         if any((ref.plane == plane).any() for node in nodes for ref in node.sources()):
-            raise _unsupported(nodes[plane], "a log-softmax that is not the last layer")
+            raise _unsupported(nodes[plane], "a log-softmax that is not the last layer cannot be sampled incrementally")
         if not isinstance(head, Categorical) or not _among(_rows(codes.unflatten(1, (-1, head.levels)), 2), rows):
-            raise _unsupported(nodes[plane], f"a log-softmax over anything but the levels of {head}")
+            raise _unsupported(nodes[plane], f"a log-softmax over anything but the levels is no output for {head}")
     last = [nodes[p] for p in np.unique(tracer.graph.decode(codes.numpy())[0]) if p >= 0]
     if isinstance(head, Bernoulli) and any(isinstance(n, Pointwise) and n.op == "sigmoid" for n in last):
-        raise _unsupported(last[0], "a sigmoid as the last layer, where the head takes logits: leave it out. It")
+        raise _unsupported(last[0], f"a sigmoid as the last layer is no output for {head}, which takes logits")
 
 
 def _unsupported(node: Node, what: str) -> UnsupportedModel:
-    return UnsupportedModel(f"module {node.name or TOP_LEVEL!r}: {what} cannot be sampled incrementally")
+    return UnsupportedModel(f"module {node.name or TOP_LEVEL!r}: {what}")
 
 
 def _rows(codes: Tensor, dim: int) -> np.ndarray:

@@ -64,7 +64,7 @@ def _indexed(tracer: Tracer, func: Any, args: tuple, kwargs: dict, outputs: list
     of_rows = {"aten::index": len(tree_leaves(args[1:])) == 1, "aten::index_select": args[1] == 0}
     if not of_rows.get(func._schema.name) or not tracer.depends(indices[0]):
         raise LayoutError("with an index that depends on the image or the labels")
-    _embedding(tracer, func, (args[0], indices[0]), kwargs, outputs)
+    tracer.set_codes(outputs[0], _rows_of(tracer, args[0], indices[0]).view(outputs[0].shape))
 
 
 @rule("zero_", "fill_")
@@ -216,22 +216,40 @@ def _vector(bias: Tensor | None) -> Tensor | None:
 
 @rule("embedding")
 def _embedding(tracer: Tracer, func: Any, args: tuple, kwargs: dict, outputs: list[Tensor]) -> None:
-    """Rows of a table by levels of the image: one plane for each colour."""
-    weight, indices = args[:2]
-    if tracer.varies(weight):
+    tracer.set_codes(outputs[0], _rows_of(tracer, args[0], args[1]))
+
+
+@rule("scatter")
+def _one_hot(tracer: Tracer, func: Any, args: tuple, kwargs: dict, outputs: list[Tensor]) -> None:
+    """A number that is written into zeros where the image says: a row of a scaled identity."""
+    into, dim, index, value = args[:4]
+    along = list(into.shape)
+    along[dim] = 1
+    zeros = not tracer.codes(into).any()
+    if isinstance(value, Tensor) or kwargs or not zeros or list(index.shape) != along or not tracer.depends(index):
+        raise LayoutError("of anything but a number into zeros at levels of the image")
+    rows = _rows_of(tracer, torch.eye(into.shape[dim]) * value, index.squeeze(dim))
+    tracer.set_codes(outputs[0], rows.movedim(-1, dim))
+
+
+def _rows_of(tracer: Tracer, table: Tensor, indices: Tensor) -> Tensor:
+    """Codes [*indices.shape, columns] of the rows of a table [rows, ...] by levels of the image: one plane for each
+    colour.
+    """
+    if tracer.varies(table):
         raise LayoutError("of a table that depends on the image or the labels")
     plane, sample, colour, y, x = tracer.graph.decode(tracer.codes(indices).numpy())
     image = tracer.graph.nodes[max(0, int(plane.flat[0]))]
     if not isinstance(image, Image) or (plane != image.id).any():
         raise LayoutError("of anything but the levels of the image")
-    table = weight.detach().to("cpu", torch.float32).reshape(len(weight), -1).clone()
+    table = table.detach().to("cpu", torch.float32).reshape(len(table), -1).clone()
     size = (table.shape[1], image.height, image.width)
     result = torch.empty(*indices.shape, table.shape[1], dtype=torch.int64)
     for c in np.unique(colour).tolist():
         codes = tracer.add(Embedding(tracer.module, *size, colour=c, table=table)).permute(0, 2, 3, 1)
         here = torch.from_numpy(colour == c)
         result[here] = codes[sample[colour == c], y[colour == c], x[colour == c]]
-    tracer.set_codes(outputs[0], result.view(outputs[0].shape))
+    return result
 
 
 @rule("mm", "addmm", "linear", "bmm")

@@ -109,9 +109,10 @@ def private(module: nn.Module) -> nn.Module:
         result = copy.deepcopy(module, {id(leaf): leaf for leaf in leaves if isinstance(leaf, Tensor)})
     except Exception:  # locks, files, closures without end: whatever a module may hold
         return module
-    for name, part in list(result.named_modules()):
-        if _eager(part) is not part:
-            result.set_submodule(name, _eager(part))
+    for part in list(result.modules()):
+        for name, child in list(part._modules.items()):
+            if child is not None and _eager(child) is not child:
+                part._modules[name] = _eager(child)
     return result
 
 

@@ -259,7 +259,7 @@ class Tracer(TorchDispatchMode):
         rule = rules.find(func)
         if rule is None:
             hint = logits.HINTS.get(func._schema.name, "")
-            raise self.unsupported(f"operator {func}{hint} (supported: views, {', '.join(rules.supported())})")
+            raise self.unsupported(f"operator {func} ({hint}supported: views, {', '.join(rules.supported())})")
         try:
             with host_defaults():
                 for tensor in _written(func, args, kwargs):

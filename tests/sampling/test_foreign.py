@@ -171,6 +171,10 @@ def test_prior_with_another_shape_is_told_so() -> None:
 READINGS = {
     "one_hot": lambda net, x: F.one_hot(x, net.levels).float(),
     "one_hot by keyword": lambda net, x: F.one_hot(x, num_classes=net.levels).to(torch.float32),
+    "scatter": lambda net, x: torch.zeros(*x.shape, net.levels).scatter(-1, x.unsqueeze(-1), 0.7),
+    "scatter_": lambda net, x: (
+        torch.zeros(len(x), net.levels, *x.shape[1:]).scatter_(1, x.unsqueeze(1), 1.0).permute(0, 2, 3, 1)
+    ),
     "compared": lambda net, x: (x.unsqueeze(-1) == torch.arange(net.levels)).float(),
     "identity[x]": lambda net, x: torch.eye(net.levels)[x],
     "table[x]": lambda net, x: torch.cat([net.table[x], net.brightness[x].unsqueeze(-1)], dim=-1),
@@ -215,9 +219,13 @@ def test_codes_are_looked_up(how: str, backend: str) -> None:
             "aten.index.Tensor with an index that depends on the image",
         ),
         (lambda net, x: net.table[x * 2 % 7], "aten.remainder"),
+        (
+            lambda net, x: torch.ones(len(x), 7, *x.shape[1:]).scatter(1, x.unsqueeze(1), 2.0).permute(0, 2, 3, 1),
+            "aten.scatter.value of anything but a number into zeros at levels of the image",
+        ),
         (lambda net, x: torch.eye(7)[x.tolist()], r"reads the values of the image \(Tensor.tolist\)"),
     ],
-    ids=["one_hot", "gather", "columns", "arithmetic", "list"],
+    ids=["one_hot", "gather", "columns", "arithmetic", "scatter", "list"],
 )
 def test_other_look_ups_are_refused(reading: Callable, named: str, monkeypatch: pytest.MonkeyPatch) -> None:
     network = Reads("table[x]").eval()

@@ -73,11 +73,14 @@ def test_log_softmax_with_temperature() -> None:
 @pytest.mark.parametrize(
     ("end", "named"),
     [
-        (lambda x: F.log_softmax(x, dim=1), r"a log-softmax over anything but the levels of Categorical"),
+        (lambda x: F.log_softmax(x, dim=1), "a log-softmax over anything but the levels is no output for Cat"),
         (lambda x: F.log_softmax(x.unflatten(1, (LEVELS, 3)), dim=1).flatten(1, 2), "over anything but the levels"),
         (lambda x: F.log_softmax(x, dim=3), "over anything but the levels"),
         (lambda x: 2 * F.log_softmax(levels_first(x), dim=1), "a log-softmax that is not the last layer"),
-        (lambda x: F.softmax(levels_first(x), dim=1), "which the last layer must not be, for heads take logits"),
+        (
+            lambda x: F.softmax(levels_first(x), dim=1),
+            "_softmax.default .as the last layer leave it out: heads take logits",
+        ),
         (lambda x: levels_first(x).transpose(1, 2), r"got shape \(2, 3, 5, 5, 4\)"),
     ],
     ids=["all channels", "other order", "columns", "doubled", "probabilities", "5-D in another order"],
@@ -89,7 +92,9 @@ def test_other_outputs_are_refused(end: Callable, named: str) -> None:
 
 def test_log_softmax_is_for_categorical() -> None:
     network = nn.Sequential(nn.ZeroPad2d((0, 0, 1, -1)), nn.Conv2d(1, 6, 1), nn.LogSoftmax(1))
-    with pytest.raises(UnsupportedModel, match=r"module '2': a log-softmax over anything but the levels of Logistic"):
+    with pytest.raises(
+        UnsupportedModel, match=r"module '2': a log-softmax over anything but the levels is no output for Log"
+    ):
         Sampler(network, (1, 5, 4), LogisticMixture(2))
 
 
@@ -98,7 +103,5 @@ def test_probabilities_are_no_logits_of_bernoulli(sigmoid: nn.Module) -> None:
     logits = nn.Sequential(nn.ZeroPad2d((0, 0, 1, -1)), nn.Conv2d(1, 1, 1))
     given = {"image_shape": (1, 5, 4), "head": Bernoulli()}
     assert torch.equal(Sampler(logits, **given).sample(9), naive_sample(logits, 9, **given))
-    with pytest.raises(
-        UnsupportedModel, match=r"module '1.*': a sigmoid as the last layer, where the head takes logits"
-    ):
+    with pytest.raises(UnsupportedModel, match=r"module '1.*': a sigmoid as the last layer is no output for Bernoulli"):
         Sampler(nn.Sequential(logits, sigmoid), **given)

@@ -134,7 +134,8 @@ def test_compiled_modules_run_uncompiled(monkeypatch: pytest.MonkeyPatch) -> Non
 
     network = InPlaceMasks().eval()
     expected = Sampler(network, **GIVEN).sample(3)
-    inside = nn.Sequential(torch.compile(network, backend=refuse))
+    compiled = torch.compile(nn.Sequential(torch.compile(network, backend=refuse)), backend=refuse)
+    inside = nn.Sequential(compiled, nn.Identity(), nn.Sequential(nn.Identity()))
     in_place = copy.deepcopy(network)
     in_place.compile(backend=refuse)
     for module in (torch.compile(network, backend=refuse), inside, in_place):

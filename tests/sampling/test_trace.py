@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgen.sampling import Categorical, Sampler, UnsupportedModel, audit, naive_sample
+from fastgen.sampling.precision import weights_in
 
 from .networks import LEVELS
 
@@ -143,6 +144,11 @@ def layer_norm_of_tokens(net: Causal, h: Tensor) -> Tensor:
     return F.layer_norm(h.flatten(2).transpose(1, 2), (6,), net.channels).transpose(1, 2).reshape(h.shape)
 
 
+def layer_norm_of_rows(net: Causal, h: Tensor) -> Tensor:
+    rows = h.permute(0, 2, 3, 1).reshape(-1, 6)
+    return F.layer_norm(rows, (6,), None, net.channels).view(len(h), *h.shape[2:], 6).permute(0, 3, 1, 2)
+
+
 def layer_norm_by_hand(net: Causal, h: Tensor) -> Tensor:
     mean = h.mean(1, keepdim=True)
     return (h - mean) / torch.sqrt((h - mean).pow(2).mean(1, keepdim=True) + 1e-6)
@@ -188,6 +194,7 @@ PLAIN = [
     overlapping,
     layer_norm,
     layer_norm_of_tokens,
+    layer_norm_of_rows,
     layer_norm_by_hand,
     other_norms,
     variances,
@@ -252,6 +259,16 @@ def test_equals_naive_loop(mix: Callable, size: tuple[int, int], backend: str) -
     sampler = Sampler(network, **given, backend=backend)
     for _ in range(2):  # nothing is left behind by the first time
         assert torch.equal(sampler.sample(7, labels=labels), expected)
+
+
+@pytest.mark.parametrize("mix", [layer_norm, other_norms, frozen_on_tokens], ids=lambda f: f.__name__)
+def test_weights_in_bfloat16(mix: Callable) -> None:
+    """The ones that channels are summed with are no weights of the network."""
+    network, given = make(mix)
+    images = Sampler(network, **given, precision="bf16").sample(7)
+    with weights_in("bf16"):
+        assert torch.equal(images, naive_sample(network, 7, **given))
+    assert audit(network, images, **given, precision="bf16").ok
 
 
 @pytest.mark.parametrize("mix", LABELLED, ids=lambda f: f.__name__)
@@ -409,7 +426,7 @@ def written_partly(net: Causal, h: Tensor, labels: Tensor) -> Tensor:
         (lambda net, h: F.layer_norm(h, h.shape[1:]), "aten.native_layer_norm.default over more than the channels"),
         (
             lambda net, h: torch.softmax(h, 1),
-            "_softmax.default, which the last layer must not be, for heads take logits",
+            r"_softmax.default \(as the last layer leave it out: heads take logits",
         ),
         (lambda net, h: torch.div(h, 2, rounding_mode="floor"), "with rounding mode 'floor'"),
         (lambda net, h: h * h.sum().item(), "aten.sum"),
