@@ -42,9 +42,10 @@ def check_logits(tracer: Tracer, codes: Tensor, head: Head) -> None:
             raise _unsupported(nodes[plane], "a log-softmax that is not the last layer cannot be sampled incrementally")
         if not isinstance(head, Categorical) or not _among(_rows(codes.unflatten(1, (-1, head.levels)), 2), rows):
             raise _unsupported(nodes[plane], f"a log-softmax over anything but the levels is no output for {head}")
-    last = [nodes[p] for p in np.unique(tracer.graph.decode(codes.numpy())[0]) if p >= 0]
-    if isinstance(head, Bernoulli) and any(isinstance(n, Pointwise) and n.op == "sigmoid" for n in last):
-        raise _unsupported(last[0], f"a sigmoid as the last layer is no output for {head}, which takes logits")
+    assert tracer.graph.output is not None
+    for last in (nodes[p] for p in np.unique(tracer.graph.output.plane) if p >= 0):
+        if isinstance(head, Bernoulli) and isinstance(last, Pointwise) and last.op == "sigmoid":
+            raise _unsupported(last, f"a sigmoid as the last layer is no output for {head}, which takes logits")
 
 
 def _unsupported(node: Node, what: str) -> UnsupportedModel:

@@ -71,7 +71,6 @@ def make_subject(
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(module).__name__}")
-    module = _eager(module)
     image_shape = image_shape if image_shape is not None else getattr(module, "image_shape", None)
     head = head if head is not None else getattr(module, "head", None)
     num_classes = num_classes if num_classes is not None else getattr(module, "num_classes", None)
@@ -100,8 +99,9 @@ def private(module: nn.Module) -> nn.Module:
 
     The module itself, where it cannot be copied.
     """
+    module = _eager(module)
     parts = {id(part) for part in module.modules()}
-    attributes = [part.__dict__ for part in module.modules() if _eager(part) is part]
+    attributes = [dict(part.__dict__) for part in module.modules() if _eager(part) is part]
     leaves = [leaf for a in attributes for name in a if name != "_compiled_call_impl" for leaf in tree_leaves(a[name])]
     try:
         if any(isinstance(leaf, FunctionType) and _refers_to(leaf, parts) for leaf in leaves):
@@ -125,7 +125,8 @@ def _refers_to(value: Any, modules: set[int]) -> bool:
 
 def _eager(module: nn.Module) -> nn.Module:
     """What ``torch.compile`` made the module of, which would be compiled anew for each way of running it."""
-    return getattr(module, "_orig_mod", module)
+    inner = dict(module.named_children()).get("_orig_mod")
+    return module if inner is None else _eager(inner)
 
 
 @contextlib.contextmanager

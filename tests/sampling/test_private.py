@@ -128,21 +128,45 @@ def test_module_that_cannot_be_copied(make: Callable[[], nn.Module]) -> None:
     assert all(m.training for m in module.modules())
 
 
-def test_compiled_modules_run_uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_modules_run_uncompiled() -> None:
     def refuse(*_: object) -> None:
         raise AssertionError("compiles")
 
     network = InPlaceMasks().eval()
     expected = Sampler(network, **GIVEN).sample(3)
-    compiled = torch.compile(nn.Sequential(torch.compile(network, backend=refuse)), backend=refuse)
-    inside = nn.Sequential(compiled, nn.Identity(), nn.Sequential(nn.Identity()))
+    nested = torch.compile(nn.Sequential(torch.compile(network, backend=refuse)), backend=refuse)
+    inside = nn.Sequential(nested, nn.Identity())
     in_place = copy.deepcopy(network)
     in_place.compile(backend=refuse)
     for module in (torch.compile(network, backend=refuse), inside, in_place):
         assert torch.equal(Sampler(module, **GIVEN).sample(3), expected)
         assert torch.equal(naive_sample(module, 3, **GIVEN), expected)
     model = models.PixelCNN(image_shape=(1, 3, 3), levels=4, num_filters=2, num_blocks=1, num_features=2)
-    assert torch.equal(Sampler(torch.compile(model, backend=refuse)).sample(2), Sampler(model).sample(2))
+    compiled, images = torch.compile(model, backend=refuse), Sampler(model).sample(2)
+    assert torch.equal(Sampler(compiled).sample(2), images)
+    assert bits_per_dim(compiled, images) == bits_per_dim(model, images)
+
+
+class Forwards(nn.Module):
+    """Attributes that it lacks are those of the module inside."""
+
+    def __init__(self, inside: nn.Module) -> None:
+        super().__init__()
+        self.inside = inside
+
+    def __getattr__(self, name: str) -> object:
+        return super().__getattr__(name) if name == "inside" else getattr(self.inside, name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inside(x) * 3
+
+
+def test_wrapper_of_a_compiled_module_stays() -> None:
+    network = InPlaceMasks().eval()
+    wrapper = Forwards(torch.compile(network))
+    images = Sampler(wrapper, **GIVEN).sample(3)
+    assert torch.equal(images, Sampler(Forwards(network), **GIVEN).sample(3))
+    assert not torch.equal(images, Sampler(network, **GIVEN).sample(3))
 
 
 def test_names_in_errors_are_those_of_the_module() -> None:
