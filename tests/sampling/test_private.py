@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 import threading
+import time
 from collections.abc import Callable
 
 import pytest
@@ -39,6 +40,19 @@ class Remembers(nn.Module):
         return self.drop(self.conv(torch.cat([x, self.ones], dim=1)))
 
 
+class Shared:
+    """A function that copies of a module share, whatever it refers to."""
+
+    def __init__(self, function: Callable[[], object]) -> None:
+        self.function = function
+
+    def __call__(self) -> object:
+        return self.function()
+
+    def __deepcopy__(self, memo: dict) -> Shared:
+        return self
+
+
 @pytest.mark.parametrize(
     "run",
     [
@@ -58,7 +72,7 @@ def test_module_is_not_touched(run: Callable) -> None:
         parts = list(module.modules())
         seen.append([m.training for m in parts] + [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in parts])
 
-    module.during = type("Look", (), {"__call__": lambda _: look(), "__deepcopy__": lambda self, memo: self})()
+    module.during = Shared(look)
     run(module)
     assert seen and all(s == [True, False, True, 0, 0, 0] for s in seen)
     assert module.ones is None and not module.modes
@@ -92,6 +106,25 @@ def test_threads_with_one_model() -> None:
         worker.join()
     assert all(isinstance(x, Tensor) and torch.equal(x, expected) for x in found), found
     assert len(found) == 12 and all(m.training for m in model.modules()) and torch.get_num_threads() == threads
+
+
+def test_compilations_take_turns() -> None:
+    """The default dtype and the number of threads, which they change, are those of the process."""
+    module, running, most = Remembers(), [0], [0]
+
+    def overlap() -> None:
+        running[0] += 1
+        most[0] = max(most[0], running[0])
+        time.sleep(0.02)
+        running[0] -= 1
+
+    module.during = Shared(overlap)
+    workers = [threading.Thread(target=Sampler, args=(module,), kwargs=GIVEN) for _ in range(3)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert most == [1]
 
 
 def test_private_copy_shares_tensors() -> None:
