@@ -26,7 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from fastgen import backends
-from fastgen.sampling import channels, elementwise, logits, lowering, rules  # noqa: F401  (some for their rules)
+from fastgen.sampling import channels, choices, elementwise, logits, lowering, rules  # noqa: F401  (some for their rules)
 from fastgen.sampling.graph import (
     TOP_LEVEL,
     Condition,
