@@ -19,6 +19,8 @@ from fastgen.sampling.uniforms import image_uniforms
 
 CHUNK_BYTES = 1 << 27  # of parameters, or cumulative probabilities, held at a time
 
+Inputs = tuple[Tensor | None, ...]  # labels and condition
+
 
 @dataclass(frozen=True)
 class AuditReport:
@@ -52,6 +54,7 @@ def audit(
     seed: int = 0,
     start: int = 0,
     labels: Tensor | int | None = None,
+    condition: Tensor | None = None,
     temperature: float = 1.0,
     mask: Tensor | None = None,
 ) -> AuditReport:
@@ -66,6 +69,7 @@ def audit(
         model, image_shape, head, num_classes, precision: as for `Sampler`.
         images: uint8 levels [n, C, H, W].
         seed, start, labels, temperature: as given to `Sampler.sample`.
+        condition: [n, *shape], or [1, *shape] for all; for models that read one.
         mask: bool [n, H, W] or [H, W]; pixels where it is True were given and are not checked.
     """
     subject = make_subject(model, image_shape, head, num_classes)
@@ -76,6 +80,7 @@ def audit(
         seed=seed,
         start=start,
         labels=labels,
+        condition=condition,
         temperature=temperature,
         known=None if mask is None else images,
         mask=mask,
@@ -89,9 +94,9 @@ def audit(
         size = (head.num_uniforms(channels), height, width)
         uniforms = image_uniforms(request.seed, request.start + first, len(images[part]), size)
         part_mask = None if request.mask is None else request.mask[part]
-        part_labels = None if request.labels is None else request.labels[part]
+        inputs = _of_samples((request.labels, request.condition), part)
         with weights_in(precision):
-            found.add(subject, images[part], uniforms, part_mask, part_labels, request.temperature)
+            found.add(subject, images[part], uniforms, part_mask, inputs, request.temperature)
     return AuditReport(found.elements, found.mismatches, found.ties, found.max_margin)
 
 
@@ -106,10 +111,10 @@ class _Found:
         images: Tensor,
         uniforms: Tensor,
         mask: Tensor | None,
-        labels: Tensor | None,
+        inputs: Inputs,
         temperature: float,
     ) -> None:
-        boundaries = _boundaries(subject, images, labels, temperature)
+        boundaries = _boundaries(subject, images, inputs, temperature)
         margin = subject.head.margins(boundaries, images, uniforms)
         checked = torch.ones_like(margin, dtype=torch.bool)
         if mask is not None:
@@ -119,10 +124,9 @@ class _Found:
         suspects = differ.flatten(1).any(1).nonzero()[:, 0]
         if not len(suspects):
             return
-        labels = None if labels is None else labels[suspects]
         exact = replace(subject, module=copy.deepcopy(subject.module).double())
         with _Widening():
-            precise = _boundaries(exact, images[suspects], labels, temperature)
+            precise = _boundaries(exact, images[suspects], _of_samples(inputs, suspects), temperature)
         error = float((precise - boundaries[suspects]).abs().max())
         margins = margin[suspects][differ[suspects]]
         ties = int((margins <= 4 * error).sum())
@@ -151,6 +155,10 @@ def _widened(value: Any) -> Any:
     return value.double() if isinstance(value, Tensor) and value.dtype == torch.float32 else value
 
 
-def _boundaries(subject: Subject, images: Tensor, labels: Tensor | None, temperature: float) -> Tensor:
+def _of_samples(inputs: Inputs, samples: slice | Tensor) -> Inputs:
+    return tuple(None if t is None else t[samples] for t in inputs)
+
+
+def _boundaries(subject: Subject, images: Tensor, inputs: Inputs, temperature: float) -> Tensor:
     with evaluating(subject.module):
-        return subject.head.boundaries(subject.params(images, labels).cpu(), images, temperature)
+        return subject.head.boundaries(subject.params(images, *inputs).cpu(), images, temperature)

@@ -67,7 +67,7 @@ def _threshold(emit: Formula, x: Any, threshold: float, value: float) -> Any:
 
 @rule("where")
 def _where(tracer: Tracer, func: Any, args: tuple, kwargs: dict, outputs: list[Tensor]) -> None:
-    """A choice that depends on neither the image nor the labels: masks of positions or channels."""
+    """A choice that depends on neither the image nor labels or condition: masks of positions or channels."""
     _select(tracer, args[0], args[1], args[2], outputs[0])
 
 
@@ -87,7 +87,7 @@ def _constant_pad(tracer: Tracer, func: Any, args: tuple, kwargs: dict, outputs:
 
 def _select(tracer: Tracer, mask: Tensor, chosen: Tensor, other: Tensor, output: Tensor) -> None:
     if tracer.varies(mask):
-        raise LayoutError("with a mask that depends on the image or the labels")
+        raise LayoutError("with a mask that depends on the image, the labels or the condition")
     mask = mask.cpu().expand(output.shape)
     parts = []
     for keep, value in ((mask, chosen), (~mask, other)):

@@ -134,7 +134,7 @@ class Constant(Node):
 
 @dataclass(eq=False)
 class Condition(Node):
-    """Depends on parameters and labels; evaluated once per sample. tensor: its value in the traced call."""
+    """Depends on parameters, labels and condition; evaluated once per sample. tensor: its value in the traced call."""
 
     tensor: Tensor = field(default_factory=lambda: torch.empty(0))
 
@@ -265,7 +265,7 @@ class Graph:
         if step == (1, 1):
             return ref
         if any(self.nodes[p].given for p in np.unique(ref.plane[ref.plane >= 0])):
-            raise LayoutError("on every n-th position of a constant or of labels")
+            raise LayoutError("on every n-th position of a constant or a condition")
         result = replace(ref, stride=(ref.stride[0] * step[0], ref.stride[1] * step[1]))
         for axis, name in enumerate(("dy", "dx")):
             # (step p + d) // den = (p + d // k) // (den / k) with k the common factor of step and den

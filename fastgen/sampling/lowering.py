@@ -63,14 +63,14 @@ def _indexed(tracer: Tracer, func: Any, args: tuple, kwargs: dict, outputs: list
         return
     of_rows = {"aten::index": len(tree_leaves(args[1:])) == 1, "aten::index_select": args[1] == 0}
     if not of_rows.get(func._schema.name) or not tracer.depends(indices[0]):
-        raise LayoutError("with an index that depends on the image or the labels")
+        raise LayoutError("with an index that depends on the image, the labels or the condition")
     tracer.set_codes(outputs[0], _rows_of(tracer, args[0], indices[0]).view(outputs[0].shape))
 
 
 @rule("zero_", "fill_")
 def _fill_in_place(tracer: Tracer, func: Any, args: tuple, kwargs: dict, outputs: list[Tensor]) -> None:
     if len(args) > 1 and isinstance(args[1], Tensor) and tracer.varies(args[1]):
-        raise LayoutError("with a number that depends on the image or the labels")
+        raise LayoutError("with a number that depends on the image, the labels or the condition")
     value = float(args[1]) if len(args) > 1 else 0.0
     size = args[0].shape[-2:]  # height and width, where a whole channel is filled
     tracer.set_codes(args[0], tracer.codes(torch.full((1, 1, *size), value)).view(size).expand(args[0].shape))
@@ -91,7 +91,7 @@ def _convolution(tracer: Tracer, func: Any, args: tuple, kwargs: dict, outputs: 
         raise tracer.unsupported("a convolution that is not two-dimensional")
     for name, parameter in (("weight", weight), ("bias", bias)):
         if parameter is not None and tracer.varies(parameter):
-            raise tracer.unsupported(f"a convolution whose {name} depends on the image or the labels")
+            raise tracer.unsupported(f"a convolution whose {name} depends on the image, the labels or the condition")
     height, width = outputs[0].shape[2:]
     lower = _transposed_taps if transposed else _convolution_taps
     dense = dense_weight(weight, groups, transposed)
@@ -237,7 +237,7 @@ def _rows_of(tracer: Tracer, table: Tensor, indices: Tensor) -> Tensor:
     colour.
     """
     if tracer.varies(table):
-        raise LayoutError("of a table that depends on the image or the labels")
+        raise LayoutError("of a table that depends on the image, the labels or the condition")
     plane, sample, colour, y, x = tracer.graph.decode(tracer.codes(indices).numpy())
     image = tracer.graph.nodes[max(0, int(plane.flat[0]))]
     if not isinstance(image, Image) or (plane != image.id).any():

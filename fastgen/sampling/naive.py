@@ -22,6 +22,7 @@ def naive_sample(
     seed: int = 0,
     start: int = 0,
     labels: Tensor | int | None = None,
+    condition: Tensor | None = None,
     temperature: float = 1.0,
     known: Tensor | None = None,
     mask: Tensor | None = None,
@@ -30,7 +31,8 @@ def naive_sample(
     """Draw the images that `Sampler.sample` draws, with one forward pass of the whole batch for each group of colours
     of each pixel.
 
-    Arguments and result are those of `Sampler` and `Sampler.sample`.
+    Arguments and result are those of `Sampler` and `Sampler.sample`, but for the condition, of which there is no
+    example: [n, *shape], or [1, *shape] for all.
     """
     subject = make_subject(model, image_shape, head, num_classes)
     request = make_request(
@@ -39,6 +41,7 @@ def naive_sample(
         seed=seed,
         start=start,
         labels=labels,
+        condition=condition,
         temperature=temperature,
         known=known,
         mask=mask,
@@ -54,7 +57,7 @@ def naive_sample(
         for y in range(height):
             for x in range(width):
                 for group in groups:
-                    params = subject.params(images, request.labels)[:, group.params, y, x].cpu()
+                    params = subject.params(images, request.labels, request.condition)[:, group.params, y, x].cpu()
                     drawn = subject.head.draw(params, uniforms[:, group.uniforms, y, x], request.temperature)
                     if request.known is not None and request.mask is not None:
                         given = request.mask[:, y, x].unsqueeze(1)

@@ -24,6 +24,7 @@ class Request:
     seed: int
     start: int
     labels: Tensor | None
+    condition: Tensor | None
     temperature: float
     known: Tensor | None
     mask: Tensor | None
@@ -36,11 +37,13 @@ def make_request(
     seed: int = 0,
     start: int = 0,
     labels: Tensor | int | None = None,
+    condition: Tensor | None = None,
+    example: Tensor | None = None,
     temperature: float = 1.0,
     known: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Request:
-    """Check and normalise.
+    """Check and normalise. example: what the condition of one sample must look like, if that is known.
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
@@ -53,12 +56,40 @@ def make_request(
     if not (temperature > 0 and math.isfinite(temperature)):
         raise ValueError(f"temperature must be positive and finite, got {temperature}")
     labels = check_labels(labels, n, subject.num_classes)
+    if condition is not None:
+        condition = _condition(check_condition(subject, condition), n, example)
     if (known is None) != (mask is None):
         raise ValueError("known and mask go together: images, and which of their pixels are given")
     if known is not None and mask is not None:
         known = check_images("known", known, subject.image_shape, subject.head, n)
         mask = _mask(mask, n, subject.image_shape)
-    return Request(n, seed, start, labels, float(temperature), known, mask)
+    return Request(n, seed, start, labels, condition, float(temperature), known, mask)
+
+
+def check_condition(subject: Subject, condition: Tensor) -> Tensor:
+    """On the CPU; floats in the dtype of the module."""
+    if not isinstance(condition, Tensor):
+        raise TypeError(f"condition must be a tensor, got {type(condition).__name__}")
+    condition = condition.detach().to("cpu", subject.like.dtype if condition.is_floating_point() else condition.dtype)
+    if condition.isnan().any():
+        raise ValueError("condition must not hold NaN")
+    return condition
+
+
+def _condition(condition: Tensor, n: int, example: Tensor | None) -> Tensor:
+    """For each of n samples."""
+    got = tuple(condition.shape)
+    if example is None:
+        if got[:1] not in ((n,), (1,)):
+            raise ValueError(f"condition must have shape ({n}, ...), or (1, ...) for all samples, got {got}")
+        return condition.expand(n, *got[1:])
+    if condition.dtype != example.dtype:
+        expected = "of floats" if example.is_floating_point() else f"of {example.dtype}"
+        raise TypeError(f"condition must be a tensor {expected}, as the Sampler's example is, got {condition.dtype}")
+    shape = tuple(example.shape)
+    if got not in (shape, (1, *shape), (n, *shape)):
+        raise ValueError(f"condition must have shape {(n, *shape)}, or {shape} for all samples, got {got}")
+    return condition.expand(n, *shape)
 
 
 def _integer(name: str, value: SupportsIndex, low: int, high: int) -> int:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from fastgen import backends
+from fastgen._float32 import convolutions_like_products
 from fastgen.sampling.executors import Batch
 from fastgen.sampling.executors.cpu import CpuExecutor
 from fastgen.sampling.executors.reference import ReferenceExecutor
@@ -21,8 +22,8 @@ from fastgen.sampling.graph import Constant, Embedding, Graph, Linear, Pointwise
 from fastgen.sampling.heads import Head
 from fastgen.sampling.pack import compile_graph
 from fastgen.sampling.plan import Plan
-from fastgen.sampling.precision import check_precision
-from fastgen.sampling.request import Request, make_request
+from fastgen.sampling.precision import check_precision, weights_in
+from fastgen.sampling.request import Request, check_condition, make_request
 from fastgen.sampling.subject import evaluating, host_defaults, host_device, make_subject, no_autocast
 from fastgen.sampling.trace import TRACE_BATCH, trace
 
@@ -77,18 +78,22 @@ class Sampler:
     or columns are padded to 16. Where the CPU filters rows of r taps with fewer multiplications
     (`fastgen.sampling.executors.winograd`), their weights are r + 1 float32 in place of r.
 
-    A sample is a function of (weights, seed, index, labels, temperature, known pixels): not of the batch size, the
-    number of threads or the other samples drawn with it, bit for bit.
+    A sample is a function of (weights, seed, index, labels, condition, temperature, known pixels): not of the batch
+    size, the number of threads or the other samples drawn with it, bit for bit.
 
     Args:
-        model: maps encoded images [N, C, H, W] (and labels [N]) to head parameters [N, head.num_params(C), H, W] or,
-            for `Categorical`, [N, levels, C, H, W]. They are logits; log-probabilities do, too, probabilities do not.
-            Any module; a copy that shares its tensors is traced, in eval mode and without autocast, so that other
-            threads may use it. Whatever its dtype, sampling computes in float32.
+        model: maps encoded images [N, C, H, W] (and labels [N], and a condition [N, ...], in this order) to head
+            parameters [N, head.num_params(C), H, W] or, for `Categorical`, [N, levels, C, H, W]. They are logits;
+            log-probabilities do, too, probabilities do not. Any module; a copy that shares its tensors is traced, in
+            eval mode and without autocast, so that other threads may use it. Whatever its dtype, sampling computes in
+            float32.
         image_shape: (C, H, W), or (H, W) for a model that reads [N, H, W], as priors over codes do; images are
             [N, 1, H, W] all the same. Default: ``model.image_shape``.
         head: default: ``model.head``.
-        num_classes: labels are 0..num_classes-1; default: ``model.num_classes``, else unconditional.
+        num_classes: labels are 0..num_classes-1; default: ``model.num_classes``, else there are none.
+        condition: for a model that reads a tensor for each sample besides the image: a latent, a feature map, the codes
+            of a coarser level. An example of that of one sample, without the batch dimension: its shape and dtype are
+            those of all others, its values need only be valid. Floats reach the model in its own dtype.
         precision: "fp32", or "bf16": the weights of products are rounded to bfloat16, activations and sums stay
             float32. Half the memory traffic of a pixel; the samples are exactly those of the model with rounded
             weights, which is not quite the same model.
@@ -99,8 +104,8 @@ class Sampler:
 
     Raises:
         NotCausal: the model sees the pixel it predicts, or a later one; the text names the module.
-        UnsupportedModel: an operator without a lowering, Python code that reads values of the image or the labels, or
-            an error in the model's forward; the text names the module, and what is supported.
+        UnsupportedModel: an operator without a lowering, Python code that reads values of the image, the labels or the
+            condition, or an error in the model's forward; the text names the module, and what is supported.
         ValueError, TypeError: bad arguments, or weights that are not finite.
         RuntimeError: the backend asked for cannot be used; the text says why.
 
@@ -114,6 +119,7 @@ class Sampler:
         head: Head | None = None,
         *,
         num_classes: int | None = None,
+        condition: Tensor | None = None,
         precision: str = "fp32",
         backend: str = "auto",
         max_batch: int | None = None,
@@ -122,10 +128,14 @@ class Sampler:
         if max_batch is not None and (isinstance(max_batch, bool) or not isinstance(max_batch, int) or max_batch < 1):
             raise ValueError(f"max_batch must be a positive integer, got {max_batch!r}")
         check_precision(precision)
+        self._precision = precision
+        self._example = None if condition is None else check_condition(self._subject, condition)
+        if self._example is not None and not self._example.numel():
+            raise ValueError(f"condition must not be empty, got shape {tuple(self._example.shape)}")
         # "auto" leaves the choice to the environment and to an enclosing `with fastgen.backend(...)`.
         with contextlib.nullcontext() if backend == "auto" else backends.backend(backend):
             executor = _select(self._subject.like)
-        with _compiling():
+        with _one_thread():
             self._compile()
             if precision == "bf16":
                 self.plan.round_weights()
@@ -161,8 +171,9 @@ class Sampler:
             labels = None
             if subject.num_classes is not None:
                 labels = (torch.arange(TRACE_BATCH) % subject.num_classes).to(subject.like.device)
+            condition = None if self._example is None else torch.stack([self._example] * TRACE_BATCH)
         with evaluating(subject.module):
-            graph, self._tape = trace(subject, image, labels)
+            graph, self._tape = trace(subject, image, labels, condition)
         _check_finite(graph)
         with host_defaults():
             self.plan, self._conditions = compile_graph(graph, subject.head)
@@ -174,6 +185,7 @@ class Sampler:
         seed: int = 0,
         start: int = 0,
         labels: Tensor | int | None = None,
+        condition: Tensor | None = None,
         temperature: float = 1.0,
         known: Tensor | None = None,
         mask: Tensor | None = None,
@@ -186,6 +198,7 @@ class Sampler:
             seed: 0..2^64-1.
             start: index of the first sample.
             labels: integers [n], or one for all; for models with classes.
+            condition: [n, *shape], or [*shape] for all; for samplers made with an example of it.
             temperature: divides the logits; below 1 for more likely images.
             known, mask: levels [n, C, H, W] or [C, H, W], and bool [n, H, W] or [H, W]: where the mask is True
                 the pixel is given, the others are drawn in raster order, each after all pixels before it.
@@ -195,12 +208,20 @@ class Sampler:
             levels [n, C, H, W], uint8 (int64 for heads with more than 256 levels).
         """
         subject = self._subject
+        if (condition is None) != (self._example is None):
+            raise ValueError(
+                "condition was given, but no example of it to the Sampler: Sampler(model, ..., condition=example)"
+                if self._example is None
+                else f"the model is conditional: a condition of shape {(n, *self._example.shape)} is needed"
+            )
         request = make_request(
             subject,
             n,
             seed=seed,
             start=start,
             labels=labels,
+            condition=condition,
+            example=self._example,
             temperature=temperature,
             known=known,
             mask=mask,
@@ -218,22 +239,29 @@ class Sampler:
         return images
 
     def _batch(self, request: Request, part: slice, bar: tqdm) -> Batch:
-        conditions = []
-        if self._conditions and request.labels is not None:
-            with torch.no_grad():
-                conditions = [_as_plane(v) for v in self._tape.replay(request.labels[part], self._conditions)]
-            if any(c.isnan().any() for c in conditions):
-                raise ValueError("the model makes NaN of the labels")
         return Batch(
             count=part.stop - part.start,
             seed=request.seed,
             start=request.start + part.start,
             temperature=request.temperature,
-            conditions=conditions,
+            conditions=self._replay(request, part) if self._conditions else [],
             known=None if request.known is None else request.known[part],
             mask=None if request.mask is None else request.mask[part],
             on_rows=bar.update,
         )
+
+    def _replay(self, request: Request, part: slice) -> list[Tensor]:
+        """What the model makes of labels and condition: a plane for each of `plan.conditions`."""
+        inputs = [t[part] for t in (request.labels, request.condition) if t is not None]
+        with torch.no_grad(), _one_thread(), convolutions_like_products(), weights_in(self._precision):
+            try:
+                values = self._tape.replay(inputs, self._conditions)
+            except IndexError as error:  # a code that no table has
+                raise ValueError(f"the model raised IndexError for {self._tape.names}: {error}") from error
+        planes = [_as_plane(v) for v in values]
+        if any(p.isnan().any() for p in planes):
+            raise ValueError(f"the model makes NaN of {self._tape.names}")
+        return planes
 
 
 def _select(like: Tensor) -> Callable[[Plan], Any]:
@@ -253,10 +281,11 @@ def _device(like: Tensor) -> contextlib.AbstractContextManager[object]:
 
 
 @contextlib.contextmanager
-def _compiling() -> Iterator[None]:
-    """One at a time: the number of threads and the default dtype are those of the process.
+def _one_thread() -> Iterator[None]:
+    """For one caller at a time: the number of threads and the default dtype are those of the process.
 
-    Compiling makes thousands of small tensors; handing parts of them to other threads costs more than it saves.
+    Compiling makes thousands of small tensors; handing parts of them to other threads costs more than it saves. What
+    is replayed must not depend on the number of threads, as the last bits of PyTorch's convolutions do.
     """
     with _COMPILING, no_autocast():
         threads = torch.get_num_threads()

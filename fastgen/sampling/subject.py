@@ -32,15 +32,20 @@ class Subject:
     num_classes: int | None
     reads_channels: bool = True
 
-    def params(self, images: Tensor, labels: Tensor | None) -> Tensor:
+    def params(self, images: Tensor, labels: Tensor | None, condition: Tensor | None = None) -> Tensor:
         """Head parameters [N, C*K, H, W] of levels [N, C, H, W], in the dtype and on the device of the module."""
-        return self.forward(self.encode(images), labels)
+        return self.forward(self.encode(images), labels, condition)
 
-    def forward(self, x: Tensor, labels: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, labels: Tensor | None, condition: Tensor | None = None) -> Tensor:
         """Head parameters [N, C*K, H, W] of encoded images [N, C, H, W]; as precise as an executor's on a GPU, too."""
-        x = x if self.reads_channels else x.squeeze(1)
+        inputs = [x if self.reads_channels else x.squeeze(1)]
+        if labels is not None:
+            inputs.append(labels.to(self.like.device))
+        if condition is not None:
+            dtype = self.like.dtype if condition.is_floating_point() else condition.dtype
+            inputs.append(condition.to(self.like.device, dtype, copy=True))  # the module may write into it
         with convolutions_like_products():
-            output = self.module(x) if labels is None else self.module(x, labels.to(self.like.device))
+            output = self.module(*inputs)
         as_loss_takes_it = (len(x), self.head.levels, *self.image_shape)
         if isinstance(self.head, Categorical) and getattr(output, "shape", None) == as_loss_takes_it:
             return output.transpose(1, 2).flatten(1, 2)

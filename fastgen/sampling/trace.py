@@ -3,8 +3,8 @@
 Tensors that depend on the image have a *shadow*: for each element the code of the plane element that it holds (see
 `fastgen.sampling.graph`).  The shadow belongs to the storage, with the strides of the values, so views and in-place
 writes need no rule of their own.  Calls that depend on parameters alone just run: weight normalisation, masks and the
-like are folded by having happened.  Calls that depend on the labels, but not on the image, run and are recorded on a
-tape, which is replayed once for each distinct label before sampling.
+like are folded by having happened.  Calls that depend on the labels or the condition, but not on the image, run and are
+recorded on a tape, which is replayed for the labels and conditions at hand before sampling.
 
 A dispatch mode sees the calls one by one with the values at hand; masks that are applied in place to the weights, also
 through ``.data``, are therefore as good as any.
@@ -44,23 +44,25 @@ TRACE_BATCH = 2  # two samples tell the batch dimension from a broadcast one, an
 
 
 class Tape:
-    """The calls that depend on labels but not on the image, to be run again for other labels.
+    """The calls that depend on labels or condition but not on the image, to be run again for others.
 
     Whatever else they read or write into is kept as it was at the call: weights may change later, and a replay must
     find the zeros that a one-hot row is written into.
     """
 
-    def __init__(self, labels: Tensor | None):
-        self.labels = labels
+    def __init__(self, inputs: dict[str, Tensor]):
+        """inputs: labels and condition, each [TRACE_BATCH, ...], by what errors call them."""
+        self.inputs = list(inputs.values())
+        self.names = " or ".join(inputs)
         self.calls: list[tuple[Callable, tuple, dict, list[Tensor]]] = []
-        self._tainted = {} if labels is None else {storage_key(labels): labels}
+        self._tainted = {storage_key(t): t for t in self.inputs}
         self._before: dict[int, Tensor] = {}  # storages that a call wrote into: their elements before
 
     def depends(self, tensor: Tensor) -> bool:
         return storage_key(tensor) in self._tainted
 
     def will_write(self, tensor: Tensor) -> None:
-        """A call that depends on labels is about to write into `tensor`."""
+        """A call that depends on the inputs is about to write into `tensor`."""
         if not self.depends(tensor):
             self._before[storage_key(tensor)] = whole_storage(tensor).clone()
             self._tainted[storage_key(tensor)] = tensor
@@ -73,7 +75,7 @@ class Tape:
         self._tainted.update((storage_key(t), t) for t in outputs)
 
     def keep(self, tensor: Tensor) -> Tensor:
-        """A copy of a label-dependent tensor, which later calls may overwrite."""
+        """A copy of a tensor that depends on the inputs, which later calls may overwrite."""
         return self._call(torch.ops.aten.clone.default, tensor)
 
     def gather(self, tensor: Tensor, index: Tensor) -> Tensor:
@@ -88,19 +90,18 @@ class Tape:
         self.record(func, args, {}, [result])
         return result
 
-    def replay(self, labels: Tensor, wanted: list[Tensor]) -> list[Tensor]:
-        """Values of the recorded tensors `wanted` for labels [n], any n: float tensors [n, ...]."""
-        assert self.labels is not None
-        distinct, index = torch.unique(labels, return_inverse=True)
-        chunks = [
-            self._replay_chunk(distinct[i : i + TRACE_BATCH], wanted) for i in range(0, len(distinct), TRACE_BATCH)
-        ]
-        return [torch.cat(parts)[index] for parts in zip(*chunks, strict=True)]
+    def replay(self, inputs: list[Tensor], wanted: list[Tensor]) -> list[Tensor]:
+        """Values [n, ...] of the recorded tensors `wanted` for inputs [n, ...] on the CPU, any n."""
+        first, index = _distinct(inputs)
+        each = [self._replay_sample([t[i] for t in inputs], wanted) for i in first]
+        return [torch.stack(values)[index] for values in zip(*each, strict=True)]
 
-    def _replay_chunk(self, labels: Tensor, wanted: list[Tensor]) -> list[Tensor]:
-        assert self.labels is not None
-        padded = torch.cat([labels, labels[-1:].expand(TRACE_BATCH - len(labels))]).to(self.labels)
-        values: dict[int, Tensor] = {id(self.labels): padded}
+    def _replay_sample(self, inputs: list[Tensor], wanted: list[Tensor]) -> list[Tensor]:
+        """For one sample, which fills a batch by itself: the last bits of a product may differ between rows."""
+        values: dict[int, Tensor] = {
+            id(traced): torch.stack([value] * TRACE_BATCH).to(traced)
+            for traced, value in zip(self.inputs, inputs, strict=True)
+        }
         written = {key: flat.clone() for key, flat in self._before.items()}
 
         def value(x: Any) -> Any:
@@ -112,7 +113,14 @@ class Tape:
         for func, args, kwargs, outputs in self.calls:
             results = tensors_in(func(*tree_map(value, args), **tree_map(value, kwargs)))
             values.update((id(old), new) for old, new in zip(outputs, results, strict=True))
-        return [values[id(t)][: len(labels)] for t in wanted]
+        return [values[id(t)][0] for t in wanted]
+
+
+def _distinct(inputs: list[Tensor]) -> tuple[np.ndarray, np.ndarray]:
+    """Of the samples whose inputs have the same bits the first one, and for each sample which of these it equals."""
+    rows = np.concatenate([t.reshape(len(t), -1).contiguous().view(torch.uint8).numpy() for t in inputs], axis=1)
+    _, first, index = np.unique(rows.view(f"V{rows.shape[1]}")[:, 0], return_index=True, return_inverse=True)
+    return first, index
 
 
 def _cheap_convolution(func: Any, x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
@@ -157,10 +165,10 @@ def _has_shape_by_values(func: Any, inputs: list[Tensor]) -> bool:
 class Tracer(TorchDispatchMode):
     """Builds a Graph from the calls made while the mode is active."""
 
-    def __init__(self, labels: Tensor | None):
+    def __init__(self, inputs: dict[str, Tensor]):
         super().__init__()
         self.graph = Graph(TRACE_BATCH)
-        self.tape = Tape(labels)
+        self.tape = Tape(inputs)
         self.log_softmaxes: dict[int, np.ndarray] = {}  # by node: see `fastgen.sampling.logits`
         self.module = ""  # path of the module whose forward is running
         # storage -> (flat codes, the storage, which keeps its key but not its memory)
@@ -173,7 +181,7 @@ class Tracer(TorchDispatchMode):
         return storage_key(tensor) in self._shadows
 
     def varies(self, tensor: Tensor) -> bool:
-        """Whether any element may depend on the image or the labels."""
+        """Whether any element may depend on the image, the labels or the condition."""
         return self.depends(tensor) or self.tape.depends(tensor)
 
     def codes(self, tensor: Tensor) -> Tensor:
@@ -192,7 +200,9 @@ class Tracer(TorchDispatchMode):
             flat = torch.empty(whole.shape, dtype=torch.int64)
             if not covered:
                 if self.tape.depends(whole):
-                    raise self.unsupported("writing the image into a part of a label-dependent tensor")
+                    raise self.unsupported(
+                        f"writing the image into a part of a tensor that depends on {self.tape.names}"
+                    )
                 flat = self._outside_codes(whole) * (whole.cpu() != 0)
             # New memory costs more than all else here: that of tensors which are gone is taken again.
             self._shadows = {k: shadow for k, shadow in self._shadows.items() if not shadow[1].expired()}
@@ -205,7 +215,8 @@ class Tracer(TorchDispatchMode):
         if self.tape.depends(tensor):
             if tensor.dim() == 0 or tensor.shape[0] != TRACE_BATCH:
                 raise self.unsupported(
-                    f"a label-dependent tensor of shape {tuple(tensor.shape)} whose first dimension is not the batch"
+                    f"a tensor of shape {tuple(tensor.shape)} that depends on {self.tape.names} and whose first "
+                    "dimension is not the batch"
                 )
             channels, height, width = tensor.shape[1:] if tensor.dim() == 4 else (tensor[0].numel(), 1, 1)
             kept = self.tape.keep(tensor)
@@ -238,14 +249,14 @@ class Tracer(TorchDispatchMode):
             return self._lower(func, args, kwargs)
         if torch.Tag.nondeterministic_seeded in func.tags:
             raise self.unsupported(f"a network that is random (operator {func})")
-        on_labels = any(self.tape.depends(t) for t in inputs)
-        if on_labels:
+        on_tape = any(self.tape.depends(t) for t in inputs)
+        if on_tape:
             for tensor in _written(func, args, kwargs):
                 self.tape.will_write(tensor)
         result = func(*args, **kwargs)
-        if on_labels:
+        if on_tape:
             if (func._schema.returns and not tensors_in(result)) or _has_shape_by_values(func, inputs):
-                raise self.unsupported(f"Python code that reads the values of labels (operator {func})")
+                raise self.unsupported(f"Python code that reads the values of {self.tape.names} (operator {func})")
             self.tape.record(func, args, kwargs, tensors_in(result))
         return result
 
@@ -302,7 +313,7 @@ class _Watch(TorchFunctionMode):
         tracer, tensor = self.tracer, args[0] if args else None
         if isinstance(tensor, Tensor) and tracer.varies(tensor):
             if getattr(func, "__name__", "") in ("tolist", "numpy", "__array__", "__dlpack__"):
-                what = "the image" if tracer.depends(tensor) else "labels"
+                what = "the image" if tracer.depends(tensor) else tracer.tape.names
                 raise tracer.unsupported(f"Python code that reads the values of {what} (Tensor.{func.__name__})")
             if func is F.one_hot:  # it looks at the values itself
                 return _one_hot(tracer, *args, **kwargs)
@@ -337,26 +348,30 @@ def _module_paths(root: nn.Module, tracer: Tracer) -> Iterator[None]:
             handle.remove()
 
 
-def trace(subject: Subject, image: Tensor, labels: Tensor | None = None) -> tuple[Graph, Tape]:
-    """Follow subject.forward(image, labels).
+def trace(
+    subject: Subject, image: Tensor, labels: Tensor | None = None, condition: Tensor | None = None
+) -> tuple[Graph, Tape]:
+    """Follow subject.forward(image, labels, condition).
 
     Args:
         subject: its module in eval mode.
         image: encoded images [TRACE_BATCH, C, H, W]; the values matter only to operators that do not depend on them in
             a supported model.
         labels: [TRACE_BATCH] or None.
+        condition: [TRACE_BATCH, ...] or None; nobody else's memory.
 
     Returns:
-        the graph, its `output` set, and the tape of label-dependent calls.
+        the graph, its `output` set, and the tape of calls that depend on labels or condition alone.
 
     Raises:
         UnsupportedModel: an operator without a lowering, an output of the wrong shape, or an error in the forward.
     """
-    tracer = Tracer(labels)
+    named = {"the labels": labels, "the condition": condition}
+    tracer = Tracer({name: t for name, t in named.items() if t is not None})
     with host_defaults():
         tracer.set_codes(image, tracer.add(Image("", *image.shape[1:])))
     with torch.no_grad(), backends.backend("reference"), _module_paths(subject.module, tracer), _Watch(tracer), tracer:
-        output = _forward(subject, image, labels, tracer)
+        output = _forward(subject, tracer, image, labels, condition)
     if not isinstance(output, Tensor) or output.dim() != 4 or output.shape[0] != TRACE_BATCH:
         got = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
         raise UnsupportedModel(
@@ -379,14 +394,19 @@ def trace(subject: Subject, image: Tensor, labels: Tensor | None = None) -> tupl
     return tracer.graph, tracer.tape
 
 
-def _forward(subject: Subject, image: Tensor, labels: Tensor | None, tracer: Tracer) -> Tensor:
+def _forward(
+    subject: Subject, tracer: Tracer, image: Tensor, labels: Tensor | None, condition: Tensor | None
+) -> Tensor:
     try:
-        return subject.forward(image, labels)
+        return subject.forward(image, labels, condition)
     except UnsupportedModel:
         raise
     except Exception as error:
         shape = tuple(image.shape if subject.reads_channels else image.squeeze(1).shape)
+        given = f"{image.dtype} of shape {shape}"
+        if condition is not None:
+            given += f" and a condition of shape {tuple(condition.shape)}"
         raise UnsupportedModel(
-            f"module {tracer.module or TOP_LEVEL!r} of {type(subject.module).__name__}, which was given {image.dtype} "
-            f"of shape {shape}, raised {type(error).__name__}: {error}"
+            f"module {tracer.module or TOP_LEVEL!r} of {type(subject.module).__name__}, which was given {given}, "
+            f"raised {type(error).__name__}: {error}"
         ) from error

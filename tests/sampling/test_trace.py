@@ -388,17 +388,17 @@ def filled_by_label(net: Causal, h: Tensor, labels: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("mix", "named"),
     [
-        (by_first_label, r"module '\(top level\)': .*reads the values of labels"),
-        (by_any_label, "reads the values of labels"),
-        (by_largest_label, "reads the values of labels"),
-        (by_equal_labels, "reads the values of labels .*equal"),
-        (by_list_of_labels, "reads the values of labels .*tolist"),
-        (by_numpy, "reads the values of labels .*numpy"),
-        (by_count_of_labels, "reads the values of labels .*nonzero"),
-        (by_number_of_labels, "reads the values of labels .*index"),
+        (by_first_label, r"module '\(top level\)': .*reads the values of the labels"),
+        (by_any_label, "reads the values of the labels"),
+        (by_largest_label, "reads the values of the labels"),
+        (by_equal_labels, "reads the values of the labels .*equal"),
+        (by_list_of_labels, "reads the values of the labels .*tolist"),
+        (by_numpy, "reads the values of the labels .*numpy"),
+        (by_count_of_labels, "reads the values of the labels .*nonzero"),
+        (by_number_of_labels, "reads the values of the labels .*index"),
         (one_hot_of_unknown_size, "F.one_hot without num_classes"),
-        (picked_by_label, "aten.index.Tensor with an index that depends on the image or the labels"),
-        (filled_by_label, "fill_.Tensor with a number that depends on the image or the labels"),
+        (picked_by_label, "aten.index.Tensor with an index that depends on the image, the labels or the condition"),
+        (filled_by_label, "fill_.Tensor with a number that depends on the image, the labels or the condition"),
     ],
     ids=lambda v: v.__name__ if callable(v) else "",
 )
@@ -426,7 +426,10 @@ def written_partly(net: Causal, h: Tensor, labels: Tensor) -> Tensor:
             r"aten.pow.Tensor_Scalar with an exponent other than 0.5, 1, \.\.\., 8 and their negatives",
         ),
         (lambda net, h: 2**h, "aten.pow.Scalar with an exponent other than"),
-        (lambda net, h: torch.where(h > 0, h, -h), "with a mask that depends on the image or the labels"),
+        (
+            lambda net, h: torch.where(h > 0, h, -h),
+            "with a mask that depends on the image, the labels or the condition",
+        ),
         (lambda net, h: h - h.mean((1, 2), keepdim=True), "aten.mean.dim over more than the channels"),
         (lambda net, h: F.layer_norm(h, h.shape[1:]), "aten.native_layer_norm.default over more than the channels"),
         (
@@ -437,7 +440,7 @@ def written_partly(net: Causal, h: Tensor, labels: Tensor) -> Tensor:
         (lambda net, h: h * h.sum().item(), "aten.sum"),
         (lambda net, h: torch.from_numpy(h.numpy() + 1), r"reads the values of the image \(Tensor.numpy\)"),
         (lambda net, h: h + net.channels.gather(0, h.flatten().long()[:1]), "conversion of the image to torch.int64"),
-        (written_partly, "writing the image into a part of a label-dependent tensor"),
+        (written_partly, "writing the image into a part of a tensor that depends on the labels"),
     ],
     ids=[
         "noise",
