@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, fx
 
 from fastgen import backends
-from fastgen.acceleration.tracing import state, unchanged
+from fastgen.acceleration.states import guarded, state, unchanged
+from fastgen.acceleration.tracing import HOOKS
 
 _log = logging.getLogger("fastgen")
 
@@ -71,10 +72,48 @@ def _with_direct_paths(text: str, graph: fx.Graph, root: torch.nn.Module) -> str
     return "\n".join(lines)
 
 
+def _places(path: str) -> list[str]:
+    """A path and all that lead to it."""
+    names = path.split(".")
+    return ["", *(".".join(names[: i + 1]) for i in range(len(names) if path else 0))]
+
+
 def _module(path: str) -> ModuleType:
     import importlib
 
     return importlib.import_module(path)
+
+
+class _Guard(NamedTuple):
+    """A module as it was, in terms that ``torch.compile`` can follow; `values` is None where there are none."""
+
+    path: tuple[str, ...]
+    values: dict[str, Any] | None
+    members: dict[str, torch.nn.Module | None]
+    hooks: dict[str, int]
+    forward: Any  # where it is one of the module's own
+
+    @classmethod
+    def of(cls, place: str, module: torch.nn.Module, before: dict[str, Any]) -> _Guard:
+        hooks = {name: len(getattr(module, name)) for name in HOOKS}
+        path = tuple(filter(None, place.split(".")))
+        return cls(path, guarded(before), dict(module._modules), hooks, before.get("forward"))
+
+    def holds(self, root: Any) -> bool:
+        module = root
+        for name in self.path:
+            if name not in module._modules:
+                return False
+            module = module._modules[name]
+        now = module.__dict__
+        if self.values is None or now.get("forward") != self.forward or module.forward is None:  # read to be guarded
+            return False
+        return (
+            len(module._modules) == len(self.members)
+            and all(name in module._modules and module._modules[name] is self.members[name] for name in self.members)
+            and all(len(now[name]) == self.hooks[name] for name in self.hooks)
+            and all(name in now and now[name] == self.values[name] for name in self.values)
+        )
 
 
 class Program:
@@ -99,18 +138,18 @@ class Program:
         parameters = list(inspect.signature(type(root).forward).parameters.values())[1:]
         self.defaults = {parameter.name: parameter.default for parameter in parameters}
         self.positional = sum(parameter.kind is not parameter.KEYWORD_ONLY for parameter in parameters)
-        self.modes: list[tuple[torch.nn.Module, bool]] = []
         self.states: list[tuple[torch.nn.Module, dict[str, Any]]] = []
+        self.guards: list[_Guard] = []
         self.told = False
         self._seen: Any = None
         self._compile()
 
-    def watch(self, modules: Iterable[torch.nn.Module]) -> None:
-        """From now on these must stay as they are."""
-        modules = list(modules)
+    def watch(self, paths: Iterable[str]) -> None:
+        """From now on the modules there must stay as they are."""
+        places = sorted({place for path in paths for place in _places(path)})
         self._seen = None  # it refers to the states
-        self.modes = [(module, module.training) for module in modules]
-        self.states = [(module, state(module)) for module in modules]
+        self.states = [(module, state(module)) for module in map(self.root.get_submodule, places)]
+        self.guards = [_Guard.of(place, *was) for place, was in zip(places, self.states, strict=True)]
         self._look()
 
     def _look(self) -> None:
@@ -132,7 +171,7 @@ class Program:
         if function is None or tensors is None:
             return type(self.root).forward(self.root, *args, **kwargs)
         if torch.compiler.is_compiling():
-            if all(module.training is mode for module, mode in self.modes):
+            if self._holds_compiled():
                 return function(self.root, *tensors.values())
             return type(self.root).forward(self.root, *args, **kwargs)
         if not self._holds():
@@ -170,6 +209,12 @@ class Program:
         if self._seen is not None and self._seen.still():
             return True
         return all(unchanged(module, before) for module, before in self.states)
+
+    def _holds_compiled(self) -> bool:
+        """`_holds` for ``torch.compile``, which makes guards of what it sees compared."""
+        if torch.nn.modules.module._has_any_global_hook():
+            return False
+        return all(guard.holds(self.root) for guard in self.guards)
 
     def _tell(self, what: str, warn: bool = False) -> None:
         if not self.told:

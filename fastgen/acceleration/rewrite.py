@@ -30,8 +30,10 @@ def accelerate(module: nn.Module) -> nn.Module:
     data, ``no_grad`` inside) keeps its own forward, its submodules are looked at one by one.
 
     Where the copy is no longer what it was, the forward of the class runs: after ``.train()``, until ``.eval()``, and
-    for good where a hook, a member or an attribute of a fused module was added or changed. So does it for arguments
-    that are neither tensors nor defaults.
+    for good where a hook, a member or an attribute of a module that takes part was added or changed, be it a value deep
+    in a configuration. So does it for arguments that are neither tensors nor defaults. Under ``torch.compile``
+    it runs, too, where a module has attributes that cannot be followed there (objects, containers in containers). What
+    lies outside of the module, globals and ``os.environ``, is read once.
 
     Args:
         module: any module; it is not modified, and shares no memory with the copy.
@@ -54,7 +56,7 @@ def accelerate(module: nn.Module) -> nn.Module:
         program.root.__dict__["forward"] = program.forward
     result.fastgen_report = report  # type: ignore[assignment]
     for program, watched in programs:
-        program.watch(program.root.get_submodule(path) for path in watched)
+        program.watch(watched)
     return result
 
 
@@ -116,7 +118,7 @@ def _program(part: nn.Module, path: str, report: Report, reasons: dict[str, str]
             report.merge(found)
             if found.fused:
                 sources[names] = Source.of(traced.graph, part)
-                watched |= traced.inlined | bypassed
+                watched |= traced.inlined | traced.read | bypassed
     except Untraceable as reason:
         reasons[path] = str(reason)
     if sources:

@@ -15,7 +15,7 @@ import inspect
 import random
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,9 +27,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from fastgen.acceleration import blocks
+from fastgen.acceleration.states import Incomparable, state, unchanged
 from fastgen.nn import ConvTransposeBNAct
 
-_HOOKS = (
+HOOKS = (
     "_forward_hooks",
     "_forward_pre_hooks",
     "_backward_hooks",
@@ -50,13 +51,14 @@ class Trace:
     """A graph of the forward, whose placeholders are the arguments that are tensors.
 
     `inlined` holds the paths of the submodules whose forward is part of the graph, `opaque` those that are one node and
-    why.
+    why, `read` those that the forward took something from.
     """
 
     graph: fx.Graph
     modules: dict[str, torch.nn.Module]
     inlined: set[str] = field(default_factory=set)
     opaque: dict[str, str] = field(default_factory=dict)
+    read: set[str] = field(default_factory=set)
 
 
 def trace(module: torch.nn.Module, tensors: Sequence[str]) -> Trace:
@@ -68,7 +70,10 @@ def trace(module: torch.nn.Module, tensors: Sequence[str]) -> Trace:
     if "forward" in module.__dict__:
         raise Untraceable("its forward was replaced on the instance")
     skeleton = copy.deepcopy(module, {id(tensor): tensor for tensor in _tensors(module)})
-    before = {part: state(part) for part in skeleton.modules()}
+    try:
+        before = {part: state(part) for part in skeleton.modules()}
+    except Incomparable as reason:
+        raise Untraceable(str(reason)) from None
     tracer = _Tracer(tensors)
     noise = _random_state()
     try:
@@ -87,7 +92,10 @@ def trace(module: torch.nn.Module, tensors: Sequence[str]) -> Trace:
         raise Untraceable("it changes attributes of its modules")
     if any(_writes_to_own_tensor(node) for node in graph.nodes):
         raise Untraceable("it changes its parameters or buffers")
-    return Trace(graph, dict(skeleton.named_modules()), tracer.inlined, tracer.opaque)
+    modules = dict(skeleton.named_modules())
+    read = {path for path, part in modules.items() if part in tracer.read and not _is_within(path, tracer.opaque)}
+    read |= {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
+    return Trace(graph, modules, tracer.inlined, tracer.opaque, read)
 
 
 def describe(error: Exception) -> str:
@@ -99,28 +107,11 @@ def describe(error: Exception) -> str:
 
 
 def has_hooks(module: torch.nn.Module) -> bool:
-    return any(getattr(module, name) for name in _HOOKS)
+    return any(getattr(module, name) for name in HOOKS)
 
 
-def state(module: torch.nn.Module) -> dict[str, Any]:
-    """The attributes of a module, without what its parameters and buffers hold; for `unchanged`."""
-    kept = ("_parameters", "_buffers", "_state_dict_hooks", "_load_state_dict_pre_hooks")
-    return {
-        name: copy.copy(value) if isinstance(value, list | dict | set) and name not in kept else value
-        for name, value in module.__dict__.items()
-    }
-
-
-def unchanged(module: torch.nn.Module, before: dict[str, Any]) -> bool:
-    """Whether all of these attributes are as they were; there may be new ones, but for another forward."""
-    now = module.__dict__
-    try:
-        return bool(now == before) or (
-            ("forward" in now) == ("forward" in before)
-            and all(name in now and (now[name] is value or now[name] == value) for name, value in before.items())
-        )
-    except Exception:  # arrays that were replaced do not compare to one truth value
-        return False
+def _is_within(path: str, others: Iterable[str]) -> bool:
+    return any(f"{path}.".startswith(f"{other}.") for other in others)
 
 
 def _tensors(module: torch.nn.Module) -> list[Tensor]:
@@ -299,6 +290,7 @@ class _Tracer(fx.Tracer):
         self.caller = ""
         self.inlined: set[str] = set()
         self.opaque: dict[str, str] = {}
+        self.read: set[torch.nn.Module] = set()
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Symbol(node, self)
@@ -332,6 +324,8 @@ class _Tracer(fx.Tracer):
         return forward, [self.root]
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if isinstance(attr_val, torch.nn.Module):
+            self.read.add(attr_val)
         return super().getattr(attr, attr_val, {})  # a node of a submodule that was given up must not come back
 
     def is_leaf_module(self, m: torch.nn.Module, module_qualified_name: str) -> bool:
