@@ -27,7 +27,8 @@ def accelerate(module: nn.Module) -> nn.Module:
 
     Left alone is whatever is not known to be equal: norms on batch statistics, dropout in training mode, hooks, weights
     that are computed in forward, intermediate results that are used elsewhere. What cannot be traced (control flow on
-    data, ``no_grad`` inside) keeps its own forward, its submodules are looked at one by one.
+    data, ``no_grad`` inside, another result where gradients or autocast are on) keeps its own forward, its submodules
+    are looked at one by one.
 
     Where the copy is no longer what it was, the forward of the class runs: after ``.train()``, until ``.eval()``, and
     for good where a hook, a member or an attribute of a module that takes part was added or changed, be it a value deep

@@ -8,14 +8,16 @@ into becomes one node, and the rest of the parent is still traced.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dis
 import functools
 import inspect
 import random
 import sys
+import threading
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,6 +39,13 @@ HOOKS = (
     "_backward_pre_hooks",
 )
 
+
+# Gradients, inference mode, autocast: a forward that asks for them is one that is not the same in all of these.
+_MODES = [(True, False, False), (False, False, False), (False, True, False)]
+_MODES += [(gradients, inference, True) for gradients, inference, _ in _MODES]
+_ASKS_FOR_MODES = "it asks whether gradients, inference mode or autocast are on"
+_DEVICES = ("cpu", "cuda")
+_LOCK = threading.RLock()  # a trace replaces functions of PyTorch for the whole process
 
 # Take sizes, and so symbols, in places where PyTorch looks for numbers alone.
 _FACTORIES = "zeros ones full empty eye arange linspace tensor rand randn randint randperm normal".split()
@@ -70,17 +79,11 @@ def trace(module: torch.nn.Module, tensors: Sequence[str]) -> Trace:
     if "forward" in module.__dict__:
         raise Untraceable("its forward was replaced on the instance")
     skeleton = copy.deepcopy(module, {id(tensor): tensor for tensor in _tensors(module)})
-    try:
-        before = {part: state(part) for part in skeleton.modules()}
-    except Incomparable as reason:
-        raise Untraceable(str(reason)) from None
-    tracer = _Tracer(tensors)
     noise = _random_state()
     try:
-        with warnings.catch_warnings(), torch.enable_grad(), _Recorder(tracer):
+        with _LOCK, warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            tracer.ambient = _ambient()
-            graph = tracer.trace(skeleton)
+            tracer, graph = _record_in_all_modes(skeleton, tensors)
     except Exception as error:
         raise Untraceable(describe(error)) from error
     finally:
@@ -88,14 +91,58 @@ def trace(module: torch.nn.Module, tensors: Sequence[str]) -> Trace:
         _restore_random_state(noise)
     if drew:
         raise Untraceable("it draws random numbers outside PyTorch's functions")
-    if any(not unchanged(part, was) or len(part.__dict__) > len(was) for part, was in before.items()):
-        raise Untraceable("it changes attributes of its modules")
-    if any(_writes_to_own_tensor(node) for node in graph.nodes):
-        raise Untraceable("it changes its parameters or buffers")
     modules = dict(skeleton.named_modules())
     read = {path for path, part in modules.items() if part in tracer.read and not _is_within(path, tracer.opaque)}
     read |= {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
     return Trace(graph, modules, tracer.inlined, tracer.opaque, read)
+
+
+def _record_in_all_modes(module: torch.nn.Module, tensors: Sequence[str]) -> tuple[_Tracer, fx.Graph]:
+    """The graph, if it is one for all; submodules of which this is not true become one node."""
+    before = {part: state(part) for part in module.modules()}
+    opaque: dict[str, str] = {}
+    while True:
+        known = len(opaque)
+        found = [_record(module, before, tensors, opaque, mode) for mode in _MODES]
+        for path, reason in [item for tracer, _ in found for item in tracer.opaque.items()]:
+            opaque.setdefault(path, reason)
+        if len(opaque) > known:
+            continue
+        graphs = [graph for _, graph in found]
+        blamed = next((path for graph in graphs for path in _difference(graphs[0], graph)), None)
+        if blamed is None:
+            return found[0]
+        if not blamed:
+            raise fx.proxy.TraceError(_ASKS_FOR_MODES)
+        opaque[blamed] = _ASKS_FOR_MODES
+
+
+def _record(
+    module: torch.nn.Module,
+    before: dict[torch.nn.Module, dict[str, Any]],
+    tensors: Sequence[str],
+    opaque: dict[str, str],
+    mode: tuple[bool, bool, bool],
+) -> tuple[_Tracer, fx.Graph]:
+    gradients, inference, autocast = mode
+    tracer = _Tracer(tensors, opaque)
+    with torch.inference_mode(inference), torch.set_grad_enabled(gradients), _autocast(autocast):
+        tracer.ambient = _ambient()
+        with _recorded_factories(tracer), _Recorder(tracer):
+            graph = tracer.trace(module)
+    if any(not unchanged(part, was) or len(part.__dict__) > len(was) for part, was in before.items()):
+        raise fx.proxy.TraceError("it changes attributes of its modules")
+    if any(_writes_to_own_tensor(node) for node in graph.nodes):
+        raise fx.proxy.TraceError("it changes its parameters or buffers")
+    return tracer, graph
+
+
+def _difference(graph: fx.Graph, other: fx.Graph) -> Iterator[str]:
+    """The paths of the modules that make different nodes."""
+    for pair in zip(graph.nodes, other.nodes, strict=False):
+        first, second = [(node.op, node.target, str(node.args), str(node.kwargs)) for node in pair]
+        if first != second:
+            yield next(filter(None, [node.meta["caller"] for node in pair]), "")
 
 
 def describe(error: Exception) -> str:
@@ -103,7 +150,8 @@ def describe(error: Exception) -> str:
     text = str(error).strip().split("\n")[0] or type(error).__name__
     if "control flow" in text:
         return "control flow that depends on data"
-    return text if isinstance(error, fx.proxy.TraceError) else f"{type(error).__name__} while tracing: {text}"
+    known = isinstance(error, fx.proxy.TraceError | Incomparable)
+    return text if known else f"{type(error).__name__} while tracing: {text}"
 
 
 def has_hooks(module: torch.nn.Module) -> bool:
@@ -121,8 +169,20 @@ def _tensors(module: torch.nn.Module) -> list[Tensor]:
 
 def _ambient() -> tuple[Any, ...]:
     """What context managers change and a graph does not record."""
-    autocast = [torch.is_autocast_enabled(device) for device in ("cpu", "cuda")]
+    autocast = [torch.is_autocast_enabled(device) for device in _DEVICES]
     return (torch.is_grad_enabled(), torch.is_inference_mode_enabled(), *autocast)
+
+
+@contextlib.contextmanager
+def _autocast(on: bool) -> Iterator[None]:
+    was = [torch.is_autocast_enabled(device) for device in _DEVICES]
+    try:
+        for device in _DEVICES:
+            torch.set_autocast_enabled(device, on)
+        yield
+    finally:
+        for device, enabled in zip(_DEVICES, was, strict=True):
+            torch.set_autocast_enabled(device, enabled)
 
 
 def _random_state() -> tuple[Any, ...]:
@@ -245,28 +305,31 @@ def _truth_without_raising(steps: list[dis.Instruction]) -> bool | None:
     return jump.opname.endswith("IF_TRUE") if leaves == ["RAISE_VARARGS"] == body[-1:] else None
 
 
+@contextlib.contextmanager
+def _recorded_factories(tracer: _Tracer) -> Iterator[None]:
+    """In other threads, too, but these pass no symbols."""
+
+    def make(function: Any, *args: Any, **kwargs: Any) -> Any:
+        if any(isinstance(leaf, fx.Proxy) for leaf in tree_leaves((args, kwargs))):
+            return tracer.create_proxy("call_function", function, args, kwargs)
+        return function(*args, **kwargs)
+
+    originals = {name: getattr(torch, name) for name in _FACTORIES}
+    try:
+        for name, original in originals.items():
+            setattr(torch, name, functools.partial(make, original))
+        yield
+    finally:
+        for name, original in originals.items():
+            setattr(torch, name, original)
+
+
 class _Recorder(TorchFunctionMode):
     """Records the functions that no symbol would: those that make tensors."""
 
     def __init__(self, tracer: _Tracer) -> None:
         super().__init__()
         self.tracer = tracer
-        self.originals = {name: getattr(torch, name) for name in _FACTORIES}
-
-    def __enter__(self) -> Any:
-        for name, original in self.originals.items():
-            setattr(torch, name, functools.partial(self._make, original))
-        return super().__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        for name, original in self.originals.items():
-            setattr(torch, name, original)
-        super().__exit__(*error)
-
-    def _make(self, function: Any, *args: Any, **kwargs: Any) -> Any:
-        if any(isinstance(leaf, fx.Proxy) for leaf in tree_leaves((args, kwargs))):
-            return self.tracer.create_proxy("call_function", function, args, kwargs)
-        return function(*args, **kwargs)
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -283,11 +346,13 @@ class _Recorder(TorchFunctionMode):
 class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True
 
-    def __init__(self, tensors: Sequence[str]) -> None:
+    def __init__(self, tensors: Sequence[str], refused: dict[str, str]) -> None:
         super().__init__()
         self.tensors = tensors
+        self.refused = refused  # modules that are one node, and why
         self.ambient: tuple[Any, ...] = ()
         self.caller = ""
+        self.thread = threading.get_ident()  # fx replaces methods of modules for all of them
         self.inlined: set[str] = set()
         self.opaque: dict[str, str] = {}
         self.read: set[torch.nn.Module] = set()
@@ -324,6 +389,8 @@ class _Tracer(fx.Tracer):
         return forward, [self.root]
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if threading.get_ident() != self.thread:
+            return attr_val
         if isinstance(attr_val, torch.nn.Module):
             self.read.add(attr_val)
         return super().getattr(attr, attr_val, {})  # a node of a submodule that was given up must not come back
@@ -334,10 +401,14 @@ class _Tracer(fx.Tracer):
     def call_module(
         self, m: torch.nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Any:
+        if threading.get_ident() != self.thread:
+            return forward(*args, **kwargs)
         path = self.path_of_module(m)
         if self.is_leaf_module(m, path):
             return self.create_proxy("call_module", path, args, kwargs)
-        if has_hooks(m):
+        if path in self.refused:
+            self.opaque[path] = self.refused[path]
+        elif has_hooks(m):
             self.opaque[path] = "has hooks"
         elif "forward" in m.__dict__:
             self.opaque[path] = "its forward was replaced on the instance"

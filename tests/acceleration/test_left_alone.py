@@ -357,6 +357,23 @@ class CustomFunction(Body):
         return self.alone(Straight.apply(self.body(x)))
 
 
+class AsksForGradients(Body):
+    def forward(self, x):
+        x = self.alone(self.body(x))
+        return x if torch.is_grad_enabled() else 2 * x
+
+
+class AsksForAutocast(Body):
+    def forward(self, x):
+        return self.alone(self.body(x)) * (2 if torch.is_autocast_enabled("cpu") else 1)
+
+
+class AsksForInferenceMode(Body):
+    def forward(self, x):
+        x = self.alone(self.body(x))
+        return x.clone() if torch.is_inference_mode_enabled() else x
+
+
 class AnyArguments(Body):
     def forward(self, *args):
         return self.alone(self.body(*args))
@@ -373,6 +390,9 @@ UNBELIEVED = {
     AsksForTheType: "it asks for the type of a computed value",
     PlainTensor: "it computes with tensors that are neither inputs, parameters nor buffers",
     CustomFunction: "it switches gradients or autocast on or off",
+    AsksForGradients: "it asks whether gradients, inference mode or autocast are on",
+    AsksForAutocast: "it asks whether gradients, inference mode or autocast are on",
+    AsksForInferenceMode: "it asks whether gradients, inference mode or autocast are on",
     AnyArguments: "its forward takes *args or **kwargs",
 }
 
@@ -405,6 +425,46 @@ def test_the_report_says_why(kind):
             self.conv = nn.Conv2d(3, 3, 3)  # cannot be accelerated by itself
 
     assert UNBELIEVED[kind] in reasons(fastgen.accelerate(prepared(Inside())))["conv"]
+
+
+@pytest.mark.parametrize("kind", UNBELIEVED)
+def test_without_gradients(kind):
+    network, x = prepared(kind()), image()
+    fast = fastgen.accelerate(network)
+    for mode in (torch.no_grad(), torch.inference_mode(), torch.autocast("cpu", torch.bfloat16)):
+        with mode:
+            torch.testing.assert_close(fast(x), network(x), rtol=1e-4, atol=1e-5)
+
+
+def test_parts_that_ask_for_modes():
+    """They are one node; and one that asks without need is traced."""
+
+    class Part(nn.Module):
+        def __init__(self, always):
+            super().__init__()
+            self.up, self.checkpointing, self.always = nn.ConvTranspose2d(3, 3, 4, 2, 1), False, always
+
+        def forward(self, x):
+            if torch.is_grad_enabled() and (self.always or self.checkpointing):
+                return self.up(x) + 1
+            return torch.relu(self.up(x))
+
+    class Whole(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.parts, self.last = nn.ModuleList([Part(False), Part(True)]), nn.ConvTranspose2d(3, 2, 3)
+
+        def forward(self, x):
+            for part in self.parts:
+                x = part(x)
+            return torch.tanh(self.last(x))
+
+    network, x = prepared(Whole()), image()
+    fast = fastgen.accelerate(network)
+    assert whats(fast) == ["ConvTranspose2d + relu", "ConvTranspose2d + tanh", "conv_transpose2d"]
+    torch.testing.assert_close(fast(x), network(x))
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x), network(x))
 
 
 @torch.no_grad()
