@@ -105,6 +105,8 @@ class _Chain:
         links = [conv, *self._followers()]
         if len(links) == 1 and kind == "conv2d" and self.leaves_norm:
             raise _Skip("the norm after it is left alone, and takes it as it is")
+        if kind == "conv2d" and _is_a_product(conv.tensors[0]):
+            raise _Skip("a kernel of one element, where PyTorch is as fast")
         _check_alike([tensor for link in links for tensor in link.tensors])
         function = blocks.conv_transpose2d_bn_act if kind == "conv_transpose2d" else ops.conv2d_bn_act
         options = {name: value for link in links for name, value in link.options.items()}
@@ -376,6 +378,10 @@ def _bind(function: Any, node: fx.Node) -> dict[str, Any]:
     bound = inspect.signature(function).bind(*node.args, **node.kwargs)
     bound.apply_defaults()
     return bound.arguments
+
+
+def _is_a_product(weight: _TensorAt | None) -> bool:
+    return weight is not None and not weight.normed and tuple(weight.values[0].shape[2:]) == (1, 1)
 
 
 def _input(node: fx.Node) -> Any:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +22,7 @@ from fastgen.ops.conv_block import (
     check_norm,
     check_same,
     check_tensors,
+    goes_straight,
     is_transformed,
     is_unobserved,
     pair,
@@ -79,7 +80,8 @@ def conv2d_bn_act(
         activation: "none", "relu", "leaky_relu" (with negative_slope), "elu" (with alpha), "tanh" or "sigmoid".
 
     Returns:
-        [N, Cout, H', W'], channels-last in memory where no gradient is wanted.
+        [N, Cout, H', W'], channels-last in memory where no gradient is wanted; contiguous if the input is and the
+        kernel has one element.
 
     Where no gradient is wanted, float32, float64 and bfloat16 (of an even number of input channels) run natively on the
     CPU, but for kernels of one element, small groups of channels and fewer than eight input channels: there, and in
@@ -100,11 +102,16 @@ def conv2d_bn_act(
     parameter = alpha if activation == "elu" else negative_slope
     options = Options(strides, pair("padding", padding), groups, dilations, eps, activation, parameter)
     tensors = (input, weight, bias, running_mean, running_var, bn_weight, bn_bias)
+    compiling = torch.compiler.is_compiling()
+    if not compiling and isinstance(input, Tensor) and goes_straight(tensors):
+        call = _served.get(_signature(tensors, options))
+        if call is not None:
+            return call(*tensors)
     args = (*tensors, *options)
     _check(*args)
     if wants_grad(tensors) or torch.is_autocast_enabled(input.device.type) or is_transformed():
         return conv2d_bn_act_reference(*args)
-    if torch.compiler.is_compiling() or not is_unobserved(tensors):
+    if compiling or not is_unobserved(tensors):
         return torch.ops.fastgen.conv2d_bn_act(*args)
     return backends.select("conv2d_bn_act", *args)(*args)
 
@@ -191,7 +198,27 @@ def _output_shape(input: Sequence[int], weight: Sequence[int], options: Options)
 
 
 def _forward(input: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-    return (_native if _is_native_better(input, weight, Options(*rest[5:])) else _folded)(input, weight, *rest)
+    tensors, options = (input, weight, *rest[:5]), Options(*map(_hashable, rest[5:]))
+    if _is_native_better(input, weight, options):
+        call: Callable[..., Tensor] = _native(input, weight, tensors[3] is not None, options)
+    else:
+        call = _folded(input, weight, options)
+    if len(_served) >= _MAX_SERVED:
+        _served.clear()
+    _served[_signature(tensors, options)] = call
+    return call(*tensors)
+
+
+_MAX_SERVED = 4096
+_served: dict[tuple[Any, ...], Callable[..., Tensor]] = {}  # what serves calls like one that was checked before
+
+
+def _signature(tensors: Sequence[Tensor | None], options: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Everything that checks and preparations look at, but type, device and layout."""
+    first = tensors[0]
+    assert first is not None
+    shapes = [None if tensor is None else tensor.shape for tensor in tensors]
+    return (first.dtype, first.stride(), *shapes, options, torch.get_num_threads(), backends.native_cpu().isa())
 
 
 def _is_native_better(input: Tensor, weight: Tensor, options: Options) -> bool:
@@ -210,22 +237,37 @@ def _why_not(*args: Any) -> str | None:
     return None if layout is torch.strided else f"it takes strided tensors, got {layout}"
 
 
-def _native(input: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-    tensors, options = rest[:5], Options(*rest[5:])
-    block = _block(
-        tuple(input.shape), tuple(weight.shape), *map(_hashable, options[:4]), input.dtype, torch.get_num_threads()
-    )
-    output = cpu.channels_last(input, block.output)
-    if output.numel():
-        minimal = block.dtype is not torch.bfloat16 or tensors[2] is not None  # as in cpu.Block.convolve
-        plan = cpu.conv_plan(False, *block.geometry, block.dtype, minimal=minimal)
-        packed = packed_weight(weight, plan, block.threads, out_channels_first=True)
-        block.run(plan, input, input.stride(), packed, tensors, output, *options[4:])
-    return output
+def _native(input: Tensor, weight: Tensor, batch_norm: bool, options: Options) -> Callable[..., Tensor]:
+    """What computes calls like this one; all of it that does not depend on values is done before the first."""
+    geometry = (options.stride, options.padding, options.groups, options.dilation)
+    block = _block(tuple(input.shape), tuple(weight.shape), *geometry, input.dtype, torch.get_num_threads())
+    minimal = block.dtype is not torch.bfloat16 or batch_norm  # as in cpu.Block.forward_plan
+    plan = cpu.conv_plan(False, *block.geometry, block.dtype, minimal=minimal)
+    strides, threads, shape = input.stride(), block.threads, block.output
+    size = block.scratch_size(plan, strides) if math.prod(shape) else 0
+    sums = torch.float32 if block.dtype is torch.bfloat16 else block.dtype
+    function = getattr(backends.native_cpu(), f"conv_bn_act_{block.type}")
+    act = (options.eps, getattr(backends.native_cpu().Activation, options.activation), options.parameter)
+
+    def call(input: Tensor, weight: Tensor, *tensors: Tensor | None) -> Tensor:
+        output = torch.empty(shape, dtype=input.dtype, device=cpu.CPU, memory_format=torch.channels_last)
+        if not size:
+            return output
+        packed = packed_weight(weight, plan, threads, out_channels_first=True)
+        dense = [tensor if tensor is None or tensor.is_contiguous() else tensor.contiguous() for tensor in tensors]
+        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in dense]
+        scratch = torch.empty(size, dtype=sums, device=cpu.CPU)
+        function(
+            plan, shape[0], threads, input.data_ptr(), strides, packed.data_ptr(), addresses,
+            *act, output.data_ptr(), scratch.data_ptr(),
+        )  # fmt: skip
+        return output
+
+    return call
 
 
 def _hashable(value: Any) -> Any:
-    return value if isinstance(value, int) else tuple(value)
+    return tuple(value) if isinstance(value, list) else value
 
 
 @functools.lru_cache(maxsize=1024)
@@ -245,17 +287,25 @@ def _block(
     return cpu.Block(output, geometry, dtype, threads)
 
 
-def _folded(input: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-    """PyTorch's convolution, by weights that are channels-last, so that the result is, too."""
-    tensors, options = (weight, *rest[:5]), Options(*rest[5:])
-    folded, bias = kept(tensors, options.eps, functools.partial(_fold, options.eps, *tensors))
-    output = F.conv2d(input, folded, bias, options.stride, options.padding, options.dilation, options.groups)
-    output = output.contiguous(memory_format=torch.channels_last)
-    return _activate_in_place(output, options.activation, options.parameter)
+def _folded(input: Tensor, weight: Tensor, options: Options) -> Callable[..., Tensor]:
+    """PyTorch's convolution of folded weights. By channels-last ones, so that the result is, too; but kernels of one
+    element read contiguous images as they are.
+    """
+    one, dense = weight.shape[2:] == (1, 1), input.is_contiguous()
+    layout = torch.contiguous_format if one and dense else torch.channels_last
+    eps, activation, parameter = options[-3:]
+
+    def call(input: Tensor, *tensors: Tensor | None) -> Tensor:
+        weight, bias = kept(tensors, (eps, layout), lambda: _fold(eps, layout, *tensors))  # type: ignore[arg-type]
+        output = F.conv2d(input, weight, bias, options.stride, options.padding, options.dilation, options.groups)
+        return _activate_in_place(output.contiguous(memory_format=layout), activation, parameter)
+
+    return call
 
 
 def _fold(
     eps: float,
+    layout: torch.memory_format,
     weight: Tensor,
     bias: Tensor | None,
     mean: Tensor | None,
@@ -265,13 +315,18 @@ def _fold(
 ) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of the convolution that includes the norm; in double, so that they are rounded once."""
     if mean is None or var is None:
-        return weight.contiguous(memory_format=torch.channels_last), bias
+        return _laid_out(weight, layout), bias
     scale = (var.double() + eps).rsqrt()
     scale = scale if bn_weight is None else scale * bn_weight.double()
     shift = -mean.double() * scale if bias is None else (bias.double() - mean.double()) * scale
     shift = shift if bn_bias is None else shift + bn_bias.double()
     folded = (weight.double() * scale.view(-1, 1, 1, 1)).to(weight.dtype)
-    return folded.contiguous(memory_format=torch.channels_last), shift.to(weight.dtype)
+    return _laid_out(folded, layout), shift.to(weight.dtype)
+
+
+def _laid_out(weight: Tensor, layout: torch.memory_format) -> Tensor:
+    """Strides of dimensions of one element say to PyTorch which layout is meant, and are kept where both are right."""
+    return torch.empty_like(weight, memory_format=layout).copy_(weight)
 
 
 def _activate_in_place(x: Tensor, activation: str, parameter: float) -> Tensor:

@@ -254,6 +254,16 @@ def test_other_activations():
 
 
 @torch.no_grad()
+def test_kernels_of_one_element():
+    """Alone they are PyTorch's; a weight that is computed anew at every call is worth keeping."""
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.Tanh())
+    network.append(nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 2, 1)))
+    fast = same(prepared(network), image())
+    assert whats(fast) == ["Conv2d"]
+    assert reasons(fast) == dict.fromkeys(("0", "3"), "a kernel of one element, where PyTorch is as fast")
+
+
+@torch.no_grad()
 def test_results_that_are_used_elsewhere():
     class Reused(nn.Module):
         def __init__(self):

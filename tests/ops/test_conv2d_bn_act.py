@@ -96,12 +96,14 @@ def test_plans_of_few_output_channels():
 @pytest.fixture(params=[True, False], ids=["native", "folded"])
 def native(request, monkeypatch):
     """Which of the two computes it, whatever the shape."""
+    monkeypatch.setattr(module, "_served", {})
     monkeypatch.setattr(module, "_is_native_better", lambda *_: request.param)
     return request.param
 
 
 @pytest.fixture
 def natively(monkeypatch):
+    monkeypatch.setattr(module, "_served", {})
     monkeypatch.setattr(module, "_is_native_better", lambda *_: True)
 
 
@@ -139,7 +141,8 @@ def test_float32_is_as_accurate_as_pytorch(case, native):
         assert_as_accurate(output, plain(case, tensors), plain(case, doubles(tensors)))
     else:  # oneDNN's convolution of channels-last data errs more than the other; it is used where it does not
         torch.testing.assert_close(output, plain(case, tensors), rtol=1e-4, atol=1e-4)
-    assert output.is_contiguous(memory_format=torch.channels_last)
+    as_it_came = case.kernel == (1, 1) and not native
+    assert output.is_contiguous(memory_format=torch.contiguous_format if as_it_came else torch.channels_last)
 
 
 @all_activations
@@ -265,6 +268,7 @@ def test_folded_weights_are_computed_once_and_forgotten(monkeypatch):
     fold, folds = module._fold, []
     monkeypatch.setattr(module, "_fold", lambda *args: folds.append("") or fold(*args))
     monkeypatch.setattr(module, "_is_native_better", lambda *_: False)
+    monkeypatch.setattr(module, "_served", {})
     case, before = CASES["k3s1p1"], len(packed._computed)
     tensors = case.tensors()
     for batch in (1, 2):
@@ -272,6 +276,30 @@ def test_folded_weights_are_computed_once_and_forgotten(monkeypatch):
     assert (len(folds), len(packed._computed)) == (1, before + 1)
     del tensors
     assert len(packed._computed) == before
+
+
+def test_calls_like_earlier_ones_are_not_checked_again(native, monkeypatch):
+    case = CASES["k3s1p1"]
+    x, weight, *rest = case.tensors()
+    expected = fused(case, [x, weight, *rest], "relu")
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "_check", None)
+        assert torch.equal(fused(case, [x, weight, *rest], "relu"), expected)
+        weight.mul_(2)
+        changed = fused(case, [x, weight, *rest], "relu")
+    torch.testing.assert_close(changed, plain(case, [x, weight, *rest], "relu"), rtol=1e-4, atol=1e-4)
+    for other in ([x[:, 1:], weight, *rest], [x, weight.double(), *rest]):
+        with pytest.raises((ValueError, TypeError), match=r"input must have|must have the dtype"):
+            fused(case, other, "relu")
+
+
+def test_kernels_of_one_element_keep_the_layout():
+    case = CASES["k1"]
+    x, *rest = case.tensors()
+    for layout in (torch.contiguous_format, torch.channels_last):
+        output = fused(case, [x.contiguous(memory_format=layout), *rest], "relu")
+        assert output.is_contiguous(memory_format=layout)
+        torch.testing.assert_close(output, plain(case, [x, *rest], "relu"), rtol=1e-4, atol=1e-4)
 
 
 # Cin / groups, Cout, kernel, groups, dtype: does the native kernel compute it?
@@ -295,7 +323,8 @@ def test_who_computes_it(sizes, native, monkeypatch):
     inputs, outputs, kernel, groups, dtype = sizes
     used = []
     for name in ("_native", "_folded"):
-        monkeypatch.setattr(module, name, lambda *_, name=name: used.append(name))
+        monkeypatch.setattr(module, name, lambda *_, name=name: lambda *_: used.append(name))
+    monkeypatch.setattr(module, "_served", {})
     x = torch.ones(1, inputs * groups, 8, 8, dtype=dtype)
     ops.conv2d_bn_act(x, torch.ones(outputs, inputs, kernel, kernel, dtype=dtype), groups=groups)
     assert used == ["_native" if native else "_folded"]
