@@ -14,7 +14,7 @@ from torch import Tensor, fx
 
 from fastgen import backends
 from fastgen.acceleration.states import guarded, state, unchanged
-from fastgen.acceleration.tracing import HOOKS
+from fastgen.acceleration.tracing import HOOKS, arguments
 
 _log = logging.getLogger("fastgen")
 
@@ -135,9 +135,9 @@ class Program:
     def __init__(self, root: torch.nn.Module, sources: dict[tuple[str, ...], Source]) -> None:
         self.root = root
         self.sources = sources
-        parameters = list(inspect.signature(type(root).forward).parameters.values())[1:]
-        self.defaults = {parameter.name: parameter.default for parameter in parameters}
-        self.positional = sum(parameter.kind is not parameter.KEYWORD_ONLY for parameter in parameters)
+        self.defaults = arguments(root)
+        parameters = inspect.signature(type(root).forward).parameters
+        self.positional = sum(parameters[name].kind is not inspect.Parameter.KEYWORD_ONLY for name in self.defaults)
         self.states: list[tuple[torch.nn.Module, dict[str, Any]]] = []
         self.guards: list[_Guard] = []
         self.told = False
@@ -199,7 +199,10 @@ class Program:
             value = given.get(name, default)
             if isinstance(value, Tensor):
                 tensors[name] = value
-            elif value is not default or default is inspect.Parameter.empty:
+            elif default is inspect.Parameter.empty:
+                if value is not None:  # another object, or missing
+                    return None
+            elif value is not default:
                 return None
         return tensors
 

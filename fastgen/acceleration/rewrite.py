@@ -32,9 +32,9 @@ def accelerate(module: nn.Module) -> nn.Module:
 
     Where the copy is no longer what it was, the forward of the class runs: after ``.train()``, until ``.eval()``, and
     for good where a hook, a member or an attribute of a module that takes part was added or changed, be it a value deep
-    in a configuration. So does it for arguments that are neither tensors nor defaults. Under ``torch.compile``
-    it runs, too, where a module has attributes that cannot be followed there (objects, containers in containers). What
-    lies outside of the module, globals and ``os.environ``, is read once.
+    in a configuration. So does it for arguments that are neither tensors nor defaults, or more than the forward names;
+    and under ``torch.compile`` where a module has attributes that cannot be followed there (objects, containers in
+    containers). What lies outside of the module, globals and ``os.environ``, is read once.
 
     Args:
         module: any module; it is not modified, and shares no memory with the copy.
@@ -85,7 +85,7 @@ def _programs(root: nn.Module, report: Report) -> Iterator[tuple[Program, set[st
             yield from _program(part, path, report, reasons)
     reached = report.paths()
     for path, part in root.named_modules():
-        if not is_torch_layer(part) and path in reasons and _has_kernels(part):
+        if not is_torch_layer(part) and path in reasons and path not in reached and _has_kernels(part):
             report.skipped.append(Entry(path, type(part).__name__, reasons[path]))
         if isinstance(part, _ConvNd) and path not in reached:
             if type(part) is nn.ConvTranspose2d and not part.training:
@@ -112,15 +112,21 @@ def _program(part: nn.Module, path: str, report: Report, reasons: dict[str, str]
     sources: dict[tuple[str, ...], Source] = {}
     watched: set[str] = {""}
     try:
-        for names in variants(part):
-            traced = trace(part, names)
-            found, bypassed = fuse(traced, path)
-            keep_contiguous(traced)
-            report.merge(found)
-            if found.fused:
-                sources[names] = Source.of(traced.graph, part)
-                watched |= traced.inlined | traced.read | bypassed
+        choices = variants(part)
     except Untraceable as reason:
         reasons[path] = str(reason)
+        return
+    for names in choices:
+        try:
+            traced = trace(part, names)
+        except Untraceable as reason:
+            reasons.setdefault(path, str(reason))
+            continue
+        found, bypassed = fuse(traced, path)
+        keep_contiguous(traced)
+        report.merge(found)
+        if found.fused:
+            sources[names] = Source.of(traced.graph, part)
+            watched |= traced.inlined | traced.read | bypassed
     if sources:
         yield Program(part, sources), watched

@@ -71,7 +71,8 @@ class Trace:
 
 
 def trace(module: torch.nn.Module, tensors: Sequence[str]) -> Trace:
-    """Traces ``module.forward`` with the arguments named in `tensors` as tensors and all others at their defaults.
+    """Traces ``module.forward`` with the arguments named in `tensors` as tensors and all others at their defaults, or
+    None where they have none.
 
     Raises:
         Untraceable: with the reason.
@@ -130,8 +131,10 @@ def _record(
         tracer.ambient = _ambient()
         with _recorded_factories(tracer), _Recorder(tracer):
             graph = tracer.trace(module)
-    if any(not unchanged(part, was) or len(part.__dict__) > len(was) for part, was in before.items()):
-        raise fx.proxy.TraceError("it changes attributes of its modules")
+    for part, was in before.items():
+        if not unchanged(part, was) or len(part.__dict__) > len(was):
+            new = ", ".join(name for name in part.__dict__ if name not in was)
+            raise fx.proxy.TraceError("it changes attributes of its modules" + (f": {new}" if new else ""))
     if any(_writes_to_own_tensor(node) for node in graph.nodes):
         raise fx.proxy.TraceError("it changes its parameters or buffers")
     return tracer, graph
@@ -380,10 +383,13 @@ class _Tracer(fx.Tracer):
         return tensor in self.tensor_attrs or any(tensor is buffer for buffer in self.root.buffers())
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
-        symbols = {name: self.create_proxy("placeholder", name, (), {}) for name in self.tensors}
+        required = [name for name, default in arguments(self.root).items() if default is inspect.Parameter.empty]
+        given = dict.fromkeys(required) | {
+            name: self.create_proxy("placeholder", name, (), {}) for name in self.tensors
+        }
 
         def forward(root: Any) -> Any:
-            return (_in_turn(root) or functools.partial(root_fn, root))(**symbols)
+            return (_in_turn(root) or functools.partial(root_fn, root))(**given)
 
         forward.__annotations__ = {}
         return forward, [self.root]
@@ -455,16 +461,25 @@ def _is_plain_container(value: Any) -> bool:
     return kind in (list, tuple, dict) or kind.__module__.startswith("torch.fx") or hasattr(kind, "_fields")
 
 
+def arguments(module: torch.nn.Module) -> dict[str, Any]:
+    """The defaults of the arguments that the forward names; more, in ``*args`` or ``**kwargs``, are not traced."""
+    parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
+    return {p.name: p.default for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)}
+
+
 def variants(module: torch.nn.Module) -> list[tuple[str, ...]]:
-    """The sets of arguments that may be tensors: the required ones, and none, one or all of those that default to None.
+    """The sets of arguments that may be tensors: the required ones, and none, one or all of those that default to None;
+    and the first required one without one or all of the others, as some pass None.
 
     Raises:
-        Untraceable: the forward takes any number of arguments.
+        Untraceable: the forward names no arguments.
     """
-    parameters = list(inspect.signature(type(module).forward).parameters.values())[1:]
-    if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
-        raise Untraceable("its forward takes *args or **kwargs")
-    required = {p.name for p in parameters if p.default is p.empty}
-    optional = [p.name for p in parameters if p.default is None]
-    choices = dict.fromkeys([(), *((name,) for name in optional), tuple(optional)])
-    return [tuple(p.name for p in parameters if p.name in required or p.name in given) for given in choices]
+    defaults = arguments(module)
+    required = [name for name, default in defaults.items() if default is inspect.Parameter.empty]
+    optional = [name for name, default in defaults.items() if default is None]
+    if not defaults:
+        raise Untraceable("its forward names no arguments")
+    some = dict.fromkeys([(), *((name,) for name in optional), tuple(optional)])
+    less = dict.fromkeys([*((name,) for name in required[1:]), tuple(required[1:])])
+    choices = [{*required, *given} for given in some] + [{*required} - {*left} for left in less if left]
+    return [tuple(name for name in defaults if name in choice) for choice in choices]

@@ -291,6 +291,40 @@ def test_arguments():
 
 
 @torch.no_grad()
+def test_arguments_that_are_none_and_more_than_are_named():
+    """As in residual blocks of diffusers and of taming transformers, whose `temb` is None in decoders."""
+
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv1, self.conv2 = nn.Conv2d(3, 3, 3, padding=1), nn.Conv2d(3, 3, 3, padding=1)
+
+        def forward(self, x, temb, *args, **kwargs):
+            x = torch.relu(self.conv1(x))
+            if temb is not None:
+                x = x + self.projection(temb)
+            for value in (*args, *kwargs.values()):
+                x = x + value
+            return self.conv2(x)
+
+    network, x = networks.prepared(Block()).double(), torch.randn(2, 3, 4, 5).double()
+    fast, same = fastgen.accelerate(network), {"rtol": 1e-9, "atol": 1e-9}
+    assert [entry.what for entry in fast.fastgen_report.fused] == ["Conv2d + relu", "Conv2d"]
+    assert list(Program.of(fast).sources) == [("x",)]
+    torch.testing.assert_close(fast(x, None), network(x, None), **same)
+    torch.testing.assert_close(fast(x, temb=None), network(x, None), **same)
+    torch.testing.assert_close(fast(x, None, 1.0, last=2.0), network(x, None, 1.0, last=2.0), **same)
+    network.projection = fast.projection = nn.Identity()
+    torch.testing.assert_close(fast(x, x), network(x, x), **same)
+    for wrong in ((x,), (x, "no tensor")):
+        with pytest.raises(TypeError) as expected:
+            network(*wrong)
+        with pytest.raises(TypeError) as found:
+            fast(*wrong)
+        assert str(found.value) == str(expected.value)
+
+
+@torch.no_grad()
 def test_other_outputs_and_inputs():
     network = networks.prepared(networks.KeywordInputs())
     left, right = torch.randn(2, 3, 4, 4), torch.randn(2, 2, 4, 4)

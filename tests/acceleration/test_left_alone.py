@@ -403,7 +403,7 @@ UNBELIEVED = {
     AsksForGradients: "it asks whether gradients, inference mode or autocast are on",
     AsksForAutocast: "it asks whether gradients, inference mode or autocast are on",
     AsksForInferenceMode: "it asks whether gradients, inference mode or autocast are on",
-    AnyArguments: "its forward takes *args or **kwargs",
+    AnyArguments: "its forward names no arguments",
 }
 
 
