@@ -132,9 +132,15 @@ class Program:
         program._forward = FunctionType(code, cls.run.__globals__, "forward")
         return program
 
-    def __init__(self, root: torch.nn.Module, sources: dict[tuple[str, ...], Source]) -> None:
+    def __init__(
+        self,
+        root: torch.nn.Module,
+        sources: dict[tuple[str, ...], Source],
+        kinds: dict[tuple[str, str], Any] | None = None,
+    ) -> None:
         self.root = root
         self.sources = sources
+        self.kinds = [(tuple(path.split(".")), name, kind) for (path, name), kind in (kinds or {}).items()]
         self.defaults = arguments(root)
         parameters = inspect.signature(type(root).forward).parameters
         self.positional = sum(parameters[name].kind is not inspect.Parameter.KEYWORD_ONLY for name in self.defaults)
@@ -209,15 +215,23 @@ class Program:
     def _holds(self) -> bool:
         if torch.nn.modules.module._has_any_global_hook():
             return False
-        if self._seen is not None and self._seen.still():
-            return True
-        return all(unchanged(module, before) for module, before in self.states)
+        still = self._seen is not None and self._seen.still()
+        return (still or all(unchanged(module, before) for module, before in self.states)) and self._kinds_hold()
 
     def _holds_compiled(self) -> bool:
         """`_holds` for ``torch.compile``, which makes guards of what it sees compared."""
         if torch.nn.modules.module._has_any_global_hook():
             return False
-        return all(guard.holds(self.root) for guard in self.guards)
+        return all(guard.holds(self.root) for guard in self.guards) and self._kinds_hold()
+
+    def _kinds_hold(self) -> bool:
+        for path, name, kind in self.kinds:
+            found: Any = self.root
+            for part in path:
+                found = getattr(found, part, None)
+            if getattr(found, name, None) != kind:
+                return False
+        return True
 
     def _tell(self, what: str, warn: bool = False) -> None:
         if not self.told:

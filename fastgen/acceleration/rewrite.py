@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
@@ -110,6 +111,7 @@ def _has_kernels(module: nn.Module) -> bool:
 
 def _program(part: nn.Module, path: str, report: Report, reasons: dict[str, str]) -> Iterator[tuple[Program, set[str]]]:
     sources: dict[tuple[str, ...], Source] = {}
+    kinds: dict[tuple[str, str], Any] = {}
     watched: set[str] = {""}
     try:
         choices = variants(part)
@@ -128,5 +130,6 @@ def _program(part: nn.Module, path: str, report: Report, reasons: dict[str, str]
         if found.fused:
             sources[names] = Source.of(traced.graph, part)
             watched |= traced.inlined | traced.read | bypassed
+            kinds |= traced.kinds
     if sources:
-        yield Program(part, sources), watched
+        yield Program(part, sources, kinds), watched

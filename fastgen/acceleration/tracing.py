@@ -60,7 +60,8 @@ class Trace:
     """A graph of the forward, whose placeholders are the arguments that are tensors.
 
     `inlined` holds the paths of the submodules whose forward is part of the graph, `opaque` those that are one node and
-    why, `read` those that the forward took something from.
+    why, `read` those that the forward took something from. `kinds` are the dtypes and devices of parameters and buffers
+    that it decided by, by the path of the tensor and the name.
     """
 
     graph: fx.Graph
@@ -68,6 +69,7 @@ class Trace:
     inlined: set[str] = field(default_factory=set)
     opaque: dict[str, str] = field(default_factory=dict)
     read: set[str] = field(default_factory=set)
+    kinds: dict[tuple[str, str], Any] = field(default_factory=dict)
 
 
 def trace(module: torch.nn.Module, tensors: Sequence[str]) -> Trace:
@@ -95,7 +97,7 @@ def trace(module: torch.nn.Module, tensors: Sequence[str]) -> Trace:
     modules = dict(skeleton.named_modules())
     read = {path for path, part in modules.items() if part in tracer.read and not _is_within(path, tracer.opaque)}
     read |= {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
-    return Trace(graph, modules, tracer.inlined, tracer.opaque, read)
+    return Trace(graph, modules, tracer.inlined, tracer.opaque, read, tracer.kinds)
 
 
 def _record_in_all_modes(module: torch.nn.Module, tensors: Sequence[str]) -> tuple[_Tracer, fx.Graph]:
@@ -290,7 +292,27 @@ class _Symbol(fx.Proxy):
 
 
 class _Attribute(_Symbol, Attribute):
-    """An attribute or method of a symbol."""
+    """An attribute or method of a symbol. The dtype or device of a parameter or buffer is known if it is looked at."""
+
+    def _known(self) -> Any:
+        tracer, of_own = self.tracer, not isinstance(self.root, Attribute) and self.root.node.op == "get_attr"
+        assert isinstance(tracer, _Tracer)
+        known = of_own and self.attr in ("dtype", "device")
+        return tracer.kind_of(str(self.root.node.target), self.attr) if known else None
+
+    def __getattr__(self, name: str) -> Any:
+        known = self._known()
+        return super().__getattr__(name) if known is None else getattr(known, name)
+
+    def __eq__(self, other: object) -> Any:
+        known = self._known()
+        return super().__eq__(other) if known is None else known == other
+
+    def __ne__(self, other: object) -> Any:
+        known = self._known()
+        return super().__ne__(other) if known is None else known != other
+
+    __hash__ = fx.Proxy.__hash__
 
 
 def _following(frame: Any) -> list[dis.Instruction]:
@@ -341,6 +363,10 @@ class _Recorder(TorchFunctionMode):
         leaves = tree_leaves((args, kwargs))
         if any(isinstance(leaf, fx.Proxy) for leaf in leaves):
             return fx.Proxy.__torch_function__(function, types, args, kwargs)
+        if function in (Tensor.dtype.__get__, Tensor.device.__get__):  # type: ignore[attr-defined]
+            path = self.tracer.path_of(args[0])
+            if path is not None:
+                return getattr(self.tracer.create_proxy("get_attr", path, (), {}), function.__self__.__name__)
         if any(isinstance(leaf, Tensor) for leaf in leaves) or torch.overrides.is_tensor_method_or_property(function):
             raise fx.proxy.TraceError("it computes with tensors that are neither inputs, parameters nor buffers")
         return self.tracer.create_proxy("call_function", function, args, kwargs)
@@ -359,6 +385,7 @@ class _Tracer(fx.Tracer):
         self.inlined: set[str] = set()
         self.opaque: dict[str, str] = {}
         self.read: set[torch.nn.Module] = set()
+        self.kinds: dict[tuple[str, str], Any] = {}
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Symbol(node, self)
@@ -381,6 +408,19 @@ class _Tracer(fx.Tracer):
 
     def _path_of_tensor(self, tensor: Tensor) -> bool:
         return tensor in self.tensor_attrs or any(tensor is buffer for buffer in self.root.buffers())
+
+    def path_of(self, tensor: Tensor) -> str | None:
+        """Where the root has it as a parameter or buffer."""
+        return next((path for path, own in self._own_tensors() if own is tensor), None)
+
+    def kind_of(self, path: str, name: str) -> Any:
+        """A dtype or device, which must stay what it is."""
+        with torch._C.DisableTorchFunction():
+            return self.kinds.setdefault((path, name), getattr(dict(self._own_tensors())[path], name))
+
+    def _own_tensors(self) -> list[tuple[str, Tensor]]:
+        named = self.root.named_parameters(remove_duplicate=False), self.root.named_buffers(remove_duplicate=False)
+        return [item for items in named for item in items]
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
         required = [name for name, default in arguments(self.root).items() if default is inspect.Parameter.empty]

@@ -181,3 +181,55 @@ def test_hooks_that_compute_weights(norm):
         module.eval()
     assert Program.of(fast)._holds() and Program.of(copy.deepcopy(fast))._holds()
     torch.testing.assert_close(fast(x), network(x), rtol=1e-4, atol=1e-5)
+
+
+class AsksForKinds(nn.Module):
+    """As the decoder of DALL-E, which asks for the device of its weights, and that of diffusers, for their dtype."""
+
+    def __init__(self):
+        super().__init__()
+        self.w, self.b = nn.Parameter(torch.randn(3, 3, 3, 3)), nn.Parameter(torch.randn(3))
+        self.up, self.double_gain = nn.ConvTranspose2d(3, 3, 4, 2, 1), 2.0
+
+    def forward(self, x):
+        x = F.conv2d(x, self.w.half(), self.b.half()) if "cuda" in self.w.device.type else F.conv2d(x, self.w, self.b)
+        x = torch.relu(self.up(x.to(next(self.up.parameters()).dtype)))
+        return x * self.double_gain if self.up.weight.dtype == torch.float64 else x
+
+
+@torch.no_grad()
+def test_dtypes_and_devices_that_forward_decides_by():
+    network, x = prepared(AsksForKinds()), torch.randn(2, 3, 5, 5)
+    fast = fastgen.accelerate(network)
+    assert [entry.what for entry in fast.fastgen_report.fused] == ["conv2d", "ConvTranspose2d + relu"]
+    program = Program.of(fast)
+    assert program._holds() and Program.of(copy.deepcopy(fast))._holds()
+    torch.testing.assert_close(fast(x), network(x), rtol=1e-4, atol=1e-5)
+    compiled = torch.compile(fast, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(x), network(x), rtol=1e-4, atol=1e-5)
+    fast.double(), network.double()
+    assert not program._holds()
+    torch.testing.assert_close(fast(x.double()), network(x.double()), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(compiled(x.double()), network(x.double()), rtol=1e-9, atol=1e-9)
+    again = fastgen.accelerate(network)
+    torch.testing.assert_close(again(x.double()), network(x.double()), rtol=1e-9, atol=1e-9)
+    fast.float()
+    assert program._holds()
+
+
+class FollowsKinds(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up = nn.ConvTranspose2d(3, 3, 4, 2, 1)
+
+    def forward(self, x):
+        return torch.relu(self.up(x.to(self.up.weight.dtype))).to(next(self.parameters()).dtype)
+
+
+@torch.no_grad()
+def test_dtypes_that_are_passed_on_are_followed():
+    network, x = prepared(FollowsKinds()), torch.randn(2, 3, 5, 5)
+    fast = fastgen.accelerate(network)
+    fast.double(), network.double()
+    assert Program.of(fast)._holds()
+    torch.testing.assert_close(fast(x), network(x), rtol=1e-9, atol=1e-9)
