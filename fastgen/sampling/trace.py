@@ -118,7 +118,9 @@ class Tape:
 
 def _distinct(inputs: list[Tensor]) -> tuple[np.ndarray, np.ndarray]:
     """Of the samples whose inputs have the same bits the first one, and for each sample which of these it equals."""
-    rows = np.concatenate([t.reshape(len(t), -1).contiguous().view(torch.uint8).numpy() for t in inputs], axis=1)
+    # A copy has a stride of 1 where it has a single element, too: a contiguous tensor need not.
+    copies = (t.clone(memory_format=torch.contiguous_format).view(len(t), -1) for t in inputs)
+    rows = np.concatenate([t.view(torch.uint8).numpy() for t in copies], axis=1)
     _, first, index = np.unique(rows.view(f"V{rows.shape[1]}")[:, 0], return_index=True, return_inverse=True)
     return first, index
 

@@ -239,6 +239,17 @@ def test_equal_samples_are_replayed_once(monkeypatch: pytest.MonkeyPatch) -> Non
     assert count(labels=1, condition=torch.stack([one * 0, one * -0.0] * 4)) == 2  # 1 / 0 and 1 / -0 differ
 
 
+def test_single_number_for_a_single_sample() -> None:
+    network, given, _ = make(both)
+    network.mix = lambda net, h, labels, z: scaled(net, h + net.labels(labels)[:, :, None, None], z)
+    sampler = Sampler(network, **given, condition=torch.ones(1))
+    images = sampler.sample(3, labels=1, condition=torch.tensor([1.5]))
+    for i in range(3):
+        for same in (torch.tensor([1.5]), torch.tensor([[1.5]]), torch.full((2, 2), 1.5)[0, :1].expand(1, 1)):
+            assert torch.equal(sampler.sample(1, start=i, labels=1, condition=same), images[i : i + 1])
+    assert torch.equal(naive_sample(network, 3, **given, labels=1, condition=torch.full((1, 1), 1.5)), images)
+
+
 def test_model_that_ignores_its_condition() -> None:
     network, given, _ = make(gated)
     network.mix = lambda net, h, z: h
