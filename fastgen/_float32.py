@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,6 +18,14 @@ def float32_products() -> str:
     return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
+class _Entered:
+    """Of `convolutions_like_products`, whose setting is that of all threads: how often, and what was there before."""
+
+    lock = threading.Lock()
+    count = 0
+    before: Any = None
+
+
 @contextlib.contextmanager
 def convolutions_like_products() -> Iterator[None]:
     """cuDNN's convolutions have the precision of matrix products; left alone they take TF32, which nobody asked for."""
@@ -26,9 +35,15 @@ def convolutions_like_products() -> Iterator[None]:
     value: str | bool = products == "tf32"
     if hasattr(cudnn, "conv"):
         owner, name, value = cudnn.conv, "fp32_precision", products
-    before = getattr(owner, name)
-    setattr(owner, name, value)
+    with _Entered.lock:
+        if _Entered.count == 0:
+            _Entered.before = getattr(owner, name)
+        _Entered.count += 1
+        setattr(owner, name, value)
     try:
         yield
     finally:
-        setattr(owner, name, before)
+        with _Entered.lock:
+            _Entered.count -= 1
+            if _Entered.count == 0:
+                setattr(owner, name, _Entered.before)

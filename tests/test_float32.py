@@ -46,6 +46,19 @@ def test_the_newer_setting(products: str) -> None:
     subprocess.run([sys.executable, "-c", NEWER.format(products=products)], check=True)
 
 
+@newer
+def test_the_last_of_several_threads_restores_it() -> None:
+    conv = torch.backends.cudnn.conv
+    before = conv.fp32_precision
+    first, second = convolutions_like_products(), convolutions_like_products()
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert conv.fp32_precision == "ieee"
+    second.__exit__(None, None, None)
+    assert conv.fp32_precision == before
+
+
 def test_settings_are_left_as_they_were() -> None:
     before = torch.backends.cudnn.allow_tf32
     with convolutions_like_products():
