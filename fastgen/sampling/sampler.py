@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from fastgen import backends
-from fastgen._float32 import convolutions_like_products
+from fastgen._float32 import convolutions_like_products, float32_products
 from fastgen.sampling.executors import Batch
 from fastgen.sampling.executors.cpu import CpuExecutor
 from fastgen.sampling.executors.reference import ReferenceExecutor
@@ -29,6 +29,7 @@ from fastgen.sampling.trace import TRACE_BATCH, trace
 
 LARGEST_BATCH = 256  # beyond it the caches only grow
 MEMORY_SHARE = 0.25  # of the memory of the machine, or of the GPU that draws, for the caches of one batch
+MAX_KNOWN_BYTES = 1 << 26  # of what labels became, kept for later calls
 _COMPILING = threading.RLock()
 
 
@@ -129,6 +130,7 @@ class Sampler:
             raise ValueError(f"max_batch must be a positive integer, got {max_batch!r}")
         check_precision(precision)
         self._precision = precision
+        self._known_labels: dict[tuple[str, int], list[Tensor]] = {}
         self._example = None if condition is None else check_condition(self._subject, condition)
         if self._example is not None and not self._example.numel():
             raise ValueError(f"condition must not be empty, got shape {tuple(self._example.shape)}")
@@ -253,15 +255,31 @@ class Sampler:
     def _replay(self, request: Request, part: slice) -> list[Tensor]:
         """What the model makes of labels and condition: a plane for each of `plan.conditions`."""
         inputs = [t[part] for t in (request.labels, request.condition) if t is not None]
-        with torch.no_grad(), _one_thread(), convolutions_like_products(), weights_in(self._precision):
-            try:
-                values = self._tape.replay(inputs, self._conditions)
-            except IndexError as error:  # a code that no table has
-                raise ValueError(f"the model raised IndexError for {self._tape.names}: {error}") from error
-        planes = [_as_plane(v) for v in values]
+        planes = self._of_labels(inputs[0]) if request.condition is None else self._run_tape(inputs)
         if any(p.isnan().any() for p in planes):
             raise ValueError(f"the model makes NaN of {self._tape.names}")
         return planes
+
+    def _of_labels(self, labels: Tensor) -> list[Tensor]:
+        """`_run_tape`, once for each label: a small network takes longer for that than for its images."""
+        distinct, index = labels.unique(return_inverse=True)
+        keys = [(float32_products(), label) for label in distinct.tolist()]
+        known = {key: self._known_labels[key] for key in keys if key in self._known_labels}
+        new = [i for i, key in enumerate(keys) if key not in known]
+        if new:
+            planes = self._run_tape([distinct[new]])
+            known |= {keys[i]: values for i, *values in zip(new, *planes, strict=True)}
+            if len(self._known_labels) * sum(value.nbytes for value in known[keys[0]]) > MAX_KNOWN_BYTES:
+                self._known_labels.clear()
+            self._known_labels |= known
+        return [torch.stack(values)[index] for values in zip(*(known[key] for key in keys), strict=True)]
+
+    def _run_tape(self, inputs: list[Tensor]) -> list[Tensor]:
+        with torch.no_grad(), _one_thread(), convolutions_like_products(), weights_in(self._precision):
+            try:
+                return [_as_plane(values) for values in self._tape.replay(inputs, self._conditions)]
+            except IndexError as error:  # a code that no table has
+                raise ValueError(f"the model raised IndexError for {self._tape.names}: {error}") from error
 
 
 def _select(like: Tensor) -> Callable[[Plan], Any]:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastgen.models import GatedPixelCNN
 from fastgen.sampling import Categorical, Sampler, UnsupportedModel, audit, naive_sample
 from fastgen.sampling.precision import weights_in
 from fastgen.sampling.trace import Tape
@@ -237,6 +238,24 @@ def test_equal_samples_are_replayed_once(monkeypatch: pytest.MonkeyPatch) -> Non
     halves = torch.stack([one, one, one, one, -one, -one, -one, -one])
     assert count(labels=1, condition=halves) == 2
     assert count(labels=1, condition=torch.stack([one * 0, one * -0.0] * 4)) == 2  # 1 / 0 and 1 / -0 differ
+
+
+def test_labels_are_replayed_once_for_all_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = GatedPixelCNN(image_shape=(1, 4, 3), levels=5, num_filters=4, num_blocks=2, kernel_size=3, num_classes=4)
+    replayed = []
+    run = Tape._replay_sample
+    monkeypatch.setattr(Tape, "_replay_sample", lambda *args: replayed.append(1) or run(*args))
+    sampler = Sampler(model)
+    calls = [(torch.tensor([2, 0, 2]), 2), (torch.tensor([0, 3, 2]), 1), (torch.tensor([3, 3, 0]), 0)]
+    for room in (1 << 20, 0):  # bytes for what is kept: enough, and only for the last call
+        monkeypatch.setattr("fastgen.sampling.sampler.MAX_KNOWN_BYTES", room)
+        for labels, new in calls:
+            replayed.clear()
+            images = sampler.sample(3, seed=5, labels=labels)
+            if room:
+                assert len(replayed) == new
+            assert torch.equal(images, naive_sample(model, 3, seed=5, labels=labels))
 
 
 def test_single_number_for_a_single_sample() -> None:
