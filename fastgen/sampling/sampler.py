@@ -272,7 +272,8 @@ class Sampler:
             if len(self._known_labels) * sum(value.nbytes for value in known[keys[0]]) > MAX_KNOWN_BYTES:
                 self._known_labels.clear()
             self._known_labels |= known
-        return [torch.stack(values)[index] for values in zip(*(known[key] for key in keys), strict=True)]
+        rows = zip(*(known[key] for key in keys), strict=True)
+        return [torch.stack(values).index_select(0, index) for values in rows]  # on one thread, see `PlanTables.fill`
 
     def _run_tape(self, inputs: list[Tensor]) -> list[Tensor]:
         with torch.no_grad(), _one_thread(), convolutions_like_products(), weights_in(self._precision):

@@ -17,7 +17,8 @@ from fastgen.sampling.plan import Plan
 # How long groups are left to one thread each after a team could not keep together: the first time, and at most, when it
 # fails again and again. A failure costs a tenth of a second.
 ALONE_SECONDS, MOST_ALONE_SECONDS = 0.25, 4.0
-CHUNKS = 8  # calls per batch: between them the progress bar moves and Ctrl-C is heard
+# Calls per batch: between them the progress bar moves and Ctrl-C is heard. Short ones take longer to start threads.
+CHUNKS, CHUNK_SECONDS = 8, 0.005
 # Samples that a thread needs so that multiplying by the weights of the pixel stage takes longer than fetching them, by
 # the bytes of these weights: a core's own cache keeps up with one, the shared cache and memory need more
 # (2 * FLOP/s of a core / bytes/s to it).
@@ -71,7 +72,8 @@ class CpuExecutor:
         known = None if batch.known is None else batch.known.to(torch.int32).contiguous()
         mask = None if batch.mask is None else batch.mask.contiguous()
         height = plan.image_shape[1]
-        edges = [plan.first_row, *(height * i // CHUNKS for i in range(1, CHUNKS + 1))]
+        chunks = max(1, min(CHUNKS, int(batch.count * self.flops / CORE_FLOPS / CHUNK_SECONDS)))
+        edges = [plan.first_row, *(height * i // chunks for i in range(1, chunks + 1))]
         for begin, end in zip(edges[:-1], edges[1:], strict=True):
             if begin == end:
                 continue

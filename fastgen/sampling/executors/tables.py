@@ -121,9 +121,11 @@ class PlanTables:
 
     def fill(self, batch: Batch, first: int, count: int) -> Tensor:
         """The planes of samples [first, first + count) of a batch: zeros, but for what is given."""
-        space = torch.zeros(
+        # By NumPy: PyTorch's threads of OpenMP spin for milliseconds after such work, in the way of ours.
+        space = torch.empty(
             count * self.workspace + PANEL, dtype=torch.float32
         )  # programs may read a panel past the end
+        space.numpy().fill(0.0)
         given = dict(zip(self.plan.conditions, batch.conditions, strict=True))
         for i, plane in enumerate(self.plan.planes):
             if plane.given:
@@ -137,7 +139,7 @@ class PlanTables:
                 strides = (row, count * pitch, pitch, 1)
                 origin = (offset + plane.left * pitch) * count
                 size = (plane.height, plane.width, count, plane.channels)
-                space.as_strided(size, strides, origin).copy_(data.permute(2, 3, 0, 1))
+                space.as_strided(size, strides, origin).numpy()[...] = data.permute(2, 3, 0, 1).numpy()
         return space
 
     def _plane(self, index: int) -> tuple[int, ...]:
