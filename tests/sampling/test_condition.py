@@ -246,15 +246,14 @@ def test_labels_are_replayed_once_for_all_calls(monkeypatch: pytest.MonkeyPatch)
     replayed = []
     run = Tape._replay_sample
     monkeypatch.setattr(Tape, "_replay_sample", lambda *args: replayed.append(1) or run(*args))
-    sampler = Sampler(model)
-    calls = [(torch.tensor([2, 0, 2]), 2), (torch.tensor([0, 3, 2]), 1), (torch.tensor([3, 3, 0]), 0)]
-    for room in (1 << 20, 0):  # bytes for what is kept: enough, and only for the last call
+    calls = [torch.tensor([2, 0, 2]), torch.tensor([3, 3, 1]), torch.tensor([2, 0, 3])]
+    for room, new in ((1 << 20, [2, 2, 0]), (0, [2, 2, 2])):  # bytes: for all, and for the last call alone
         monkeypatch.setattr("fastgen.sampling.sampler.MAX_KNOWN_BYTES", room)
-        for labels, new in calls:
+        sampler = Sampler(model)
+        for labels, expected in zip(calls, new, strict=True):
             replayed.clear()
             images = sampler.sample(3, seed=5, labels=labels)
-            if room:
-                assert len(replayed) == new
+            assert len(replayed) == expected
             assert torch.equal(images, naive_sample(model, 3, seed=5, labels=labels))
 
 

@@ -4,11 +4,14 @@ models.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from fastgen import backends, models
 from fastgen.sampling import Bernoulli, Categorical, Sampler, audit, naive_sample
+from fastgen.sampling.executors.cpu import CHUNKS
 
 from .networks import LEVELS, NETWORKS, make
 
@@ -196,6 +199,26 @@ def test_head_of_one_logit_with_other_range() -> None:
     network.mix = torch.nn.Conv2d(16, 1, 1)
     given = {"image_shape": (1, 3, 4), "head": Bernoulli(input_range=(-1.0, 1.0))}
     assert torch.equal(Sampler(network, **given).sample(9), naive_sample(network, 9, **given))
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_batch_in_several_calls_of_the_executor(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = models.GatedPixelCNN(image_shape=(1, 11, 3), levels=5, num_filters=4, num_blocks=2, kernel_size=3)
+    sampler = Sampler(model, backend="cpu")
+    expected = sampler.sample(3)  # in one
+    rows: list[int] = []
+    executor = sampler._executor
+    run = executor.sample
+    monkeypatch.setattr("fastgen.sampling.executors.cpu.CHUNK_SECONDS", 1e-12)
+    monkeypatch.setattr(executor, "sample", lambda batch: run(replace(batch, on_rows=rows.append)))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert torch.equal(sampler.sample(3), expected)
+    finally:
+        torch.set_num_threads(before)
+    assert len(rows) == CHUNKS and sum(rows) == 11
 
 
 def test_progress_bar_counts_rows(capsys: pytest.CaptureFixture[str]) -> None:

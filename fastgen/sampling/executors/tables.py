@@ -121,10 +121,9 @@ class PlanTables:
 
     def fill(self, batch: Batch, first: int, count: int) -> Tensor:
         """The planes of samples [first, first + count) of a batch: zeros, but for what is given."""
+        floats = count * self.workspace + PANEL  # programs may read a panel past the end
+        space = torch.empty(floats, dtype=torch.float32)
         # By NumPy: PyTorch's threads of OpenMP spin for milliseconds after such work, in the way of ours.
-        space = torch.empty(
-            count * self.workspace + PANEL, dtype=torch.float32
-        )  # programs may read a panel past the end
         space.numpy().fill(0.0)
         given = dict(zip(self.plan.conditions, batch.conditions, strict=True))
         for i, plane in enumerate(self.plan.planes):
