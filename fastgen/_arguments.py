@@ -6,6 +6,11 @@ import torch
 from torch import Tensor
 
 
+def signed(seed: int) -> int:
+    """The int64 with the bits of a seed in 0..2^64-1, as operators and kernels take it."""
+    return seed - 2**64 if seed >= 2**63 else seed
+
+
 def check_labels(labels: Tensor | int | None, n: int, num_classes: int | None) -> Tensor | None:
     """The labels of n samples, one for all or one for each, as int64 [n] on the CPU; None for a model without classes.
 

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fastgen._arguments import signed
 from fastgen.kernels.elementary import sqrt_normal
 from fastgen.kernels.launch import device_of
 
@@ -119,11 +120,6 @@ def _draw(seed: tl.int64, block, position, sample, count, out, BLOCK: tl.constex
     tl.store(out + 4 * i + 1, b1.to(tl.int64), inside)
     tl.store(out + 4 * i + 2, b2.to(tl.int64), inside)
     tl.store(out + 4 * i + 3, b3.to(tl.int64), inside)
-
-
-def signed(seed: int) -> int:
-    """The int64 with the bits of a seed in 0..2^64-1."""
-    return seed - 2**64 if seed >= 2**63 else seed
 
 
 def uint32(seed: int, block: Tensor, position: Tensor, sample: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastgen import backends
+from fastgen._arguments import signed
 from fastgen.ops import philox
 from fastgen.ops.conv_block import is_transformed
 
@@ -59,7 +60,7 @@ def normals(n: int, count: int, *, seed: int, start: int, draw: int) -> Tensor:
     if is_transformed():
         return normals_reference(*args)
     if torch.compiler.is_compiling():
-        return torch.ops.fastgen.normal(n, count, philox.signed(seed), start, draw)
+        return torch.ops.fastgen.normal(n, count, signed(seed), start, draw)
     return backends.select("normal", *args)(*args)
 
 

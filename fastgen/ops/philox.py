@@ -72,11 +72,6 @@ def check_seed(seed: int) -> None:
         raise ValueError(f"seed must be in 0..2^64-1, got {seed}")
 
 
-def signed(seed: int) -> int:
-    """The same 64 bits as operators take them."""
-    return seed - 2**64 if seed >= 2**63 else seed
-
-
 def philox_reference(seed: int, block: Tensor, position: Tensor, sample: Tensor) -> Tensor:
     """The definition: int64 tensors of one shape [...] -> int64 [..., 4]."""
     c0, c1, c2, c3 = block, position, sample & _WORD, sample >> 32 & _WORD

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fastgen import backends
+from fastgen._arguments import signed
 from fastgen.ops import philox
 from fastgen.ops.conv_block import is_transformed, is_unobserved
 from fastgen.ops.normal import normals_reference
@@ -58,15 +59,15 @@ def reparameterize(
         philox.check_seed(seed)
         _check_int("start", start, 0, 2**62 - 1)
     draws = 0 if num_samples is None else _check_int("num_samples", num_samples, 1, 2**32 - 1)
-    signed = philox.signed(seed)
+    key = signed(seed)
     compiling = torch.compiler.is_compiling()
     if not compiling and _goes_straight(mu, logvar):
         if torch.is_grad_enabled() and (mu.requires_grad or logvar.requires_grad):
-            return _Reparameterize.apply(mu, logvar, signed, start, draws)
-        return _forward_cpu(mu, logvar, signed, start, draws)
+            return _Reparameterize.apply(mu, logvar, key, start, draws)
+        return _forward_cpu(mu, logvar, key, start, draws)
     if isinstance(mu, Tensor) and mu.dtype in (torch.float16, torch.bfloat16):
         mu, logvar = mu.float(), logvar.float() if isinstance(logvar, Tensor) else logvar
-    args = (mu, logvar, signed, start, draws)
+    args = (mu, logvar, key, start, draws)
     _check(*args)
     if is_transformed():
         return reparameterize_reference(*args)

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastgen._arguments import signed
 from fastgen._float32 import float32_products
 from fastgen.kernels import sample_plan as kernels
 from fastgen.kernels.launch import INTERPRETED, compiling_side_by_side, device_of
-from fastgen.kernels.philox import signed
 from fastgen.sampling.executors import Batch
 from fastgen.sampling.heads import Bernoulli, LogisticMixture
 from fastgen.sampling.plan import Draw, Encoding, Plan, Plane, Read, Step, StepTap, Store
