@@ -38,7 +38,7 @@ def pointwise(tracer: Tracer, op: str, operands: Sequence[Tensor | float], shape
 
 def _orders(tracer: Tracer, tensors: Sequence[Tensor], shape: Sequence[int]) -> Iterator[Tensor]:
     """Ways of seeing tensors of a shape as feature maps: indices [N, C, h, w] of their elements."""
-    for tensor in tensors:  # in the order of one operand's planes; the other may be a constant
+    for tensor in tensors:  # in the order of one operand's planes
         with contextlib.suppress(LayoutError):
             yield _plane_order(tracer, tensor.reshape(-1))
     yield from arrangements(tracer.graph.batch, shape)
@@ -84,7 +84,7 @@ def _depends_on_image(tracer: Tracer, ref: Ref) -> bool:
 def _plane_order(tracer: Tracer, flat: Tensor) -> Tensor:
     """The indices [N, C, h, w] that put flat codes into the order (sample, channel, y, x) of their planes."""
     plane, sample, channel, y, x = tracer.graph.decode(flat.numpy())
-    if (plane < 0).any():
+    if (plane < 0).any() or all(tracer.graph.nodes[p].given for p in np.unique(plane)):
         raise LayoutError
     size = (tracer.graph.batch, -1, len(set(y.tolist())), len(set(x.tolist())))
     area = size[0] * size[2] * size[3]
@@ -141,6 +141,45 @@ def _new_condition(tracer: Tracer, codes: Tensor, source: int) -> Tensor:
     channels, height, width = index.shape[1:]
     gathered = tracer.tape.gather(node.tensor, index[0])
     return torch.where(keep, tracer.add(Condition(tracer.module, channels, height, width, tensor=gathered)), 0)
+
+
+_MOST_PIECES = 8
+
+
+def pieced(tracer: Tracer, codes: Tensor) -> Ref:
+    """A plane for codes in which views of planes that do not overlap lie in each other's zeros: their sum.
+
+    Pixels shifted by one in raster order are such: a row's first comes from the end of the row above.
+    """
+    if codes.dim() != 4:
+        raise LayoutError
+    plane, _, _, y, x = tracer.graph.decode(codes.numpy())
+    nodes = tracer.graph.nodes
+    row, column = np.ogrid[: codes.shape[2], : codes.shape[3]]
+    given = np.array([n.given for n in nodes])[plane]
+    views = np.stack([plane, np.where(given, 0, y - row), np.where(given, 0, x - column)])
+    constant = np.array([isinstance(n, Constant) for n in nodes])[plane]
+    views[:, constant] = -2
+    views[:, plane < 0] = -1
+    kinds = np.unique(views.reshape(3, -1), axis=1).T
+    kinds = kinds[kinds[:, 0] != -1]
+    if not 1 < len(kinds) <= _MOST_PIECES:
+        raise LayoutError
+    parts = [
+        (kind[0], torch.where(torch.from_numpy((views == kind[:, None, None, None, None]).all(0)), codes, 0))
+        for kind in kinds
+    ]
+    for source, part in parts:
+        if source >= 0 and not nodes[source].given:
+            tracer.graph.recognise(part)  # it raises before anything is made
+    total = torch.zeros_like(codes)
+    for i, (source, part) in enumerate(parts):
+        if source == -2:
+            part = _new_constant(tracer, part).expand(codes.shape)
+        elif nodes[source].given:
+            part = _new_condition(tracer, part, int(source))
+        total = part if i == 0 else pointwise_4d(tracer, "add", [total, part])
+    return tracer.graph.recognise(total)
 
 
 def blanked(tracer: Tracer, codes: Tensor) -> Ref:

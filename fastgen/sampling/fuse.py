@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from fastgen.sampling.graph import Constant, Graph, Image, Linear, Node, Pointwise, Ref, Tap, taps_of
+from fastgen.sampling.graph import Attention, Constant, Graph, Image, Linear, Node, Pointwise, Ref, Tap, taps_of
 
 STORED = -1
 
@@ -93,14 +93,14 @@ def crop(graph: Graph) -> None:
 
 
 def _windows(graph: Graph, readers: list[int], plane: int) -> set[tuple[int, int, int, int]] | None:
-    """The windows (dy, dx, height, width) in which a plane is read element by element; None if a product or a frame of
-    another stride reads it.
+    """The windows (dy, dx, height, width) in which a plane is read element by element; None if a product, attention or a
+    frame of another stride reads it.
     """
     image = next(n for n in graph.nodes if isinstance(n, Image))
     assert graph.output is not None
     views: list[tuple[Ref, Node]] = [(graph.output, image)]
     for reader in (graph.nodes[r] for r in readers if r != STORED):
-        if isinstance(reader, Linear):
+        if isinstance(reader, Linear | Attention):
             return None
         views += [(ref, reader) for ref in reader.sources()]
     found = set()

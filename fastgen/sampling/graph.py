@@ -207,6 +207,34 @@ class Pointwise(Node):
         return [o for o in self.operands if isinstance(o, Ref)]
 
 
+@dataclass(eq=False)
+class Attention(Node):
+    """For each head h and position p, sum over keys s of softmax_s(scale * query[p, h] . keys[s, h] + bias[h, p, s]) *
+    values[s, h]; Vaswani et al. 2017, "Attention Is All You Need", equation 1. Zero where p sees no key.
+
+    The channels of query, keys and values are those of the first head, then those of the second, and so on; each is all
+    of one plane, or some of its channels, in place. Positions are counted in raster order, p in the node's own plane,
+    s in that of the keys.
+
+    spans: int32 [positions, 2], p sees the keys begin <= s < end. bias: float [heads or 1, positions, keys], -inf where
+    a key inside the span is not seen, or None. The first and last key of a span are seen.
+    """
+
+    heads: int = 1
+    scale: float = 1.0
+    query: Ref = field(default_factory=lambda: _NOTHING)
+    keys: Ref = field(default_factory=lambda: _NOTHING)
+    values: Ref = field(default_factory=lambda: _NOTHING)
+    spans: Tensor = field(default_factory=lambda: torch.empty(0, 2))
+    bias: Tensor | None = None
+
+    def sources(self) -> list[Ref]:
+        return [self.query, self.keys, self.values]
+
+
+_NOTHING = Ref(*[np.zeros(0, dtype=np.int64)] * 4)
+
+
 class Graph:
     """Nodes in the order in which they were computed; node i computes plane i."""
 

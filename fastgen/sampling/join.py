@@ -96,6 +96,8 @@ def _read_channels(plan: Plan) -> set[tuple[int, int]]:
         for r in step.reads():
             width = step.width * step.groups if r is step.init else step.width
             read |= {(r.plane, r.channel + c) for c in range(width)}
+        for r, count in step.attention.reads() if step.attention else ():
+            read |= {(r.plane, r.channel + c) for c in range(count)}
     return read
 
 
@@ -120,6 +122,9 @@ def _drop_unread_channels(plan: Plan) -> None:
     for step in plan.steps:
         step.taps = tuple(moved(t) for t in step.taps)
         step.init = step.init and moved(step.init)
+        if step.attention:
+            of = step.attention
+            step.attention = replace(of, query=moved(of.query), keys=moved(of.keys), values=moved(of.values))
         step.program = tuple(replace(i, read=i.read and moved(i.read)) for i in step.program)
         step.stores = tuple(moved(s) for s in step.stores)
     plan.planes = planes

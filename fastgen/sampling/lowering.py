@@ -274,19 +274,25 @@ def _product(tracer: Tracer, func: Any, args: tuple, kwargs: dict, outputs: list
 
 def product(tracer: Tracer, rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Codes [N*h*w, M] of codes [N*h*w, K], positions in any order, times weight [K, M]."""
-    for order in _raster_orders(tracer, rows):
-        with contextlib.suppress(LayoutError):
-            grid = rows[order].permute(0, 3, 1, 2).contiguous()
-            ref = _spatial(tracer, tracer.recognise(grid), grid)
-            break
-    else:
-        raise LayoutError
+    order, grid, found = feature_map(tracer, rows)
+    ref = _spatial(tracer, found, grid)
     taps = taps_of(ref, weight.detach().to("cpu", torch.float32).contiguous())
     height, width = grid.shape[2:]
     node = Linear(tracer.module, weight.shape[1], height, width, stride=ref.stride, taps=taps, bias=_vector(bias))
     out = torch.empty(len(rows), weight.shape[1], dtype=torch.int64)
     out[order] = tracer.add(node).permute(0, 2, 3, 1)
     return out
+
+
+def feature_map(tracer: Tracer, rows: Tensor) -> tuple[Tensor, Tensor, Ref]:
+    """Codes [N*h*w, K], positions in any order, as a feature map: indices [N, h, w] of rows, the codes [N, K, h, w] in
+    this order, and where they are found.
+    """
+    for order in _raster_orders(tracer, rows):
+        with contextlib.suppress(LayoutError):
+            grid = rows[order].permute(0, 3, 1, 2).contiguous()
+            return order, grid, tracer.recognise(grid)
+    raise LayoutError
 
 
 def _raster_orders(tracer: Tracer, rows: Tensor) -> Iterator[Tensor]:

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from fastgen.sampling.fuse import crop, merge_sums, roots, settle_output, share
-from fastgen.sampling.graph import Condition, Constant, Embedding, Graph, Image, Linear, Pointwise, Ref
+from fastgen.sampling.graph import Attention, Condition, Constant, Embedding, Graph, Image, Linear, Pointwise, Ref
 from fastgen.sampling.heads import Head
 from fastgen.sampling.join import join_steps
+from fastgen.sampling.plan import Attention as Attend
 from fastgen.sampling.plan import Draw, Encoding, Instr, Plan, Plane, Read, Step, StepTap, Store
 from fastgen.sampling.schedule import Part, Schedule, Stage, schedule
 
@@ -143,6 +144,9 @@ class _Packer:
             program=tuple(program.instrs),
             stores=(Store(self.index[node], start, len(program.instrs) - 1),),
         )
+        if program.attention is not None:
+            step.attention = self._attention(program.attention)
+            step.groups, step.name = 1, program.attention.name
         if program.product is not None:
             if part.phase is not None:
                 step.period, step.phase = program.product.period, part.phase
@@ -171,6 +175,11 @@ class _Packer:
         if step.stage == Stage.ROW:
             current = finished + current
         _set_taps(step, current)
+
+    def _attention(self, node: Attention) -> Attend:
+        query, keys, values = (Read(self.index[int(r.plane[0])], 0, 0, int(r.channel[0])) for r in node.sources())
+        depth, width = len(node.query.plane) // node.heads, node.channels // node.heads
+        return Attend(node.heads, depth, width, node.scale, query, keys, values, node.spans, node.bias)
 
     def _finished(self, ref: Ref, step: Step) -> np.ndarray:
         """Which channels of a tap's source are finished when the row of a pixel step begins."""
@@ -216,6 +225,7 @@ class _Program:
         self.packer = packer
         self.width = stop - start
         self.product: Linear | None = None
+        self.attention: Attention | None = None
         self.instrs: list[Instr] = []
         self._groups: list[int] = []  # first column of each group
         self._done: dict[object, int] = {}
@@ -239,6 +249,9 @@ class _Program:
             if channel not in self._groups:
                 self._groups.append(channel)
             return self._emit(Instr("acc", self._groups.index(channel)))
+        if isinstance(node, Attention):
+            self.attention = node
+            return self._emit(Instr("acc", 0))
         assert isinstance(node, Pointwise)
         registers = [self._operand(o, channel) for o in node.operands]
         return self._emit(Instr(node.op, registers[0], registers[1] if len(registers) > 1 else -1))
@@ -266,7 +279,8 @@ def _size_planes(plan: Plan) -> None:
     over: dict[int, tuple[int, int]] = {}  # how far readers look over top and bottom of given planes
     for step in plan.steps:
         out = plan.planes[step.out]
-        reads = [(r.plane, r.dy, r.dx) for r in step.reads()] + [(t.plane, t.dy, t.dx) for t in step.taps]
+        reads = [(r.plane, r.dy, r.dx) for r in (*step.reads(), *step.taps)]
+        reads += [(r.plane, r.dy, r.dx) for r, _ in step.attention.reads()[:1]] if step.attention else []
         for index, dy, dx in reads:
             plane = plan.planes[index]
             if plane.broadcast:
@@ -281,5 +295,7 @@ def _size_planes(plan: Plan) -> None:
                 coarser = plane.stride[0] - min(plane.stride[0], out.stride[0])  # rows may begin this far above
                 oldest = min(plane.stride[0], out.stride[0]) * dy - coarser - step.lag_y
                 plane.rows = max(plane.rows, (newest[index] - oldest) // plane.stride[0] + 1)
+        for read, _ in step.attention.reads()[1:] if step.attention else ():
+            plan.planes[read.plane].rows = max(plan.planes[read.plane].rows, plan.planes[read.plane].height)
     for draw in plan.draws:  # of parameters that may have been computed some rows ahead
         plan.planes[draw.plane].rows = max(plan.planes[draw.plane].rows, newest[draw.plane] + 1)

@@ -7,7 +7,7 @@ Planes are cached feature maps with zeros outside.  A *step* works on positions 
     acc[g, j] = init[g, j] or bias[g, j]  +  sum over taps t, k of  plane_t[Y, X, channel + k] * weight[t, k, g, j]
     plane_s[Y, X, channel_s + j] = register_s of program(acc, other planes)[j]      for each store s
 
-with g < groups, j < width.  Reads are shifted by (dy, dx), see `Plan.source`.  Time runs over image rows y and, inside,
+with g < groups, j < width; or acc[0] is what attention gives (`Attention`).  Reads are shifted by (dy, dx), see `Plan.source`.  Time runs over image rows y and, inside,
 columns x; position Y of a frame of stride s lies at image row s * Y, and at time (y, x) a step works on the position
 that lies at (y - lag_y, x - lag_x), where there is one and it has the step's phase.  One batch:
 
@@ -118,6 +118,41 @@ class Store:
 
 
 @dataclass(eq=False)
+class Attention:
+    """A step's sum over keys, in place of a product: with p the step's position in raster order,
+
+        acc[0, h * width + c] = sum over s of softmax_s(scale * query[p, h] . keys[s, h] + bias[h, p, s]) * values[s, h, c]
+
+    over the keys spans[p, 0] <= s < spans[p, 1], none of them: zero. Query, keys and values are read in place, the
+    query `heads * depth` channels at the step's position, keys as many and values `heads * width` at position s of
+    their planes, in raster order; they are as large, and have all their rows.
+
+    spans: int32 [positions, 2]. bias: float32 [heads or 1, positions, keys], -inf for keys that are not seen, or None.
+    """
+
+    heads: int
+    depth: int
+    width: int
+    scale: float
+    query: Read
+    keys: Read
+    values: Read
+    spans: Tensor
+    bias: Tensor | None
+
+    def reads(self) -> list[tuple[Read, int]]:
+        """What it reads, with the number of channels."""
+        channels = self.heads * self.depth
+        return [(self.query, channels), (self.keys, channels), (self.values, self.heads * self.width)]
+
+    @property
+    def macs(self) -> float:
+        """Multiply-adds per position, on average."""
+        seen = (self.spans[:, 1] - self.spans[:, 0]).double().mean().item()
+        return seen * self.heads * (self.depth + self.width)
+
+
+@dataclass(eq=False)
 class Step:
     """See the module. Its frame is that of the planes it stores to, with their height, width and stride; it works on
     the positions that equal `phase` modulo `period`.
@@ -138,9 +173,10 @@ class Step:
     weight: Tensor | None = None  # float32 [sum of counts, groups * width]
     bias: Tensor | None = None  # float32 [groups * width]
     init: Read | None = None  # groups * width channels: bias and the part of the sum that the row stage has done
+    attention: Attention | None = None  # then groups is 1, and there are no taps
 
     def reads(self) -> list[Read]:
-        """Everything but the taps that it reads."""
+        """Everything but taps and attention that it reads."""
         loads = [i.read for i in self.program if i.read is not None]
         return loads if self.init is None else [self.init, *loads]
 
@@ -151,7 +187,7 @@ class Step:
 
     @property
     def macs(self) -> int:
-        """Multiply-adds per position."""
+        """Multiply-adds of the product per position."""
         return sum(t.count for t in self.taps) * self.groups * self.width
 
 
@@ -242,8 +278,12 @@ class Plan:
 
     @property
     def flops(self) -> int:
-        """Useful floating point operations of the products, per sample (two per multiply-add)."""
-        return sum(2 * s.macs * self.positions(s) for s in self.steps)
+        """Useful floating point operations of products and attention, per sample (two per multiply-add)."""
+        return sum(round(2 * self._macs(s) * self.positions(s)) for s in self.steps)
+
+    @staticmethod
+    def _macs(step: Step) -> float:
+        return step.macs if step.attention is None else step.attention.macs
 
     def positions(self, step: Step) -> int:
         """How many positions of its frame a step computes."""
@@ -282,9 +322,9 @@ class Plan:
         lines.append("steps (stage, rank, lag, planes[channels], multiply-adds per position, program, name)")
         for s in self.steps:
             stage = "row  " if s.stage == Stage.ROW else f"pixel {s.rank}"
-            ops = " ".join(i.op for i in s.program)
+            ops = " ".join("attention" if i.op == "acc" and s.attention else i.op for i in s.program)
             stores = " ".join(f"{t.plane}[{t.channel}:{t.channel + s.width}]" for t in s.stores)
-            lines.append(f"  {stage:7s} lag ({s.lag_y}, {s.lag_x})  {stores}  {s.macs}  {ops}  {s.name}")
+            lines.append(f"  {stage:7s} lag ({s.lag_y}, {s.lag_x})  {stores}  {round(self._macs(s))}  {ops}  {s.name}")
         return "\n".join(lines)
 
 

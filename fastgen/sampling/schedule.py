@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fastgen.sampling.graph import TOP_LEVEL, Embedding, Graph, Image, Linear, Node, NotCausal, Pointwise, Ref
+from fastgen.sampling.graph import TOP_LEVEL, Attention, Embedding, Graph, Image, Linear, Node, NotCausal, Pointwise, Ref
 from fastgen.sampling.heads import Group
 
 Keys = NDArray[np.int64]
@@ -125,11 +125,30 @@ def _linear_keys(graph: Graph, node: Linear, phase: tuple[int, int], reach: list
     return keys
 
 
+def _latest(graph: Graph, node: Attention) -> int:
+    """The latest key that a position sees, as a shift."""
+    positions = np.flatnonzero((node.spans[:, 0] < node.spans[:, 1]).numpy())
+    if not len(positions):
+        return _NEVER
+    source = graph.nodes[node.keys.plane[0]]
+    last = node.spans[:, 1].numpy()[positions].astype(np.int64) - 1
+    rows = last // source.width * source.stride[0] - positions // node.width * node.stride[0]
+    columns = last % source.width * source.stride[1] - positions % node.width * node.stride[1]
+    return int((rows * _DY + columns * _DX).max())
+
+
+def _attention_keys(graph: Graph, node: Attention, reach: list[Keys]) -> list[Keys]:
+    """Of each channel of query, keys and values."""
+    query, *seen = (_source_keys(graph, ref, reach) for ref in node.sources())
+    latest = _latest(graph, node)
+    return [query, *(np.where(np.minimum(k, latest) > _NEVER, k + latest, _NEVER) for k in seen)]
+
+
 def _parts(graph: Graph, groups: list[Group]) -> list[list[Part]]:
     # A computed plane that depends on no image element counts as depending on a row so far up that every reader finds
     # it ready.
     assert graph.output is not None
-    downward = sum(max((_rows_down(graph, r) for r in n.sources()), default=0) for n in graph.nodes)
+    downward = sum(_rows_down_of(graph, n) for n in graph.nodes)
     always = key(-1 - downward - _rows_down(graph, graph.output), 0, 0)
     group_of = np.concatenate([np.full(len(g.colours), i, dtype=np.int64) for i, g in enumerate(groups)])
     parts: list[list[Part]] = []
@@ -145,6 +164,9 @@ def _parts(graph: Graph, groups: list[Group]) -> list[list[Part]]:
         elif isinstance(node, Linear):
             keys = [_linear_keys(graph, node, phase, reach) for phase in node.phases()]
             phases = phases if len(keys) == 1 else [*node.phases()]
+        elif isinstance(node, Attention):  # one step for all channels
+            latest = max(int(k.max()) for k in _attention_keys(graph, node, reach))
+            keys = [np.full(node.channels, latest, dtype=np.int64)]
         else:
             keys = [np.max([_source_keys(graph, r, reach) for r in node.sources()], axis=0)]
         if not node.given:
@@ -158,6 +180,11 @@ def _rows_down(graph: Graph, ref: Ref) -> int:
     return max(0, int(unkey(_shifts(graph, ref))[0].max(initial=0)))
 
 
+def _rows_down_of(graph: Graph, node: Node) -> int:
+    rows = max((_rows_down(graph, ref) for ref in node.sources()), default=0)
+    return max(rows, int(unkey(np.array(_latest(graph, node)))[0])) if isinstance(node, Attention) else rows
+
+
 def _prove_causal(graph: Graph, reach: list[Keys], groups: list[Group]) -> None:
     assert graph.output is not None
     keys = _source_keys(graph, graph.output, reach)
@@ -168,7 +195,7 @@ def _prove_causal(graph: Graph, reach: list[Keys], groups: list[Group]) -> None:
     channel = int(late[np.argmax(keys[late] - limit[late])])
     dy, dx, group = (int(v) for v in unkey(keys[channel]))
     path = _path(graph, reach, graph.output, channel)
-    layers = dict.fromkeys(n.name or TOP_LEVEL for n, _, _ in path if isinstance(n, Linear))
+    layers = dict.fromkeys(n.name or TOP_LEVEL for n, _, _ in path if isinstance(n, Linear | Attention))
     predicted, seen = groups[int(limit[channel])].colours[0], groups[group].colours[0]
     raise NotCausal(
         f"module {_culprit(path)!r} makes the model see what it predicts: the parameters of colour {predicted} at "
@@ -193,6 +220,13 @@ def _path(graph: Graph, reach: list[Keys], ref: Ref, channel: int) -> list[tuple
 def _critical(graph: Graph, node: Node, channel: int, reach: list[Keys]) -> list[tuple[int, int, int, int, int]]:
     """(key, plane, channel, dy, dx) of every source element of one channel of a node, dy and dx in pixels."""
     found = []
+    if isinstance(node, Attention):
+        dy, dx, _ = (int(v) for v in unkey(np.array(_latest(graph, node))))
+        shifts = [(0, 0), (dy, dx), (dy, dx)]
+        for ref, keys, shift in zip(node.sources(), _attention_keys(graph, node, reach), shifts, strict=True):
+            k = int(np.argmax(keys))
+            found.append((int(keys[k]), int(ref.plane[k]), int(ref.channel[k]), *shift))
+        return found
     refs = [(ref, np.array([channel])) for ref in node.sources()]
     if isinstance(node, Linear):
         weights = [np.flatnonzero(tap.weight[:, channel].numpy()) for tap in node.taps]
@@ -222,9 +256,9 @@ def _mark_pixel_stage(graph: Graph, parts: list[list[Part]]) -> None:
     """
     assert graph.output is not None
 
-    def mark(ref: Ref, needed: NDArray[np.bool_], reader_dy: Keys) -> None:
-        """needed, reader_dy: [readers, channels of ref] or [channels]."""
-        shifts = _shifts(graph, ref)
+    def mark(ref: Ref, needed: NDArray[np.bool_], reader_dy: Keys, shift: int = 0) -> None:
+        """needed, reader_dy: [readers, channels of ref] or [channels]. shift: a key."""
+        shifts = _shifts(graph, ref) + shift
         for plane in np.unique(ref.plane[ref.plane >= 0]):
             here = ref.plane == plane
             channels = ref.channel[here]
@@ -245,10 +279,16 @@ def _mark_pixel_stage(graph: Graph, parts: list[list[Part]]) -> None:
                     if tap.phase in (None, part.phase) or part.phase is None:
                         used = tap.weight.numpy().T != 0  # [M, K]
                         mark(ref, used & needed[:, None], np.broadcast_to(dy[:, None], used.shape))
+            elif isinstance(node, Attention):
+                part.pixel[:] = True
+                latest = _latest(graph, node)
+                for ref, shift in zip(node.sources(), (0, latest, latest), strict=True):
+                    if shift > _NEVER:
+                        mark(ref, np.ones(len(ref.plane), dtype=bool), np.broadcast_to(dy[0], len(ref.plane)), shift)
             elif isinstance(node, Pointwise):
                 for ref in node.sources():
                     mark(ref, needed, dy)
     for node in graph.nodes:
-        if not isinstance(node, Linear | Pointwise):
+        if not isinstance(node, Linear | Pointwise | Attention):
             for part in parts[node.id]:
                 part.pixel[:] = False

@@ -13,6 +13,7 @@ through ``.data``, are therefore as good as any.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -26,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from fastgen import backends
-from fastgen.sampling import channels, choices, elementwise, logits, lowering, rules  # noqa: F401  (some for their rules)
+from fastgen.sampling import attention, channels, choices, elementwise, logits, lowering, rules  # noqa: F401  (some for their rules)
 from fastgen.sampling.graph import (
     TOP_LEVEL,
     Condition,
@@ -175,12 +176,13 @@ class Tracer(TorchDispatchMode):
         self.module = ""  # path of the module whose forward is running
         # storage -> (flat codes, the storage, which keeps its key but not its memory)
         self._shadows: dict[int, tuple[Tensor, StorageWeakRef]] = {}
+        self._scores: dict[int, tuple[attention.Scores | attention.Unusable, StorageWeakRef]] = {}
 
     # Shadows.
 
     def depends(self, tensor: Tensor) -> bool:
         """Whether any element may depend on the image."""
-        return storage_key(tensor) in self._shadows
+        return storage_key(tensor) in self._shadows or storage_key(tensor) in self._scores
 
     def varies(self, tensor: Tensor) -> bool:
         """Whether any element may depend on the image, the labels or the condition."""
@@ -188,6 +190,11 @@ class Tracer(TorchDispatchMode):
 
     def codes(self, tensor: Tensor) -> Tensor:
         """int64 codes with the shape of `tensor`; parameters and conditions become planes of their own."""
+        found = self.scores_of(tensor)
+        if isinstance(found, attention.Unusable):
+            raise LayoutError(f"on what {found} makes of products of queries and keys")
+        if found is not None:
+            raise LayoutError("on products of queries and keys")
         if self.depends(tensor):
             flat, _ = self._shadows[storage_key(tensor)]
             return torch.as_strided(flat, tensor.shape, tensor.stride(), tensor.storage_offset())
@@ -212,6 +219,13 @@ class Tracer(TorchDispatchMode):
         flat, _ = self._shadows[key]
         torch.as_strided(flat, tensor.shape, tensor.stride(), tensor.storage_offset()).copy_(codes)
 
+    def scores_of(self, tensor: Tensor) -> attention.Scores | attention.Unusable | None:
+        found = self._scores.get(storage_key(tensor))
+        return None if found is None else found[0]
+
+    def set_scores(self, tensor: Tensor, scores: attention.Scores | attention.Unusable) -> None:
+        self._scores[storage_key(tensor)] = scores, StorageWeakRef(tensor.untyped_storage())
+
     def _outside_codes(self, tensor: Tensor) -> Tensor:
         """Codes of a tensor that does not depend on the image: its elements form a new plane; zeros are zeros."""
         if self.tape.depends(tensor):
@@ -226,7 +240,7 @@ class Tracer(TorchDispatchMode):
         value = tensor.detach().to("cpu", torch.float32)
         if not value.any():
             return torch.zeros(value.shape, dtype=torch.int64)
-        if value.dim() == 4 and value.shape[0] == TRACE_BATCH and torch.equal(value[0], value[1]):
+        if value.dim() > 1 and value.shape[0] == TRACE_BATCH and torch.equal(value[0], value[1]):
             value = value[:1]  # the same for every sample
         whole = value.dim() == 4 and value.shape[0] == 1
         channels, height, width = value.shape[1:] if whole else (value.numel(), 1, 1)
@@ -269,6 +283,13 @@ class Tracer(TorchDispatchMode):
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result
+        try:
+            with host_defaults():
+                result = attention.lower(self, func, args, kwargs)
+        except LayoutError as error:
+            raise self.unsupported(f"operator {func} {error}") from None
+        if result is not NotImplemented:
+            return result
         rule = rules.find(func)
         if rule is None:
             hint = logits.HINTS.get(func._schema.name, "")
@@ -288,14 +309,15 @@ class Tracer(TorchDispatchMode):
         return result
 
     def recognise(self, codes: Tensor) -> Ref:
-        """`Graph.recognise`, with new planes for constants and conditions in another layout, and where elements were
-        set to zero inside a plane (a crop that was padded again).
+        """`Graph.recognise`, with new planes for constants and conditions in another layout, where views lie beside
+        each other, and where elements were set to zero inside a plane (a crop that was padded again).
         """
         with contextlib.suppress(LayoutError):
             return self.graph.recognise(codes)
         codes = elementwise.rebuilt(self, codes)
-        with contextlib.suppress(LayoutError):
-            return self.graph.recognise(codes)
+        for attempt in (self.graph.recognise, functools.partial(elementwise.pieced, self)):
+            with contextlib.suppress(LayoutError):
+                return attempt(codes)
         return elementwise.blanked(self, codes)
 
     def add(self, node: Node) -> Tensor:
@@ -372,7 +394,11 @@ def trace(
     tracer = Tracer({name: t for name, t in named.items() if t is not None})
     with host_defaults():
         tracer.set_codes(image, tracer.add(Image("", *image.shape[1:])))
-    with torch.no_grad(), backends.backend("reference"), _module_paths(subject.module, tracer), _Watch(tracer), tracer:
+    with contextlib.ExitStack() as stack:
+        for context in (torch.no_grad(), backends.backend("reference"), attention.undisguised()):
+            stack.enter_context(context)
+        for context in (_module_paths(subject.module, tracer), _Watch(tracer), tracer):
+            stack.enter_context(context)
         output = _forward(subject, tracer, image, labels, condition)
     if not isinstance(output, Tensor) or output.dim() != 4 or output.shape[0] != TRACE_BATCH:
         got = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fastgen.sampling.executors import Batch
-from fastgen.sampling.plan import Draw, Plan, Read, Step, StepTap, Store, apply
+from fastgen.sampling.plan import Attention, Draw, Plan, Read, Step, StepTap, Store, apply
 from fastgen.sampling.uniforms import image_uniforms
 
 
@@ -84,6 +84,12 @@ class _Planes:
         source_columns = [self.margin + self.plan.source(step, read.plane, 1, c, read.dx) for c in columns]
         return self.values[read.plane][source_row, source_columns, :, channels]
 
+    def whole(self, read: Read, count: int) -> Tensor:
+        """All of a plane, in raster order: [positions, batch, count]."""
+        plane = self.plan.planes[read.plane]
+        inside = self._inside(self.values[read.plane], plane.height, plane.width)
+        return inside[..., read.channel : read.channel + count].flatten(0, 1)
+
     def write(self, store: Store, row: int, columns: range, value: Tensor) -> None:
         at = slice(self.margin + columns.start, self.margin + columns.stop, columns.step)
         channels = slice(store.channel, store.channel + value.shape[-1])
@@ -106,6 +112,8 @@ def _run(step: Step, planes: _Planes, row: int, columns: range) -> None:
     """Run a step at some columns of a row of its frame."""
     dtype = planes.values[0].dtype
     acc = torch.zeros(len(columns), planes.values[0].shape[2], step.groups * step.width, dtype=dtype)
+    if step.attention is not None:
+        acc = _attend(step, step.attention, planes, row, columns)
     if step.bias is not None:
         acc += step.bias
     if step.init is not None:
@@ -131,3 +139,23 @@ def _run(step: Step, planes: _Planes, row: int, columns: range) -> None:
             registers.append(apply(instr.op, *(registers[r] for r in instr.operands)))
     for store in step.stores:
         planes.write(store, row, columns, registers[store.register])
+
+
+def _attend(step: Step, attention: Attention, planes: _Planes, row: int, columns: range) -> Tensor:
+    """[columns, batch, heads * width]."""
+    of, plan = attention, planes.plan
+    (_, depths), _, (_, widths) = of.reads()
+    query = planes.read(step, of.query, row, columns, depths).unflatten(2, (of.heads, of.depth))
+    keys = planes.whole(of.keys, depths).unflatten(2, (of.heads, of.depth))
+    values = planes.whole(of.values, widths).unflatten(2, (of.heads, of.width))
+    result = torch.zeros(len(columns), query.shape[1], of.heads, of.width, dtype=query.dtype)
+    for i, column in enumerate(columns):
+        position = row * plan.planes[step.out].width + column
+        begin, end = of.spans[position].tolist()
+        if begin == end:
+            continue
+        scores = of.scale * torch.einsum("nhd,snhd->nhs", query[i], keys[begin:end])
+        if of.bias is not None:
+            scores += of.bias[:, position, begin:end].to(scores)
+        result[i] = torch.einsum("nhs,snhc->nhc", scores.softmax(2), values[begin:end])
+    return result.flatten(2)
