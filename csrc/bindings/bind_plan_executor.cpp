@@ -64,12 +64,15 @@ public:
           instrs_(make<PlanInstr>(tables, "instrs")),
           stores_(make<PlanStore>(tables, "stores")),
           sources_(make<int64_t>(tables, "sources")),
+          spans_(make<int64_t>(tables, "spans")),
+          attentions_(make<PlanAttention>(tables, "attentions")),
           draws_(make<PlanDraw>(tables, "draws")),
           encodings_(make<PlanEncoding>(tables, "encodings")),
           biases_(floats_of(floats.at("biases"))),
           constants_(floats_of(floats.at("constants"))),
           encoding_tables_(floats_of(floats.at("tables"))),
-          levels_(floats_of(floats.at("levels"))) {
+          levels_(floats_of(floats.at("levels"))),
+          attention_floats_(floats_of(floats.at("attentions"))) {
         tables_.planes = planes_.data();
         tables_.addresses = addresses_.data();
         tables_.steps = steps_.data();
@@ -77,6 +80,9 @@ public:
         tables_.instrs = instrs_.data();
         tables_.stores = stores_.data();
         tables_.sources = sources_.data();
+        tables_.attentions = attentions_.data();
+        tables_.spans = spans_.data();
+        tables_.attention_floats = attention_floats_.data();
         tables_.draws = draws_.data();
         tables_.encodings = encodings_.data();
         tables_.weights = reinterpret_cast<const void*>(weights);
@@ -109,6 +115,10 @@ public:
                 filtered += (taps_[i].count + kPlanPanel - 1) / kPlanPanel * kPlanPanel;
             }
             tables_.max_filtered = std::max(tables_.max_filtered, filtered);
+        }
+        for (const PlanAttention& attention : attentions_) {
+            const PlanPlane& keys = planes_[attention.keys];
+            tables_.max_keys = std::max(tables_.max_keys, keys.height * keys.width);
         }
         tables_.head = head_of(head);
     }
@@ -190,10 +200,11 @@ private:
     std::vector<PlanTap> taps_;
     std::vector<PlanInstr> instrs_;
     std::vector<PlanStore> stores_;
-    std::vector<int64_t> sources_;
+    std::vector<int64_t> sources_, spans_;
+    std::vector<PlanAttention> attentions_;
     std::vector<PlanDraw> draws_;
     std::vector<PlanEncoding> encodings_;
-    std::vector<float> biases_, constants_, encoding_tables_, levels_;
+    std::vector<float> biases_, constants_, encoding_tables_, levels_, attention_floats_;
     PlanTables tables_{};
 };
 

@@ -114,6 +114,17 @@ struct PlanStep {
     int64_t init;     // address of the values, packed like the columns, that the product starts from; -1: none
     int64_t uniform;  // a whole row, all samples, has one stride in each of its addresses
     int64_t cycle;    // columns that lie this many apart have one stride in each of its addresses
+    int64_t attention;  // its index, in place of a product; -1: none
+};
+
+// fastgen.sampling.plan.Attention. Keys and values are channels of all of a plane, positions in raster order.
+struct PlanAttention {
+    int64_t query;  // address
+    int64_t keys, keys_channel, values, values_channel;  // planes
+    int64_t heads, depth, width;
+    int64_t spans;  // index of the pair of the frame's position 0
+    int64_t scale;  // index of the scale in `attention_floats`, which the bias follows
+    int64_t biases;  // 0: no bias; 1: the same for all heads; else one for each, [biases][positions][keys]
 };
 
 struct PlanDraw {
@@ -138,6 +149,9 @@ struct PlanTables {
     const PlanInstr* instrs;
     const PlanStore* stores;
     const int64_t* sources;
+    const PlanAttention* attentions;
+    const int64_t* spans;
+    const float* attention_floats;
     const PlanDraw* draws;  // one per group of colours
     const PlanEncoding* encodings;
     const void* weights;  // float, or bfloat16 in pairs
@@ -151,6 +165,7 @@ struct PlanTables {
     int64_t workspace;                         // floats per sample
     int64_t buffers;                           // scratch tiles needed
     int64_t max_taps, max_instrs, max_groups;  // of a step
+    int64_t max_keys;                          // of attention
     int64_t max_filtered;                      // channels that filters read, each filter's rounded up to panels
     bool bfloat16;
     PlanHead head;

@@ -6,6 +6,7 @@
 
 #include "../common/logistic_mixture.h"
 #include "../common/philox.h"
+#include "attention.h"
 #include "tap_gemm.h"
 #include "vec_math.h"
 
@@ -147,6 +148,7 @@ public:
         active_ = reinterpret_cast<int64_t*>(take(sizes.active));
         ran_ = reinterpret_cast<int64_t*>(take(sizes.ran));
         probabilities_ = reinterpret_cast<float*>(take(sizes.probabilities));
+        scores_ = reinterpret_cast<float*>(take(sizes.scores));
         for (int64_t s = 0; s < plan.num_steps; ++s) ran_[s] = -1;
     }
 
@@ -329,8 +331,13 @@ private:
 
     void compute(const Tile& tile) {
         if (tile.step.filter_size > 0) return compute_pair(tile);
-        finish(tile,
-               [&](float* product, int64_t stride, int64_t columns) { multiply(tile, product, stride, columns); });
+        finish(tile, [&](float* product, int64_t stride, int64_t columns) {
+            if (tile.step.attention >= 0) {
+                attend(tile, plan_.attentions[tile.step.attention], product, stride, columns);
+            } else {
+                multiply(tile, product, stride, columns);
+            }
+        });
     }
 
     // The step's program, and its stores. multiply(to, row stride, columns) computes the product.
@@ -370,6 +377,63 @@ private:
             const Value result = target(stores[i]);
             if (value.p != result.p) write(value, const_cast<float*>(result.p), result.row_stride, tile.rows, channels);
         }
+    }
+
+    // The tile's channels of what attention gives for its rows; zeros in columns beyond.
+    void attend(const Tile& tile, const PlanAttention& of, float* to, int64_t stride, int64_t columns) {
+        const Value query = operand(tile, of.query, 0);
+        const PlanPlane& keys = plan_.planes[of.keys];
+        const int64_t num_keys = keys.height * keys.width;
+        const float* floats = plan_.attention_floats + of.scale;
+        const int64_t positions = tile.step.height * tile.step.width;
+        const int64_t first_channel = tile.first_channel(), end_channel = first_channel + tile.channels();
+        for (int64_t r = 0; r < tile.rows; ++r) {
+            const Place place = place_of(tile, tile.first_row + r);
+            const int64_t position = row_of(tile.step) * tile.step.width + place.column;
+            const int64_t* span = plan_.spans + of.spans + 2 * position;
+            const Positions all_keys = all_positions(of.keys, of.keys_channel, place.sample);
+            const Positions all_values = all_positions(of.values, of.values_channel, place.sample);
+            for (int64_t c = first_channel; c < end_channel;) {
+                const int64_t head = c / of.width, end_of_head = (head + 1) * of.width;
+                const int64_t end = end_of_head < end_channel ? end_of_head : end_channel;
+                const float* bias = nullptr;
+                if (of.biases > 0) {
+                    bias = floats + 1 + ((of.biases > 1 ? head : 0) * positions + position) * num_keys + span[0];
+                }
+                Positions keys_of_head = all_keys, values_of_head = all_values;
+                keys_of_head.first += head * of.depth;
+                values_of_head.first += c;
+                attention_scores(query.p + r * query.row_stride + head * of.depth, of.depth, keys_of_head, span[0],
+                                 span[1], floats[0], bias, scores_);
+                const float total = attention_weights(scores_, span[1] - span[0]);
+                attention_sum(scores_, values_of_head, span[0], total > 0 ? span[1] : span[0],
+                              total > 0 ? 1.0f / total : 0.0f, end - c, to + r * stride + c - first_channel);
+                c = end;
+            }
+            for (int64_t c = tile.channels(); c < columns; ++c) to[r * stride + c] = 0.0f;
+        }
+    }
+
+    struct Place {
+        int64_t column, sample;
+    };
+
+    // A row of a tile's run.
+    Place place_of(const Tile& tile, int64_t row) const {
+        if (tile.run.samples) return {tile.run.column, row};
+        if (tile.step.uniform) return {row / batch_.count, row % batch_.count};
+        return {tile.run.column + row * tile.step.cycle, tile.run.sample};
+    }
+
+    // The row of its frame that a step works on.
+    int64_t row_of(const PlanStep& step) const { return (y_ - step.lag_y) / step.stride_y; }
+
+    // Of a plane that has all its rows, from a channel on.
+    Positions all_positions(int64_t index, int64_t channel, int64_t sample) const {
+        const PlanPlane& plane = plan_.planes[index];
+        const int64_t stride = plane.pitch * batch_.count;
+        return {at(index, 0, 0) + sample * plane.pitch + channel, plane.width, stride,
+                (plane.left + plane.width + plane.right) * stride};
     }
 
     // Both columns of each pair, by minimal filtering; the tile's run is of their first columns.
@@ -689,6 +753,7 @@ private:
     int64_t* active_;       // steps that have work in this row
     int64_t* ran_;          // epoch in which each step ran last
     float* probabilities_;  // of the levels
+    float* scores_;         // of the keys of one head
     int64_t num_active_ = 0;
     const PlanStep* following_ = nullptr;  // the step after the one at hand
     Span hint_{};                          // weights that this thread needs after the tile at hand

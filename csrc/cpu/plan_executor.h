@@ -46,9 +46,9 @@ constexpr int64_t kTileFloats = kTileRows * kTileColumns;
 
 // Bytes of scratch memory that each thread needs, all rounded up to cache lines.
 struct PlanScratch {
-    int64_t product, shared, filtered, buffers, rows, taps, values, active, ran, probabilities;
+    int64_t product, shared, filtered, buffers, rows, taps, values, active, ran, probabilities, scores;
     int64_t total() const {
-        return product + shared + filtered + buffers + rows + taps + values + active + ran + probabilities;
+        return product + shared + filtered + buffers + rows + taps + values + active + ran + probabilities + scores;
     }
 };
 
@@ -68,6 +68,7 @@ inline PlanScratch plan_scratch(const PlanTables& plan) {
     sizes.active = cache_lines(plan.num_steps * sizeof(int64_t));
     sizes.ran = cache_lines(plan.num_steps * sizeof(int64_t));
     sizes.probabilities = cache_lines(plan.num_levels * sizeof(float));
+    sizes.scores = plan.max_keys > 0 ? cache_lines((plan.max_keys + 2 * kPlanPanel) * sizeof(float)) : 0;
     return sizes;
 }
 

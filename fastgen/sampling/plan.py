@@ -279,10 +279,11 @@ class Plan:
     @property
     def flops(self) -> int:
         """Useful floating point operations of products and attention, per sample (two per multiply-add)."""
-        return sum(round(2 * self._macs(s) * self.positions(s)) for s in self.steps)
+        return sum(round(2 * self.macs(s) * self.positions(s)) for s in self.steps)
 
     @staticmethod
-    def _macs(step: Step) -> float:
+    def macs(step: Step) -> float:
+        """Multiply-adds of a step per position, of attention on average."""
         return step.macs if step.attention is None else step.attention.macs
 
     def positions(self, step: Step) -> int:
@@ -324,7 +325,7 @@ class Plan:
             stage = "row  " if s.stage == Stage.ROW else f"pixel {s.rank}"
             ops = " ".join("attention" if i.op == "acc" and s.attention else i.op for i in s.program)
             stores = " ".join(f"{t.plane}[{t.channel}:{t.channel + s.width}]" for t in s.stores)
-            lines.append(f"  {stage:7s} lag ({s.lag_y}, {s.lag_x})  {stores}  {round(self._macs(s))}  {ops}  {s.name}")
+            lines.append(f"  {stage:7s} lag ({s.lag_y}, {s.lag_x})  {stores}  {round(self.macs(s))}  {ops}  {s.name}")
         return "\n".join(lines)
 
 

@@ -157,5 +157,5 @@ def _attend(step: Step, attention: Attention, planes: _Planes, row: int, columns
         scores = of.scale * torch.einsum("nhd,snhd->nhs", query[i], keys[begin:end])
         if of.bias is not None:
             scores += of.bias[:, position, begin:end].to(scores)
-        result[i] = torch.einsum("nhs,snhc->nhc", scores.softmax(2), values[begin:end])
+        result[i] = torch.einsum("nhs,snhc->nhc", torch.ops.aten._safe_softmax(scores, 2), values[begin:end])
     return result.flatten(2)

@@ -12,7 +12,7 @@ from fastgen._memory import empty_in_large_pages
 from fastgen.sampling.executors import Batch
 from fastgen.sampling.executors.winograd import find_filters
 from fastgen.sampling.heads import LogisticMixture
-from fastgen.sampling.plan import PRIMITIVES, Plan, Read, Step, StepTap, Store
+from fastgen.sampling.plan import PRIMITIVES, Attention, Plan, Read, Step, StepTap, Store
 from fastgen.sampling.schedule import Stage
 
 PANEL = 16  # columns that are packed together
@@ -20,11 +20,13 @@ OPS = {op: i for i, op in enumerate(("acc", "load", "const", *PRIMITIVES))}  # e
 COLUMNS = {
     "planes": 10,
     "addresses": 8,
-    "steps": 32,
+    "steps": 33,
     "taps": 2,
     "instrs": 6,
     "stores": 2,
     "sources": 1,
+    "attentions": 11,
+    "spans": 1,
     "draws": 7,
     "encodings": 5,
 }
@@ -47,6 +49,10 @@ class PlanTables:
         self.instrs: list[tuple[int, ...]] = []
         self.stores: list[tuple[int, ...]] = []
         self.sources: list[tuple[int, ...]] = []
+        self.attentions: list[tuple[int, ...]] = []
+        self.spans: list[Tensor] = []
+        self.attention_floats: list[Tensor] = []
+        self.num_spans = self.num_attention_floats = 0
         self.constants: list[float] = []
         self.biases: list[Tensor] = []
         self.weights: list[Tensor] = []
@@ -83,6 +89,7 @@ class PlanTables:
             "instrs": self.instrs,
             "stores": self.stores,
             "sources": self.sources,
+            "attentions": self.attentions,
             "draws": [
                 (d.plane, d.channel, d.count, g.colours.start, len(g.colours), g.uniforms.start, len(g.uniforms))
                 for d, g in zip(plan.draws, groups, strict=True)
@@ -93,7 +100,9 @@ class PlanTables:
         for e in plan.encodings:
             tables["encodings"].append((e.plane, e.channel, e.colour, e.table.shape[1], offset))
             offset += e.table.numel()
-        return {k: torch.tensor(v, dtype=torch.int64).view(len(v), COLUMNS[k]) for k, v in tables.items()}
+        integers = {k: torch.tensor(v, dtype=torch.int64).view(len(v), COLUMNS[k]) for k, v in tables.items()}
+        spans = torch.cat([s.flatten() for s in self.spans] or [torch.zeros(0)])
+        return integers | {"spans": spans.long().view(-1, COLUMNS["spans"])}
 
     def floats(self) -> dict[str, Tensor]:
         return {
@@ -101,6 +110,7 @@ class PlanTables:
             "constants": torch.tensor(self.constants).repeat_interleave(PANEL),
             "tables": torch.cat([e.table.flatten() for e in self.plan.encodings] or [torch.zeros(0)]),
             "levels": self.plan.head.encoding(),
+            "attentions": torch.cat(self.attention_floats or [torch.zeros(0)]),
         }
 
     def sizes(self) -> dict[str, int]:
@@ -160,6 +170,7 @@ class PlanTables:
         first_instr, first_store = len(self.instrs), len(self.stores)
         self.sources += [(s,) for s in sources]
         init = -1 if step.init is None else self._address(step, step.init)
+        attention = -1 if step.attention is None else self._attention(step, step.attention)
         self._program(step)
         weight_offset, bias_offset = self.num_weights, -1
         filters = find_filters(plan, step)
@@ -175,7 +186,7 @@ class PlanTables:
         self.taps += [(self._address(step, t), t.count) for t in taps]
         self.weights.append(packed)
         self.num_weights += packed.numel()
-        macs = step.macs if filters is None else filters.macs
+        macs = plan.macs(step) if filters is None else filters.macs
         self.flops += round(2 * macs * plan.positions(step))
         if step.bias is not None:
             bias_offset = self.num_biases
@@ -190,7 +201,20 @@ class PlanTables:
             *((0, 0) if filters is None else (filters.size, len(filters.taps))),
             *(bias_offset, init),
             *((0, 2) if filters else self._strides(step, first_address)),
+            attention,
         )
+
+    def _attention(self, step: Step, of: Attention) -> int:
+        bias = torch.zeros(0) if of.bias is None else of.bias
+        planes = of.keys.plane, of.keys.channel, of.values.plane, of.values.channel
+        sizes = of.heads, of.depth, of.width
+        places = self.num_spans, self.num_attention_floats, len(bias)
+        self.attentions.append((self._address(step, of.query), *planes, *sizes, *places))
+        self.spans.append(of.spans)
+        self.num_spans += of.spans.numel()
+        self.attention_floats.append(torch.cat([torch.tensor([of.scale]), bias.flatten()]))
+        self.num_attention_floats += len(self.attention_floats[-1])
+        return len(self.attentions) - 1
 
     def _strides(self, step: Step, first_address: int) -> tuple[int, int]:
         """(uniform, cycle) of a row step."""
