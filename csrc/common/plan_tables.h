@@ -115,6 +115,7 @@ struct PlanStep {
     int64_t uniform;  // a whole row, all samples, has one stride in each of its addresses
     int64_t cycle;    // columns that lie this many apart have one stride in each of its addresses
     int64_t attention;  // its index, in place of a product; -1: none
+    int64_t equal;      // all columns of the product are equal, and the weight is one panel of them
 };
 
 // fastgen.sampling.plan.Attention. Keys and values are channels of all of a plane, positions in raster order.

@@ -1,15 +1,19 @@
-// Attention of one query, for the plan executor: softmax of its products with keys, times values.
+// Attention of one query, for the plan executor: softmax of its products with keys, times values, for some heads.
 //
 // Included by sources that are compiled once per instruction set. Keys and values lie where the plan's planes have
-// them, their channels contiguous, one position after the other. Sums run in one order, whatever lies beside.
+// them: the heads of a position side by side, the positions far apart. So all heads of a position are read at once.
+// Sums run in one order, whatever heads come together.
 #pragma once
 
 #include <cstdint>
 #include <utility>
 
+#include "plan_executor.h"
 #include "vec_math.h"
 
 namespace fastgen::FASTGEN_ISA {
+
+constexpr int kPositions = 4;  // whose values are added at a time
 
 // Positions of a plane in raster order, for one sample, from some channel on.
 struct Positions {
@@ -52,32 +56,40 @@ FASTGEN_INLINE Vec<float> totals(Vec<float>* v) {
     return v[0];
 }
 
-// scores[i] = scale * query . keys[begin + i] + bias[i], for `depth` channels; bias may be null. Whole vectors are
-// written.
-inline void attention_scores(const float* query, int64_t depth, const Positions& keys, int64_t begin, int64_t end,
-                             float scale, const float* bias, float* scores) {
+// scores[h * pitch + i] = scale * query . keys[begin + i] + bias[h * bias_stride + i], of heads that are `depth`
+// channels each; bias may be null. Whole vectors are written.
+inline void attention_scores(const float* query, int heads, int64_t depth, const Positions& keys, int64_t begin,
+                             int64_t end, float scale, const float* bias, int64_t bias_stride, float* scores,
+                             int64_t pitch) {
     constexpr int64_t kL = kLanes<float>;
     const int64_t whole = depth / kL * kL;
     const int rest = static_cast<int>(depth - whole);
     for_runs(keys, begin, end, [&](const float* key, int64_t first, int64_t count) {
         for (int64_t i = 0; i < count; i += kL) {
             const int64_t n = count - i < kL ? count - i : kL;
-            Vec<float> sums[kL] = {};
+            Vec<float> products[kPlanHeads][kL];  // of each head and position, to be summed over their lanes
             for (int64_t j = 0; j < n; ++j) {
                 const float* k = key + (i + j) * keys.stride;
-                Vec<float> sum{};
-                for (int64_t c = 0; c < whole; c += kL) sum = fma(load(query + c), load(k + c), sum);
-                if (rest) sum = fma(load_n(query + whole, rest), load_n(k + whole, rest), sum);
-                sums[j] = sum;
+                const float* q = query;
+                for (int h = 0; h < heads; ++h, k += depth, q += depth) {
+                    Vec<float> sum{};
+                    for (int64_t c = 0; c < whole; c += kL) sum = fma(load(q + c), load(k + c), sum);
+                    if (rest) sum = fma(load_n(q + whole, rest), load_n(k + whole, rest), sum);
+                    products[h][j] = sum;
+                }
             }
-            Vec<float> result = totals(sums) * broadcast(scale);
-            if (bias) result = result + load_n(bias + first + i, static_cast<int>(n));
-            store(scores + first + i, result);
+            for (int h = 0; h < heads; ++h) {
+                for (int64_t j = n; j < kL; ++j) products[h][j] = Vec<float>{};
+                Vec<float> result = totals(products[h]) * broadcast(scale);
+                if (bias) result = result + load_n(bias + h * bias_stride + first + i, static_cast<int>(n));
+                store(scores + h * pitch + first + i, result);
+            }
         }
     });
 }
 
-// scores[i] become exp(scores[i] - max); returns their sum, 0 where all are -inf. A vector past the last is written.
+// scores[i] become exp(scores[i] - max), for `count` of them; returns the inverse of their sum, 0 where all are -inf.
+// A vector past the last is written.
 inline float attention_weights(float* scores, int64_t count) {
     constexpr int64_t kL = kLanes<float>;
     const Vec<float> none = broadcast(-__builtin_inff());
@@ -85,8 +97,8 @@ inline float attention_weights(float* scores, int64_t count) {
     Vec<float> most = none;
     for (int64_t i = 0; i < count; i += kL) most = max(most, load(scores + i));
     float top = most[0];
-    for (int i = 1; i < kL; ++i) top = most[i] > top ? most[i] : top;
-    if (top == -__builtin_inff()) return 0.0f;
+    for (int i = 1; i < kL; ++i) top = top < most[i] ? most[i] : top;
+    if (top == -__builtin_inff()) top = 0.0f;
     Vec<float> total{};
     for (int64_t i = 0; i < count; i += kL) {
         const Vec<float> e = exp(load(scores + i) - broadcast(top));
@@ -95,55 +107,52 @@ inline float attention_weights(float* scores, int64_t count) {
     }
     float sum = 0.0f;
     for (int i = 0; i < kL; ++i) sum += total[i];
-    return sum;
+    return sum == 0.0f ? 0.0f : 1.0f / sum;
 }
 
-// to[c] = sum of weights[i] * values[begin + i][c], over `kVectors` vectors of channels, the last of `rest` lanes.
-template <int kVectors>
-FASTGEN_INLINE void attention_sum_of(const float* weights, const Positions& values, int64_t begin, int64_t end,
-                                     float factor, int rest, float* to) {
-    constexpr int kL = kLanes<float>, kParts = kVectors > 2 ? 2 : 4;  // sums at a time: one would wait for itself
-    Vec<float> sums[kParts][kVectors] = {};
-    for_runs(values, begin, end, [&](const float* value, int64_t first, int64_t count) {
-        const auto add = [&](int64_t i, int part) {
-            const float* v = value + i * values.stride;
-            const Vec<float> weight = broadcast(weights[first + i]);
-            for (int c = 0; c < kVectors - 1; ++c) sums[part][c] = fma(weight, load(v + c * kL), sums[part][c]);
-            const Vec<float> last = load_n(v + (kVectors - 1) * kL, rest);
-            sums[part][kVectors - 1] = fma(weight, last, sums[part][kVectors - 1]);
-        };
-        int64_t i = 0;
-        for (; i + kParts <= count; i += kParts) {
-            for (int part = 0; part < kParts; ++part) add(i + part, part);
-        }
-        for (; i < count; ++i) add(i, 0);
-    });
-    for (int c = 0; c < kVectors; ++c) {
-        Vec<float> sum = sums[0][c] + sums[1][c];
-        if (kParts > 2) sum = sum + (sums[2][c] + sums[3][c]);
-        store_n(to + c * kL, sum * broadcast(factor), c < kVectors - 1 ? kL : rest);
-    }
-}
-
-inline void attention_sum(const float* weights, const Positions& values, int64_t begin, int64_t end, float factor,
-                          int64_t channels, float* to) {
+// to[c] += sum of weights[h * pitch + i] * values[i * stride + c] over kCount positions, h being the head of channel c.
+// The channels are [first, end) of heads of `width` channels, and values and to begin with the first.
+template <int kCount>
+FASTGEN_INLINE void attention_add(const float* weights, int64_t pitch, const float* values, int64_t stride,
+                                  int64_t width, int64_t first, int64_t end, float* to) {
     constexpr int64_t kL = kLanes<float>;
-    for (int64_t c = 0; c < channels;) {
-        Positions here = values;
-        here.first += c;
-        const int64_t left = channels - c;
-        const int64_t vectors = left > 3 * kL ? 4 : left > kL ? 2 : 1;
-        const int64_t most = vectors * kL, count = left < most ? left : most;
-        const int rest = static_cast<int>(count - (vectors - 1) * kL);
-        if (vectors == 4) {
-            attention_sum_of<4>(weights, here, begin, end, factor, rest, to + c);
-        } else if (vectors == 2) {
-            attention_sum_of<2>(weights, here, begin, end, factor, rest, to + c);
-        } else {
-            attention_sum_of<1>(weights, here, begin, end, factor, rest, to + c);
+    for (int64_t channel = first; channel < end; weights += pitch) {
+        const int64_t left = width - channel % width, count = left < end - channel ? left : end - channel;
+        Vec<float> weight[kCount];
+        for (int i = 0; i < kCount; ++i) weight[i] = broadcast(weights[i]);
+        const float* v = values + (channel - first);
+        float* sums = to + (channel - first);
+        int64_t c = 0;
+        for (; c + kL <= count; c += kL) {
+            Vec<float> sum = load(sums + c);
+            for (int i = 0; i < kCount; ++i) sum = fma(weight[i], load(v + i * stride + c), sum);
+            store(sums + c, sum);
         }
-        c += count;
+        if (c < count) {
+            const int rest = static_cast<int>(count - c);
+            Vec<float> sum = load_n(sums + c, rest);
+            for (int i = 0; i < kCount; ++i) sum = fma(weight[i], load_n(v + i * stride + c, rest), sum);
+            store_n(sums + c, sum, rest);
+        }
+        channel += count;
     }
+}
+
+// The same for positions [begin, end) of the values; weights are those from `begin` on. `to` begins as zeros.
+inline void attention_sum(const float* weights, int64_t pitch, const Positions& values, int64_t begin, int64_t end,
+                          int64_t width, int64_t first, int64_t end_channel, float* to) {
+    for (int64_t c = first; c < end_channel; ++c) to[c - first] = 0.0f;
+    for_runs(values, begin, end, [&](const float* value, int64_t at, int64_t count) {
+        int64_t i = 0;
+        for (; i + kPositions <= count; i += kPositions) {
+            attention_add<kPositions>(weights + at + i, pitch, value + i * values.stride, values.stride,
+                                               width, first, end_channel, to);
+        }
+        for (; i < count; ++i) {
+            attention_add<1>(weights + at + i, pitch, value + i * values.stride, values.stride, width, first,
+                             end_channel, to);
+        }
+    });
 }
 
 }  // namespace fastgen::FASTGEN_ISA

@@ -298,6 +298,7 @@ private:
         const int64_t groups = step.groups > 0 ? step.groups : 1;
         const int64_t fitting = kTileColumns / (groups * kPanelColumns);
         const int64_t shares = panels < members_ ? panels : members_;
+        if (step.attention >= 0 && result_is_product(step)) return shares;  // the more heads are read at once
         return shares * div_up(div_up(panels, shares), fitting > 0 ? fitting : 1);
     }
 
@@ -309,8 +310,9 @@ private:
     // The weights of a column tile of a step.
     Span weights_of(const PlanStep& step, int64_t tile) const {
         const int64_t panels = div_up(step.channels, kPanelColumns), tiles = column_tiles_of(step);
-        const int64_t first = panels * tile / tiles, end = panels * (tile + 1) / tiles;
         const int64_t panel_bytes = step.groups * step.inner * kPanelColumns * 4;
+        if (step.equal) return {static_cast<const char*>(plan_.weights) + step.weight * 4, panel_bytes};
+        const int64_t first = panels * tile / tiles, end = panels * (tile + 1) / tiles;
         return {static_cast<const char*>(plan_.weights) + step.weight * 4 + first * panel_bytes,
                 (end - first) * panel_bytes};
     }
@@ -340,6 +342,12 @@ private:
         });
     }
 
+    // Whether the product need not be kept beside the result.
+    bool result_is_product(const PlanStep& step) const {
+        return step.num_instrs == 1 && plan_.instrs[step.first_instr].op == PlanOp::acc && step.num_stores == 1 &&
+               !step.equal;
+    }
+
     // The step's program, and its stores. multiply(to, row stride, columns) computes the product.
     template <class Multiply>
     void finish(const Tile& tile, Multiply multiply) {
@@ -348,18 +356,19 @@ private:
         const PlanInstr* program = plan_.instrs + step.first_instr;
         const PlanStore* stores = plan_.stores + step.first_store;
         const auto target = [&](const PlanStore& store) { return operand(tile, store.address, tile.first_channel()); };
-        if (step.num_instrs == 1 && program[0].op == PlanOp::acc &&
-            step.num_stores == 1) {  // the product is the result
+        if (result_is_product(step)) {
             const Value result = target(stores[0]);
             multiply(const_cast<float*>(result.p), result.row_stride, channels);
             return;
         }
         fetch_operands(tile);
-        if (step.groups > 0) multiply(product_, tile.columns(), tile.columns());
+        const int64_t columns = step.equal ? kPanelColumns : tile.columns();
+        if (step.groups > 0) multiply(product_, columns, columns);
         for (int64_t i = 0; i < step.num_instrs; ++i) {
             const PlanInstr& instr = program[i];
             if (instr.op == PlanOp::acc) {
-                values_[i] = {product_ + instr.a * kPanelColumns, tile.columns(), step.groups * kPanelColumns};
+                const int64_t panel_stride = step.equal ? 0 : step.groups * kPanelColumns;
+                values_[i] = {product_ + instr.a * kPanelColumns, columns, panel_stride};
             } else if (instr.op == PlanOp::constant) {
                 values_[i] = {plan_.constants + instr.a * kPanelColumns, 0, 0};
             } else if (instr.op == PlanOp::load) {
@@ -385,7 +394,8 @@ private:
         const PlanPlane& keys = plan_.planes[of.keys];
         const int64_t num_keys = keys.height * keys.width;
         const float* floats = plan_.attention_floats + of.scale;
-        const int64_t positions = tile.step.height * tile.step.width;
+        const int64_t positions = tile.step.height * tile.step.width, pitch = plan_attention_pitch(num_keys);
+        float factors[kPlanHeads];
         const int64_t first_channel = tile.first_channel(), end_channel = first_channel + tile.channels();
         for (int64_t r = 0; r < tile.rows; ++r) {
             const Place place = place_of(tile, tile.first_row + r);
@@ -394,20 +404,23 @@ private:
             const Positions all_keys = all_positions(of.keys, of.keys_channel, place.sample);
             const Positions all_values = all_positions(of.values, of.values_channel, place.sample);
             for (int64_t c = first_channel; c < end_channel;) {
-                const int64_t head = c / of.width, end_of_head = (head + 1) * of.width;
-                const int64_t end = end_of_head < end_channel ? end_of_head : end_channel;
+                const int64_t head = c / of.width, heads_end = (head + kPlanHeads) * of.width;
+                const int64_t end = heads_end < end_channel ? heads_end : end_channel;
+                const int heads = static_cast<int>(div_up(end, of.width) - head);
+                const int64_t bias_stride = of.biases > 1 ? positions * num_keys : 0;
                 const float* bias = nullptr;
-                if (of.biases > 0) {
-                    bias = floats + 1 + ((of.biases > 1 ? head : 0) * positions + position) * num_keys + span[0];
+                if (of.biases > 0) bias = floats + 1 + head * bias_stride + position * num_keys + span[0];
+                Positions keys_here = all_keys, values_here = all_values;
+                keys_here.first += head * of.depth;
+                values_here.first += c;
+                attention_scores(query.p + r * query.row_stride + head * of.depth, heads, of.depth, keys_here, span[0],
+                                 span[1], floats[0], bias, bias_stride, scores_, pitch);
+                for (int h = 0; h < heads; ++h) {
+                    factors[h] = attention_weights(scores_ + h * pitch, span[1] - span[0]);
                 }
-                Positions keys_of_head = all_keys, values_of_head = all_values;
-                keys_of_head.first += head * of.depth;
-                values_of_head.first += c;
-                attention_scores(query.p + r * query.row_stride + head * of.depth, of.depth, keys_of_head, span[0],
-                                 span[1], floats[0], bias, scores_);
-                const float total = attention_weights(scores_, span[1] - span[0]);
-                attention_sum(scores_, values_of_head, span[0], total > 0 ? span[1] : span[0],
-                              total > 0 ? 1.0f / total : 0.0f, end - c, to + r * stride + c - first_channel);
+                float* out = to + r * stride + c - first_channel;
+                attention_sum(scores_, pitch, values_here, span[0], span[1], of.width, c, end, out);
+                for (int64_t i = c; i < end; ++i) out[i - c] *= factors[i / of.width - head];
                 c = end;
             }
             for (int64_t c = tile.channels(); c < columns; ++c) to[r * stride + c] = 0.0f;
@@ -589,7 +602,8 @@ private:
     template <class W, int64_t kDepth>
     void multiply_by(const Tile& tile, float* to, int64_t stride, int64_t columns) {
         const PlanStep& step = tile.step;
-        const int64_t panel_stride = step.inner * kPanelColumns, first_panel = tile.first_panel * step.groups;
+        const int64_t panel_stride = step.inner * kPanelColumns;
+        const int64_t first_panel = step.equal ? 0 : tile.first_panel * step.groups;
         const W* weight = static_cast<const W*>(plan_.weights) + step.weight + first_panel * panel_stride;
         const int64_t num_taps = collect<W, kDepth>(tile, step.first_tap, step.first_tap + step.num_taps, weight);
         Value start{};
@@ -602,7 +616,7 @@ private:
     }
 
     Value bias_of(const Tile& tile) const {
-        if (tile.step.bias < 0) return {};
+        if (tile.step.bias < 0 || tile.step.equal) return {};
         return {plan_.biases + tile.step.bias + tile.first_panel * tile.step.groups * kPanelColumns, 0, 0};
     }
 
@@ -753,7 +767,7 @@ private:
     int64_t* active_;       // steps that have work in this row
     int64_t* ran_;          // epoch in which each step ran last
     float* probabilities_;  // of the levels
-    float* scores_;         // of the keys of one head
+    float* scores_;         // of the keys of some heads
     int64_t num_active_ = 0;
     const PlanStep* following_ = nullptr;  // the step after the one at hand
     Span hint_{};                          // weights that this thread needs after the tile at hand

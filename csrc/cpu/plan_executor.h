@@ -54,6 +54,11 @@ struct PlanScratch {
 
 constexpr int64_t kScratchRecord = 64;  // room for the address of a tap or an operand
 
+constexpr int64_t kPlanHeads = 8;  // of attention whose scores are kept at a time
+
+// Floats for the scores of a head: what reads and writes whole vectors may go past the last by one and more.
+inline int64_t plan_attention_pitch(int64_t keys) { return (keys / kPlanPanel + 3) * kPlanPanel; }
+
 inline PlanScratch plan_scratch(const PlanTables& plan) {
     const auto cache_lines = [](int64_t bytes) { return (bytes + 63) / 64 * 64; };
     const int64_t panel = plan.max_groups * kPlanPanel;
@@ -68,7 +73,7 @@ inline PlanScratch plan_scratch(const PlanTables& plan) {
     sizes.active = cache_lines(plan.num_steps * sizeof(int64_t));
     sizes.ran = cache_lines(plan.num_steps * sizeof(int64_t));
     sizes.probabilities = cache_lines(plan.num_levels * sizeof(float));
-    sizes.scores = plan.max_keys > 0 ? cache_lines((plan.max_keys + 2 * kPlanPanel) * sizeof(float)) : 0;
+    sizes.scores = plan.max_keys > 0 ? cache_lines(kPlanHeads * plan_attention_pitch(plan.max_keys) * sizeof(float)) : 0;
     return sizes;
 }
 

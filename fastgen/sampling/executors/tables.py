@@ -20,7 +20,7 @@ OPS = {op: i for i, op in enumerate(("acc", "load", "const", *PRIMITIVES))}  # e
 COLUMNS = {
     "planes": 10,
     "addresses": 8,
-    "steps": 33,
+    "steps": 34,
     "taps": 2,
     "instrs": 6,
     "stores": 2,
@@ -173,11 +173,12 @@ class PlanTables:
         attention = -1 if step.attention is None else self._attention(step, step.attention)
         self._program(step)
         weight_offset, bias_offset = self.num_weights, -1
+        equal = layout is step and _equal_columns(step)
         filters = find_filters(plan, step)
         if filters is None:
             taps = list(step.taps)
             weight = step.weight if step.weight is not None else torch.zeros(0, layout.groups * layout.width)
-            packed = self._pack(weight, step, layout)
+            packed = self._pack(weight, step, layout)[: 1 if equal else None]
             inner = packed.shape[1]
         else:
             taps = filters.taps + filters.rest
@@ -187,6 +188,7 @@ class PlanTables:
         self.weights.append(packed)
         self.num_weights += packed.numel()
         macs = plan.macs(step) if filters is None else filters.macs
+        macs = macs / step.width if equal else macs
         self.flops += round(2 * macs * plan.positions(step))
         if step.bias is not None:
             bias_offset = self.num_biases
@@ -201,7 +203,7 @@ class PlanTables:
             *((0, 0) if filters is None else (filters.size, len(filters.taps))),
             *(bias_offset, init),
             *((0, 2) if filters else self._strides(step, first_address)),
-            attention,
+            *(attention, int(equal)),
         )
 
     def _attention(self, step: Step, of: Attention) -> int:
@@ -252,6 +254,13 @@ class PlanTables:
         """[K, groups * width] -> [panels * groups, rows, PANEL] of float32, or of int32 words of two bfloat16."""
         packed = _pack_columns(weight, layout)
         return packed if self.depth == 1 else _pair_rows(packed, [t.count for t in step.taps])
+
+
+def _equal_columns(step: Step) -> bool:
+    """Whether a product has the same value for all channels, as a sum over channels does."""
+    if step.weight is None or step.groups != 1 or step.width <= PANEL or step.init is not None:
+        return False
+    return bool((step.weight == step.weight[:, :1]).all()) and (step.bias is None or not step.bias.any())
 
 
 def _round_up(n: int) -> int:
