@@ -14,13 +14,14 @@ namespace {
 template <class T>
 struct Functions {
     using Function = void (*)(const T*, T*, int64_t);
-    Function exp, exp_flushed, lack, log, sigmoid, tanh;
+    Function exp, exp_flushed, lack, log, sigmoid, tanh, erf;
 };
 
 template <class T>
 constexpr Functions<T> kFunctions[] = {
-#define FASTGEN_FUNCTIONS(ISA) \
-    {ISA::array_exp, ISA::array_exp_flushed, ISA::array_lack, ISA::array_log, ISA::array_sigmoid, ISA::array_tanh},
+#define FASTGEN_FUNCTIONS(ISA)                                                    \
+    {ISA::array_exp,     ISA::array_exp_flushed, ISA::array_lack, ISA::array_log, \
+     ISA::array_sigmoid, ISA::array_tanh,        ISA::array_erf},
     FASTGEN_FOR_EACH_ISA(FASTGEN_FUNCTIONS)
 #undef FASTGEN_FUNCTIONS
 };
@@ -44,6 +45,7 @@ void define_all(pybind11::module_& module, const std::string& dtype) {
     define<T, &Functions<T>::log>(module, "log_" + dtype);
     define<T, &Functions<T>::sigmoid>(module, "sigmoid_" + dtype);
     define<T, &Functions<T>::tanh>(module, "tanh_" + dtype);
+    define<T, &Functions<T>::erf>(module, "erf_" + dtype);
 }
 
 }  // namespace

@@ -35,9 +35,7 @@ FASTGEN_INLINE Vec<float> each_lane(Vec<float> x, float (*f)(float)) {
     for (int i = 0; i < kLanes<float>; ++i) x[i] = f(x[i]);
     return x;
 }
-float log_of(float x) { return __builtin_logf(x); }
 float sqrt_of(float x) { return __builtin_sqrtf(x); }
-float erf_of(float x) { return __builtin_erff(x); }
 
 FASTGEN_INLINE Vec<float> expm1_of_minus_abs(Vec<float> x) {
     Vec<float> lack;
@@ -97,11 +95,11 @@ void apply(PlanOp op, float* dst, int64_t stride, int64_t rows, int64_t panels, 
         case PlanOp::expm1:
             return map(dst, stride, rows, panels, a, [](V x) { return expm1(x); });
         case PlanOp::log:
-            return map(dst, stride, rows, panels, a, [](V x) { return each_lane(x, log_of); });
+            return map(dst, stride, rows, panels, a, [](V x) { return log(x); });
         case PlanOp::sqrt:
             return map(dst, stride, rows, panels, a, [](V x) { return each_lane(x, sqrt_of); });
         case PlanOp::erf:
-            return map(dst, stride, rows, panels, a, [](V x) { return each_lane(x, erf_of); });
+            return map(dst, stride, rows, panels, a, [](V x) { return erf(x); });
         case PlanOp::tanh:
             return map(dst, stride, rows, panels, a, [](V x) { return tanh(x); });
         case PlanOp::sigmoid:

@@ -37,6 +37,9 @@ void array_sigmoid(const float* x, float* y, int64_t count) {
 void array_tanh(const float* x, float* y, int64_t count) {
     map(x, y, count, [](Vec<float> v) { return tanh(v); });
 }
+void array_erf(const float* x, float* y, int64_t count) {
+    map(x, y, count, [](Vec<float> v) { return erf(v); });
+}
 void array_exp(const double* x, double* y, int64_t count) {
     map(x, y, count, [](Vec<double> v) { return exp(v); });
 }
@@ -57,6 +60,9 @@ void array_sigmoid(const double* x, double* y, int64_t count) {
 }
 void array_tanh(const double* x, double* y, int64_t count) {
     map(x, y, count, [](Vec<double> v) { return tanh(v); });
+}
+void array_erf(const double* x, double* y, int64_t count) {
+    map(x, y, count, [](Vec<double> v) { return erf(v); });
 }
 
 }  // namespace fastgen::FASTGEN_ISA

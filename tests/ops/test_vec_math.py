@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
@@ -14,6 +16,7 @@ EXACT = {
     "log": np.log,
     "sigmoid": lambda x: np.where(x < 0, np.exp(np.minimum(x, 0)), 1) / (1 + np.exp(-np.abs(x))),
     "tanh": np.tanh,
+    "erf": np.vectorize(math.erf),
 }
 ULPS = {
     "exp": 1.1,
@@ -22,6 +25,7 @@ ULPS = {
     "log": 0.9,
     "sigmoid": 2.4,
     "tanh": 1.4,
+    "erf": 1.4,
 }  # as csrc/cpu/vec_math.h says
 functions = pytest.mark.parametrize("name", EXACT)
 
@@ -85,10 +89,11 @@ def test_special_values(dtype, isa):
         "log": [np.nan, np.nan, -np.inf, -np.inf, np.log(np.asarray(1e30, dtype)), np.inf, np.nan],
         "sigmoid": [0, 0, 0.5, 0.5, 1, 1, np.nan],
         "tanh": [-1, -1, -0.0, 0, 1, 1, np.nan],
+        "erf": [-1, -1, -0.0, 0, 1, 1, np.nan],
     }.items():
         y = call(name, x)
         np.testing.assert_array_equal(y, np.array(expected, dtype))
-        assert np.signbit(y[2]) == (name in ("log", "tanh"))
+        assert np.signbit(y[2]) == (name in ("log", "tanh", "erf"))
 
 
 @functions
