@@ -97,6 +97,7 @@ class Node:
     samples: int = 1  # 1: the same for all samples of a batch
     start: int = 0  # code of its first element
     stride: Stride = (1, 1)
+    sequential: bool = False  # part of a layer that reads itself in its own row
 
     @property
     def given(self) -> bool:

@@ -125,7 +125,7 @@ def _windows(tracer: Tracer, codes: Tensor, offsets: list[Pair], stride: Pair, s
     graph = tracer.graph
 
     def of_whole(recognise: Callable[[Tensor], Ref]) -> list[Ref]:
-        whole = _spatial(tracer, recognise(codes), codes)
+        whole = spatial(tracer, recognise(codes), codes)
         return [graph.every(graph.moved(whole, *offset), stride) for offset in offsets]
 
     def each(recognise: Callable[[Tensor], Ref]) -> list[Ref]:
@@ -154,7 +154,7 @@ def _transposed_taps(
     rows, columns = ((n - 1 + p) // s + 1 for n, p, s in zip(size, padding, stride, strict=True))
     padded = F.pad(codes, (left, max(0, columns - codes.shape[3]), top, max(0, rows - codes.shape[2])))
     try:
-        whole = graph.finer(graph.moved(_spatial(tracer, graph.recognise(padded), padded), top, left), stride)
+        whole = graph.finer(graph.moved(spatial(tracer, graph.recognise(padded), padded), top, left), stride)
     except LayoutError:
         copy = elementwise.pointwise_4d(tracer, "copy", [codes], multiple=stride)
         whole = graph.finer(graph.recognise(copy), stride)
@@ -189,7 +189,7 @@ def _can_be_finer(tracer: Tracer, codes: Tensor, factor: Stride) -> bool:
     return True
 
 
-def _spatial(tracer: Tracer, ref: Ref, codes: Tensor) -> Ref:
+def spatial(tracer: Tracer, ref: Ref, codes: Tensor) -> Ref:
     """The source of a product: a plane that is read at every position alike (an expanded label embedding) is written
     out.
     """
@@ -275,7 +275,7 @@ def _product(tracer: Tracer, func: Any, args: tuple, kwargs: dict, outputs: list
 def product(tracer: Tracer, rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Codes [N*h*w, M] of codes [N*h*w, K], positions in any order, times weight [K, M]."""
     order, grid, found = feature_map(tracer, rows)
-    ref = _spatial(tracer, found, grid)
+    ref = spatial(tracer, found, grid)
     taps = taps_of(ref, weight.detach().to("cpu", torch.float32).contiguous())
     height, width = grid.shape[2:]
     node = Linear(tracer.module, weight.shape[1], height, width, stride=ref.stride, taps=taps, bias=_vector(bias))

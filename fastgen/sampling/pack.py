@@ -63,9 +63,8 @@ class _Packer:
         kinds = {Image: "image", Embedding: "image", Constant: "constant", Condition: "condition"}
         encodings = []
         condition_planes = []
-        for node in self.graph.nodes:
-            if self.root[node.id] != node.id:
-                continue
+        stored = [n for n in self.graph.nodes if self.root[n.id] == n.id]
+        for node in stored:
             kind = kinds.get(type(node), "cache")
             data = node.data if isinstance(node, Constant) else None
             plane = Plane(node.name, kind, node.channels, node.height, node.width, data, node.stride)
@@ -82,10 +81,10 @@ class _Packer:
             elif isinstance(node, Condition):
                 condition_planes.append(index)
                 self.conditions.append(node.tensor)
-            elif kind == "cache":
-                for part in self.times.parts[node.id]:
-                    for start, stop in self._runs(node.id, part):
-                        self._add_steps(node.id, part, start, stop)
+        for node in stored:  # now that all planes are there: recurrent layers read later ones
+            for part in self.times.parts[node.id] if type(node) not in kinds else ():
+                for start, stop in self._runs(node.id, part):
+                    self._add_steps(node.id, part, start, stop)
         image = next(n for n in self.graph.nodes if isinstance(n, Image))
         output = self.graph.output
         assert output is not None
@@ -163,7 +162,9 @@ class _Packer:
         for tap, ref in node.taps_at(step.phase):
             weight = tap.weight[:, columns]
             open_rows = weight.any(1).numpy()
-            ready = self._finished(ref, step)
+            # What lies outside for most columns is not multiplied there pixel by pixel, as it is row by row.
+            columns_inside = self.planes[step.out].width - abs(tap.dx)
+            ready = self._finished(ref, step) & (2 * columns_inside >= self.planes[step.out].width)
             for part, chosen in ((finished, ready & open_rows), (current, ~ready & open_rows)):
                 for a, b in _ranges(chosen):
                     read = StepTap(self.index[tap.plane], tap.dy, tap.dx, tap.channel + a, b - a)

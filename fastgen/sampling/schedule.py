@@ -22,7 +22,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fastgen.sampling.graph import TOP_LEVEL, Attention, Embedding, Graph, Image, Linear, Node, NotCausal, Pointwise, Ref
+from fastgen.sampling.graph import (
+    TOP_LEVEL,
+    Attention,
+    Embedding,
+    Graph,
+    Image,
+    Linear,
+    Node,
+    NotCausal,
+    Pointwise,
+    Ref,
+)
 from fastgen.sampling.heads import Group
 
 Keys = NDArray[np.int64]
@@ -107,9 +118,11 @@ def _shifts(graph: Graph, ref: Ref) -> Keys:
 
 
 def _source_keys(graph: Graph, ref: Ref, reach: list[Keys]) -> Keys:
-    """Reach of each channel of a frame."""
+    """Reach of each channel of a frame; never, of planes that follow: recurrent layers read them at earlier positions,
+    where they reach less far.
+    """
     keys = np.full(len(ref.plane), _NEVER, dtype=np.int64)
-    for plane in np.unique(ref.plane[ref.plane >= 0]):
+    for plane in np.unique(ref.plane[(ref.plane >= 0) & (ref.plane < len(reach))]):
         here = ref.plane == plane
         keys[here] = reach[plane][ref.channel[here]]
     return np.where(keys > _NEVER, keys + _shifts(graph, ref), _NEVER)
@@ -267,6 +280,10 @@ def _mark_pixel_stage(graph: Graph, parts: list[list[Part]]) -> None:
                 now = np.atleast_2d(needed[..., here] & (reader_dy[..., here] == dy)).any(0)
                 part.pixel[channels[now]] = True
 
+    for node in graph.nodes:
+        if node.sequential:
+            for part in parts[node.id]:
+                part.pixel[:] = True
     everywhere = np.ones(len(graph.output.plane), dtype=bool)
     mark(graph.output, everywhere, np.zeros(len(everywhere), dtype=np.int64))
     for node in reversed(graph.nodes):

@@ -27,7 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from fastgen import backends
-from fastgen.sampling import attention, channels, choices, elementwise, logits, lowering, rules  # noqa: F401  (some for their rules)
+from fastgen.sampling import attention, channels, choices, elementwise, logits, lowering, recurrent, rules  # noqa: F401  (some for their rules)
 from fastgen.sampling.graph import (
     TOP_LEVEL,
     Condition,
@@ -283,18 +283,15 @@ class Tracer(TorchDispatchMode):
                 result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result
-        try:
-            with host_defaults():
-                result = attention.lower(self, func, args, kwargs)
-        except LayoutError as error:
-            raise self.unsupported(f"operator {func} {error}") from None
+        with self.refusing(func), host_defaults():
+            result = attention.lower(self, func, args, kwargs)
         if result is not NotImplemented:
             return result
         rule = rules.find(func)
         if rule is None:
             hint = logits.HINTS.get(func._schema.name, "")
             raise self.unsupported(f"operator {func} ({hint}supported: views, {', '.join(rules.supported())})")
-        try:
+        with self.refusing(func):
             with host_defaults():
                 for tensor in _written(func, args, kwargs):
                     if not self.depends(tensor):
@@ -303,10 +300,16 @@ class Tracer(TorchDispatchMode):
             result = _cheap_convolution(func, *args) if convolution else func(*args, **kwargs)
             with host_defaults():
                 rule(self, func, args, kwargs, tensors_in(result))
+        return result
+
+    @contextlib.contextmanager
+    def refusing(self, func: object) -> Iterator[None]:
+        """What has no rule becomes an error that names the operator."""
+        try:
+            yield
         except LayoutError as error:
             what = str(error) or "on tensors that are not shifted windows of feature maps"
             raise self.unsupported(f"operator {func} {what}") from None
-        return result
 
     def recognise(self, codes: Tensor) -> Ref:
         """`Graph.recognise`, with new planes for constants and conditions in another layout, where views lie beside
@@ -334,13 +337,16 @@ class _Watch(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        tracer, tensor = self.tracer, args[0] if args else None
+        tracer, tensor, name = self.tracer, args[0] if args else None, getattr(func, "__name__", "")
         if isinstance(tensor, Tensor) and tracer.varies(tensor):
-            if getattr(func, "__name__", "") in ("tolist", "numpy", "__array__", "__dlpack__"):
+            if name in ("tolist", "numpy", "__array__", "__dlpack__"):
                 what = "the image" if tracer.depends(tensor) else tracer.tape.names
                 raise tracer.unsupported(f"Python code that reads the values of {what} (Tensor.{func.__name__})")
             if func is F.one_hot:  # it looks at the values itself
                 return _one_hot(tracer, *args, **kwargs)
+        if isinstance(tensor, Tensor) and tracer.depends(tensor) and name in recurrent.LAYERS:
+            with tracer.refusing(name), host_defaults():
+                return recurrent.lower(tracer, name, args)
         return func(*args, **kwargs)
 
 
