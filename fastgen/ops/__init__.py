@@ -9,6 +9,7 @@ from fastgen.ops.logistic_mixture_nll import logistic_mixture_nll
 from fastgen.ops.masked_conv2d import conv_mask, masked_conv2d
 from fastgen.ops.normal import normal
 from fastgen.ops.reparameterize import reparameterize
+from fastgen.ops.row_lstm import row_lstm
 
 __all__ = [
     "conv2d_bn_act",
@@ -19,4 +20,5 @@ __all__ = [
     "normal",
     "philox",
     "reparameterize",
+    "row_lstm",
 ]

@@ -1,14 +1,14 @@
 """Pass 2 for recurrent layers: planes that read themselves, at positions that come before.
 
 A layer over the pixels in raster order has its state from the pixel on the left or, at the left edge, from the last
-pixel of the row above; layers over each row, or each column, from the left, or from above.  What reads itself in its own
-row is computed pixel by pixel.
+pixel of the row above; layers over each row, or each column, from the left, or from above.  What reads itself in its
+own row is computed pixel by pixel.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -76,8 +76,8 @@ class _Layer:
         return cell, self.emit("mul", self.emit("sigmoid", o), self.emit("tanh", cell))
 
 
-# Layers of PyTorch. Each takes the layer, its inputs and their weight [K, columns], the weight of the state [h, columns]
-# and two biases, and gives codes of the output and of the cell, where there is one.
+# Layers of PyTorch. Each takes the layer, its inputs and their weight [K, columns], the weight of the state
+# [h, columns] and two biases, and gives codes of the output and of the cell, where there is one.
 
 Rule = Callable[[_Layer, Ref, Tensor, Tensor, Tensor, Tensor], list[Tensor]]
 

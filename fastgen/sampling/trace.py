@@ -26,7 +26,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-from fastgen import backends
+from fastgen import backends, ops
 from fastgen.sampling import attention, channels, choices, elementwise, logits, lowering, recurrent, rules  # noqa: F401  (some for their rules)
 from fastgen.sampling.graph import (
     TOP_LEVEL,
@@ -344,6 +344,9 @@ class _Watch(TorchFunctionMode):
                 raise tracer.unsupported(f"Python code that reads the values of {what} (Tensor.{func.__name__})")
             if func is F.one_hot:  # it looks at the values itself
                 return _one_hot(tracer, *args, **kwargs)
+        if func is ops.row_lstm and tracer.depends(tensor):
+            with tracer.refusing(name), host_defaults():
+                return recurrent.row_lstm(tracer, *args)
         if isinstance(tensor, Tensor) and tracer.depends(tensor) and name in recurrent.LAYERS:
             with tracer.refusing(name), host_defaults():
                 return recurrent.lower(tracer, name, args)
