@@ -9,7 +9,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from fastgen.models.autoregressive.pixelcnnpp import RESOLUTIONS, PixelCNNpp, Upsampling, WeightNormed
+from fastgen.models.autoregressive.pixelcnnpp import RESOLUTIONS, PixelCNNpp, Upsampling
+from fastgen.models.autoregressive.weight_normed import WeightNormed
 
 # What weight normalisation calls g and v: torch.nn.utils.weight_norm, its newer parametrization, or once it is removed.
 _PARTS = {

@@ -12,7 +12,8 @@ import torch
 import fastgen
 from fastgen import models
 from fastgen.models import PixelCNNpp
-from fastgen.models.autoregressive.pixelcnnpp import HORIZONTAL, POINT, VERTICAL, Convolution, Upsampling, WeightNormed
+from fastgen.models.autoregressive.pixelcnnpp import Upsampling
+from fastgen.models.autoregressive.weight_normed import HORIZONTAL, POINT, VERTICAL, Convolution, WeightNormed
 
 SMALL = {"num_filters": 6, "num_blocks": 1, "num_mixtures": 2}
 

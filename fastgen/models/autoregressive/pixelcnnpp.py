@@ -4,108 +4,31 @@ Mixture Likelihood and Other Modifications", arXiv:1701.05517).
 
 from __future__ import annotations
 
-from typing import NamedTuple, cast
+import functools
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgen.models.autoregressive.base import AutoregressiveModel, positive
-from fastgen.sampling.subject import evaluating
+from fastgen.models.autoregressive.base import positive
+from fastgen.models.autoregressive.weight_normed import (
+    HORIZONTAL,
+    VERTICAL,
+    Convolution,
+    GatedResidual,
+    WeightNormed,
+    WeightNormedModel,
+    Window,
+    concat_elu,
+    dropout_share,
+    shift_down,
+    shift_right,
+)
 
 RESOLUTIONS = 3  # full, half and quarter resolution
-CONSTANT = 1e-8  # an output channel whose variance is below this share of g^2 has no scale to standardise
 
 Streams = tuple[Tensor, Tensor]  # vertical, horizontal: [N, num_filters, H, W] each
-
-
-class Window(NamedTuple):
-    """What a layer sees around its own pixel: rows that end with the pixel's own, columns of which ``left`` lie to its
-    left.
-    """
-
-    rows: int
-    columns: int
-    left: int
-
-    @property
-    def right(self) -> int:
-        return self.columns - 1 - self.left
-
-
-POINT = Window(1, 1, left=0)
-VERTICAL = Window(2, 3, left=1)  # the paper's "down shifted" convolution: this row and the one above
-HORIZONTAL = Window(2, 2, left=1)  # "down right shifted": nothing to the right
-
-
-def concat_elu(*x: Tensor) -> Tensor:
-    """ELU of the features of all arguments, and of their negatives: C channels -> 2C."""
-    return F.elu(torch.cat([*x, *(-each for each in x)], dim=1))
-
-
-def shift_down(x: Tensor) -> Tensor:
-    return F.pad(x, (0, 0, 1, 0))[:, :, :-1]
-
-
-def shift_right(x: Tensor) -> Tensor:
-    return F.pad(x, (1, 0))[:, :, :, :-1]
-
-
-class WeightNormed(torch.nn.Module):
-    """The weights ``g v / |v|``, normalised per output channel, and the bias (Salimans, Kingma 2016, arXiv:1602.07868).
-
-    Unlike `torch.nn.utils.weight_norm`, this is the norm per output channel of a transposed convolution too: only then
-    can the scale of a channel be set from data (section 3), and it is what the authors of PixelCNN++ did.
-    """
-
-    def __init__(self, shape: tuple[int, int, int, int], output_dim: int, init_scale: float) -> None:
-        super().__init__()
-        self.init_scale = init_scale
-        self.summed_dims = [dim for dim in range(4) if dim != output_dim]
-        g_shape = [size if dim == output_dim else 1 for dim, size in enumerate(shape)]
-        self.weight_v = torch.nn.Parameter(torch.empty(shape).normal_(0, 0.05))
-        self.weight_g = torch.nn.Parameter(torch.full(g_shape, init_scale))
-        self.bias = torch.nn.Parameter(torch.zeros(shape[output_dim]))
-
-    def extra_repr(self) -> str:
-        return f"weight {list(self.weight_v.shape)}"
-
-    def weight(self) -> Tensor:
-        norm = torch.linalg.vector_norm(self.weight_v, dim=self.summed_dims, keepdim=True)
-        return self.weight_v * (self.weight_g / norm)
-
-    def set_weight(self, weight: Tensor) -> None:
-        """Sets g and v to what gives this weight."""
-        norm = torch.linalg.vector_norm(weight, dim=self.summed_dims, keepdim=True)
-        self.weight_g.copy_(norm)
-        self.weight_v.copy_(torch.where(norm > 0, weight, 1.0))
-
-    def standardise(self, output: Tensor) -> Tensor:
-        """Sets g and the bias so that an output [N, C, H, W] of this layer would have had mean 0 and standard deviation
-        ``init_scale`` in each channel, and returns what it would have been.
-        """
-        variance, mean = torch.var_mean(output, dim=(0, 2, 3), correction=0)
-        varies = variance > CONSTANT * self.weight_g.flatten().square()
-        scale = torch.where(varies, self.init_scale * variance.rsqrt(), 1.0)
-        self.weight_g.mul_(scale.view_as(self.weight_g))
-        self.bias.sub_(mean).mul_(scale)
-        return (output - mean[:, None, None]) * scale[:, None, None]
-
-
-class Convolution(WeightNormed):
-    """A convolution over a window, with zeros outside the image: [N, C, H, W] -> [N, C', ceil(H/s), ceil(W/s)]."""
-
-    def __init__(
-        self, inputs: int, outputs: int, window: Window = POINT, *, stride: int = 1, init_scale: float = 1.0
-    ) -> None:
-        super().__init__((outputs, inputs, window.rows, window.columns), 0, init_scale)
-        self.padding = (window.left, window.right, window.rows - 1, 0)
-        self.stride = stride
-
-    def forward(self, x: Tensor) -> Tensor:
-        if any(self.padding):
-            x = F.pad(x, self.padding)
-        return F.conv2d(x, self.weight(), self.bias, self.stride)
 
 
 class Upsampling(WeightNormed):
@@ -121,30 +44,6 @@ class Upsampling(WeightNormed):
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:
         y = F.conv_transpose2d(x, self.weight(), self.bias, stride=2)
         return y[:, :, :height, self.right : self.right + width]
-
-
-class GatedResidual(torch.nn.Module):
-    """The residual block of one stream, which also reads ``skips`` other feature maps (sections 2.3 and 2.4)."""
-
-    def __init__(self, p: int, window: Window, *, skips: int, num_classes: int | None, dropout: float) -> None:
-        super().__init__()
-        self.conv = Convolution(2 * p, p, window)
-        self.skip = Convolution(2 * skips * p, p) if skips else None
-        self.output = Convolution(2 * p, 2 * p, window, init_scale=0.1)
-        self.label_bias = None if num_classes is None else torch.nn.Embedding(num_classes, 2 * p)
-        if self.label_bias is not None:
-            torch.nn.init.normal_(self.label_bias.weight, std=0.05)
-        self.dropout = dropout
-
-    def forward(self, x: Tensor, skips: tuple[Tensor, ...], labels: Tensor | None) -> Tensor:
-        y = self.conv(concat_elu(x))
-        if self.skip is not None:
-            y = y + self.skip(concat_elu(*skips))
-        y = self.output(F.dropout(concat_elu(y), self.dropout, self.training))
-        if self.label_bias is not None:
-            y = y + self.label_bias(labels)[:, :, None, None]
-        a, b = y.chunk(2, dim=1)
-        return x + a * torch.sigmoid(b)
 
 
 class InputLayer(torch.nn.Module):
@@ -172,8 +71,9 @@ class Block(torch.nn.Module):
     def __init__(self, p: int, *, mirrored: bool, num_classes: int | None, dropout: float) -> None:
         super().__init__()
         skips = int(mirrored)
-        self.vertical = GatedResidual(p, VERTICAL, skips=skips, num_classes=num_classes, dropout=dropout)
-        self.horizontal = GatedResidual(p, HORIZONTAL, skips=1 + skips, num_classes=num_classes, dropout=dropout)
+        layer = functools.partial(GatedResidual, p, activation=concat_elu, num_classes=num_classes, dropout=dropout)
+        self.vertical = layer(VERTICAL, skip_channels=skips * p)
+        self.horizontal = layer(HORIZONTAL, skip_channels=(1 + skips) * p)
 
     def forward(self, streams: Streams, mirror: Streams | tuple[()], labels: Tensor | None) -> Streams:
         v = self.vertical(streams[0], mirror[:1], labels)
@@ -204,7 +104,7 @@ class Upsample(torch.nn.Module):
         return self.vertical(streams[0], height, width), self.horizontal(streams[1], height, width)
 
 
-class PixelCNNpp(AutoregressiveModel):
+class PixelCNNpp(WeightNormedModel):
     """PixelCNN++: whole pixels from a mixture of discretised logistics, in a network shaped like a U.
 
     An encoder of residual blocks at full, half and quarter resolution, and a decoder back up; each block of the decoder
@@ -251,7 +151,7 @@ class PixelCNNpp(AutoregressiveModel):
             num_filters=positive("num_filters", num_filters),
             num_blocks=positive("num_blocks", num_blocks),
             num_mixtures=positive("num_mixtures", num_mixtures),
-            dropout=_dropout(dropout),
+            dropout=dropout_share(dropout),
         )
         colors, p = self.image_shape[0], num_filters
 
@@ -283,38 +183,3 @@ class PixelCNNpp(AutoregressiveModel):
             for block in blocks:
                 streams = block(streams, saved.pop(), labels)
         return self.output(F.elu(streams[1]))
-
-    @torch.no_grad()
-    def initialize(self, images: Tensor, labels: Tensor | None = None) -> None:
-        """Data-dependent initialisation (Salimans, Kingma 2016, section 3), before training.
-
-        One pass over a batch sets g and the bias of each layer in turn so that its outputs have mean 0 and standard
-        deviation 1 in each channel (0.1 in front of the gates, which makes the blocks nearly the identity).  Channels
-        that are constant on these images keep their scale.  Dropout is off, so the result is a function of the weights
-        and the images.
-
-        Args:
-            images: uint8 levels [N, C, H, W], N >= 1; some tens of images are enough.
-            labels: int64 [N] for a conditional model.
-
-        Raises:
-            TypeError, ValueError: as `log_prob`, or there is no image.
-        """
-        self._check_images(images)
-        self._check_labels(labels, len(images))
-        if len(images) == 0:
-            raise ValueError("images: the initialisation needs at least one, got none")
-        layers = [layer for layer in self.modules() if isinstance(layer, WeightNormed)]
-        hooks = [layer.register_forward_hook(lambda layer, _, output: layer.standardise(output)) for layer in layers]
-        try:
-            with evaluating(self):
-                self(self.head.encode(images).to(self.output.bias), labels)
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-
-def _dropout(value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < 1:
-        raise ValueError(f"dropout: expected a number of at least 0 and below 1, got {value!r}")
-    return value
