@@ -153,8 +153,12 @@ def pieced(tracer: Tracer, codes: Tensor) -> Ref:
     """
     if codes.dim() != 4:
         raise LayoutError
-    plane, _, _, y, x = tracer.graph.decode(codes.numpy())
+    plane, _, channel, y, x = tracer.graph.decode(codes.numpy())
     nodes = tracer.graph.nodes
+    for p in np.unique(plane[plane >= 0]):  # the channels of an image one row high are no rows
+        of_each = np.ma.masked_where(plane != p, channel)
+        if not nodes[p].given and (np.ma.ptp(of_each, axis=(0, 2, 3)) > 0).any():
+            raise LayoutError
     row, column = np.ogrid[: codes.shape[2], : codes.shape[3]]
     given = np.array([n.given for n in nodes])[plane]
     views = np.stack([plane, np.where(given, 0, y - row), np.where(given, 0, x - column)])

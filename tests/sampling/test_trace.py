@@ -173,6 +173,13 @@ def frozen_on_tokens(net: Causal, h: Tensor) -> Tensor:
     return h + F.linear(last @ weight.t(), weight.t()).permute(0, 3, 1, 2)
 
 
+def attention(net: Causal, h: Tensor) -> Tensor:
+    """Its keys are [N, 1, channels, positions] on the way, which look like rows and columns."""
+    tokens = h.flatten(2).transpose(1, 2).unsqueeze(1)
+    found = F.scaled_dot_product_attention(tokens, tokens, tokens, is_causal=True)
+    return found.transpose(2, 3).reshape(h.shape)
+
+
 PLAIN = [
     filled,
     accumulated,
@@ -199,6 +206,7 @@ PLAIN = [
     other_norms,
     variances,
     frozen_on_tokens,
+    attention,
 ]
 
 
