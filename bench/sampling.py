@@ -38,6 +38,7 @@ class Subject:
 
 SUBJECTS = [
     Subject("PixelCNN++ 3x32x32", "pixelcnnpp", large=True),  # the published size, 53,659,080 parameters
+    Subject("PixelSNAIL 3x32x32", "pixelsnail", large=True),  # the published size, 46,180,788 parameters
     Subject("PixelCNN 3x32x32", "pixelcnn", {"image_shape": (3, 32, 32)}),  # the published size, colour masks
     Subject(
         "GatedPixelCNN 1x28x28", "gated_pixelcnn", {"image_shape": (1, 28, 28), "num_filters": 64, "num_blocks": 15}
@@ -74,6 +75,7 @@ QUICK_SUBJECTS = [
         {"image_shape": (3, 4, 5), "num_filters": 4, "num_blocks": 1, "num_mixtures": 2},
         large=True,
     ),
+    Subject("PixelSNAIL 1x4x5", "pixelsnail", {"image_shape": (1, 4, 5), "num_filters": 4, "num_blocks": 1}, True),
 ]
 BATCHES = (1, 16, 64)
 

@@ -25,6 +25,7 @@ EXAMPLES = """examples:
   fastgen train pixelcnn --data patches --levels 32 --steps 40000 --out runs/patches --resume
   fastgen train pixelcnnpp --data digits --num-filters 32 --num-blocks 1 --dropout 0.2 --lr 3e-3 --minutes 3
   fastgen train pixelcnnpp --data patches --num-filters 32 --num-blocks 2 --steps 20000
+  fastgen train pixelsnail --data digits --head categorical --num-filters 32 --num-blocks 2 --dropout 0.1 --lr 3e-3
   fastgen train dcgan --data digits --scores
   fastgen train dcgan --loss wgan-gp --data photos/ --size 64 --steps 50000
   fastgen train vae --data digits --latent-dim 2 --lr 3e-3 --minutes 2
@@ -41,9 +42,13 @@ MODEL_OPTIONS: dict[str, tuple[Any, str]] = {
     "num_blocks": (int, "layers or residual blocks"),
     "num_features": (int, "feature maps of the first output layer (pixelcnn)"),
     "kernel_size": (int, "odd size of the kernels after the first layer (gated_pixelcnn)"),
-    "num_mixtures": (int, "logistic components per pixel (pixelcnnpp)"),
-    "dropout": (float, "share of features dropped in training (pixelcnnpp, gan)"),
-    "head": (str, "categorical, bernoulli for two levels, or logistic_mixture (pixelcnnpp)"),
+    "num_layers": (int, "residual layers of a block (pixelsnail)"),
+    "key_dim": (int, "channels of the keys of attention (pixelsnail)"),
+    "value_dim": (int, "channels of the values of attention (pixelsnail)"),
+    "num_heads": (int, "heads of attention (pixelsnail)"),
+    "num_mixtures": (int, "logistic components per pixel (pixelcnnpp, pixelsnail)"),
+    "dropout": (float, "share of features dropped in training (pixelcnnpp, pixelsnail, gan)"),
+    "head": (str, "categorical, bernoulli for two levels, or logistic_mixture (pixelcnnpp, pixelsnail)"),
     "latent_dim": (int, "dimension of the latents (gan, dcgan, vae, conditional_vae)"),
     "architecture": (str, "perceptron or convolutional (vae, conditional_vae)"),
     "likelihood": (str, "bernoulli, gaussian, logistic or categorical (vae, conditional_vae)"),

@@ -6,7 +6,7 @@ of variational autoencoders: `train_vae`.
     from fastgen import training
 
     config = training.TrainConfig(max_steps=2000)      # or max_seconds=60.0, or both
-    training.initialize(model, train_data, config)     # a new PixelCNNpp wants to see a batch first; others do not mind
+    training.initialize(model, train_data, config)     # PixelCNNpp and PixelSNAIL want to see a batch first
     result = training.train(
         model, train_data, val_data, config, out="runs/a", resume=False, progress=True,
         sample_grid=lambda model, path: ...,           # writes a picture; called every config.sample_every steps

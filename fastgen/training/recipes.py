@@ -15,6 +15,7 @@ from fastgen.training.trainer import TrainResult, train
 # What a model is trained with where `TrainConfig` has other defaults.
 OPTIONS: dict[str, dict[str, Any]] = {
     "pixelcnnpp": {"batch_size": 16, "ema_decay": 0.9995},  # Salimans et al. 2017, appendix and published code
+    "pixelsnail": {"batch_size": 8, "ema_decay": 0.9995},  # published code, for CIFAR-10 on each GPU
 }
 
 

@@ -88,7 +88,7 @@ def train(
 
 def initialize(model: torch.nn.Module, data: Data, config: TrainConfig) -> None:
     """Data-dependent initialisation on the batch of the first step, for a new model of a kind that has one
-    (`PixelCNNpp.initialize`); other models are left as they are.
+    (`PixelCNNpp`, `PixelSNAIL`); other models are left as they are.
     """
     if hasattr(model, "initialize"):
         check_data(model, data, "data")

@@ -35,8 +35,12 @@ def checkpoint(folder: Path, **options: object) -> str:
 
 @pytest.mark.parametrize(
     "model",
-    ["gated_pixelcnn --num-blocks 2 --kernel-size 3", "pixelcnnpp --num-blocks 1 --num-mixtures 2"],
-    ids=["gated_pixelcnn", "pixelcnnpp"],
+    [
+        "gated_pixelcnn --num-blocks 2 --kernel-size 3",
+        "pixelcnnpp --num-blocks 1 --num-mixtures 2",
+        "pixelsnail --num-blocks 1 --num-layers 1 --key-dim 4 --value-dim 6 --num-heads 2",
+    ],
+    ids=["gated_pixelcnn", "pixelcnnpp", "pixelsnail"],
 )
 def test_train_then_resume_then_eval_and_sample(model: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train = f"train {model} --data digits --num-filters 4 --out run --quiet".split()
@@ -230,6 +234,8 @@ BAD = [
     ("train gated_pixelcnn --data digits --kernel-size 2 --quiet", "kernel_size: expected an odd integer"),
     ("train pixelcnn --data digits --kernel-size 3 --quiet", "pixelcnn has no option --kernel-size"),
     ("train pixelcnn --data digits --num-filters 2 --num-blocks 1 --num-features 2 --quiet --resume", "checkpoint"),
+    ("train pixelcnnpp --data digits --num-heads 2 --quiet", "pixelcnnpp has no option --num-heads"),
+    ("train pixelsnail --data digits --num-heads 3 --quiet", "num_heads: expected a divisor of key_dim=16"),
     ("train pixelcnn --data digits --loss hinge --quiet", "pixelcnn has no option --loss"),
     ("train dcgan --data digits --warmup 0.1 --quiet", "dcgan has no option --warmup"),
     ("train dcgan --data digits --kernel-size 3 --quiet", "dcgan has no option --kernel-size"),

@@ -181,7 +181,7 @@ def test_config_builds_the_same_model(cls):
 
 
 def test_registry():
-    names = ["conditional_vae", "dcgan", "gan", "gated_pixelcnn", "pixelcnn", "pixelcnnpp", "vae"]
+    names = ["conditional_vae", "dcgan", "gan", "gated_pixelcnn", "pixelcnn", "pixelcnnpp", "pixelsnail", "vae"]
     assert models.names() == names
     assert models.get("pixelcnn") is PixelCNN
     with pytest.raises(ValueError, match=f"unknown model 'pixelrnn'; known models: {', '.join(names)}"):

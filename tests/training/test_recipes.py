@@ -26,4 +26,4 @@ def test_demo_digits(tmp_path):
 def test_options_of_models_are_those_of_training():
     assert set(recipes.OPTIONS) <= set(models.names())
     configs = {name: TrainConfig(max_steps=1, **options) for name, options in recipes.OPTIONS.items()}
-    assert configs["pixelcnnpp"].ema_decay == 0.9995
+    assert configs["pixelcnnpp"].ema_decay == configs["pixelsnail"].ema_decay == 0.9995
