@@ -40,8 +40,8 @@ ON_DIGITS = "dcgan --data digits"  # has other defaults than those published: `t
 MODEL_OPTIONS: dict[str, tuple[Any, str]] = {
     "num_filters": (int, "feature maps"),
     "num_blocks": (int, "layers or residual blocks"),
-    "num_features": (int, "feature maps of the first output layer (pixelcnn)"),
-    "kernel_size": (int, "odd size of the kernels after the first layer (gated_pixelcnn)"),
+    "num_features": (int, "feature maps of the first output layer (pixelcnn, pixelrnn)"),
+    "kernel_size": (int, "odd size of the kernels after the first layer (gated_pixelcnn, pixelrnn)"),
     "num_layers": (int, "residual layers of a block (pixelsnail)"),
     "key_dim": (int, "channels of the keys of attention (pixelsnail)"),
     "value_dim": (int, "channels of the values of attention (pixelsnail)"),

@@ -6,7 +6,7 @@ The names are the ones of checkpoints and of the command line.  `convert` reads 
 from __future__ import annotations
 
 from fastgen.models import convert
-from fastgen.models.autoregressive import AutoregressiveModel, GatedPixelCNN, PixelCNN, PixelCNNpp, PixelSNAIL
+from fastgen.models.autoregressive import AutoregressiveModel, GatedPixelCNN, PixelCNN, PixelCNNpp, PixelRNN, PixelSNAIL
 from fastgen.models.gan import DCGAN, GAN, AdversarialModel
 from fastgen.models.vae import VAE, ConditionalVAE
 
@@ -20,6 +20,7 @@ __all__ = [
     "GatedPixelCNN",
     "PixelCNN",
     "PixelCNNpp",
+    "PixelRNN",
     "PixelSNAIL",
     "convert",
     "get",
@@ -29,7 +30,8 @@ __all__ = [
 Model = AutoregressiveModel | AdversarialModel | VAE
 
 _MODELS: dict[str, type[Model]] = {
-    model.name: model for model in (PixelCNN, GatedPixelCNN, PixelCNNpp, PixelSNAIL, GAN, DCGAN, VAE, ConditionalVAE)
+    model.name: model
+    for model in (PixelCNN, GatedPixelCNN, PixelCNNpp, PixelRNN, PixelSNAIL, GAN, DCGAN, VAE, ConditionalVAE)
 }
 
 

@@ -11,13 +11,14 @@ import torch
 
 from fastgen import models
 from fastgen.metrics import bits_per_dim
-from fastgen.models import GatedPixelCNN, PixelCNN
+from fastgen.models import GatedPixelCNN, PixelCNN, PixelRNN
 
 SMALL = {
     PixelCNN: {"num_filters": 6, "num_blocks": 2, "num_features": 9},
     GatedPixelCNN: {"num_filters": 6, "num_blocks": 3, "kernel_size": 3},
+    PixelRNN: {"num_filters": 6, "num_blocks": 2, "num_features": 9},
 }
-BOTH = pytest.mark.parametrize("cls", [PixelCNN, GatedPixelCNN], ids=lambda cls: cls.name)
+ALL = pytest.mark.parametrize("cls", list(SMALL), ids=lambda cls: cls.name)
 
 
 def build(cls, image_shape, levels=4, seed=0, **options):
@@ -46,7 +47,7 @@ def dependence(model, draws=8):
     return torch.stack([(row != 0).any(0).permute(1, 2, 0).flatten() for row in rows])
 
 
-@BOTH
+@ALL
 @pytest.mark.parametrize("image_shape", [(1, 4, 5), (3, 3, 4), (2, 5, 1), (4, 1, 3), (3, 1, 1)], ids=str)
 def test_parameters_of_an_element_depend_on_earlier_elements_only(cls, image_shape):
     depends = dependence(build(cls, image_shape))
@@ -69,7 +70,7 @@ def test_pixelcnn_has_the_blind_spot_that_the_gated_one_removes():
     assert dependence(build(GatedPixelCNN, shape, num_blocks=4))[element, above_right]
 
 
-@BOTH
+@ALL
 @pytest.mark.parametrize(
     ("image_shape", "levels", "options"),
     [
@@ -125,6 +126,26 @@ def test_pixelcnn_has_the_published_layers():
     assert len(shapes) == 1 + 15 * 3 + 2
 
 
+def test_pixelrnn_has_the_published_layers():
+    with torch.device("meta"):
+        model = PixelRNN()
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters() if "bias" not in name}
+    assert shapes["input.weight"] == (256, 3, 7, 7)
+    assert shapes["blocks.11.lstm.input_to_state.weight"] == (512, 256, 1, 3)
+    assert shapes["blocks.11.lstm.state_to_state"] == (512, 128, 3)
+    assert shapes["blocks.11.expand.weight"] == (256, 128, 1, 1)
+    assert shapes["features.weight"] == (1024, 256, 1, 1)
+    assert shapes["output.weight"] == (3 * 256, 1024, 1, 1)
+    assert len(shapes) == 1 + 12 * 3 + 2
+
+
+def test_pixelrnn_sees_a_triangle_above_in_one_layer():
+    """The recurrence carries what is in the rows above as far as it goes (section 3.1), past any kernel of fixed size."""
+    depends = dependence(build(PixelRNN, (1, 12, 5), num_blocks=1))
+    assert depends[11 * 5 + 2, 0] and depends[11 * 5 + 2, 4]
+    assert not dependence(build(PixelCNN, (1, 12, 5), num_blocks=1))[11 * 5 + 2, 0]
+
+
 def test_gated_pixelcnn_has_the_published_layers():
     with torch.device("meta"):
         model = GatedPixelCNN(num_classes=1000)
@@ -140,7 +161,7 @@ def test_gated_pixelcnn_has_the_published_layers():
     assert len(shapes) == 20 * 5 + 2
 
 
-@BOTH
+@ALL
 @pytest.mark.parametrize("image_shape", [(1, 1, 1), (3, 1, 7), (3, 5, 2), (1, 13, 11)], ids=str)
 def test_any_image_size(cls, image_shape):
     model = build(cls, image_shape, levels=256)
@@ -151,7 +172,7 @@ def test_any_image_size(cls, image_shape):
     assert model.log_prob(images[:0]).shape == (0,)
 
 
-@BOTH
+@ALL
 def test_log_prob_of_an_image_does_not_depend_on_the_batch(cls):
     model = build(cls, (3, 5, 4))
     images = random_images(model, 5)
@@ -159,7 +180,7 @@ def test_log_prob_of_an_image_does_not_depend_on_the_batch(cls):
     torch.testing.assert_close(model.log_prob(images), alone)
 
 
-@BOTH
+@ALL
 def test_every_parameter_gets_a_gradient(cls):
     model = build(cls, (3, 4, 4), **({"num_classes": 2} if cls is GatedPixelCNN else {}))
     labels = torch.tensor([0, 1]) if model.num_classes else None
@@ -168,7 +189,7 @@ def test_every_parameter_gets_a_gradient(cls):
     assert [name for name, parameter in model.named_parameters() if not parameter.grad.any()] == []
 
 
-@BOTH
+@ALL
 def test_config_builds_the_same_model(cls):
     model = build(cls, (3, 4, 5), levels=7, **({"num_classes": 3} if cls is GatedPixelCNN else {}))
     config = json.loads(json.dumps(model.config))
@@ -181,11 +202,21 @@ def test_config_builds_the_same_model(cls):
 
 
 def test_registry():
-    names = ["conditional_vae", "dcgan", "gan", "gated_pixelcnn", "pixelcnn", "pixelcnnpp", "pixelsnail", "vae"]
+    names = [
+        "conditional_vae",
+        "dcgan",
+        "gan",
+        "gated_pixelcnn",
+        "pixelcnn",
+        "pixelcnnpp",
+        "pixelrnn",
+        "pixelsnail",
+        "vae",
+    ]
     assert models.names() == names
     assert models.get("pixelcnn") is PixelCNN
-    with pytest.raises(ValueError, match=f"unknown model 'pixelrnn'; known models: {', '.join(names)}"):
-        models.get("pixelrnn")
+    with pytest.raises(ValueError, match=f"unknown model 'pixelvae'; known models: {', '.join(names)}"):
+        models.get("pixelvae")
 
 
 @pytest.mark.parametrize(
@@ -236,7 +267,7 @@ def test_bad_input(images, labels, error, text):
         model.log_prob(images, None if labels is None else torch.tensor(labels))
 
 
-@BOTH
+@ALL
 def test_labels_for_an_unconditional_model(cls):
     model = build(cls, (1, 2, 2))
     labels = torch.tensor([0])
@@ -246,7 +277,7 @@ def test_labels_for_an_unconditional_model(cls):
         model(torch.zeros(1, 1, 2, 2), labels)
 
 
-@BOTH
+@ALL
 def test_nan_weights_are_named(cls):
     model = build(cls, (1, 3, 3))
     model.output.bias.data[0] = math.nan

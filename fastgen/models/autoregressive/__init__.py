@@ -9,6 +9,7 @@ from fastgen.models.autoregressive.base import AutoregressiveModel
 from fastgen.models.autoregressive.gated_pixelcnn import GatedPixelCNN
 from fastgen.models.autoregressive.pixelcnn import PixelCNN
 from fastgen.models.autoregressive.pixelcnnpp import PixelCNNpp
+from fastgen.models.autoregressive.pixelrnn import PixelRNN
 from fastgen.models.autoregressive.pixelsnail import PixelSNAIL
 
-__all__ = ["AutoregressiveModel", "GatedPixelCNN", "PixelCNN", "PixelCNNpp", "PixelSNAIL"]
+__all__ = ["AutoregressiveModel", "GatedPixelCNN", "PixelCNN", "PixelCNNpp", "PixelRNN", "PixelSNAIL"]
