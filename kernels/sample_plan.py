@@ -257,11 +257,25 @@ def step(
     r = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     m = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     exists, j, sample = r < columns * batch, r // batch, r % batch
+    sums = ()
     if GROUPS > 0:
         sums = _product(
             workspace, where, fields, weight, bias, init, tap, turns, part, column, every, j, sample, exists, batch,
             width, GROUPS, VECTOR, SPACING, PRECISION, PARTS, ROWS, COLUMNS, CHANNELS, FILLED, STAGES,
         )  # fmt: skip
+    _finish(
+        workspace, where, fields, constants, operand, column, every, j, sample, exists, batch, m, m < width, sums,
+        PROGRAM, STORES, VECTOR, SPACING, ROWS, COLUMNS,
+    )  # fmt: skip
+
+
+@triton.jit
+def _finish(
+    workspace, where, fields, constants, operand, column, every, j, sample, exists, batch, m, wanted, sums,
+    PROGRAM: tl.constexpr, STORES: tl.constexpr, VECTOR: tl.constexpr, SPACING: tl.constexpr, ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """A step's program of its sums, and its stores; of the channels m that are wanted."""
     values = ()
     for i in tl.static_range(len(PROGRAM)):
         if _part(PROGRAM, i, 0) == "acc":
@@ -269,7 +283,7 @@ def step(
         elif _part(PROGRAM, i, 0) == "load":
             read = operand + _part(PROGRAM, i, 3)
             at, inside = _locate(where, fields, read, column, every, j, sample, batch, VECTOR, SPACING)
-            known = (inside & exists)[:, None] & (m < width)[None, :]
+            known = (inside & exists)[:, None] & wanted[None, :]
             value = tl.load(workspace + at[:, None] + m[None, :], known, 0.0)
         elif _part(PROGRAM, i, 0) == "const":
             value = tl.zeros([ROWS, COLUMNS], tl.float32) + tl.load(constants + _part(PROGRAM, i, 3))
@@ -279,8 +293,96 @@ def step(
     for s in tl.static_range(len(STORES)):
         to = operand + _part(STORES, s, 1)
         at, inside = _locate(where, fields, to, column, every, j, sample, batch, VECTOR, SPACING)
-        here = (inside & exists)[:, None] & (m < width)[None, :]
+        here = (inside & exists)[:, None] & wanted[None, :]
         tl.store(workspace + at[:, None] + m[None, :], values[_part(STORES, s, 0)], here)
+
+
+# Attention
+
+
+@triton.jit
+def _larger(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _locate_positions(plane, pitch, channel, s, sample, batch, VECTOR: tl.constexpr):
+    """Where channels of positions s, in raster order, lie in a plane that has all its rows."""
+    at = tl.cast(plane, tl.int64) * batch + (s.to(tl.int64) * batch + sample) * pitch + channel
+    return tl.multiple_of(at, [VECTOR])
+
+
+@triton.jit(
+    do_not_specialize=[
+        "scale", "lag", "stride", "frame", "operand", "query", "keys", "key_pitch", "key_channel", "values",
+        "value_pitch", "value_channel", "of_head", "of_position", "column", "every", "columns", "batch",
+    ]
+)  # fmt: skip
+def attend(
+    workspace, where, fields, constants, spans, bias, state, scale, lag, stride, frame, operand, query, keys, key_pitch,
+    key_channel, values, value_pitch, value_channel, of_head, of_position, column, every, columns, batch,
+    PROGRAM: tl.constexpr, STORES: tl.constexpr, VECTOR: tl.constexpr, SPACING: tl.constexpr, BIASED: tl.constexpr,
+    DEPTH: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr, CHANNELS: tl.constexpr, COLUMNS: tl.constexpr,
+    STAGES: tl.constexpr,
+):  # fmt: skip
+    """A step with attention (`fastgen.sampling.plan.Attention`): one of its rows, and up to COLUMNS channels of a head.
+
+    The step's frame has `frame` columns, its row is that of the image, less `lag`, over `stride`. `query` is an
+    operand; the planes of keys and values begin at `keys` and `values` floats per sample. A head has DEPTH channels of
+    queries and keys, of which CHANNELS are multiplied at a time, and WIDTH of values. Numbers of `bias`, unless there
+    are none, lie `of_head` and `of_position` from each other. The rest: see `step`.
+
+    Keys are read KEYS at a time. Each of these has a largest score and sums of its own until the end, so that threads
+    need not wait for each other; the order of all sums is that of the keys.
+    """
+    PARTS: tl.constexpr = (WIDTH + COLUMNS - 1) // COLUMNS
+    # Neighbours have the same keys.
+    own, of_sample, head = tl.program_id(0) % columns, tl.program_id(0) // columns, tl.program_id(1) // PARTS
+    j, sample = own + tl.arange(0, 1), of_sample + tl.arange(0, 1)
+    position = _floor_div(tl.load(state) - lag, stride) * frame + column + own * every
+    begin, end = tl.load(spans + 2 * position), tl.load(spans + 2 * position + 1)
+    bias += tl.cast(of_head, tl.int64) * head + position * of_position
+    c, d, k = tl.arange(0, COLUMNS), tl.arange(0, CHANNELS), tl.arange(0, KEYS)
+    first = tl.program_id(1) % PARTS * COLUMNS
+    wanted = c < WIDTH - first
+    m = head * WIDTH + first + c
+    at, inside = _locate(where, fields, query, column, every, j, sample, batch, VECTOR, SPACING)
+    queries = ()
+    for i in tl.static_range(0, DEPTH, CHANNELS):
+        here = inside[:, None] & (d < DEPTH - i)[None, :]
+        queries = queries + (tl.load(workspace + at[:, None] + (head * DEPTH + i + d)[None, :], here, 0.0),)
+    most = tl.full([KEYS], -float("inf"), tl.float32)
+    total, sums = tl.zeros([KEYS], tl.float32), tl.zeros([KEYS, COLUMNS], tl.float32)
+    for start in tl.range(begin, end, KEYS, num_stages=STAGES):
+        s = start + k
+        exists = s < end
+        of_key = _locate_positions(keys, key_pitch, key_channel, s, of_sample, batch, VECTOR)
+        score = tl.zeros([KEYS], tl.float32)
+        for i in tl.static_range(len(queries)):
+            known = exists[:, None] & (d < DEPTH - i * CHANNELS)[None, :]
+            key = tl.load(workspace + of_key[:, None] + (head * DEPTH + i * CHANNELS + d)[None, :], known, 0.0)
+            score += tl.sum(queries[i] * key, 1)
+        score *= scale
+        if BIASED:
+            score += tl.load(bias + s, exists, 0.0)
+        score = tl.where(exists, score, -float("inf"))
+        of_value = _locate_positions(values, value_pitch, value_channel, s, of_sample, batch, VECTOR)
+        value = tl.load(workspace + of_value[:, None] + m[None, :], exists[:, None] & wanted[None, :], 0.0)
+        larger = _larger(most, score)
+        base = tl.where(larger == -float("inf"), 0.0, larger)
+        left, weight = exp(most - base), tl.where(score == -float("inf"), 0.0, exp(score - base))
+        total = total * left + weight
+        sums = sums * left[:, None] + weight[:, None] * value
+        most = larger
+    largest = tl.reduce(most, 0, _larger)
+    unseen = largest == -float("inf")  # all keys
+    share = exp(most - tl.where(unseen, 0.0, largest))
+    whole = tl.where(unseen, 1.0, tl.sum(total * share, 0))
+    result = tl.where(unseen, 0.0, tl.div_rn(tl.sum(sums * share[:, None], 0), whole))
+    _finish(
+        workspace, where, fields, constants, operand, column, every, j, sample, sample < batch, batch, m, wanted,
+        (result[None, :],), PROGRAM, STORES, VECTOR, SPACING, 1, COLUMNS,
+    )  # fmt: skip
 
 
 # Draws

@@ -98,8 +98,8 @@ class Primitives(torch.nn.Module):
 def plan(
     network: Callable[[], torch.nn.Module], precision: str, products: str, *groups: int, **given: Any
 ) -> Callable[[], None]:
-    """Of what sampling a network launches: draws, and of the steps of each stage with so many groups the longest
-    program in all tiles.
+    """Of what sampling a network launches: draws, attention, and of the products of each stage with so many groups the
+    longest program in all tiles.
     """
 
     def launch() -> None:
@@ -112,9 +112,13 @@ def plan(
         executor = TritonExecutor(kept, torch.device("cpu"))
         space = executor.space(1, products)
         executor.launch_row(((), (), True), space)
+        for step in kept.steps:
+            if step.attention is not None:
+                executor.launch_step(step, space, 0, 1)
+        products_of = [s for s in kept.steps if s.attention is None]
         for count in groups:
             for stage in Stage:
-                several = [s for s in kept.steps if (s.stage, s.groups) == (stage, count)]
+                several = [s for s in products_of if (s.stage, s.groups) == (stage, count)]
                 if several:
                     step = max(several, key=lambda s: len(s.program))
                     for tile in tiles(step, precision, products):

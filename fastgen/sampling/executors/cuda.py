@@ -48,7 +48,8 @@ class CudaExecutor(TritonExecutor):
 
     Raises:
         RuntimeError: there is no GPU, or none with thread block clusters; the CUDA module was not built; or the plan
-            has too many steps, columns or groups for its tables, or for the memory that blocks share.
+            has attention among its pixel steps, or too many steps, columns or groups for its tables, or for the memory
+            that blocks share.
     """
 
     def __init__(self, plan: Plan, strategy: Strategy = Strategy.AUTOMATIC):

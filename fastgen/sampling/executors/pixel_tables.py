@@ -20,13 +20,16 @@ class PixelTables:
     """Built upon the operands that the kernels of kernels/sample_plan.py have for the same plan.
 
     Raises:
-        RuntimeError: the plan has more steps, columns or groups than the tables can tell.
+        RuntimeError: the plan has attention among its pixel steps, or more steps, columns or groups than the tables
+            can tell.
     """
 
     def __init__(self, plan: Plan, operands: Operands):
         self.plan, self._operands = plan, operands
         self._steps = [s for rank, _ in enumerate(plan.draws) for s in plan.pixel_steps(rank)]
         self._index = {id(step): i for i, step in enumerate(self._steps)}
+        if any(step.attention for step in self._steps):
+            raise RuntimeError("the cuda executor has no attention: backend='triton' has")
         most = max((max(s.groups, len(s.program), len(s.reads()), len(s.stores)) for s in self._steps), default=0)
         if len(self._steps) >= DRAW or plan.columns().stop >= DRAW or most > 100 or self._groups() > COLUMNS:
             raise RuntimeError("the plan has too many steps, columns, groups or instructions for the cuda executor")

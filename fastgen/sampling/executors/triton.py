@@ -15,7 +15,7 @@ from fastgen.kernels import sample_plan as kernels
 from fastgen.kernels.launch import INTERPRETED, compiling_side_by_side, device_of
 from fastgen.sampling.executors import Batch
 from fastgen.sampling.heads import Bernoulli, LogisticMixture
-from fastgen.sampling.plan import Draw, Encoding, Plan, Plane, Read, Step, StepTap, Store
+from fastgen.sampling.plan import Attention, Draw, Encoding, Plan, Plane, Read, Step, StepTap, Store
 from fastgen.sampling.schedule import Stage
 
 _KEPT = 2  # batch sizes whose memory and graphs are kept: batches of one call differ by one sample at most
@@ -27,6 +27,11 @@ _STAGES = 4  # of a product's pipeline
 _ROW_SIZE = 256  # operands of a program of `begin_row`
 _DRAW_SAMPLES, _DRAW_LEVELS = 1, 512  # of a program that draws from logits, at a time
 _MIXTURE_SAMPLES = 16
+# Of attention: channels of a head that a program takes at a time, at most; keys, at least and at most; numbers of
+# either keys or values, at most.
+_ATTENTION_CHANNELS, _ATTENTION_KEYS = (4, (8, 8)) if INTERPRETED else (128, (8, 256))
+_ATTENTION_NUMBERS = 4096
+_ATTENTION_STAGES, _ATTENTION_WARPS = 3, 4
 
 
 class Tile(NamedTuple):
@@ -54,7 +59,7 @@ _PARTS = {"ieee": 3, "tf32": 2}  # bfloat16 numbers whose sum is a weight of a r
 
 
 def tiles(step: Step, precision: str, products: str) -> tuple[Tile, ...]:
-    """Of a step; weights of a precision, float32 products "ieee" or "tf32". All sum in one order."""
+    """Of a step without attention; weights of a precision, float32 products "ieee" or "tf32". All sum in one order."""
     if INTERPRETED:
         return _INTERPRETED
     if step.groups == 0:
@@ -65,6 +70,7 @@ def tiles(step: Step, precision: str, products: str) -> tuple[Tile, ...]:
     return _FULL if (precision, products) == ("fp32", "ieee") else _TENSOR
 
 
+_Call = tuple[Any, tuple[int, int], tuple[Any, ...], dict[str, Any]]  # kernel, grid, arguments, constants
 # Row steps and pixel steps that have work in an image row, and whether pixels are drawn.
 Pattern = tuple[tuple[Step, ...], tuple[Step, ...], bool]
 
@@ -103,6 +109,7 @@ class TritonExecutor:
         self._bias = _joined(tables.biases, torch.float32).to(self.device)
         self._constants = torch.tensor(tables.constants or [0.0], dtype=torch.float32, device="cpu").to(self.device)
         self._encoded = _joined([e.table for e in plan.encodings], torch.float32).to(self.device)
+        self._seen = {id(s): _seen(s.attention, self.device) for s in plan.steps if s.attention is not None}
         self._values = plan.head.encoding().to(self.device)
         self._widest = _power(max((e.table.shape[1] for e in plan.encodings), default=1))
         self.weight_bytes = self._weight.nbytes + self._row_weight.nbytes
@@ -178,13 +185,13 @@ class TritonExecutor:
 
     def launch_step(self, step: Step, space: Space, column: int, columns: int) -> None:
         if columns > 0:
-            grid, arguments, options = self._call(step, space, column, columns)
-            kernels.step[grid](*arguments, **options)
+            kernel, grid, arguments, options = self._call(step, space, column, columns)
+            kernel[grid](*arguments, **options)
 
-    def _call(
-        self, step: Step, space: Space, column: int, columns: int
-    ) -> tuple[tuple[int, int], tuple[Any, ...], dict[str, Any]]:
-        """Grid, arguments and constants of the kernel of a step."""
+    def _call(self, step: Step, space: Space, column: int, columns: int) -> _Call:
+        """The kernel of a step, its grid, arguments and constants."""
+        if step.attention is not None:
+            return self._attend(step, step.attention, space, column, columns)
         launch, rows = self._tables.launches[id(step)], columns * space.count
         several = tiles(step, self.plan.precision, space.precision)
         tile = next(t for t in several if -(-rows // t.rows) * -(-step.width // t.columns) >= t.programs)
@@ -204,7 +211,27 @@ class TritonExecutor:
             "FILLED": all(t.count % kernels.CHANNELS == 0 for t in step.taps), "STAGES": tile.stages,
             "num_warps": tile.warps,
         }  # fmt: skip
-        return (-(-rows // tile.rows), -(-step.width // tile.columns)), arguments, options
+        return kernels.step, (-(-rows // tile.rows), -(-step.width // tile.columns)), arguments, options
+
+    def _attend(self, step: Step, of: Attention, space: Space, column: int, columns: int) -> _Call:
+        launch, tables, out = self._tables.launches[id(step)], self._tables, self.plan.planes[step.out]
+        spans, bias = self._seen[id(step)]
+        places: list[int] = []
+        for read in (of.keys, of.values):
+            places += tables.offsets[read.plane], _pitch(self.plan.planes[read.plane]), read.channel
+        arguments = (
+            space.planes, space.where, self._fields, self._constants[launch.constant :], spans, bias, space.state,
+            of.scale, step.lag_y, out.stride[0], out.width, launch.operand, launch.query, *places,
+            0 if len(bias) == 1 else bias.stride(0), bias.stride(1), column, step.period[1], columns, space.count,
+        )  # fmt: skip
+        channels, width = (min(_power(n), _ATTENTION_CHANNELS) for n in (of.depth, of.width))
+        options = {
+            "PROGRAM": launch.program, "STORES": launch.stores, "VECTOR": launch.vector, "SPACING": launch.spacing,
+            "BIASED": of.bias is not None, "DEPTH": of.depth, "WIDTH": of.width,
+            "KEYS": _keys_at_once(_power(of.depth), width, launch.vector), "CHANNELS": channels, "COLUMNS": width,
+            "STAGES": _ATTENTION_STAGES, "num_warps": _ATTENTION_WARPS,
+        }  # fmt: skip
+        return kernels.attend, (columns * space.count, of.heads * -(-of.width // width)), arguments, options
 
     def _compile(self, space: Space) -> None:
         """The kernels of the steps, many at a time."""
@@ -212,8 +239,8 @@ class TritonExecutor:
             for step in self.plan.steps if self._tables.pixel_weights else self.plan.row_steps():
                 columns = 1 if step.stage == Stage.PIXEL else self._num_columns(step)
                 if columns > 0:
-                    grid, arguments, options = self._call(step, space, 0, columns)
-                    kernels.step.warmup(*arguments, grid=grid, **options)
+                    kernel, grid, arguments, options = self._call(step, space, 0, columns)
+                    kernel.warmup(*arguments, grid=grid, **options)
 
     def _num_columns(self, step: Step) -> int:
         """Of a row step's frame, that it computes."""
@@ -296,6 +323,7 @@ class _Launch:
 
     operand: int
     init: int
+    query: int
     first: int
     weight: int
     bias: int
@@ -360,12 +388,13 @@ class Operands:
             program.append((instr.op, max(instr.a, 0), max(instr.b, 0), index))
         stores = tuple((s.register, self._address(step, s) - operand) for s in step.stores)
         init = -1 if step.init is None else self._address(step, step.init)
+        query = -1 if step.attention is None else self._address(step, step.attention.query)
         first, k = len(self.fields), 0
         for tap in step.taps:
             self._address(step, tap, tap.count, k)
             k += tap.count
         launch = _Launch(
-            operand, init, first, self._num_weights[step.stage], 0 if step.bias is None else self._num_biases,
+            operand, init, query, first, self._num_weights[step.stage], 0 if step.bias is None else self._num_biases,
             constant, _vector(step), self._spacing(step), tuple(program), stores,
         )  # fmt: skip
         if step.weight is not None and (step.stage == Stage.ROW or self.pixel_weights):
@@ -378,6 +407,8 @@ class Operands:
     def _spacing(self, step: Step) -> str:
         """Of the columns in which its operands lie, see the kernel."""
         operands: tuple[Read | StepTap | Store, ...] = (*step.reads(), *step.taps, *step.stores)
+        if step.attention is not None:
+            operands += (step.attention.query,)
         ratios = [self.plan.ratio(step, operand.plane, 1) for operand in operands]
         if all(den == 1 for _, den in ratios):
             return "whole"
@@ -436,8 +467,24 @@ def _columns(width: int) -> int:
 def _vector(step: Step) -> int:
     """How many floats all that a step reads and writes are multiples of, _VECTOR or 1."""
     operands: tuple[Read | StepTap | Store, ...] = (*step.reads(), *step.stores, *step.taps)
-    channels = [operand.channel for operand in operands]
-    return 1 if any(n % _VECTOR for n in (step.width, *channels, *(t.count for t in step.taps))) else _VECTOR
+    counts = [step.width, *(t.count for t in step.taps)]
+    if step.attention is not None:
+        operands += tuple(read for read, _ in step.attention.reads())
+        counts += step.attention.depth, step.attention.width
+    return 1 if any(n % _VECTOR for n in (*counts, *(operand.channel for operand in operands))) else _VECTOR
+
+
+def _keys_at_once(depth: int, width: int, vector: int) -> int:
+    """Of an attention with so many channels, powers of two; floats that are read one by one have an address each."""
+    fewest, most = _ATTENTION_KEYS
+    numbers = _ATTENTION_NUMBERS if vector > 1 else _ATTENTION_NUMBERS // 2
+    return min(max(numbers // max(depth, width), fewest), most)
+
+
+def _seen(of: Attention, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Spans, and the bias or one number that stands for none."""
+    bias = torch.zeros(1, 1, 1) if of.bias is None else of.bias
+    return of.spans.to(device).contiguous(), bias.to(device).contiguous()
 
 
 def _packed(tensor: Tensor, step: Step) -> Tensor:
