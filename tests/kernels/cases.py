@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fastgen import models
 from fastgen.nn import MaskedConv2d
-from fastgen.sampling import Bernoulli
+from fastgen.sampling import Bernoulli, Categorical
+from tests.kernels.attending import Attending, at_a_distance, earlier
 
 Case = tuple[str, str, Callable[[], tuple[Any, ...]]]  # module, function, arguments
 FLOAT, BFLOAT, HALF = torch.float32, torch.bfloat16, torch.float16
@@ -137,6 +138,11 @@ def gated() -> torch.nn.Module:
     return models.GatedPixelCNN(image_shape=(1, 2, 2), levels=256, num_filters=7, num_blocks=1)
 
 
+def attending(heads: int, depth: int, width: int, biased: bool = False) -> Callable[[], torch.nn.Module]:
+    """Kernels that attend do not depend on the number of keys."""
+    return lambda: Attending(at_a_distance if biased else earlier, (2, 2), heads, depth, width)
+
+
 def named(suffix: str, cases: dict[str, Case]) -> dict[str, Case]:
     return {f"{name} {suffix}": case for name, case in cases.items()}
 
@@ -163,4 +169,15 @@ PLANS: dict[str, Callable[[], None]] = {
     "sample_plan PixelCNN++ bf16": plan(pixelcnnpp, "bf16", "ieee", 2),
     "sample_plan gated tf32": plan(gated, "fp32", "tf32", 2),
     "sample_plan primitives fp32": plan(Primitives, "fp32", "ieee", 1, image_shape=(1, 2, 2), head=Bernoulli()),
+    **{
+        f"sample_plan attention {name}": plan(network, "fp32", "ieee", image_shape=(1, 2, 2), head=Categorical(5))
+        for name, network in {
+            "PixelSNAIL": attending(8, 16, 16),
+            "PixelSNAIL, wide values": attending(1, 16, 128),
+            "GPT": attending(8, 64, 64),
+            "GPT, relative positions": attending(8, 64, 64, biased=True),
+            "wide, relative positions": attending(4, 128, 128, biased=True),
+            "channels that are no multiples of four": attending(3, 49, 63, biased=True),
+        }.items()
+    },
 }

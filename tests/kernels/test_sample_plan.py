@@ -19,11 +19,26 @@ from fastgen import backends, models
 from fastgen.kernels import sample_plan
 from fastgen.nn import MaskedConv2d
 from fastgen.sampling import Categorical, LogisticMixture, Sampler, audit
+from fastgen.sampling.executors import Batch
 from fastgen.sampling.executors import triton as executor
-from fastgen.sampling.plan import PRIMITIVES, UNARY, apply
+from fastgen.sampling.plan import (
+    PRIMITIVES,
+    UNARY,
+    Attention,
+    Draw,
+    Instr,
+    Plan,
+    Plane,
+    Read,
+    Step,
+    Store,
+    apply,
+)
 from fastgen.sampling.request import make_request
+from fastgen.sampling.schedule import Stage
 from tests.sampling import networks, test_levels
 
+from . import attending
 from .conftest import INTERPRETED
 
 LARGE = 2**64 - 5, 2**33 + 7  # a seed and a start that need all their bits
@@ -94,16 +109,22 @@ def assert_same(triton_sampler: Sampler, model: nn.Module, given: dict[str, Any]
 
 def parameters_of_last_row(triton_sampler: Sampler, n: int) -> Tensor:
     """[n, parameters, W]: what the pixels of the batch's last row were drawn from."""
-    plan, tables = triton_sampler.plan, triton_sampler._executor._tables
-    space = triton_sampler._executor.space(n, "ieee")
+    plan = triton_sampler.plan
     result = []
     for draw in plan.draws:
         plane = plan.planes[draw.plane]
-        shape = (plane.rows, plane.width, n, -(-plane.channels // 4) * 4)
-        values = space.planes[tables.offsets[draw.plane] * n :][: math.prod(shape)].view(shape)
+        values = plane_of(triton_sampler._executor, draw.plane, n)
         row = values[(plane.height - 1) % plane.rows, :, :, draw.channel : draw.channel + draw.count]
-        result.append(row.permute(1, 2, 0).cpu())
+        result.append(row.permute(1, 2, 0))
     return torch.cat(result, dim=1)
+
+
+def plane_of(of: executor.TritonExecutor, index: int, n: int) -> Tensor:
+    """[rows, W, n, channels] in a batch of n."""
+    plane = of.plan.planes[index]
+    shape = (plane.rows, plane.width, n, -(-plane.channels // 4) * 4)
+    values = of.space(n, "ieee").planes[of._tables.offsets[index] * n :][: math.prod(shape)]
+    return values.view(shape)[..., : plane.channels].cpu()
 
 
 @pytest.mark.parametrize("build", [gated, binary, colours, wide, mixture], ids=lambda f: f.__name__)
@@ -113,6 +134,121 @@ def test_models_equal_the_cpu(build, device):
     if model.num_classes is not None:
         options["labels"] = torch.tensor([2, 0, 1])
     assert_same(sampler(model, device), model, {}, 3, **options)
+
+
+def attention(name: str, size: tuple[int, int]) -> tuple[nn.Module, dict[str, Any]]:
+    """A network and what its sampler is given."""
+    half = (size[0] + 1) // 2, (size[1] + 1) // 2
+    build: dict[str, Callable[[], nn.Module]] = {
+        "PixelSNAIL": lambda: attending.Attending(attending.earlier, size, heads=2, depth=3, width=5),
+        "transformer": lambda: attending.Tokens(size, heads=2, depth=5, width=3),
+        "relative positions": lambda: attending.Attending(attending.at_a_distance, size, heads=2, depth=4, width=4),
+        "rows": lambda: attending.Above(attending.rows_above, size, heads=3, depth=2, width=1),
+        "stride of two": lambda: attending.Halved(attending.rows_above, half, heads=1, depth=4, width=4),
+    }
+    shape, head = (1, *size), Categorical(attending.LEVELS)
+    if name == "transformer":
+        shape, head = size, Categorical(attending.LEVELS, input_range=None)
+    return make(build[name]), {"image_shape": shape, "head": head}
+
+
+ATTENTION = ["PixelSNAIL", "transformer", "relative positions", "rows", "stride of two"]
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_attention_equals_the_cpu(name, device):
+    """Of more keys than are read at once."""
+    network, given = attention(name, (6, 3) if name == "stride of two" else (3, 4))
+    attends = sampler(network, device, **given)
+    (step,) = (s for s in attends.plan.steps if s.attention is not None)
+    assert step.stage == (Stage.ROW if name in ("rows", "stride of two") else Stage.PIXEL)
+    assert_same(attends, network, given, 2, seed=1)
+
+
+@pytest.mark.parametrize("name", ["PixelSNAIL", "rows"])
+def test_attention_in_other_batches_changes_no_bit(name, device):
+    network, given = attention(name, (3, 3))
+    whole = sampler(network, device, **given)
+    images = whole.sample(3, seed=4)
+    parameters = parameters_of_last_row(whole, 3)
+    for first, last in [(2, 3), (0, 2)]:
+        part = sampler(network, device, **given)
+        assert torch.equal(part.sample(last - first, seed=4, start=first), images[first:last])
+        assert torch.equal(parameters_of_last_row(part, last - first), parameters[first:last])
+
+
+def attending_step(heads: int, depth: int, width: int, biased: bool, stage: Stage) -> Plan:
+    """A plan of one step at image rows that are odd, added to what it reads elsewhere; keys lie in a plane of another
+    size, together with their values. Some positions see no key.
+    """
+    height, columns, channels, skipped = 3, 2, heads * width, 4 - heads * depth % 4
+    sizes = [(heads * depth + 1, height, columns), (skipped + heads * (depth + width), 5, 4), (channels, 1, 1)]
+    planes = [Plane("given", "condition", *size, rows=size[1]) for size in sizes]
+    planes.append(Plane("result", "cache", channels + 1, height, columns, stride=(2, 1), rows=height))
+    positions, num_keys = height * columns, 5 * 4
+    spans = torch.randint(num_keys + 1, (positions, 2), dtype=torch.int32).sort(1).values
+    spans[0], spans[1] = torch.tensor([0, num_keys]), torch.tensor([7, 7])
+    bias = torch.randn(heads, positions, num_keys)
+    bias[torch.rand(bias.shape) < 0.3] = -math.inf
+    bias[0, 0] = -math.inf
+    of = Attention(
+        heads, depth, width, 0.7, Read(0, 0, 0, 1), Read(1, 0, 0, skipped), Read(1, 0, 0, skipped + heads * depth),
+        spans, bias if biased else None,
+    )  # fmt: skip
+    program = (Instr("acc", 0), Instr("load", read=Read(2, 0, 0, 0)), Instr("add", 0, 1))
+    step = Step("", stage, -1, 0, 0, channels, program, (Store(3, 1, 2),), groups=1, attention=of)
+    image = (1, 2 * height - 1, columns)
+    return Plan(image, Categorical(2), planes, [step], [Draw(3, 0, 2)], [], [0, 1, 2])
+
+
+def attended(plan: Plan, conditions: list[Tensor]) -> Tensor:
+    """[N, heads * width, h, w], as the plan defines it."""
+    step = plan.steps[0]
+    of = step.attention
+    query, keys, values = (
+        conditions[r.plane][:, r.channel : r.channel + count].flatten(2).unflatten(1, (of.heads, -1))
+        for r, count in of.reads()
+    )
+    scores = of.scale * torch.einsum("nhdp,nhds->nhps", query, keys)
+    scores = scores if of.bias is None else scores + of.bias
+    s = torch.arange(scores.shape[3])
+    scores.masked_fill_((s < of.spans[:, :1]) | (s >= of.spans[:, 1:]), -math.inf)
+    result = torch.einsum("nhps,nhcs->nhcp", torch.ops.aten._safe_softmax(scores, 3), values).flatten(1, 2)
+    return result.unflatten(2, conditions[0].shape[2:]) + conditions[2]
+
+
+@pytest.mark.parametrize(
+    ("heads", "depth", "width", "biased", "stage"),
+    [
+        (2, 3, 5, True, Stage.PIXEL),
+        (1, 8, 8, False, Stage.PIXEL),
+        (3, 4, 4, True, Stage.ROW),
+        (2, 1, 2, False, Stage.ROW),
+    ],
+)
+def test_attention_is_what_the_plan_says(heads, depth, width, biased, stage, device):
+    """As precisely as PyTorch in float32; NaN of a sample and a head stays there."""
+    plan = attending_step(heads, depth, width, biased, stage)
+    conditions = [2 * torch.randn(2, p.channels, p.height, p.width) for p in plan.planes[:3]]
+    step = plan.steps[0]
+    of = executor.TritonExecutor(plan, torch.device(device))
+
+    def run() -> Tensor:
+        space = of.space(2, "ieee")
+        of._begin(Batch(2, 0, 0, conditions=conditions), space)
+        for row in range(3):
+            space.state[0] = 2 * row - 1
+            of.launch_row(((step,), (), False) if stage == Stage.ROW else ((), (step,), False), space)
+        return plane_of(of, 3, 2)[..., 1:].permute(2, 3, 0, 1)
+
+    exact, plain = attended(plan, [c.double() for c in conditions]), attended(plan, conditions)
+    error = (run() - exact).abs().max()
+    assert error <= 2 * max((plain - exact).abs().max(), 2**-23 * exact.abs().max())
+    key = step.attention.keys.channel
+    conditions[1][1, key, 2, 0] = math.nan
+    result, expected = run().isnan(), attended(plan, conditions).isnan()
+    assert torch.equal(result, expected)
+    assert result.any() and not result[0].any() and not result[:, width:].any()
 
 
 def test_weights_in_bfloat16(device):
@@ -276,6 +412,19 @@ def test_captured_rows_draw_the_same(precision):
     assert any(graph is not None for graph in space.graphs.values())
     for max_batch in (1, 9):  # other tiles
         small = sampler(model, "cuda", precision=precision, max_batch=max_batch)
+        assert torch.equal(small.sample(10, seed=1), first[:10])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["PixelSNAIL", "relative positions", "rows"])
+def test_captured_rows_attend_the_same(name):
+    """To more keys than are read at once there, too."""
+    network, given = attention(name, (18, 17))
+    repeated = sampler(network, "cuda", **given)
+    first = assert_same(repeated, network, given, 20, seed=1)
+    assert torch.equal(repeated.sample(20, seed=1), first)
+    for max_batch in (1, 9):
+        small = sampler(network, "cuda", max_batch=max_batch, **given)
         assert torch.equal(small.sample(10, seed=1), first[:10])
 
 

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from fastgen import backends
 from fastgen.models import PixelCNNpp
 from fastgen.sampling import Categorical, Sampler, audit, naive_sample
-from fastgen.sampling.executors.cuda import Strategy
+from fastgen.sampling.executors.cuda import CudaExecutor, Strategy
 from fastgen.sampling.executors.pixel_tables import DEPTH, DRAW, PixelTables
 from fastgen.sampling.executors.triton import Operands
+from tests.kernels import attending
 
 from .host_team import Watch, host_sampler, program
 from .networks import LEVELS, NETWORKS, make
@@ -228,6 +229,18 @@ def test_the_cluster_waits_where_it_must() -> None:
         written = (set() if waits else written) | writes
     assert expected_fetch == DRAW  # after the last one
     assert 0 < sum(how >> 16 for _, how in actions) < len(actions)
+
+
+def test_attention_of_pixels_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of rows is Triton's."""
+    monkeypatch.setattr(backends, "native_cuda", lambda: None)
+    given = {"image_shape": (1, 2, 3), "head": Categorical(LEVELS), "backend": "reference"}
+    pixels = Sampler(attending.Attending(attending.earlier, (2, 3), 1, 4, 4), **given).plan
+    with pytest.raises(RuntimeError, match="the cuda executor has no attention: backend='triton' has"):
+        CudaExecutor(pixels)
+    rows = Sampler(attending.Above(attending.rows_above, (2, 3), 1, 4, 4), **given).plan
+    assert any(step.attention for step in rows.row_steps())
+    assert PixelTables(rows, Operands(rows, pixel_weights=False)).rows
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -32,6 +32,7 @@ _MIXTURE_SAMPLES = 16
 _ATTENTION_CHANNELS, _ATTENTION_KEYS = (4, (8, 8)) if INTERPRETED else (128, (8, 256))
 _ATTENTION_NUMBERS = 4096
 _ATTENTION_STAGES, _ATTENTION_WARPS = 3, 4
+_WARP = 32  # threads
 
 
 class Tile(NamedTuple):
@@ -228,7 +229,7 @@ class TritonExecutor:
         options = {
             "PROGRAM": launch.program, "STORES": launch.stores, "VECTOR": launch.vector, "SPACING": launch.spacing,
             "BIASED": of.bias is not None, "DEPTH": of.depth, "WIDTH": of.width,
-            "KEYS": _keys_at_once(_power(of.depth), width, launch.vector), "CHANNELS": channels, "COLUMNS": width,
+            "KEYS": _keys_at_once(of.depth, of.width, launch.vector), "CHANNELS": channels, "COLUMNS": width,
             "STAGES": _ATTENTION_STAGES, "num_warps": _ATTENTION_WARPS,
         }  # fmt: skip
         return kernels.attend, (columns * space.count, of.heads * -(-of.width // width)), arguments, options
@@ -475,10 +476,13 @@ def _vector(step: Step) -> int:
 
 
 def _keys_at_once(depth: int, width: int, vector: int) -> int:
-    """Of an attention with so many channels, powers of two; floats that are read one by one have an address each."""
+    """Of an attention with so many channels. Half of what might be where registers would not do: floats that are read
+    one by one have an address each, and where a warp reads a key, all its threads have the key's score.
+    """
     fewest, most = _ATTENTION_KEYS
-    numbers = _ATTENTION_NUMBERS if vector > 1 else _ATTENTION_NUMBERS // 2
-    return min(max(numbers // max(depth, width), fewest), most)
+    largest = _power(max(depth, width))
+    numbers = _ATTENTION_NUMBERS if vector > 1 and largest < _WARP * vector else _ATTENTION_NUMBERS // 2
+    return min(max(numbers // largest, fewest), most)
 
 
 def _seen(of: Attention, device: torch.device) -> tuple[Tensor, Tensor]:
