@@ -1,4 +1,4 @@
-"""Steps and draws of a sampling plan (fastgen/sampling/plan.py), whatever the model.
+"""Steps, with products or attention, and draws of a sampling plan (fastgen/sampling/plan.py), whatever the model.
 
 A plane lies at `offset * batch` floats of the workspace as [rows][width][batch][channels], row y at y mod rows; what is
 read outside of it is zero. An operand is what a kernel reads or writes: some channels of a plane, seen from the frame
@@ -7,7 +7,7 @@ same steps, so that launches captured for one serve the others. `state` holds th
 the first sample.
 
 A step's rows are (column, sample) pairs. Its product is summed over taps and channels in one order, whatever the tile,
-so that the batch changes no bit. Sums are float32.
+so that the batch changes no bit; so is attention over keys. Sums are float32.
 """
 
 from __future__ import annotations
@@ -333,7 +333,7 @@ def attend(
     are none, lie `of_head` and `of_position` from each other. The rest: see `step`.
 
     Keys are read KEYS at a time. Each of these has a largest score and sums of its own until the end, so that threads
-    need not wait for each other; the order of all sums is that of the keys.
+    need not wait for each other. The order of the sums is the same in all batches.
     """
     PARTS: tl.constexpr = (WIDTH + COLUMNS - 1) // COLUMNS
     # Neighbours have the same keys.

@@ -84,14 +84,14 @@ class Tokens(nn.Module):
         return self.out(self.last(tokens)).transpose(1, 2).unflatten(2, x.shape[1:])
 
 
-def before(positions: int, diagonal: int = 0) -> Tensor:
+def before(query: Tensor, diagonal: int = 0) -> Tensor:
     """Whether a query (row) sees a key (column)."""
-    return torch.ones(positions, positions, dtype=torch.bool).tril(diagonal)
+    return torch.ones(query.shape[2], query.shape[2], dtype=torch.bool, device=query.device).tril(diagonal)
 
 
 def causal(query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     scores = query @ keys.transpose(2, 3) * query.shape[3] ** -0.5
-    return scores.masked_fill(~before(query.shape[2]), float("-inf")).softmax(3) @ values
+    return scores.masked_fill(~before(query), float("-inf")).softmax(3) @ values
 
 
 def itself(net: Attending, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
@@ -101,19 +101,19 @@ def itself(net: Attending, query: Tensor, keys: Tensor, values: Tensor) -> Tenso
 def earlier(net: Attending, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """As PixelSNAIL does: the first position sees nothing."""
     scores = query @ keys.transpose(2, 3) / query.shape[3] ** 0.5
-    seen = before(query.shape[2], -1)
+    seen = before(query, -1)
     return (scores.masked_fill(~seen, -1e4).softmax(3) * seen.any(1)[:, None]) @ values
 
 
 def at_a_distance(net: Attending, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """A number for each head and distance; the first head sees every second key, and at first none."""
-    positions = torch.arange(query.shape[2])
+    positions = torch.arange(query.shape[2], device=query.device)
     bias = net.relative[:, positions[:, None] - positions]
-    seen = before(len(positions)).repeat(net.heads, 1, 1)
+    seen = before(query).repeat(net.heads, 1, 1)
     seen[0] &= (positions % 2 == 1) & (positions[:, None] > 2)
     return F.scaled_dot_product_attention(query, keys, values, bias.masked_fill(~seen, float("-inf")))
 
 
 def rows_above(net: Attending, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    row = torch.arange(query.shape[2]) // net.size[1]
+    row = torch.arange(query.shape[2], device=query.device) // net.size[1]
     return F.scaled_dot_product_attention(query, keys, values, attn_mask=row <= row[:, None])

@@ -86,7 +86,7 @@ class TritonExecutor:
 
     Products of float32 have its full precision unless ``torch.set_float32_matmul_precision`` asks for TF32. Those by
     bfloat16 weights are as precise: tensor cores multiply three bfloat16 parts of each number. So do row steps with
-    float32 weights, which come in parts, too: three, or two instead of TF32.
+    float32 weights, which come in parts, too: three, or two instead of TF32. Attention is float32 in any case.
 
     Rows of an image with the same steps are one CUDA graph, captured the second time that a batch size comes to them.
     Between the first row and the end of a batch nothing waits for the GPU, but capturing, which PyTorch lets wait.
