@@ -63,6 +63,8 @@ def _check(gates: Tensor, weight: Tensor) -> None:
     channels = gates.shape[1] // 4
     if weight.dim() != 3 or weight.shape[:2] != (4 * channels, channels) or weight.shape[2] % 2 == 0:
         expected = f"[{4 * channels}, {channels}, k] with odd k"
-        raise ValueError(f"weight must be {expected} for gates of shape {tuple(gates.shape)}, got {tuple(weight.shape)}")
+        raise ValueError(
+            f"weight must be {expected} for gates of shape {tuple(gates.shape)}, got {tuple(weight.shape)}"
+        )
     if weight.device != gates.device:
         raise ValueError(f"weight is on {weight.device}, gates on {gates.device}")
