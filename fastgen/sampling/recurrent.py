@@ -58,8 +58,8 @@ class _Layer:
             product: gets the output at some offsets times a weight [channels, columns].
             states: nodes of `before` with codes of the state that they are to read.
         """
-        for node, codes in states:
-            node.operands = [self._moved(codes, offset) for offset in self.offsets]
+        for before, codes in states:
+            before.operands = [self._moved(codes, offset) for offset in self.offsets]
         for offset, weight in weights.items():
             product.taps += taps_of(self._moved(output, offset), weight)
         for node in self.tracer.graph.nodes[self._first :]:

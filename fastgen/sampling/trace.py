@@ -344,12 +344,12 @@ class _Watch(TorchFunctionMode):
                 raise tracer.unsupported(f"Python code that reads the values of {what} (Tensor.{func.__name__})")
             if func is F.one_hot:  # it looks at the values itself
                 return _one_hot(tracer, *args, **kwargs)
-        if func is ops.row_lstm and tracer.depends(tensor):
+        if isinstance(tensor, Tensor) and tracer.depends(tensor):
             with tracer.refusing(name), host_defaults():
-                return recurrent.row_lstm(tracer, *args)
-        if isinstance(tensor, Tensor) and tracer.depends(tensor) and name in recurrent.LAYERS:
-            with tracer.refusing(name), host_defaults():
-                return recurrent.lower(tracer, name, args)
+                if func is ops.row_lstm:
+                    return recurrent.row_lstm(tracer, *args)
+                if name in recurrent.LAYERS:
+                    return recurrent.lower(tracer, name, args)
         return func(*args, **kwargs)
 
 

@@ -140,7 +140,7 @@ def test_pixelrnn_has_the_published_layers():
 
 
 def test_pixelrnn_sees_a_triangle_above_in_one_layer():
-    """The recurrence carries what is in the rows above as far as it goes (section 3.1), past any kernel of fixed size."""
+    """The recurrence carries what is in the rows above to all rows below (section 3.1)."""
     depends = dependence(build(PixelRNN, (1, 12, 5), num_blocks=1))
     assert depends[11 * 5 + 2, 0] and depends[11 * 5 + 2, 4]
     assert not dependence(build(PixelCNN, (1, 12, 5), num_blocks=1))[11 * 5 + 2, 0]

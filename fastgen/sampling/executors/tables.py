@@ -320,7 +320,7 @@ def _sources(steps: Sequence[Step]) -> list[list[int]]:
     for i, step in enumerate(steps):
         if phase != (step.stage, step.rank):
             phase, writers = (step.stage, step.rank), {}
-        reads = {r.plane for r in (*step.taps, *step.reads())}
+        reads = {t.plane for t in step.taps} | {r.plane for r in step.reads()}
         reads |= {r.plane for r, _ in step.attention.reads()} if step.attention else set()
         sources.append(sorted({w for plane in reads for w in writers.get(plane, [])}))
         for store in step.stores:
