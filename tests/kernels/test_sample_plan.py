@@ -36,7 +36,7 @@ from fastgen.sampling.plan import (
 )
 from fastgen.sampling.request import make_request
 from fastgen.sampling.schedule import Stage
-from tests.sampling import networks, test_levels
+from tests.sampling import networks, test_levels, test_recurrent
 
 from . import attending
 from .conftest import INTERPRETED
@@ -71,6 +71,10 @@ def mixture() -> nn.Module:
     model = models.PixelCNNpp(image_shape=(3, 2, 2), num_filters=5, num_blocks=1, num_mixtures=3)
     model.initialize(torch.randint(256, (4, 3, 2, 2), dtype=torch.uint8))
     return model
+
+
+def recurrent() -> nn.Module:
+    return models.PixelRNN(image_shape=(1, 3, 4), levels=5, num_filters=4, num_blocks=2, num_features=4)
 
 
 def make(build: Callable[[], nn.Module]) -> nn.Module:
@@ -127,7 +131,7 @@ def plane_of(of: executor.TritonExecutor, index: int, n: int) -> Tensor:
     return values.view(shape)[..., : plane.channels].cpu()
 
 
-@pytest.mark.parametrize("build", [gated, binary, colours, wide, mixture], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("build", [gated, binary, colours, wide, mixture, recurrent], ids=lambda f: f.__name__)
 def test_models_equal_the_cpu(build, device):
     model = make(build)
     options = {"seed": LARGE[0], "start": LARGE[1]}
@@ -262,6 +266,12 @@ def test_foreign_networks_equal_the_cpu(name, device):
     given = {"image_shape": (channels, 2, 3), "head": Categorical(networks.LEVELS), "num_classes": num_classes}
     options = {"labels": torch.tensor([1, 3])} if num_classes else {}
     assert_same(sampler(network, device, **given), network, given, 2, **options)
+
+
+@pytest.mark.parametrize(("network", "layer"), [(test_recurrent.Tokens, "two lstms"), (test_recurrent.EachRow, "gru")])
+def test_recurrent_layers_equal_the_cpu(network, layer, device):
+    model, given = test_recurrent.make(network, layer), {"image_shape": (3, 3), **test_recurrent.GIVEN}
+    assert_same(sampler(model, device, **given), model, given, 2)
 
 
 @pytest.mark.parametrize("channels", [1, 3])

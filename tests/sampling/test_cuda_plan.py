@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgen import backends
-from fastgen.models import PixelCNNpp
+from fastgen.models import PixelCNNpp, PixelRNN
 from fastgen.sampling import Categorical, Sampler, audit, naive_sample
 from fastgen.sampling.executors.cuda import CudaExecutor, Strategy
 from fastgen.sampling.executors.pixel_tables import DEPTH, DRAW, PixelTables
@@ -23,6 +23,8 @@ from .networks import LEVELS, NETWORKS, make
 from .test_engine import MODELS, make_model
 from .test_levels import CASES
 from .test_levels import make as make_levels
+from .test_recurrent import GIVEN, Above, EachColumn, Tokens
+from .test_recurrent import make as make_recurrent
 
 
 def wide() -> PixelCNNpp:
@@ -75,6 +77,22 @@ def test_levels_equal_the_cpu(run: Callable) -> None:
     images = host_sampler(network, **given).sample(3, labels=labels)
     expected = Sampler(network, **given, backend="cpu").sample(3, labels=labels)
     assert_same(images, expected, network, **given, labels=labels)
+
+
+@pytest.mark.parametrize(("network", "layer"), [(Tokens, "two lstms"), (EachColumn, "gru"), (Above, "lstm")])
+def test_recurrent_layers_equal_the_naive_loop(network: type[Tokens], layer: str) -> None:
+    """Which read in a column what was written in the one before; in `Above` far ahead of the drawing."""
+    model, given = make_recurrent(network, layer), {"image_shape": (4, 5), **GIVEN}
+    for watch in (Watch.SCHEDULE, Watch.KERNEL):
+        images = host_sampler(model, **given, watch=watch).sample(3, seed=5)
+        assert_same(images, naive_sample(model, 3, **given, seed=5), model, **given, seed=5)
+
+
+def test_pixelrnn_equals_the_cpu() -> None:
+    torch.manual_seed(0)
+    model = PixelRNN(image_shape=(3, 4, 5), levels=5, num_filters=6, num_blocks=2, num_features=9).eval()
+    images = host_sampler(model).sample(3, seed=1)
+    assert_same(images, Sampler(model, backend="cpu").sample(3, seed=1), model, seed=1)
 
 
 @pytest.mark.parametrize("image_shape", [(3, 9, 10), (1, 5, 11), (3, 5, 1)], ids=lambda s: "x".join(map(str, s)))
