@@ -24,15 +24,16 @@ def pointwise(tracer: Tracer, op: str, operands: Sequence[Tensor | float], shape
     """Codes of op(operands), which have codes broadcastable to `shape` or are numbers."""
     codes = [o.expand(*shape) if isinstance(o, Tensor) else float(o) for o in operands]
     tensors = [c for c in codes if isinstance(c, Tensor)]
-    if len(shape) == 4 and shape[0] == tracer.graph.batch:
-        with contextlib.suppress(LayoutError):
-            return pointwise_4d(tracer, op, codes)
-    for order in _orders(tracer, tensors, shape):
-        with contextlib.suppress(LayoutError):
-            sorted_codes = [c.reshape(-1)[order] if isinstance(c, Tensor) else c for c in codes]
-            out = torch.empty(order.numel(), dtype=torch.int64)
-            out[order] = pointwise_4d(tracer, op, sorted_codes)
-            return out.view(*shape)
+    for pieces in (False, True):  # a layout in which all are views of planes is the right one, another may be none
+        if len(shape) == 4 and shape[0] == tracer.graph.batch:
+            with contextlib.suppress(LayoutError):
+                return pointwise_4d(tracer, op, codes, pieces=pieces)
+        for order in _orders(tracer, tensors, shape):
+            with contextlib.suppress(LayoutError):
+                sorted_codes = [c.reshape(-1)[order] if isinstance(c, Tensor) else c for c in codes]
+                out = torch.empty(order.numel(), dtype=torch.int64)
+                out[order] = pointwise_4d(tracer, op, sorted_codes, pieces=pieces)
+                return out.view(*shape)
     raise LayoutError
 
 
@@ -41,34 +42,50 @@ def _orders(tracer: Tracer, tensors: Sequence[Tensor], shape: Sequence[int]) -> 
     for tensor in tensors:  # in the order of one operand's planes
         with contextlib.suppress(LayoutError):
             yield _plane_order(tracer, tensor.reshape(-1))
-    yield from arrangements(tracer.graph.batch, shape)
+    yield from arrangements(tracer.graph.batch, shape, widths(tracer, *tensors))
 
 
-def arrangements(batch: int, shape: Sequence[int]) -> Iterator[Tensor]:
+def widths(tracer: Tracer, *tensors: Tensor) -> list[int]:
+    """Of the planes that depend on the image and have elements among codes; 0 for one that has a single row, which may
+    be continued.
+    """
+    nodes = tracer.graph.nodes
+    planes = np.unique(np.concatenate([np.unique(tracer.graph.planes(t.numpy())) for t in tensors]))
+    found = [nodes[p] for p in planes if p >= 0 and not nodes[p].given]
+    return [n.width if n.height > 1 else 0 for n in found]
+
+
+def arrangements(batch: int, shape: Sequence[int], likely: Sequence[int] = ()) -> Iterator[Tensor]:
     """Indices [N, C, h, w] of the elements of a tensor in the layouts that feature maps are kept in: channels last,
-    positions in one dimension, or together with the samples in one. Squares come first: where zeros leave a choice,
-    they are the likelier.
+    positions in one dimension, or together with the samples in one. `likely` widths come first (0: a single row), then
+    squares: where zeros leave a choice, they are the likelier.
     """
     index = torch.arange(math.prod(shape))
     if len(shape) == 4 and shape[0] == batch:
         yield index.view(*shape).permute(0, 3, 1, 2)
     elif len(shape) in (2, 3) and index.numel() % (batch * shape[-1]) == 0:
         channels_last = index.view(batch, -1, shape[-1]).transpose(1, 2)
-        channels_first = [index.view(*shape)] if len(shape) == 3 and shape[0] == batch else []
+        channels_first = [index.view(*shape)] if len(shape) == 3 and shape[0] == batch and shape[2] > 1 else []
         for tokens in (channels_last, *channels_first):
             count = tokens.shape[2]
-            widths = sorted((w for w in range(1, count + 1) if count % w == 0), key=lambda w: abs(w - count // w))
-            yield from (tokens.unflatten(2, (-1, w)) for w in widths)
+            all_widths = sorted((w for w in range(1, count + 1) if count % w == 0), key=lambda w: abs(w - count // w))
+            first = [w or count for w in likely if count % (w or count) == 0]
+            yield from (tokens.unflatten(2, (-1, w)) for w in dict.fromkeys([*first, *all_widths]))
 
 
 def pointwise_4d(
-    tracer: Tracer, op: str, operands: Sequence[Tensor | Ref | float], multiple: Stride = (1, 1)
+    tracer: Tracer,
+    op: str,
+    operands: Sequence[Tensor | Ref | float],
+    multiple: Stride = (1, 1),
+    pieces: bool = True,
 ) -> Tensor:
     """Codes of op(operands), which are codes [N, C, h, w], at least one of them, frames of that size, or numbers.
 
-    The stride along an axis with one position is anybody's guess; it is made a multiple of `multiple`.
+    The stride along an axis with one position is anybody's guess; it is made a multiple of `multiple`. pieces: see
+    `Tracer.recognise`.
     """
-    refs = [tracer.recognise(o) if isinstance(o, Tensor) else o for o in operands]
+    refs = [tracer.recognise(o, pieces) if isinstance(o, Tensor) else o for o in operands]
     _, channels, height, width = next(o.shape for o in operands if isinstance(o, Tensor))
     frames = [r for r in refs if isinstance(r, Ref) and _depends_on_image(tracer, r)]
     sy, sx = (max((f.stride[axis] for f in frames), default=1) for axis in (0, 1))
@@ -86,11 +103,26 @@ def _plane_order(tracer: Tracer, flat: Tensor) -> Tensor:
     plane, sample, channel, y, x = tracer.graph.decode(flat.numpy())
     if (plane < 0).any() or all(tracer.graph.nodes[p].given for p in np.unique(plane)):
         raise LayoutError
-    size = (tracer.graph.batch, -1, len(set(y.tolist())), len(set(x.tolist())))
+    size = (tracer.graph.batch, -1, len(np.unique(y)), len(np.unique(x)))
     area = size[0] * size[2] * size[3]
     if len(flat) % area:
         raise LayoutError
-    return torch.from_numpy(np.lexsort((x, y, channel, plane, sample))).view(size)
+    order = np.lexsort((x, y, channel, plane, sample))
+    codes = flat.numpy()[order]
+    if (codes[1:] == codes[:-1]).any():  # repeated channels: a key for several heads
+        order = np.lexsort((x, y, channel, plane, _occurrence(flat.numpy()), sample))
+    return torch.from_numpy(order).view(size)
+
+
+def _occurrence(values: np.ndarray) -> np.ndarray:
+    """How many equal values come before each."""
+    order = np.argsort(values, kind="stable")
+    ordered = values[order]
+    first = np.concatenate([[True], ordered[1:] != ordered[:-1]])
+    index = np.arange(len(values))
+    result = np.empty_like(index)
+    result[order] = index - np.maximum.accumulate(np.where(first, index, 0))
+    return result
 
 
 def rebuilt(tracer: Tracer, codes: Tensor) -> Tensor:

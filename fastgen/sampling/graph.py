@@ -261,10 +261,14 @@ class Graph:
         size = (node.samples, node.channels, node.height, node.width)
         return torch.arange(node.start, node.start + int(np.prod(size))).view(size)
 
+    def planes(self, codes: np.ndarray) -> np.ndarray:
+        """The plane of each code; -1 where it is 0."""
+        return np.searchsorted(self._shapes[: len(self.nodes), 0], codes, side="right") - 1
+
     def decode(self, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """codes -> (plane, sample, channel, y, x); plane -1 where the code is 0."""
         shapes = self._shapes[: len(self.nodes)]
-        plane = np.searchsorted(shapes[:, 0], codes, side="right") - 1
+        plane = self.planes(codes)
         start, channels, height, width = shapes[np.maximum(plane, 0)].transpose(-1, *range(codes.ndim))
         rest = codes - start
         rest, x = np.divmod(rest, width)

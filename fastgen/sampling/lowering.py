@@ -288,10 +288,11 @@ def feature_map(tracer: Tracer, rows: Tensor) -> tuple[Tensor, Tensor, Ref]:
     """Codes [N*h*w, K], positions in any order, as a feature map: indices [N, h, w] of rows, the codes [N, K, h, w] in
     this order, and where they are found.
     """
-    for order in _raster_orders(tracer, rows):
-        with contextlib.suppress(LayoutError):
-            grid = rows[order].permute(0, 3, 1, 2).contiguous()
-            return order, grid, tracer.recognise(grid)
+    for pieces in (False, True):
+        for order in _raster_orders(tracer, rows):
+            with contextlib.suppress(LayoutError):
+                grid = rows[order].permute(0, 3, 1, 2).contiguous()
+                return order, grid, tracer.recognise(grid, pieces)
     raise LayoutError
 
 
@@ -302,9 +303,10 @@ def _raster_orders(tracer: Tracer, rows: Tensor) -> Iterator[Tensor]:
     batch = tracer.graph.batch
     for c in (rows > 0).all(0).nonzero().flatten().tolist():
         plane, sample, _, y, x = tracer.graph.decode(rows[:, c].numpy())
-        size = (len(set(sample.tolist())), len(set(y.tolist())), len(set(x.tolist())))
-        if len(set(plane.tolist())) == 1 and math.prod(size) == len(rows) and size[0] == batch:
+        size = (len(np.unique(sample)), len(np.unique(y)), len(np.unique(x)))
+        if len(np.unique(plane)) == 1 and math.prod(size) == len(rows) and size[0] == batch:
             yield torch.from_numpy(np.lexsort((x, y, sample))).view(size)
             break
     if len(rows) % batch == 0:
-        yield from (index[:, 0] for index in elementwise.arrangements(batch, (len(rows), 1)))
+        likely = elementwise.widths(tracer, rows)
+        yield from (index[:, 0] for index in elementwise.arrangements(batch, (len(rows), 1), likely))

@@ -176,7 +176,7 @@ class Tracer(TorchDispatchMode):
         self.module = ""  # path of the module whose forward is running
         # storage -> (flat codes, the storage, which keeps its key but not its memory)
         self._shadows: dict[int, tuple[Tensor, StorageWeakRef]] = {}
-        self._scores: dict[int, tuple[attention.Scores | attention.Unusable, StorageWeakRef]] = {}
+        self._scores: dict[int, tuple[attention.Known, StorageWeakRef]] = {}
 
     # Shadows.
 
@@ -191,10 +191,8 @@ class Tracer(TorchDispatchMode):
     def codes(self, tensor: Tensor) -> Tensor:
         """int64 codes with the shape of `tensor`; parameters and conditions become planes of their own."""
         found = self.scores_of(tensor)
-        if isinstance(found, attention.Unusable):
-            raise LayoutError(f"on what {found} makes of products of queries and keys")
         if found is not None:
-            raise LayoutError("on products of queries and keys")
+            raise attention.lost_in(found)
         if self.depends(tensor):
             flat, _ = self._shadows[storage_key(tensor)]
             return torch.as_strided(flat, tensor.shape, tensor.stride(), tensor.storage_offset())
@@ -219,11 +217,11 @@ class Tracer(TorchDispatchMode):
         flat, _ = self._shadows[key]
         torch.as_strided(flat, tensor.shape, tensor.stride(), tensor.storage_offset()).copy_(codes)
 
-    def scores_of(self, tensor: Tensor) -> attention.Scores | attention.Unusable | None:
+    def scores_of(self, tensor: Tensor) -> attention.Known | None:
         found = self._scores.get(storage_key(tensor))
         return None if found is None else found[0]
 
-    def set_scores(self, tensor: Tensor, scores: attention.Scores | attention.Unusable) -> None:
+    def set_scores(self, tensor: Tensor, scores: attention.Known) -> None:
         self._scores[storage_key(tensor)] = scores, StorageWeakRef(tensor.untyped_storage())
 
     def _outside_codes(self, tensor: Tensor) -> Tensor:
@@ -308,13 +306,15 @@ class Tracer(TorchDispatchMode):
             raise self.unsupported(f"operator {func} {what}") from None
         return result
 
-    def recognise(self, codes: Tensor) -> Ref:
-        """`Graph.recognise`, with new planes for constants and conditions in another layout, where views lie beside
-        each other, and where elements were set to zero inside a plane (a crop that was padded again).
+    def recognise(self, codes: Tensor, pieces: bool = True) -> Ref:
+        """`Graph.recognise`, with new planes for constants and conditions in another layout and, with `pieces`, where
+        views lie beside each other, and where elements were set to zero inside a plane (a crop that was padded again).
         """
         with contextlib.suppress(LayoutError):
             return self.graph.recognise(codes)
         codes = elementwise.rebuilt(self, codes)
+        if not pieces:
+            return self.graph.recognise(codes)
         for attempt in (self.graph.recognise, functools.partial(elementwise.pieced, self)):
             with contextlib.suppress(LayoutError):
                 return attempt(codes)
@@ -415,8 +415,9 @@ def trace(
             codes = tracer.codes(output)
             found = tracer.recognise(codes)
             tracer.graph.output = tracer.graph.at_stride(found, (1, 1), (output.shape[2], output.shape[3]))
-    except LayoutError:
-        raise UnsupportedModel("the network's output is not made of shifted windows of feature maps") from None
+    except LayoutError as error:
+        what = f"depends {error}" if str(error).startswith("on ") else "is not made of shifted windows of feature maps"
+        raise UnsupportedModel(f"the network's output {what}") from None
     if output.shape[1] == subject.head.num_params(subject.image_shape[0]):  # `compile_graph` refuses others
         logits.check_logits(tracer, codes, subject.head)
     return tracer.graph, tracer.tape
