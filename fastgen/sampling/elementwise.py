@@ -31,14 +31,18 @@ def pointwise(tracer: Tracer, op: str, operands: Sequence[Tensor | float], shape
         for order in _orders(tracer, tensors, shape):
             with contextlib.suppress(LayoutError):
                 sorted_codes = [c.reshape(-1)[order] if isinstance(c, Tensor) else c for c in codes]
+                found = pointwise_4d(tracer, op, sorted_codes, pieces=pieces)
+                tracer.orders[tuple(shape)] = order
                 out = torch.empty(order.numel(), dtype=torch.int64)
-                out[order] = pointwise_4d(tracer, op, sorted_codes, pieces=pieces)
+                out[order] = found
                 return out.view(*shape)
     raise LayoutError
 
 
 def _orders(tracer: Tracer, tensors: Sequence[Tensor], shape: Sequence[int]) -> Iterator[Tensor]:
     """Ways of seeing tensors of a shape as feature maps: indices [N, C, h, w] of their elements."""
+    if tuple(shape) in tracer.orders:  # most layers have that of the layer before
+        yield tracer.orders[tuple(shape)]
     for tensor in tensors:  # in the order of one operand's planes
         with contextlib.suppress(LayoutError):
             yield _plane_order(tracer, tensor.reshape(-1))
@@ -110,11 +114,11 @@ def _plane_order(tracer: Tracer, flat: Tensor) -> Tensor:
     order = np.lexsort((x, y, channel, plane, sample))
     codes = flat.numpy()[order]
     if (codes[1:] == codes[:-1]).any():  # repeated channels: a key for several heads
-        order = np.lexsort((x, y, channel, plane, _occurrence(flat.numpy()), sample))
+        order = np.lexsort((x, y, channel, plane, occurrence(flat.numpy()), sample))
     return torch.from_numpy(order).view(size)
 
 
-def _occurrence(values: np.ndarray) -> np.ndarray:
+def occurrence(values: np.ndarray) -> np.ndarray:
     """How many equal values come before each."""
     order = np.argsort(values, kind="stable")
     ordered = values[order]

@@ -276,6 +276,21 @@ class Graph:
         sample, channel = np.divmod(rest, channels)
         return plane, sample, channel, y, x
 
+    def elements(
+        self, ref: Ref, sample: np.ndarray, channel: np.ndarray, y: np.ndarray, x: np.ndarray
+    ) -> np.ndarray:
+        """Codes of elements (channel, y, x) of a frame, 0 outside of planes."""
+        (num_y, den_y), (num_x, den_x) = self._ratios(ref, 0), self._ratios(ref, 1)
+        plane = ref.plane[channel]
+        start, channels, height, width = self._shapes[np.maximum(plane, 0)].T
+        nodes = [self.nodes[p] for p in plane]
+        broadcast, samples = np.array([n.broadcast for n in nodes]), np.array([n.samples for n in nodes])
+        row = np.where(broadcast, 0, (y * num_y[channel] + ref.dy[channel]) // den_y[channel])
+        column = np.where(broadcast, 0, (x * num_x[channel] + ref.dx[channel]) // den_x[channel])
+        inside = (plane >= 0) & (row >= 0) & (row < height) & (column >= 0) & (column < width)
+        index = np.where(samples > 1, sample, 0) * channels + ref.channel[channel]
+        return np.where(inside, start + (index * height + row) * width + column, 0)
+
     # Frames.
 
     def _ratios(self, ref: Ref, axis: int) -> tuple[np.ndarray, np.ndarray]:

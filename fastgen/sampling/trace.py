@@ -79,12 +79,42 @@ class Tape:
         """A copy of a tensor that depends on the inputs, which later calls may overwrite."""
         return self._call(torch.ops.aten.clone.default, tensor)
 
+    def by_sample(self, tensor: Tensor) -> tuple[Tensor, list[int]] | None:
+        """A tensor [samples * parts, ...] or [parts * samples, ...], as matrix products have them, as [samples, parts,
+        ...], and the order in which its dimensions are the tensor's; None where it is no view of a [samples, ...].
+        """
+        if tensor.dim() == 0 or tensor.shape[0] % TRACE_BATCH:
+            return None
+        made = (t for call in reversed(self.calls) for t in call[3] if storage_key(t) == storage_key(tensor))
+        whole = next((t for t in made if t.dim() and len(t) == TRACE_BATCH), None)
+        if whole is None:
+            return None
+        sample = torch.full_like(whole_storage(whole), -1, dtype=torch.int64)
+        torch.as_strided(sample, whole.shape, whole.stride(), whole.storage_offset()).copy_(
+            torch.arange(TRACE_BATCH).view(-1, *[1] * (whole.dim() - 1))
+        )
+        found = torch.as_strided(sample, tensor.shape, tensor.stride(), tensor.storage_offset()).flatten(1)
+        rest, expected = range(2, tensor.dim() + 1), torch.arange(TRACE_BATCH).to(found)
+        parts = len(tensor) // TRACE_BATCH
+        if torch.equal(found, expected.repeat_interleave(parts)[:, None].expand_as(found)):
+            return self._call(torch.ops.aten.view.default, tensor, [TRACE_BATCH, parts, *tensor.shape[1:]]), [0, 1, *rest]
+        if torch.equal(found, expected.repeat(parts)[:, None].expand_as(found)):
+            split = self._call(torch.ops.aten.view.default, tensor, [parts, TRACE_BATCH, *tensor.shape[1:]])
+            return self._call(torch.ops.aten.transpose.int, split, 0, 1), [1, 0, *rest]
+        return None
+
     def gather(self, tensor: Tensor, index: Tensor) -> Tensor:
         """The elements tensor[n].flatten()[index], [N, *index.shape]."""
         ops = torch.ops.aten
         flat = self._call(ops.view.default, self._call(ops.clone.default, tensor), [len(tensor), -1])
         picked = self._call(ops.index_select.default, flat, 1, index.flatten().to(tensor.device))
         return self._call(ops.view.default, picked, [-1, *index.shape])
+
+    def rows(self, table: Tensor, tensor: Tensor, elements: Tensor, scale: int, shift: int) -> Tensor:
+        """Rows [N, n, columns] of a table by scale * tensor[n].flatten()[elements] + shift."""
+        ops = torch.ops.aten
+        index = self._call(ops.mul.Scalar, self.gather(tensor, elements), scale)
+        return self._call(ops.embedding.default, table, self._call(ops.add.Scalar, index, shift))
 
     def _call(self, func: Callable, *args: Any) -> Tensor:
         result = func(*args)
@@ -176,6 +206,7 @@ class Tracer(TorchDispatchMode):
         self.module = ""  # path of the module whose forward is running
         # storage -> (flat codes, the storage, which keeps its key but not its memory)
         self._shadows: dict[int, tuple[Tensor, StorageWeakRef]] = {}
+        self.orders: dict[tuple[int, ...], Tensor] = {}  # of elements or rows of tensors as feature maps, by shape
         self._scores: dict[int, tuple[attention.Known, StorageWeakRef]] = {}
 
     # Shadows.
@@ -228,6 +259,9 @@ class Tracer(TorchDispatchMode):
         """Codes of a tensor that does not depend on the image: its elements form a new plane; zeros are zeros."""
         if self.tape.depends(tensor):
             if tensor.dim() == 0 or tensor.shape[0] != TRACE_BATCH:
+                parts = self.tape.by_sample(tensor)
+                if parts is not None:
+                    return self._outside_codes(parts[0]).view(parts[0].shape).permute(parts[1]).reshape(tensor.shape)
                 raise self.unsupported(
                     f"a tensor of shape {tuple(tensor.shape)} that depends on {self.tape.names} and whose first "
                     "dimension is not the batch"
@@ -238,14 +272,18 @@ class Tracer(TorchDispatchMode):
         value = tensor.detach().to("cpu", torch.float32)
         if not value.any():
             return torch.zeros(value.shape, dtype=torch.int64)
-        if value.dim() > 1 and value.shape[0] == TRACE_BATCH and torch.equal(value[0], value[1]):
-            value = value[:1]  # the same for every sample
+        if value.dim() > 1 and value.shape[0] % TRACE_BATCH == 0:
+            first, *others = value.chunk(TRACE_BATCH)
+            if all(torch.equal(first, other) for other in others):  # the same for every sample
+                codes = self._constant_codes(first)
+                return codes.expand(tensor.shape) if len(first) == 1 else codes.repeat(TRACE_BATCH, *[1] * (first.dim() - 1))
+        return self._constant_codes(value)
+
+    def _constant_codes(self, value: Tensor) -> Tensor:
         whole = value.dim() == 4 and value.shape[0] == 1
         channels, height, width = value.shape[1:] if whole else (value.numel(), 1, 1)
         data = value.reshape(channels, height, width).clone()
-        return (
-            self.add(Constant(self.module, channels, height, width, data=data)).view(value.shape).expand(tensor.shape)
-        )
+        return self.add(Constant(self.module, channels, height, width, data=data)).view(value.shape)
 
     # Calls.
 
@@ -285,7 +323,7 @@ class Tracer(TorchDispatchMode):
             with host_defaults():
                 result = attention.lower(self, func, args, kwargs)
         except LayoutError as error:
-            raise self.unsupported(f"operator {func} {error}") from None
+            raise self._no_layout(func, error) from None
         if result is not NotImplemented:
             return result
         rule = rules.find(func)
@@ -302,9 +340,12 @@ class Tracer(TorchDispatchMode):
             with host_defaults():
                 rule(self, func, args, kwargs, tensors_in(result))
         except LayoutError as error:
-            what = str(error) or "on tensors that are not shifted windows of feature maps"
-            raise self.unsupported(f"operator {func} {what}") from None
+            raise self._no_layout(func, error) from None
         return result
+
+    def _no_layout(self, func: Any, error: LayoutError) -> UnsupportedModel:
+        what = str(error) or "on tensors that are not shifted windows of feature maps"
+        return self.unsupported(f"operator {func} {what}")
 
     def recognise(self, codes: Tensor, pieces: bool = True) -> Ref:
         """`Graph.recognise`, with new planes for constants and conditions in another layout and, with `pieces`, where
