@@ -485,8 +485,7 @@ def _attend_all(tracer: Tracer, known: Scores, values: Tensor) -> Tensor:
     )  # fmt: skip
     found.stride = found.query.stride
     codes = _times(tracer, tracer.add(found), seen.factor)
-    result = torch.empty(samples * queries, heads * width, dtype=torch.int64)
-    result[query_order] = codes.permute(0, 2, 3, 1)
+    result = elementwise.restored(codes.permute(0, 2, 3, 1), query_order, samples * queries)
     return result.view(samples, queries, heads, width).transpose(1, 2)
 
 
@@ -498,7 +497,7 @@ def _grid(tracer: Tracer, codes: Tensor, order: Tensor | None = None) -> tuple[T
     if order is None:
         order, grid, _ = feature_map(tracer, rows)
         return order, grid
-    return order, rows[order].permute(0, 3, 1, 2).contiguous()
+    return order, elementwise.ordered(rows, order).permute(0, 3, 1, 2).contiguous()
 
 
 def _times(tracer: Tracer, codes: Tensor, factor: Tensor | None) -> Tensor:
@@ -542,14 +541,17 @@ class _Seen:
 
 
 def _seen(known: Scores, rows: Tensor, columns: Tensor) -> _Seen:
-    """Of scores whose rows and columns, in this order, are the positions and keys of an `Attention`."""
+    """Of scores whose rows and columns, in this order, are the positions and keys of an `Attention`; -1 for those that
+    nobody asks for.
+    """
     _, queries, keys = known.shape
     gain, bias, weight = torch.broadcast_tensors(known.gain, known.bias, known.weight)
     size = (len(gain), queries, keys)
     gain, bias, weight = (v.expand(size)[:, rows][:, :, columns] for v in (gain, bias, weight))
-    seen = (bias > MASKED) & (weight != 0).any(2, keepdim=True)
+    keys = len(columns)
+    seen = (bias > MASKED) & (weight != 0).any(2, keepdim=True) & (rows >= 0)[:, None] & (columns >= 0)
     if known.softmax == "plain":
-        alone = ~seen.any(2) & (weight != 0).any(2)
+        alone = ~seen.any(2) & (weight != 0).any(2) & (rows >= 0)
         if alone.any():
             raise LayoutError("of a position that sees no key: softmax makes it see all of them, or NaN")
     factor = _alike(weight, seen, 2)

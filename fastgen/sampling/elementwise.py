@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastgen.sampling.graph import Condition, Constant, LayoutError, Pointwise, Ref, Stride
@@ -30,12 +31,10 @@ def pointwise(tracer: Tracer, op: str, operands: Sequence[Tensor | float], shape
                 return pointwise_4d(tracer, op, codes, pieces=pieces)
         for order in _orders(tracer, tensors, shape):
             with contextlib.suppress(LayoutError):
-                sorted_codes = [c.reshape(-1)[order] if isinstance(c, Tensor) else c for c in codes]
+                sorted_codes = [ordered(c.reshape(-1), order) if isinstance(c, Tensor) else c for c in codes]
                 found = pointwise_4d(tracer, op, sorted_codes, pieces=pieces)
                 tracer.orders[tuple(shape)] = order
-                out = torch.empty(order.numel(), dtype=torch.int64)
-                out[order] = found
-                return out.view(*shape)
+                return restored(found, order, math.prod(shape)).view(*shape)
     raise LayoutError
 
 
@@ -46,35 +45,74 @@ def _orders(tracer: Tracer, tensors: Sequence[Tensor], shape: Sequence[int]) -> 
     for tensor in tensors:  # in the order of one operand's planes
         with contextlib.suppress(LayoutError):
             yield _plane_order(tracer, tensor.reshape(-1))
-    yield from arrangements(tracer.graph.batch, shape, widths(tracer, *tensors))
+    yield from arrangements(tracer, tensors, shape)
 
 
-def widths(tracer: Tracer, *tensors: Tensor) -> list[int]:
-    """Of the planes that depend on the image and have elements among codes; 0 for one that has a single row, which may
-    be continued.
+def ordered(codes: Tensor, order: Tensor) -> Tensor:
+    """Elements or rows of codes in an order of indices; -1 for those at index -1, which nobody asks for."""
+    if (order >= 0).all():
+        return codes[order]
+    return torch.where((order >= 0).view(*order.shape, *[1] * (codes.dim() - 1)), codes[order], -1)
+
+
+def restored(codes: Tensor, order: Tensor, count: int) -> Tensor:
+    """The elements or rows of which `codes` are the `ordered` ones."""
+    result = torch.empty(count, *codes.shape[order.dim() :], dtype=torch.int64)
+    asked = order >= 0
+    result[order[asked]] = codes[asked]
+    return result
+
+
+def arrangements(tracer: Tracer, tensors: Sequence[Tensor], shape: Sequence[int]) -> Iterator[Tensor]:
+    """Indices [N, C, h, w] of the elements of tensors of a shape in the layouts that feature maps are kept in: channels
+    last, positions in one dimension, or together with the samples in one. The likeliest come first.
     """
-    nodes = tracer.graph.nodes
-    planes = np.unique(np.concatenate([np.unique(tracer.graph.planes(t.numpy())) for t in tensors]))
-    found = [nodes[p] for p in planes if p >= 0 and not nodes[p].given]
-    return [n.width if n.height > 1 else 0 for n in found]
-
-
-def arrangements(batch: int, shape: Sequence[int], likely: Sequence[int] = ()) -> Iterator[Tensor]:
-    """Indices [N, C, h, w] of the elements of a tensor in the layouts that feature maps are kept in: channels last,
-    positions in one dimension, or together with the samples in one. `likely` widths come first (0: a single row), then
-    squares: where zeros leave a choice, they are the likelier.
-    """
-    index = torch.arange(math.prod(shape))
+    index, batch = torch.arange(math.prod(shape)), tracer.graph.batch
     if len(shape) == 4 and shape[0] == batch:
         yield index.view(*shape).permute(0, 3, 1, 2)
     elif len(shape) in (2, 3) and index.numel() % (batch * shape[-1]) == 0:
-        channels_last = index.view(batch, -1, shape[-1]).transpose(1, 2)
-        channels_first = [index.view(*shape)] if len(shape) == 3 and shape[0] == batch and shape[2] > 1 else []
-        for tokens in (channels_last, *channels_first):
-            count = tokens.shape[2]
-            all_widths = sorted((w for w in range(1, count + 1) if count % w == 0), key=lambda w: abs(w - count // w))
-            first = [w or count for w in likely if count % (w or count) == 0]
-            yield from (tokens.unflatten(2, (-1, w)) for w in dict.fromkeys([*first, *all_widths]))
+        layouts = [index.view(batch, -1, shape[-1]).transpose(1, 2)]  # channels last
+        if len(shape) == 3 and shape[0] == batch and shape[2] > 1:
+            layouts.append(index.view(*shape))
+        if len(shape) == 3 and shape[1] == batch:
+            layouts.append(index.view(*shape).permute(1, 2, 0))
+        for tokens in layouts:
+            for width, before in rasters(tracer, [t.reshape(-1)[tokens] for t in tensors]):
+                yield in_rows(tokens, width, before)
+
+
+def in_rows(tokens: Tensor, width: int, before: int) -> Tensor:
+    """[..., tokens] -> [..., h, width], -1 in `before` places in front of the first, and behind the last."""
+    after = -(before + tokens.shape[-1]) % width
+    return F.pad(tokens, (before, after), value=-1).unflatten(-1, (-1, width))
+
+
+def rasters(tracer: Tracer, tensors: Sequence[Tensor]) -> Iterator[tuple[int, int]]:
+    """Ways of seeing tokens [N, C, count] as rows of pixels: the width, and how many pixels go before the first token.
+
+    Planes among them tell the width and, where tokens lie in front of the image's, the place in the row: that of the
+    token, or the next one, where tokens are shifted. Then come squares: where zeros leave a choice, they are the
+    likelier.
+    """
+    count = tensors[0].shape[2]
+    found = []
+    for tokens in tensors:
+        plane, _, _, _, x = tracer.graph.decode(tokens[0].numpy())
+        for p in np.unique(plane[plane >= 0]):
+            node = tracer.graph.nodes[p]
+            if node.given:
+                continue
+            if node.height == 1:  # which more tokens continue
+                found.append((count, 0))
+                continue
+            first = (x - np.arange(count))[plane == p] % node.width
+            if (first != first[0]).any():
+                found += [(node.width, 0)] * (count % node.width == 0)
+            else:
+                before = [int(first[0]), (int(first[0]) + 1) % node.width]
+                found += [(node.width, b) for b in sorted(before, key=lambda b: (b + count) % node.width != 0)]
+    squares = sorted((w for w in range(1, count + 1) if count % w == 0), key=lambda w: abs(w - count // w))
+    yield from dict.fromkeys([*found, *((w, 0) for w in squares)])
 
 
 def pointwise_4d(
@@ -107,15 +145,29 @@ def _plane_order(tracer: Tracer, flat: Tensor) -> Tensor:
     plane, sample, channel, y, x = tracer.graph.decode(flat.numpy())
     if (plane < 0).any() or all(tracer.graph.nodes[p].given for p in np.unique(plane)):
         raise LayoutError
-    size = (tracer.graph.batch, -1, len(np.unique(y)), len(np.unique(x)))
-    area = size[0] * size[2] * size[3]
-    if len(flat) % area:
-        raise LayoutError
     order = np.lexsort((x, y, channel, plane, sample))
     codes = flat.numpy()[order]
     if (codes[1:] == codes[:-1]).any():  # repeated channels: a key for several heads
         order = np.lexsort((x, y, channel, plane, occurrence(flat.numpy()), sample))
-    return torch.from_numpy(order).view(size)
+    rows, columns = at_places(y[order], x[order], tracer.graph.batch)
+    each = torch.from_numpy(order).view(tracer.graph.batch, -1, len(rows))
+    result = torch.full((*each.shape[:2], int(rows.max()) + 1, int(columns.max()) + 1), -1)
+    result[:, :, rows, columns] = each
+    return result
+
+
+def at_places(y: np.ndarray, x: np.ndarray, batch: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and columns of a grid for elements whose places repeat themselves, at least once for each sample."""
+    width = int(x.max()) + 1
+    places = y * width + x
+    again = np.flatnonzero(places == places[0])
+    count = int(again[1]) if len(again) > 1 else len(places)
+    if len(places) % (batch * count) or (places.reshape(-1, count) != places[:count]).any():
+        raise LayoutError
+    rows, columns = (np.unique(v[:count], return_inverse=True)[1] for v in (y, x))
+    if (rows.max() + 1) * (columns.max() + 1) > 2 * count + width:  # no rows of pixels
+        raise LayoutError
+    return rows, columns
 
 
 def occurrence(values: np.ndarray) -> np.ndarray:
@@ -176,7 +228,8 @@ def _new_condition(tracer: Tracer, codes: Tensor, source: int) -> Tensor:
         raise LayoutError
     channels, height, width = index.shape[1:]
     gathered = tracer.tape.gather(node.tensor, index[0])
-    return torch.where(keep, tracer.add(Condition(tracer.module, channels, height, width, tensor=gathered)), 0)
+    made = tracer.add(Condition(tracer.module, channels, height, width, tensor=gathered))
+    return torch.where(codes != 0, made, 0)
 
 
 _MOST_PIECES = 8

@@ -3,7 +3,7 @@
 A *plane* is a feature map [channels, height, width] that some node computes; every tensor that the network handles is a
 re-arrangement of elements of planes (and zeros).  Instead of one lowering rule for each of slice, pad, cat, chunk,
 view, permute, roll, ..., every element of every tensor carries an integer *code* that names the plane element it is a
-copy of; 0 is a zero. Layout operators then run on the codes as they run on the values, and `recognise` reads the codes
+copy of; 0 is a zero, -1 an element that nobody asks for. Layout operators then run on the codes as they run on the values, and `recognise` reads the codes
 back into per-channel (plane, channel, dy, dx).
 
 Networks with strided and transposed convolutions have planes of several *strides*: position y of a plane of stride s
@@ -374,7 +374,7 @@ class Graph:
     ) -> None:
         """Compare the codes of channels [start, stop), a segment, with what the frame implies."""
         if ref.plane[start] < 0:
-            if part.any():
+            if (part > 0).any():
                 raise LayoutError
             return
         node = self.nodes[ref.plane[start]]
@@ -385,11 +385,11 @@ class Graph:
         origin = node.start + ref.channel[start:stop] * area
         implied = origin[:, None, None] + (y[:, None] * node.width + x)
         for codes in window:
-            if not np.array_equal(codes, np.where(codes, implied, 0) if holes else implied):
+            if not np.array_equal(codes, implied) and not np.array_equal(codes, _asked(codes, implied, holes)):
                 raise LayoutError
             if node.samples > 1:
                 implied += node.channels * area
-        if np.count_nonzero(part) != np.count_nonzero(window):
+        if np.count_nonzero(part > 0) != np.count_nonzero(window > 0):
             raise LayoutError
 
     def _axis(
@@ -401,13 +401,13 @@ class Graph:
         planes = np.unique(plane[plane >= 0])
         strides = {p: 0 if self.nodes[p].given else self.nodes[p].stride[axis] for p in planes.tolist()}
         runs: dict[int, int] = {}  # of a coarser plane: the frame position behind the run of its first element
-        seen = np.count_nonzero(codes[np.arange(len(codes)), :, across], axis=1)
+        seen = np.count_nonzero(codes[np.arange(len(codes)), :, across] > 0, axis=1)
         frame = None
         for p, stride in strides.items():
             if not stride:
                 continue
             c = int(np.argmax(np.where(plane == p, seen, -1)))  # the channel that tells most
-            where = np.flatnonzero(codes[c, :, across[c]])
+            where = np.flatnonzero(codes[c, :, across[c]] > 0)
             positions = self.decode(codes[c, where, across[c]])[3 + axis]
             num, den = _steps(where, positions)
             if num and stride * num % den == 0:
@@ -427,6 +427,11 @@ class Graph:
                 offset[here] = den * (source[here] + 1) - runs[p] if den > 1 else source[here] - num * along[here]
         offset[plane < 0] = 0
         return _Axis(frame, nums, dens, offset)
+
+
+def _asked(codes: np.ndarray, implied: np.ndarray, holes: bool) -> np.ndarray:
+    """The implied codes where codes ask for one."""
+    return np.where(codes > 0 if holes else codes >= 0, implied, codes)
 
 
 @dataclass(frozen=True, eq=False)

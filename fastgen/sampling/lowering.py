@@ -370,13 +370,14 @@ def product(tracer: Tracer, rows: Tensor, weight: Tensor, bias: Tensor | None = 
         height, width = grid.shape[2:]
         taps = taps_of(ref, weight)
         node = Linear(tracer.module, weight.shape[1], height, width, stride=ref.stride, taps=taps, bias=_vector(bias))
-        out[order] = tracer.add(node).permute(0, 2, 3, 1)
+        asked = order >= 0
+        out[order[asked]] = tracer.add(node).permute(0, 2, 3, 1)[asked]
     return out
 
 
 def feature_map(tracer: Tracer, rows: Tensor) -> tuple[Tensor, Tensor, Ref]:
-    """Codes [N*h*w, K], positions in any order, as a feature map: indices [N, h, w] of rows, the codes [N, K, h, w] in
-    this order, and where they are found.
+    """Codes [N*h*w, K], positions in any order, as a feature map: indices [N, h, w] of rows, -1 where there is none, the
+    codes [N, K, h, w] in this order, and where they are found.
     """
     (found,) = _feature_maps(tracer, rows, several=False)
     return found
@@ -387,14 +388,14 @@ def _feature_maps(tracer: Tracer, rows: Tensor, several: bool = True) -> list[tu
     for pieces in (False, True):
         for order in _raster_orders(tracer, rows):
             with contextlib.suppress(LayoutError):
-                grid = rows[order].permute(0, 3, 1, 2).contiguous()
+                grid = elementwise.ordered(rows, order).permute(0, 3, 1, 2).contiguous()
                 ref = tracer.recognise(grid, pieces)
                 tracer.orders[(len(rows),)] = order
                 return [(order, grid, ref)]
         parts = _places_apart(tracer, rows) if several else []
         if len(parts) > 1:
             found = [(part, feature_map(tracer, rows[part])) for part in parts]
-            return [(part[order], grid, ref) for part, (order, grid, ref) in found]
+            return [(torch.where(order < 0, -1, part[order]), grid, ref) for part, (order, grid, ref) in found]
     raise LayoutError
 
 
@@ -417,10 +418,15 @@ def _raster_orders(tracer: Tracer, rows: Tensor) -> Iterator[Tensor]:
         yield tracer.orders[(len(rows),)]
     for c in (rows > 0).all(0).nonzero().flatten().tolist():
         plane, sample, _, y, x = tracer.graph.decode(rows[:, c].numpy())
-        size = (len(np.unique(sample)), len(np.unique(y)), len(np.unique(x)))
-        if len(np.unique(plane)) == 1 and math.prod(size) == len(rows) and size[0] == batch:
-            yield torch.from_numpy(np.lexsort((x, y, sample))).view(size)
-            break
+        order = np.lexsort((x, y, sample))
+        if len(np.unique(plane)) == 1 and np.array_equal(sample[order], np.repeat(np.arange(batch), len(rows) // batch)):
+            with contextlib.suppress(LayoutError):
+                at = elementwise.at_places(y[order], x[order], batch)
+                if len(at[0]) * batch == len(rows):
+                    result = torch.full((batch, int(at[0].max()) + 1, int(at[1].max()) + 1), -1)
+                    result[:, at[0], at[1]] = torch.from_numpy(order).view(batch, -1)
+                    yield result
+                    break
     if len(rows) % batch == 0:
-        likely = elementwise.widths(tracer, rows)
-        yield from (index[:, 0] for index in elementwise.arrangements(batch, (len(rows), 1), likely))
+        index, codes = torch.arange(len(rows)).view(batch, -1), rows.view(batch, -1, rows.shape[1]).transpose(1, 2)
+        yield from (elementwise.in_rows(index, *raster) for raster in elementwise.rasters(tracer, [codes]))

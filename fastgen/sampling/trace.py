@@ -106,7 +106,8 @@ class Tape:
     def gather(self, tensor: Tensor, index: Tensor) -> Tensor:
         """The elements tensor[n].flatten()[index], [N, *index.shape]."""
         ops = torch.ops.aten
-        flat = self._call(ops.view.default, self._call(ops.clone.default, tensor), [len(tensor), -1])
+        copy = self._call(ops.clone.default, tensor, memory_format=torch.contiguous_format)
+        flat = self._call(ops.view.default, copy, [len(tensor), -1])
         picked = self._call(ops.index_select.default, flat, 1, index.flatten().to(tensor.device))
         return self._call(ops.view.default, picked, [-1, *index.shape])
 
@@ -116,9 +117,9 @@ class Tape:
         index = self._call(ops.mul.Scalar, self.gather(tensor, elements), scale)
         return self._call(ops.embedding.default, table, self._call(ops.add.Scalar, index, shift))
 
-    def _call(self, func: Callable, *args: Any) -> Tensor:
-        result = func(*args)
-        self.record(func, args, {}, [result])
+    def _call(self, func: Callable, *args: Any, **kwargs: Any) -> Tensor:
+        result = func(*args, **kwargs)
+        self.record(func, args, kwargs, [result])
         return result
 
     def replay(self, inputs: list[Tensor], wanted: list[Tensor]) -> list[Tensor]:
@@ -356,6 +357,7 @@ class Tracer(TorchDispatchMode):
         codes = elementwise.rebuilt(self, codes)
         if not pieces:
             return self.graph.recognise(codes)
+        codes = codes.clamp(min=0)
         for attempt in (self.graph.recognise, functools.partial(elementwise.pieced, self)):
             with contextlib.suppress(LayoutError):
                 return attempt(codes)
