@@ -495,9 +495,20 @@ def _grid(tracer: Tracer, codes: Tensor, order: Tensor | None = None) -> tuple[T
     """
     rows = codes.transpose(1, 2).flatten(2).flatten(0, 1)
     if order is None:
-        order, grid, _ = feature_map(tracer, rows)
-        return order, grid
+        first = _given_first(tracer, rows)
+        order, grid, _ = feature_map(tracer, rows[first])
+        return torch.where(order < 0, -1, first[order]), grid
     return order, elementwise.ordered(rows, order).permute(0, 3, 1, 2).contiguous()
+
+
+def _given_first(tracer: Tracer, rows: Tensor) -> Tensor:
+    """The order of rows [N * positions, channels] in which those that do not depend on the image come first: a key that
+    is appended for all to see would be computed last.
+    """
+    given = np.array([False, *(n.given for n in tracer.graph.nodes)])
+    given[0] = True  # zeros
+    later = ~given[1 + tracer.graph.planes(rows.numpy())].all(1).reshape(tracer.graph.batch, -1)
+    return torch.from_numpy(np.argsort(later, axis=1, kind="stable") + np.arange(len(rows), step=later.shape[1])[:, None]).flatten()
 
 
 def _times(tracer: Tracer, codes: Tensor, factor: Tensor | None) -> Tensor:

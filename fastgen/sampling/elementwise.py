@@ -205,14 +205,23 @@ def rebuilt(tracer: Tracer, codes: Tensor) -> Tensor:
 
 def _new_constant(tracer: Tracer, codes: Tensor) -> Tensor:
     """Codes of a constant that holds the elements of constants that `codes` [N, C, h, w] names."""
-    if not torch.equal(codes[0], codes[-1]):
-        raise LayoutError
-    data = torch.zeros(codes.shape[1:])
-    for node in [n for n in tracer.graph.nodes if isinstance(n, Constant)]:
-        here = (codes[0] >= node.start) & (codes[0] < node.start + node.data.numel())
-        data[here] = node.data.flatten()[codes[0][here] - node.start]
+    data = _values(tracer, codes[0])
+    for other in codes[1:]:
+        if not torch.equal(other, codes[0]) and not torch.equal(_values(tracer, other), data):
+            raise LayoutError
     channels, height, width = data.shape
     return tracer.add(Constant(tracer.module, channels, height, width, data=data))
+
+
+def _values(tracer: Tracer, codes: Tensor) -> Tensor:
+    """Of elements of constants, by their codes."""
+    result = torch.zeros(codes.shape)
+    for p in np.unique(tracer.graph.planes(codes.numpy())):
+        node = tracer.graph.nodes[p]
+        if p >= 0 and isinstance(node, Constant):
+            here = (codes >= node.start) & (codes < node.start + node.data.numel())
+            result[here] = node.data.flatten()[codes[here] - node.start]
+    return result
 
 
 def _new_condition(tracer: Tracer, codes: Tensor, source: int) -> Tensor:
