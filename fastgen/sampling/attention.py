@@ -368,6 +368,18 @@ def _softmax(tracer: Tracer, func: Any, named: dict[str, Any]) -> Tensor:
     return _result(tracer, func, scores, known, dtype)
 
 
+@_rule("nan_to_num")
+def _nan_to_num(tracer: Tracer, func: Any, named: dict[str, Any]) -> Tensor:
+    """Zeros in place of what softmax makes of rows without a key."""
+    scores, known = named["self"], _known(tracer, named["self"])
+    if not known.softmax or named.get("nan"):
+        raise LayoutError("of products of queries and keys")
+    nothing = ~(known.bias > MASKED).expand(-1, *known.shape[1:]).any(2)
+    if known.softmax == "plain" and (known.bias.expand(-1, *known.shape[1:])[nothing] == -torch.inf).all():
+        known = replace(known, softmax="safe")
+    return _result(tracer, func, scores, known)
+
+
 @_rule("exp")
 def _exp(tracer: Tracer, func: Any, named: dict[str, Any]) -> Tensor:
     scores, known = named["self"], _known(tracer, named["self"])
@@ -495,20 +507,12 @@ def _grid(tracer: Tracer, codes: Tensor, order: Tensor | None = None) -> tuple[T
     """
     rows = codes.transpose(1, 2).flatten(2).flatten(0, 1)
     if order is None:
-        first = _given_first(tracer, rows)
+        # A key that is appended for all to see would be computed last.
+        tokens = codes.permute(0, 1, 3, 2).flatten(1, 2)
+        first = torch.arange(len(rows)).view(len(codes), -1).roll(elementwise.appended(tracer, [tokens]), 1).flatten()
         order, grid, _ = feature_map(tracer, rows[first])
         return torch.where(order < 0, -1, first[order]), grid
     return order, elementwise.ordered(rows, order).permute(0, 3, 1, 2).contiguous()
-
-
-def _given_first(tracer: Tracer, rows: Tensor) -> Tensor:
-    """The order of rows [N * positions, channels] in which those that do not depend on the image come first: a key that
-    is appended for all to see would be computed last.
-    """
-    given = np.array([False, *(n.given for n in tracer.graph.nodes)])
-    given[0] = True  # zeros
-    later = ~given[1 + tracer.graph.planes(rows.numpy())].all(1).reshape(tracer.graph.batch, -1)
-    return torch.from_numpy(np.argsort(later, axis=1, kind="stable") + np.arange(len(rows), step=later.shape[1])[:, None]).flatten()
 
 
 def _times(tracer: Tracer, codes: Tensor, factor: Tensor | None) -> Tensor:

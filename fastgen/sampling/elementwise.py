@@ -68,17 +68,32 @@ def arrangements(tracer: Tracer, tensors: Sequence[Tensor], shape: Sequence[int]
     last, positions in one dimension, or together with the samples in one. The likeliest come first.
     """
     index, batch = torch.arange(math.prod(shape)), tracer.graph.batch
+    layouts: list[Tensor] = []
     if len(shape) == 4 and shape[0] == batch:
-        yield index.view(*shape).permute(0, 3, 1, 2)
+        whole = index.view(*shape)
+        yield whole.permute(0, 3, 1, 2)
+        # Tokens behind heads, before heads, or last.
+        layouts += [whole.transpose(2, 3).flatten(1, 2), whole.flatten(2).transpose(1, 2), whole.flatten(1, 2)]
     elif len(shape) in (2, 3) and index.numel() % (batch * shape[-1]) == 0:
-        layouts = [index.view(batch, -1, shape[-1]).transpose(1, 2)]  # channels last
+        layouts.append(index.view(batch, -1, shape[-1]).transpose(1, 2))  # channels last
         if len(shape) == 3 and shape[0] == batch and shape[2] > 1:
             layouts.append(index.view(*shape))
         if len(shape) == 3 and shape[1] == batch:
             layouts.append(index.view(*shape).permute(1, 2, 0))
-        for tokens in layouts:
-            for width, before in rasters(tracer, [t.reshape(-1)[tokens] for t in tensors]):
-                yield in_rows(tokens, width, before)
+    for tokens in layouts:
+        codes = [t.reshape(-1)[tokens] for t in tensors]
+        if len(shape) == 4:  # keys, as likely as not
+            last = appended(tracer, codes)
+            tokens, codes = tokens.roll(last, 2), [c.roll(last, 2) for c in codes]
+        for width, before in rasters(tracer, codes):
+            yield in_rows(tokens, width, before)
+
+
+def appended(tracer: Tracer, tensors: Sequence[Tensor]) -> int:
+    """How many of the last tokens [N, C, tokens] depend on the image in no channel, where others do."""
+    given = np.array([True, *(n.given for n in tracer.graph.nodes)])  # from plane -1 on
+    later = np.any([~given[1 + tracer.graph.planes(t.numpy())].all((0, 1)) for t in tensors], axis=0)
+    return int(np.argmax(later[::-1]))
 
 
 def in_rows(tokens: Tensor, width: int, before: int) -> Tensor:

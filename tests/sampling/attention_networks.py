@@ -399,6 +399,117 @@ def linear_attention(net: Prior, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return ((q @ k.mT) * lower(q.shape[2])) @ v
 
 
+def grouped_by_hand(net: Prior, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Five dimensions: groups of heads that share their keys."""
+    q = q.unflatten(1, (k.shape[1], -1))
+    scores = torch.einsum("bghid,bgjd->bghij", q, k).masked_fill(~lower(q.shape[3]), -torch.inf)
+    return torch.einsum("bghij,bgjd->bghid", scores.softmax(-1), v).flatten(1, 2)
+
+
+def grouped_by_matmul(net: Prior, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q = q.unflatten(1, (k.shape[1], -1))
+    scores = (q @ k[:, :, None].mT).masked_fill(~lower(q.shape[3]), -torch.inf)
+    return (scores.softmax(-1) @ v[:, :, None]).flatten(1, 2)
+
+
+def in_chunks(net: Prior, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Some queries at a time, to save memory."""
+    out, mask = [], lower(q.shape[2])
+    for first in range(0, q.shape[2], 6):
+        chunk = slice(first, first + 6)
+        scores = (q[:, :, chunk] @ k.mT).masked_fill(~mask[chunk], -torch.inf)
+        out.append(scores.softmax(-1) @ v)
+    return torch.cat(out, 2)
+
+
+def in_chunks_of_keys(net: Prior, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Each chunk of queries with the keys so far."""
+    out, mask = [], lower(q.shape[2])
+    for first in range(0, q.shape[2], 6):
+        chunk, last = slice(first, first + 6), first + 6
+        scores = (q[:, :, chunk] @ k[:, :, :last].mT).masked_fill(~mask[chunk, :last], -torch.inf)
+        out.append(scores.softmax(-1) @ v[:, :, :last])
+    return torch.cat(out, 2)
+
+
+def not_a_number(net: Prior, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """A strict mask: the first position, which sees nothing, becomes zero."""
+    scores = (q @ k.mT).masked_fill(lower(q.shape[2]).T, -torch.inf)
+    return torch.nan_to_num(scores.softmax(-1)) @ v
+
+
+def masked_twice(net: Prior, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    mask = lower(q.shape[2]).T
+    return (q @ k.mT).masked_fill(mask, torch.finfo(q.dtype).min).softmax(-1).masked_fill(mask, 0.0) @ v
+
+
+def unfolded(net: Prior, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Keys by F.unfold: a neighbourhood of each pixel."""
+    n, heads, count, depth = q.shape
+    grids = (F.pad(t.transpose(2, 3).reshape(n, -1, *net.size), (1, 1, 1, 0)) for t in (k, v))
+    k, v = (F.unfold(t, (2, 3))[:, :, :count].view(n, heads, depth, 6, count) for t in grids)
+    scores = torch.einsum("nhtd,nhdkt->nhtk", q, k)[..., :4]
+    return torch.einsum("nhtk,nhdkt->nhtd", scores.softmax(-1), v[:, :, :, :4])
+
+
+def in_place(net: Prior, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.mT
+    scores *= 0.5
+    scores.div_(1.5)
+    scores += net.bias
+    scores.masked_fill_(~lower(q.shape[2]), -torch.inf)
+    return torch.softmax(scores, -1) @ v
+
+
+def lower_triangle_of_scores(net: Prior, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = torch.tril(q @ k.mT)
+    return scores.masked_fill(scores == 0, -torch.inf).softmax(-1) @ v
+
+
+def of_log_probabilities(net: Prior, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = (q @ k.mT).masked_fill(~lower(q.shape[2]), -torch.inf)
+    return F.log_softmax(scores, -1).exp() @ v
+
+
+def less_a_logarithm(net: Prior, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = (q @ k.mT).masked_fill(~lower(q.shape[2]), -torch.inf)
+    return torch.exp(scores - torch.logsumexp(scores, -1, keepdim=True)) @ v
+
+
+def weights_of_keys(net: Prior, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Probabilities times a number for each key."""
+    probabilities = (q @ k.mT).masked_fill(~lower(q.shape[2]), -torch.inf).softmax(-1)
+    return (probabilities * torch.linspace(0.5, 2, q.shape[2])) @ v
+
+
+def added_keys(net: Prior, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Scores of two products."""
+    scores = q @ k.mT + q @ q.mT
+    return scores.masked_fill(~lower(q.shape[2]), -torch.inf).softmax(-1) @ v
+
+
+def relative_keys(net: Prior, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Shaw et al.: a vector for each distance, times the query."""
+    count = q.shape[2]
+    table = net.table[:, :1].expand(-1, net.depth)
+    distance = (torch.arange(count)[:, None] - torch.arange(count)).clamp(0, len(table) - 1)
+    scores = q @ k.mT + torch.einsum("bhid,ijd->bhij", q, table[distance])
+    return scores.masked_fill(~lower(count), -torch.inf).softmax(-1) @ v
+
+
+def skewed(net: Prior, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Music transformer: relative keys by padding and reshaping."""
+    count = q.shape[2]
+    relative = q @ net.position[0, :, : net.depth].T
+    relative = F.pad(relative, (1, 0)).view(*q.shape[:2], count + 1, count)[:, :, 1:]
+    return (q @ k.mT + relative).masked_fill(~lower(count), -torch.inf).softmax(-1) @ v
+
+
+def shared_projection(net: Prior, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Nothing but the values."""
+    return F.scaled_dot_product_attention(v, v, v, is_causal=True)
+
+
 @dataclass
 class Case:
     build: Callable[[], nn.Module]
@@ -419,7 +530,9 @@ STYLES: dict[str, Case] = {
         by_einsum_over_positions, by_einsum_of_batches, by_einsum_of_heads_first, sagan, keys_times_queries, scaled_query, scaled_both,
         less_the_maximum, less_the_maximum_first, softmax_by_hand, softmax_by_hand_masked, cosine, normed, temperature_of_positions,
         bool_mask, float_mask, swin, t5, alibi, window, band, heads_that_see_differently, values_of_inputs,
-        dropped_scores, soft_capped, talking_heads, renormalised, attention_sink, sigmoid_attention, linear_attention,
+        dropped_scores, in_chunks, in_chunks_of_keys, not_a_number, masked_twice, unfolded, in_place, lower_triangle_of_scores,
+        of_log_probabilities, less_a_logarithm, weights_of_keys, added_keys, relative_keys, skewed, shared_projection,
+        soft_capped, talking_heads, renormalised, attention_sink, sigmoid_attention, linear_attention,
     )
 }  # fmt: skip
 STYLES |= {f.__name__: prior(f, depth=4) for f in (rotary_halves, rotary_pairs, rotary_unbound, rotary_partial, rotary_complex)}
@@ -428,6 +541,8 @@ STYLES |= {
     "repeated_keys": prior(repeated_keys, (3, 3), 4, 2, keys=2),
     "one_key_head": prior(one_key_head, (3, 3), 3, 3, keys=1),
     "one_key_head_einsum": prior(one_key_head_einsum, (3, 3), 3, 3, keys=1),
+    "grouped_by_hand": prior(grouped_by_hand, (3, 3), 4, 2, keys=2),
+    "grouped_by_matmul": prior(grouped_by_matmul, (3, 3), 4, 2, keys=2),
     "grouped_one": prior(grouped_keys, (3, 3), 3, 3, keys=1),
 }
 for size in ((1, 6), (6, 1), (3, 3), (1, 1), (2, 2), (4, 4)):
@@ -905,6 +1020,46 @@ class CrossLabels(nn.Module):
         return self.out(h + y.unflatten(2, h.shape[2:]))
 
 
+class ShiftedLogits(nn.Module):
+    """Predictions of the next code, shifted at the end."""
+
+    def __init__(self, size: tuple[int, int]):
+        super().__init__()
+        self.embedding, self.position = nn.Embedding(LEVELS, 6), nn.Parameter(torch.randn(1, size[0] * size[1], 6))
+        self.layer, self.out = nn.TransformerEncoderLayer(6, 2, 8, batch_first=True), nn.Linear(6, LEVELS)
+        self.first = nn.Parameter(torch.randn(1, 1, LEVELS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        t = self.embedding(x.flatten(1)) + self.position
+        t = self.layer(t, nn.Transformer.generate_square_subsequent_mask(t.shape[1]))
+        logits = torch.cat([self.first.expand(len(x), -1, -1), self.out(t)[:, :-1]], 1)
+        return logits.transpose(1, 2).reshape(len(x), LEVELS, *x.shape[1:])
+
+
+class Joined(nn.Module):
+    """Keys of the condition and of the image in one tensor."""
+
+    def __init__(self, behind: bool, fused: bool):
+        super().__init__()
+        self.embedding, self.sos, self.read = nn.Embedding(LEVELS, 6), nn.Parameter(torch.randn(1, 1, 6)), nn.Linear(3, 6)
+        self.q, self.kv, self.out = nn.Linear(6, 6), nn.Linear(6, 12), nn.Linear(6, LEVELS)
+        self.behind, self.fused = behind, fused
+
+    def forward(self, x: Tensor, memory: Tensor) -> Tensor:
+        t = self.embedding(x.flatten(1))
+        t = torch.cat([self.sos.expand(len(x), -1, -1), t[:, :-1]], 1)
+        count, more = t.shape[1], memory.shape[1]
+        memory, own = self.kv(self.read(memory)), self.kv(t)
+        mask = F.pad(lower(count), (0, more) if self.behind else (more, 0), value=True)
+        kv = torch.cat([own, memory] if self.behind else [memory, own], 1)
+        q, k, v = (a.unflatten(2, (2, 3)).transpose(1, 2) for a in (self.q(t), *kv.chunk(2, 2)))
+        if self.fused:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        else:
+            y = (q @ k.mT).masked_fill(~mask, -torch.inf).softmax(-1) @ v
+        return self.out(t + y.transpose(1, 2).flatten(2)).transpose(1, 2).reshape(len(x), LEVELS, *x.shape[1:])
+
+
 def half(dtype: torch.dtype) -> Case:
     return Case(lambda: Prior(hugging_face_additive, 4, 5).to(dtype))
 
@@ -958,6 +1113,9 @@ MODELS: dict[str, Case] = {
     "cross map": Case(lambda: CrossLabels("map"), (1, 4, 5), IMAGES, condition=torch.randn(3, 3, 2)),
     "cross labels": Case(lambda: CrossLabels("labels"), (1, 4, 5), IMAGES, num_classes=4),
     "cross table": Case(lambda: CrossLabels("table"), (1, 4, 5), IMAGES),
+    "shifted logits": Case(lambda: ShiftedLogits((4, 5))),
+    "shifted logits line": Case(lambda: ShiftedLogits((1, 7)), (1, 7)),
+    **{f"joined {b} {f}": Case(lambda b=b, f=f: Joined(b, f), condition=torch.randn(7, 3)) for b in (False, True) for f in (False, True)},
     "bfloat16": half(torch.bfloat16),
     "float16": half(torch.float16),
     "float64": half(torch.float64),
