@@ -29,7 +29,7 @@ def pointwise(tracer: Tracer, op: str, operands: Sequence[Tensor | float], shape
         if len(shape) == 4 and shape[0] == tracer.graph.batch:
             with contextlib.suppress(LayoutError):
                 return pointwise_4d(tracer, op, codes, pieces=pieces)
-        for order in _orders(tracer, tensors, shape):
+        for order in _orders(tracer, tensors, shape, pieces):
             with contextlib.suppress(LayoutError):
                 sorted_codes = [ordered(c.reshape(-1), order) if isinstance(c, Tensor) else c for c in codes]
                 found = pointwise_4d(tracer, op, sorted_codes, pieces=pieces)
@@ -38,14 +38,14 @@ def pointwise(tracer: Tracer, op: str, operands: Sequence[Tensor | float], shape
     raise LayoutError
 
 
-def _orders(tracer: Tracer, tensors: Sequence[Tensor], shape: Sequence[int]) -> Iterator[Tensor]:
+def _orders(tracer: Tracer, tensors: Sequence[Tensor], shape: Sequence[int], pieces: bool) -> Iterator[Tensor]:
     """Ways of seeing tensors of a shape as feature maps: indices [N, C, h, w] of their elements."""
     if tuple(shape) in tracer.orders:  # most layers have that of the layer before
         yield tracer.orders[tuple(shape)]
     for tensor in tensors:  # in the order of one operand's planes
         with contextlib.suppress(LayoutError):
             yield _plane_order(tracer, tensor.reshape(-1))
-    yield from arrangements(tracer, tensors, shape)
+    yield from arrangements(tracer, tensors, shape, pieces)
 
 
 def ordered(codes: Tensor, order: Tensor) -> Tensor:
@@ -63,7 +63,9 @@ def restored(codes: Tensor, order: Tensor, count: int) -> Tensor:
     return result
 
 
-def arrangements(tracer: Tracer, tensors: Sequence[Tensor], shape: Sequence[int]) -> Iterator[Tensor]:
+def arrangements(
+    tracer: Tracer, tensors: Sequence[Tensor], shape: Sequence[int], pieces: bool
+) -> Iterator[Tensor]:
     """Indices [N, C, h, w] of the elements of tensors of a shape in the layouts that feature maps are kept in: channels
     last, positions in one dimension, or together with the samples in one. The likeliest come first.
     """
@@ -85,7 +87,7 @@ def arrangements(tracer: Tracer, tensors: Sequence[Tensor], shape: Sequence[int]
         if len(shape) == 4:  # keys, as likely as not
             last = appended(tracer, codes)
             tokens, codes = tokens.roll(last, 2), [c.roll(last, 2) for c in codes]
-        for width, before in rasters(tracer, codes):
+        for width, before in rasters(tracer, codes, pieces):
             yield in_rows(tokens, width, before)
 
 
@@ -102,7 +104,7 @@ def in_rows(tokens: Tensor, width: int, before: int) -> Tensor:
     return F.pad(tokens, (before, after), value=-1).unflatten(-1, (-1, width))
 
 
-def rasters(tracer: Tracer, tensors: Sequence[Tensor]) -> Iterator[tuple[int, int]]:
+def rasters(tracer: Tracer, tensors: Sequence[Tensor], pieces: bool) -> Iterator[tuple[int, int]]:
     """Ways of seeing tokens [N, C, count] as rows of pixels: the width, and how many pixels go before the first token.
 
     Planes among them tell the width and, where tokens lie in front of the image's, the place in the row: that of the
@@ -117,8 +119,8 @@ def rasters(tracer: Tracer, tensors: Sequence[Tensor]) -> Iterator[tuple[int, in
             node = tracer.graph.nodes[p]
             if node.given:
                 continue
-            if node.height == 1:  # which more tokens continue
-                found.append((count, 0))
+            if node.height == 1:  # which more tokens may continue; but zeros around it are rows, too
+                found += [(count, 0)] * pieces
                 continue
             first = (x - np.arange(count))[plane == p] % node.width
             if (first != first[0]).any():

@@ -386,7 +386,7 @@ def feature_map(tracer: Tracer, rows: Tensor) -> tuple[Tensor, Tensor, Ref]:
 def _feature_maps(tracer: Tracer, rows: Tensor, several: bool = True) -> list[tuple[Tensor, Tensor, Ref]]:
     """`feature_map`; where positions have several rows, as those of heads have, several."""
     for pieces in (False, True):
-        for order in _raster_orders(tracer, rows):
+        for order in _raster_orders(tracer, rows, pieces):
             with contextlib.suppress(LayoutError):
                 grid = elementwise.ordered(rows, order).permute(0, 3, 1, 2).contiguous()
                 ref = tracer.recognise(grid, pieces)
@@ -409,7 +409,7 @@ def _places_apart(tracer: Tracer, rows: Tensor) -> list[Tensor]:
     return [torch.from_numpy(np.flatnonzero(turn == i)) for i in range(1 + turn.max())]
 
 
-def _raster_orders(tracer: Tracer, rows: Tensor) -> Iterator[Tensor]:
+def _raster_orders(tracer: Tracer, rows: Tensor, pieces: bool) -> Iterator[Tensor]:
     """Ways of seeing codes [N*h*w, K] as a feature map: indices [N, h, w] of rows. By a channel whose elements tell
     their places; where there is none, because zeros were shifted in, by trial.
     """
@@ -429,4 +429,4 @@ def _raster_orders(tracer: Tracer, rows: Tensor) -> Iterator[Tensor]:
                     break
     if len(rows) % batch == 0:
         index, codes = torch.arange(len(rows)).view(batch, -1), rows.view(batch, -1, rows.shape[1]).transpose(1, 2)
-        yield from (elementwise.in_rows(index, *raster) for raster in elementwise.rasters(tracer, [codes]))
+        yield from (elementwise.in_rows(index, *raster) for raster in elementwise.rasters(tracer, [codes], pieces))
