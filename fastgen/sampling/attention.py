@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves
 
 from fastgen.sampling import elementwise
+from fastgen.sampling.elementwise import Order
 from fastgen.sampling.graph import Attention, Constant, Graph, LayoutError, Ref
 from fastgen.sampling.lowering import feature_map
 
@@ -488,7 +489,7 @@ def _attend_all(tracer: Tracer, known: Scores, values: Tensor) -> Tensor:
     query_order, query = _grid(tracer, known.query)
     key_order, keys = _grid(tracer, known.keys)
     _, values = _grid(tracer, values, key_order)
-    seen = _seen(known, query_order[0].flatten(), key_order[0].flatten())
+    seen = _seen(known, query_order.index[0].flatten(), key_order.index[0].flatten())
     found = Attention(
         tracer.module, heads * width, *query.shape[2:], heads=heads, scale=seen.scale, spans=seen.spans, bias=seen.bias,
         query=_plane(tracer, _times(tracer, query, seen.of_queries)),
@@ -497,12 +498,12 @@ def _attend_all(tracer: Tracer, known: Scores, values: Tensor) -> Tensor:
     )  # fmt: skip
     found.stride = found.query.stride
     codes = _times(tracer, tracer.add(found), seen.factor)
-    result = elementwise.restored(codes.permute(0, 2, 3, 1), query_order, samples * queries)
+    result = query_order.restored(codes.permute(0, 2, 3, 1), samples * queries)
     return result.view(samples, queries, heads, width).transpose(1, 2)
 
 
-def _grid(tracer: Tracer, codes: Tensor, order: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Codes [N, heads, positions, channels] as a feature map: the rows [N, h, w] of a tensor [N * positions] that make
+def _grid(tracer: Tracer, codes: Tensor, order: Order | None = None) -> tuple[Order, Tensor]:
+    """Codes [N, heads, positions, channels] as a feature map: the order [N, h, w] of rows of a tensor [N * positions] that make
     it, given or found, and the codes [N, heads * channels, h, w].
     """
     rows = codes.transpose(1, 2).flatten(2).flatten(0, 1)
@@ -511,8 +512,8 @@ def _grid(tracer: Tracer, codes: Tensor, order: Tensor | None = None) -> tuple[T
         tokens = codes.permute(0, 1, 3, 2).flatten(1, 2)
         first = torch.arange(len(rows)).view(len(codes), -1).roll(elementwise.appended(tracer, [tokens]), 1).flatten()
         order, grid, _ = feature_map(tracer, rows[first])
-        return torch.where(order < 0, -1, first[order]), grid
-    return order, elementwise.ordered(rows, order).permute(0, 3, 1, 2).contiguous()
+        return order.among(first), grid
+    return order, order.of(rows).permute(0, 3, 1, 2).contiguous()
 
 
 def _times(tracer: Tracer, codes: Tensor, factor: Tensor | None) -> Tensor:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 def pointwise(tracer: Tracer, op: str, operands: Sequence[Tensor | float], shape: Sequence[int]) -> Tensor:
     """Codes of op(operands), which have codes broadcastable to `shape` or are numbers."""
-    codes = [o.expand(*shape) if isinstance(o, Tensor) else float(o) for o in operands]
+    codes = [_expanded(o, tuple(shape)) if isinstance(o, Tensor) else float(o) for o in operands]
     tensors = [c for c in codes if isinstance(c, Tensor)]
     for pieces in (False, True):  # a layout in which all are views of planes is the right one, another may be none
         if len(shape) == 4 and shape[0] == tracer.graph.batch:
@@ -31,36 +32,97 @@ def pointwise(tracer: Tracer, op: str, operands: Sequence[Tensor | float], shape
                 return pointwise_4d(tracer, op, codes, pieces=pieces)
         for order in _orders(tracer, tensors, shape, pieces):
             with contextlib.suppress(LayoutError):
-                sorted_codes = [ordered(c.reshape(-1), order) if isinstance(c, Tensor) else c for c in codes]
-                found = pointwise_4d(tracer, op, sorted_codes, pieces=pieces)
-                tracer.orders[tuple(shape)] = order
-                return restored(found, order, math.prod(shape)).view(*shape)
+                return _pointwise_in(tracer, order, op, codes, shape, pieces)
     raise LayoutError
 
 
-def _orders(tracer: Tracer, tensors: Sequence[Tensor], shape: Sequence[int], pieces: bool) -> Iterator[Tensor]:
+def _expanded(codes: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return codes if codes.shape == shape else codes.expand(shape)
+
+
+def _pointwise_in(
+    tracer: Tracer, order: Order, op: str, codes: Sequence[Tensor | float], shape: Sequence[int], pieces: bool
+) -> Tensor:
+    """Codes of op(operands) in a layout. The planes of results are remembered: formulas go on with them."""
+    operands: list[Tensor | Ref | float] = []
+    for operand in codes:
+        made = tracer.made.get(id(operand))
+        if made is not None and made[0]() is operand and made[1] is order:
+            operands.append(made[2])
+        else:
+            operands.append(order.of(operand.reshape(-1)) if isinstance(operand, Tensor) else operand)
+    found = pointwise_4d(tracer, op, operands, pieces=pieces, size=order.index.shape[1:])
+    tracer.orders[tuple(shape)] = order
+    result = order.restored(found, math.prod(shape)).view(*shape)
+    tracer.made = {k: m for k, m in tracer.made.items() if m[0]() is not None}
+    tracer.made[id(result)] = (weakref.ref(result), order, tracer.graph.whole(tracer.graph.nodes[-1]))
+    return result
+
+
+def _orders(tracer: Tracer, tensors: Sequence[Tensor], shape: Sequence[int], pieces: bool) -> Iterator[Order]:
     """Ways of seeing tensors of a shape as feature maps: indices [N, C, h, w] of their elements."""
     if tuple(shape) in tracer.orders:  # most layers have that of the layer before
         yield tracer.orders[tuple(shape)]
     for tensor in tensors:  # in the order of one operand's planes
         with contextlib.suppress(LayoutError):
-            yield _plane_order(tracer, tensor.reshape(-1))
-    yield from arrangements(tracer, tensors, shape, pieces)
+            yield Order(_plane_order(tracer, tensor.reshape(-1)))
+    yield from map(Order, arrangements(tracer, tensors, shape, pieces))
 
 
-def ordered(codes: Tensor, order: Tensor) -> Tensor:
-    """Elements or rows of codes in an order of indices; -1 for those at index -1, which nobody asks for."""
-    if (order >= 0).all():
-        return codes[order]
-    return torch.where((order >= 0).view(*order.shape, *[1] * (codes.dim() - 1)), codes[order], -1)
+class Order:
+    """An order of the elements, or rows, of tensors: indices, -1 in places whose elements nobody asks for.
 
+    Most are strided views, which are much faster to read and write than single elements.
+    """
 
-def restored(codes: Tensor, order: Tensor, count: int) -> Tensor:
-    """The elements or rows of which `codes` are the `ordered` ones."""
-    result = torch.empty(count, *codes.shape[order.dim() :], dtype=torch.int64)
-    asked = order >= 0
-    result[order[asked]] = codes[asked]
-    return result
+    def __init__(self, index: Tensor):
+        self.index = index
+        self._asked = index >= 0
+        self._complete = bool(self._asked.all())
+        self._strides = self._find_strides() if self._complete and index.numel() else None
+
+    def _find_strides(self) -> list[int] | None:
+        index, first = self.index, int(self.index.flatten()[0])
+        sizes = index.shape
+        strides = [int(index.select(d, 1).flatten()[0]) - first if n > 1 else 0 for d, n in enumerate(sizes)]
+        last = sum((n - 1) * stride for n, stride in zip(sizes, strides, strict=True))
+        if first or min(strides) < 0 or last != index.numel() - 1:
+            return None
+        return strides if torch.equal(index, torch.arange(index.numel()).as_strided(sizes, strides)) else None
+
+    def of(self, codes: Tensor) -> Tensor:
+        """Elements or rows of codes [count, ...] in this order."""
+        if self._strides is not None:
+            return self._view(codes.contiguous())
+        if self._complete:
+            return codes[self.index]
+        asked = self._asked.view(*self.index.shape, *[1] * (codes.dim() - 1))
+        return torch.where(asked, codes[self.index], -1)
+
+    def restored(self, codes: Tensor, count: int) -> Tensor:
+        """The `count` elements or rows of which `codes` are those in this order."""
+        result = torch.empty(count, *codes.shape[self.index.dim() :], dtype=torch.int64)
+        self.restore(codes, result)
+        return result
+
+    def restore(self, codes: Tensor, result: Tensor) -> None:
+        """Put codes that are in this order into a contiguous tensor where they come from."""
+        if self._strides is not None:
+            self._view(result).copy_(codes)
+        elif self._complete:
+            result[self.index] = codes
+        else:
+            result[self.index[self._asked]] = codes[self._asked]
+
+    def among(self, rows: Tensor) -> Order:
+        """The order in a tensor of which rows, by their indices, are in this one."""
+        return Order(torch.where(self._asked, rows[self.index], -1))
+
+    def _view(self, codes: Tensor) -> Tensor:
+        row = codes[0].numel()
+        assert self._strides is not None
+        strides = [*(row * s for s in self._strides), *codes.stride()[1:]]
+        return codes.as_strided((*self.index.shape, *codes.shape[1:]), strides)
 
 
 def arrangements(
@@ -74,8 +136,8 @@ def arrangements(
     if len(shape) == 4 and shape[0] == batch:
         whole = index.view(*shape)
         yield whole.permute(0, 3, 1, 2)
-        # Tokens behind heads, before heads, or last.
-        layouts += [whole.transpose(2, 3).flatten(1, 2), whole.flatten(2).transpose(1, 2), whole.flatten(1, 2)]
+        if pieces:  # tokens behind heads, before heads, or last
+            layouts += [whole.transpose(2, 3).flatten(1, 2), whole.flatten(2).transpose(1, 2), whole.flatten(1, 2)]
     elif len(shape) in (2, 3) and index.numel() % (batch * shape[-1]) == 0:
         layouts.append(index.view(batch, -1, shape[-1]).transpose(1, 2))  # channels last
         if len(shape) == 3 and shape[0] == batch and shape[2] > 1:
@@ -138,14 +200,16 @@ def pointwise_4d(
     operands: Sequence[Tensor | Ref | float],
     multiple: Stride = (1, 1),
     pieces: bool = True,
+    size: Sequence[int] = (),
 ) -> Tensor:
-    """Codes of op(operands), which are codes [N, C, h, w], at least one of them, frames of that size, or numbers.
+    """Codes of op(operands), which are codes [N, C, h, w], frames of that size, or numbers; without codes, `size` is
+    (C, h, w).
 
     The stride along an axis with one position is anybody's guess; it is made a multiple of `multiple`. pieces: see
     `Tracer.recognise`.
     """
     refs = [tracer.recognise(o, pieces) if isinstance(o, Tensor) else o for o in operands]
-    _, channels, height, width = next(o.shape for o in operands if isinstance(o, Tensor))
+    channels, height, width = size or next(o.shape[1:] for o in operands if isinstance(o, Tensor))
     frames = [r for r in refs if isinstance(r, Ref) and _depends_on_image(tracer, r)]
     sy, sx = (max((f.stride[axis] for f in frames), default=1) for axis in (0, 1))
     stride = (math.lcm(sy, multiple[0]) if height == 1 else sy, math.lcm(sx, multiple[1]) if width == 1 else sx)

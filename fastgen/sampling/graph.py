@@ -256,6 +256,11 @@ class Graph:
         self.nodes.append(node)
         return node
 
+    def whole(self, node: Node) -> Ref:
+        """All channels of a plane in place."""
+        channels, zero = np.arange(node.channels), np.zeros(node.channels, dtype=np.int64)
+        return Ref(np.full(node.channels, node.id), channels, zero, zero, node.stride)
+
     def codes(self, node: Node) -> Tensor:
         """int64 [samples, C, h, w]: the codes of a node's own elements."""
         size = (node.samples, node.channels, node.height, node.width)

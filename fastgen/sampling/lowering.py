@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fastgen.sampling import elementwise
+from fastgen.sampling.elementwise import Order
 from fastgen.sampling.graph import (
     Condition,
     Constant,
@@ -370,32 +371,31 @@ def product(tracer: Tracer, rows: Tensor, weight: Tensor, bias: Tensor | None = 
         height, width = grid.shape[2:]
         taps = taps_of(ref, weight)
         node = Linear(tracer.module, weight.shape[1], height, width, stride=ref.stride, taps=taps, bias=_vector(bias))
-        asked = order >= 0
-        out[order[asked]] = tracer.add(node).permute(0, 2, 3, 1)[asked]
+        order.restore(tracer.add(node).permute(0, 2, 3, 1), out)
     return out
 
 
-def feature_map(tracer: Tracer, rows: Tensor) -> tuple[Tensor, Tensor, Ref]:
-    """Codes [N*h*w, K], positions in any order, as a feature map: indices [N, h, w] of rows, -1 where there is none, the
-    codes [N, K, h, w] in this order, and where they are found.
+def feature_map(tracer: Tracer, rows: Tensor) -> tuple[Order, Tensor, Ref]:
+    """Codes [N*h*w, K], positions in any order, as a feature map: the order [N, h, w] of rows, the codes [N, K, h, w] in
+    this order, and where they are found.
     """
     (found,) = _feature_maps(tracer, rows, several=False)
     return found
 
 
-def _feature_maps(tracer: Tracer, rows: Tensor, several: bool = True) -> list[tuple[Tensor, Tensor, Ref]]:
+def _feature_maps(tracer: Tracer, rows: Tensor, several: bool = True) -> list[tuple[Order, Tensor, Ref]]:
     """`feature_map`; where positions have several rows, as those of heads have, several."""
     for pieces in (False, True):
         for order in _raster_orders(tracer, rows, pieces):
             with contextlib.suppress(LayoutError):
-                grid = elementwise.ordered(rows, order).permute(0, 3, 1, 2).contiguous()
+                grid = order.of(rows).permute(0, 3, 1, 2).contiguous()
                 ref = tracer.recognise(grid, pieces)
                 tracer.orders[(len(rows),)] = order
                 return [(order, grid, ref)]
         parts = _places_apart(tracer, rows) if several else []
         if len(parts) > 1:
             found = [(part, feature_map(tracer, rows[part])) for part in parts]
-            return [(torch.where(order < 0, -1, part[order]), grid, ref) for part, (order, grid, ref) in found]
+            return [(order.among(part), grid, ref) for part, (order, grid, ref) in found]
     raise LayoutError
 
 
@@ -409,7 +409,7 @@ def _places_apart(tracer: Tracer, rows: Tensor) -> list[Tensor]:
     return [torch.from_numpy(np.flatnonzero(turn == i)) for i in range(1 + turn.max())]
 
 
-def _raster_orders(tracer: Tracer, rows: Tensor, pieces: bool) -> Iterator[Tensor]:
+def _raster_orders(tracer: Tracer, rows: Tensor, pieces: bool) -> Iterator[Order]:
     """Ways of seeing codes [N*h*w, K] as a feature map: indices [N, h, w] of rows. By a channel whose elements tell
     their places; where there is none, because zeros were shifted in, by trial.
     """
@@ -425,8 +425,8 @@ def _raster_orders(tracer: Tracer, rows: Tensor, pieces: bool) -> Iterator[Tenso
                 if len(at[0]) * batch == len(rows):
                     result = torch.full((batch, int(at[0].max()) + 1, int(at[1].max()) + 1), -1)
                     result[:, at[0], at[1]] = torch.from_numpy(order).view(batch, -1)
-                    yield result
+                    yield Order(result)
                     break
     if len(rows) % batch == 0:
         index, codes = torch.arange(len(rows)).view(batch, -1), rows.view(batch, -1, rows.shape[1]).transpose(1, 2)
-        yield from (elementwise.in_rows(index, *raster) for raster in elementwise.rasters(tracer, [codes], pieces))
+        yield from (Order(elementwise.in_rows(index, *raster)) for raster in elementwise.rasters(tracer, [codes], pieces))

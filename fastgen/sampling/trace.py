@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -207,7 +208,9 @@ class Tracer(TorchDispatchMode):
         self.module = ""  # path of the module whose forward is running
         # storage -> (flat codes, the storage, which keeps its key but not its memory)
         self._shadows: dict[int, tuple[Tensor, StorageWeakRef]] = {}
-        self.orders: dict[tuple[int, ...], Tensor] = {}  # of elements or rows of tensors as feature maps, by shape
+        # Orders of elements or rows of tensors as feature maps, by shape; where codes of the last results are found.
+        self.orders: dict[tuple[int, ...], elementwise.Order] = {}
+        self.made: dict[int, tuple[weakref.ref, elementwise.Order, Ref]] = {}
         self._scores: dict[int, tuple[attention.Known, StorageWeakRef]] = {}
 
     # Shadows.
