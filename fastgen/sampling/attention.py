@@ -28,8 +28,9 @@ from fastgen.sampling.lowering import feature_map
 if TYPE_CHECKING:
     from fastgen.sampling.trace import Tracer
 
-# A score as low as this is a mask: beside one that is seen its exponential is zero in float32.
-MASKED = -1e4
+# A score as low as this is a mask: beside one that is seen its exponential is zero in float32. People write -1e4, and
+# add other biases to it, or divide it with the scores.
+MASKED = -1e3
 # Operators that make views, though not marked so, or look only at the shape.
 _LIKE = (
     "_unsafe_view _reshape_alias zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty "
@@ -99,10 +100,11 @@ class Unusable(str):
 
 @dataclass(eq=False)
 class Reduced:
-    """In place of scores: their "maximum" or "sum" over the keys."""
+    """In place of scores: their "maximum" or "sum" over the keys, and the sizes and strides of such a tensor."""
 
     kind: str
     of: Scores
+    layout: list[tuple[int, int]]
 
 
 Known = Scores | Reduced | Unusable
@@ -183,9 +185,9 @@ def _heads_apart(tracer: Tracer, query: Tensor, keys: Tensor) -> tuple[Tensor, T
     """Codes [batch, positions, depth] of queries and keys: einsum makes one matrix of all queries of a sample where
     heads share their keys.
     """
-    if not query.numel() or not (query[0] > 0).all():
+    plane, _, _, y, x = tracer.graph.decode(query[0, :, 0].numpy())
+    if (plane < 0).any() or any(tracer.graph.nodes[p].given for p in np.unique(plane)):
         return query, keys
-    _, _, _, y, x = tracer.graph.decode(query[0, :, 0].numpy())
     place = y * (1 + x.max()) + x
     count = len(np.unique(place))
     if count == len(place) or len(place) % count or (place.reshape(-1, count) != place[:count]).any():
@@ -286,7 +288,14 @@ def _reduced(tracer: Tracer, named: dict[str, Any], kind: str) -> Scores | None:
         return None
     expected = list(scores.shape)
     expected[known.axes(scores)[-1]] = 1
-    return known if list(other.shape) == expected and (kind == "maximum" or reduced.of is known) else None
+    if list(other.shape) != expected or _layout(other) != reduced.layout:
+        return None
+    return known if kind == "maximum" or reduced.of is known else None
+
+
+def _layout(tensor: Tensor) -> list[tuple[int, int]]:
+    """Sizes and strides, without dimensions of one element."""
+    return [(n, s) for n, s in zip(tensor.shape, tensor.stride(), strict=True) if n > 1]
 
 
 @_rule("mul", "div")
@@ -400,7 +409,7 @@ def _reduce(tracer: Tracer, func: Any, named: dict[str, Any]) -> Any:
     found: Known = Unusable(func)
     if isinstance(known, Scores) and len(dims) == 1 and dims[0] is not None and "dtype" not in named:
         if dims[0] % scores.dim() == known.axes(scores)[-1]:
-            found = Reduced(kind, known)
+            found = Reduced(kind, known, _layout(results[0]))
     for i, tensor in enumerate(results):
         tracer.set_scores(tensor, found if i == 0 else Unusable(func))
     return result
@@ -489,6 +498,9 @@ def _attend_all(tracer: Tracer, known: Scores, values: Tensor) -> Tensor:
     query_order, query = _grid(tracer, known.query)
     key_order, keys = _grid(tracer, known.keys)
     _, values = _grid(tracer, values, key_order)
+    for order, count in ((query_order, queries), (key_order, known.shape[2])):
+        if (order.index[0] >= count).any():
+            raise LayoutError("that mixes samples")
     seen = _seen(known, query_order.index[0].flatten(), key_order.index[0].flatten())
     found = Attention(
         tracer.module, heads * width, *query.shape[2:], heads=heads, scale=seen.scale, spans=seen.spans, bias=seen.bias,

@@ -27,13 +27,25 @@ def pointwise(tracer: Tracer, op: str, operands: Sequence[Tensor | float], shape
     codes = [_expanded(o, tuple(shape)) if isinstance(o, Tensor) else float(o) for o in operands]
     tensors = [c for c in codes if isinstance(c, Tensor)]
     for pieces in (False, True):  # a layout in which all are views of planes is the right one, another may be none
-        if len(shape) == 4 and shape[0] == tracer.graph.batch:
+        if len(shape) == 4 and shape[0] == tracer.graph.batch and not (pieces and _are_heads(tracer, tensors)):
             with contextlib.suppress(LayoutError):
                 return pointwise_4d(tracer, op, codes, pieces=pieces)
         for order in _orders(tracer, tensors, shape, pieces):
             with contextlib.suppress(LayoutError):
                 return _pointwise_in(tracer, order, op, codes, shape, pieces)
     raise LayoutError
+
+
+def _are_heads(tracer: Tracer, tensors: Sequence[Tensor]) -> bool:
+    """Whether what would be a channel [h, w] of a feature map holds several channels of one plane."""
+    given = np.array([True, *(n.given for n in tracer.graph.nodes)])  # from plane -1 on
+    for codes in tensors:
+        plane, _, channel, *_ = tracer.graph.decode(codes[0].numpy())
+        where = np.broadcast_to(np.arange(len(plane))[:, None, None], plane.shape)
+        found = np.stack([where, plane, channel])[:, ~given[1 + plane]]
+        if np.unique(found[:2], axis=1).shape != np.unique(found, axis=1)[:2].shape:
+            return True
+    return False
 
 
 def _expanded(codes: Tensor, shape: tuple[int, ...]) -> Tensor:
