@@ -495,8 +495,10 @@ def _block_diagonal(value: Tensor, blocks: Tensor, size: tuple[int, int], outsid
 def _attend_all(tracer: Tracer, known: Scores, values: Tensor) -> Tensor:
     """`_attend`, of a single block."""
     samples, heads, queries, width = *known.query.shape[:3], values.shape[3]
-    query_order, query = _grid(tracer, known.query)
     key_order, keys = _grid(tracer, known.keys)
+    # Queries that are parameters do not say where they are.
+    own = queries != known.shape[2] or elementwise.depends(tracer, known.query)
+    query_order, query = _grid(tracer, known.query, None if own else key_order)
     _, values = _grid(tracer, values, key_order)
     for order, count in ((query_order, queries), (key_order, known.shape[2])):
         if (order.index[0] >= count).any():

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgen.sampling.graph import Condition, Constant, LayoutError, Pointwise, Ref, Stride
-from fastgen.sampling.rules import rule
+from fastgen.sampling.rules import find, rule
 
 if TYPE_CHECKING:
     from fastgen.sampling.trace import Tracer
@@ -137,9 +137,7 @@ class Order:
         return codes.as_strided((*self.index.shape, *codes.shape[1:]), strides)
 
 
-def arrangements(
-    tracer: Tracer, tensors: Sequence[Tensor], shape: Sequence[int], pieces: bool
-) -> Iterator[Tensor]:
+def arrangements(tracer: Tracer, tensors: Sequence[Tensor], shape: Sequence[int], pieces: bool) -> Iterator[Tensor]:
     """Indices [N, C, h, w] of the elements of tensors of a shape in the layouts that feature maps are kept in: channels
     last, positions in one dimension, or together with the samples in one. The likeliest come first.
     """
@@ -163,6 +161,11 @@ def arrangements(
             tokens, codes = tokens.roll(last, 2), [c.roll(last, 2) for c in codes]
         for width, before in rasters(tracer, codes, pieces):
             yield in_rows(tokens, width, before)
+
+
+def depends(tracer: Tracer, codes: Tensor) -> bool:
+    """Whether elements depend on the image."""
+    return not all(p < 0 or tracer.graph.nodes[p].given for p in np.unique(tracer.graph.planes(codes.numpy())))
 
 
 def appended(tracer: Tracer, tensors: Sequence[Tensor]) -> int:
@@ -469,6 +472,24 @@ def _rsub(emit: Formula, x: Any, y: Any, alpha: float = 1) -> Any:
 @elementwise("mul")
 def _mul(emit: Formula, x: Any, y: Any) -> Any:
     return emit("mul", x, y)
+
+
+_mul_real = find(torch.ops.aten.mul.Tensor)
+
+
+@rule("mul")
+def _mul_any(tracer: Tracer, func: Any, args: tuple, kwargs: dict, outputs: list[Tensor]) -> None:
+    """Complex numbers turn queries and keys; their parts lie beside each other."""
+    if not outputs[0].is_complex():
+        assert _mul_real is not None
+        return _mul_real(tracer, func, args, kwargs, outputs)
+    if not all(isinstance(a, Tensor) and a.is_complex() and not a.is_conj() for a in args):
+        raise LayoutError("on complex numbers and others")
+    (a, b), (c, d) = (tracer.codes(torch.view_as_real(v)).unbind(-1) for v in args)
+    emit = _emit(tracer, outputs[0].shape)
+    real = emit("sub", emit("mul", a, c), emit("mul", b, d))
+    imaginary = emit("add", emit("mul", a, d), emit("mul", b, c))
+    tracer.set_codes(torch.view_as_real(outputs[0]), torch.stack([real, imaginary], -1))
 
 
 @elementwise("div")

@@ -281,9 +281,7 @@ class Graph:
         sample, channel = np.divmod(rest, channels)
         return plane, sample, channel, y, x
 
-    def elements(
-        self, ref: Ref, sample: np.ndarray, channel: np.ndarray, y: np.ndarray, x: np.ndarray
-    ) -> np.ndarray:
+    def elements(self, ref: Ref, sample: np.ndarray, channel: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:
         """Codes of elements (channel, y, x) of a frame, 0 outside of planes."""
         (num_y, den_y), (num_x, den_x) = self._ratios(ref, 0), self._ratios(ref, 1)
         plane = ref.plane[channel]

@@ -7,7 +7,6 @@ operators are in `fastgen.sampling.elementwise`, the registry in `fastgen.sampli
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -419,7 +418,9 @@ def _raster_orders(tracer: Tracer, rows: Tensor, pieces: bool) -> Iterator[Order
     for c in (rows > 0).all(0).nonzero().flatten().tolist():
         plane, sample, _, y, x = tracer.graph.decode(rows[:, c].numpy())
         order = np.lexsort((x, y, sample))
-        if len(np.unique(plane)) == 1 and np.array_equal(sample[order], np.repeat(np.arange(batch), len(rows) // batch)):
+        if len(np.unique(plane)) == 1 and np.array_equal(
+            sample[order], np.repeat(np.arange(batch), len(rows) // batch)
+        ):
             with contextlib.suppress(LayoutError):
                 at = elementwise.at_places(y[order], x[order], batch)
                 if len(at[0]) * batch == len(rows):
@@ -429,4 +430,6 @@ def _raster_orders(tracer: Tracer, rows: Tensor, pieces: bool) -> Iterator[Order
                     break
     if len(rows) % batch == 0:
         index, codes = torch.arange(len(rows)).view(batch, -1), rows.view(batch, -1, rows.shape[1]).transpose(1, 2)
-        yield from (Order(elementwise.in_rows(index, *raster)) for raster in elementwise.rasters(tracer, [codes], pieces))
+        yield from (
+            Order(elementwise.in_rows(index, *raster)) for raster in elementwise.rasters(tracer, [codes], pieces)
+        )

@@ -22,7 +22,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fastgen.sampling.graph import TOP_LEVEL, Attention, Embedding, Graph, Image, Linear, Node, NotCausal, Pointwise, Ref
+from fastgen.sampling.graph import (
+    TOP_LEVEL,
+    Attention,
+    Embedding,
+    Graph,
+    Image,
+    Linear,
+    Node,
+    NotCausal,
+    Pointwise,
+    Ref,
+)
 from fastgen.sampling.heads import Group
 
 Keys = NDArray[np.int64]

@@ -98,7 +98,11 @@ class Tape:
         rest, expected = range(2, tensor.dim() + 1), torch.arange(TRACE_BATCH).to(found)
         parts = len(tensor) // TRACE_BATCH
         if torch.equal(found, expected.repeat_interleave(parts)[:, None].expand_as(found)):
-            return self._call(torch.ops.aten.view.default, tensor, [TRACE_BATCH, parts, *tensor.shape[1:]]), [0, 1, *rest]
+            return self._call(torch.ops.aten.view.default, tensor, [TRACE_BATCH, parts, *tensor.shape[1:]]), [
+                0,
+                1,
+                *rest,
+            ]
         if torch.equal(found, expected.repeat(parts)[:, None].expand_as(found)):
             split = self._call(torch.ops.aten.view.default, tensor, [parts, TRACE_BATCH, *tensor.shape[1:]])
             return self._call(torch.ops.aten.transpose.int, split, 0, 1), [1, 0, *rest]
@@ -228,6 +232,8 @@ class Tracer(TorchDispatchMode):
         found = self.scores_of(tensor)
         if found is not None:
             raise attention.lost_in(found)
+        if tensor.is_complex():  # its storage has the codes of both parts
+            raise LayoutError("on complex numbers")
         if self.depends(tensor):
             flat, _ = self._shadows[storage_key(tensor)]
             return torch.as_strided(flat, tensor.shape, tensor.stride(), tensor.storage_offset())
@@ -280,7 +286,11 @@ class Tracer(TorchDispatchMode):
             first, *others = value.chunk(TRACE_BATCH)
             if all(torch.equal(first, other) for other in others):  # the same for every sample
                 codes = self._constant_codes(first)
-                return codes.expand(tensor.shape) if len(first) == 1 else codes.repeat(TRACE_BATCH, *[1] * (first.dim() - 1))
+                return (
+                    codes.expand(tensor.shape)
+                    if len(first) == 1
+                    else codes.repeat(TRACE_BATCH, *[1] * (first.dim() - 1))
+                )
         return self._constant_codes(value)
 
     def _constant_codes(self, value: Tensor) -> Tensor:

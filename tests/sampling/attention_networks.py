@@ -529,13 +529,16 @@ STYLES: dict[str, Case] = {
     f.__name__: prior(f)
     for f in (
         min_gpt, nano_gpt, tensorflow, tensorflow_by_samples, hugging_face, hugging_face_additive, baddbmm,
-        baddbmm_upcast, by_einsum, by_einsum_over_positions, by_einsum_of_batches, by_einsum_of_heads_first, sagan, keys_times_queries,
-        scaled_query, scaled_both, less_the_maximum, less_the_maximum_first, softmax_by_hand, renormalised, cosine,
-        normed, temperature_of_positions, bool_mask, float_mask, swin, t5, t5_old, alibi, window, band,
-        heads_that_see_differently, values_of_inputs, each_head, in_chunks, in_chunks_of_keys, not_a_number, masked_twice, in_place, attention_sink,
+        baddbmm_upcast, by_einsum, by_einsum_over_positions, by_einsum_of_batches, by_einsum_of_heads_first, sagan,
+        keys_times_queries, scaled_query, scaled_both, less_the_maximum, less_the_maximum_first, softmax_by_hand,
+        renormalised, cosine, normed, temperature_of_positions, bool_mask, float_mask, swin, t5, t5_old, alibi,
+        window, band, heads_that_see_differently, values_of_inputs, each_head, in_chunks, in_chunks_of_keys,
+        not_a_number, masked_twice, in_place, attention_sink,
     )
 }  # fmt: skip
-STYLES |= {f.__name__: prior(f, depth=4) for f in (rotary_halves, rotary_pairs, rotary_unbound, rotary_partial)}
+STYLES |= {
+    f.__name__: prior(f, depth=4) for f in (rotary_halves, rotary_pairs, rotary_unbound, rotary_partial, rotary_complex)
+}
 STYLES |= {
     f.__name__: prior(f, (3, 3), 4, 2, keys=2)
     for f in (grouped_keys, repeated_keys, grouped_by_hand, grouped_by_matmul)
@@ -649,6 +652,5 @@ WRONG: dict[str, tuple[Case, type[Exception], str]] = {
         (talking_heads, UnsupportedModel, "on products of queries and keys in another layout"),
         (sigmoid_attention, UnsupportedModel, "on what aten.sigmoid.default makes of products of queries and keys"),
         (linear_attention, UnsupportedModel, "of products of queries and keys and anything but softmax and values"),
-        (rotary_complex, UnsupportedModel, "complex"),
     )
 }
