@@ -256,7 +256,7 @@ def _constant(tracer: Tracer, known: Scores, tensor: Tensor, value: Any) -> Tens
     if torch.broadcast_shapes(value.shape, tensor.shape) != tensor.shape:
         raise LayoutError("that repeats products of queries and keys")
     value = value.expand(tensor.shape).permute(known.axes(tensor))
-    batch, queries, keys = known.shape
+    batch = known.shape[0]
     for d in range(value.dim()):
         if value.stride(d) == 0:
             value = value.narrow(d, 0, 1)
@@ -407,9 +407,8 @@ def _reduce(tracer: Tracer, func: Any, named: dict[str, Any]) -> Any:
     results = result if isinstance(result, tuple) else (result,)
     dims = named["dim"] if isinstance(named.get("dim"), list | tuple) else [named.get("dim")]
     found: Known = Unusable(func)
-    if isinstance(known, Scores) and len(dims) == 1 and dims[0] is not None and "dtype" not in named:
-        if dims[0] % scores.dim() == known.axes(scores)[-1]:
-            found = Reduced(kind, known, _layout(results[0]))
+    if isinstance(known, Scores) and [d is not None and d % scores.dim() for d in dims] == known.axes(scores)[-1:]:
+        found = Reduced(kind, known, _layout(results[0]))
     for i, tensor in enumerate(results):
         tracer.set_scores(tensor, found if i == 0 else Unusable(func))
     return result
@@ -425,7 +424,8 @@ def _copy(tracer: Tracer, func: Any, named: dict[str, Any]) -> Tensor:
     result = torch.empty_like(scores, dtype=dtype, memory_format=memory_format)
     if isinstance(known, Scores):
         known.axes(result)
-    tracer.set_scores(result, known)
+    if known is not None:
+        tracer.set_scores(result, known)
     return result
 
 
@@ -505,11 +505,18 @@ def _attend_all(tracer: Tracer, known: Scores, values: Tensor) -> Tensor:
             raise LayoutError("that mixes samples")
     seen = _seen(known, query_order.index[0].flatten(), key_order.index[0].flatten())
     found = Attention(
-        tracer.module, heads * width, *query.shape[2:], heads=heads, scale=seen.scale, spans=seen.spans, bias=seen.bias,
+        tracer.module,
+        heads * width,
+        query.shape[2],
+        query.shape[3],
+        heads=heads,
+        scale=seen.scale,
         query=_plane(tracer, _times(tracer, query, seen.of_queries)),
         keys=_plane(tracer, _times(tracer, keys, seen.of_keys)),
         values=_plane(tracer, values),
-    )  # fmt: skip
+        spans=seen.spans,
+        bias=seen.bias,
+    )
     found.stride = found.query.stride
     codes = _times(tracer, tracer.add(found), seen.factor)
     result = query_order.restored(codes.permute(0, 2, 3, 1), samples * queries)
@@ -517,8 +524,8 @@ def _attend_all(tracer: Tracer, known: Scores, values: Tensor) -> Tensor:
 
 
 def _grid(tracer: Tracer, codes: Tensor, order: Order | None = None) -> tuple[Order, Tensor]:
-    """Codes [N, heads, positions, channels] as a feature map: the order [N, h, w] of rows of a tensor [N * positions] that make
-    it, given or found, and the codes [N, heads * channels, h, w].
+    """Codes [N, heads, positions, channels] as a feature map: the order [N, h, w] of the rows of a tensor [N *
+    positions, ...] that make it, given or found, and the codes [N, heads * channels, h, w].
     """
     rows = codes.transpose(1, 2).flatten(2).flatten(0, 1)
     if order is None:

@@ -3,8 +3,8 @@
 A *plane* is a feature map [channels, height, width] that some node computes; every tensor that the network handles is a
 re-arrangement of elements of planes (and zeros).  Instead of one lowering rule for each of slice, pad, cat, chunk,
 view, permute, roll, ..., every element of every tensor carries an integer *code* that names the plane element it is a
-copy of; 0 is a zero, -1 an element that nobody asks for. Layout operators then run on the codes as they run on the values, and `recognise` reads the codes
-back into per-channel (plane, channel, dy, dx).
+copy of; 0 is a zero, -1 an element that nobody asks for. Layout operators then run on the codes as they run on the
+values, and `recognise` reads the codes back into per-channel (plane, channel, dy, dx).
 
 Networks with strided and transposed convolutions have planes of several *strides*: position y of a plane of stride s
 lies at row s*y of the image.  A tensor with a view of planes is a *frame*, with a stride of its own; its position y
@@ -207,6 +207,11 @@ class Pointwise(Node):
         return [o for o in self.operands if isinstance(o, Ref)]
 
 
+def _nothing() -> Ref:
+    none = np.zeros(0, dtype=np.int64)
+    return Ref(none, none, none, none)
+
+
 @dataclass(eq=False)
 class Attention(Node):
     """For each head h and position p, sum over keys s of softmax_s(scale * query[p, h] . keys[s, h] + bias[h, p, s]) *
@@ -222,17 +227,14 @@ class Attention(Node):
 
     heads: int = 1
     scale: float = 1.0
-    query: Ref = field(default_factory=lambda: _NOTHING)
-    keys: Ref = field(default_factory=lambda: _NOTHING)
-    values: Ref = field(default_factory=lambda: _NOTHING)
+    query: Ref = field(default_factory=_nothing)
+    keys: Ref = field(default_factory=_nothing)
+    values: Ref = field(default_factory=_nothing)
     spans: Tensor = field(default_factory=lambda: torch.empty(0, 2))
     bias: Tensor | None = None
 
     def sources(self) -> list[Ref]:
         return [self.query, self.keys, self.values]
-
-
-_NOTHING = Ref(*[np.zeros(0, dtype=np.int64)] * 4)
 
 
 class Graph:

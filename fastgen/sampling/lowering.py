@@ -245,9 +245,9 @@ def _one_hot(tracer: Tracer, func: Any, args: tuple, kwargs: dict, outputs: list
 
 
 def _rows_of(tracer: Tracer, table: Tensor, indices: Tensor) -> Tensor:
-    """Codes [*indices.shape, columns] of the rows of a table [rows, ...]. Indices are levels of the image, times a number
-    plus a number, where other tokens have the first numbers: one plane for each colour; or such of a condition or
-    constants.
+    """Codes [*indices.shape, columns] of the rows of a table [rows, ...]. Indices are levels of the image, one plane
+    for each colour, or elements of a condition, times a number plus a number, where other tokens have the first
+    numbers; or constants.
     """
     if tracer.varies(table):
         raise LayoutError("of a table that depends on the image, the labels or the condition")
@@ -293,7 +293,7 @@ def _rows_of_condition(
 
 
 def _affine(tracer: Tracer, codes: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Flat codes as code * factor + offset: codes of the image or of conditions, or 0 where there is only the offset."""
+    """Flat codes as code * factor + offset: codes of the image or of conditions; 0 where there is only the offset."""
     graph = tracer.graph
     origin, factor, offset = codes.numpy().copy(), np.ones(len(codes)), np.zeros(len(codes))
     plane, sample, channel, y, x = graph.decode(origin)
@@ -375,8 +375,8 @@ def product(tracer: Tracer, rows: Tensor, weight: Tensor, bias: Tensor | None = 
 
 
 def feature_map(tracer: Tracer, rows: Tensor) -> tuple[Order, Tensor, Ref]:
-    """Codes [N*h*w, K], positions in any order, as a feature map: the order [N, h, w] of rows, the codes [N, K, h, w] in
-    this order, and where they are found.
+    """Codes [N*h*w, K], positions in any order, as a feature map: the order [N, h, w] of rows, the codes [N, K, h, w]
+    in this order, and where they are found.
     """
     (found,) = _feature_maps(tracer, rows, several=False)
     return found

@@ -295,9 +295,9 @@ class Tracer(TorchDispatchMode):
 
     def _constant_codes(self, value: Tensor) -> Tensor:
         whole = value.dim() == 4 and value.shape[0] == 1
-        channels, height, width = value.shape[1:] if whole else (value.numel(), 1, 1)
-        data = value.reshape(channels, height, width).clone()
-        return self.add(Constant(self.module, channels, height, width, data=data)).view(value.shape)
+        size = tuple(value.shape[1:]) if whole else (value.numel(), 1, 1)
+        data = value.reshape(size).clone()
+        return self.add(Constant(self.module, size[0], size[1], size[2], data=data)).view(value.shape)
 
     # Calls.
 
@@ -451,10 +451,12 @@ def trace(
     with host_defaults():
         tracer.set_codes(image, tracer.add(Image("", *image.shape[1:])))
     with contextlib.ExitStack() as stack:
-        for context in (torch.no_grad(), backends.backend("reference"), attention.undisguised()):
-            stack.enter_context(context)
-        for context in (_module_paths(subject.module, tracer), _Watch(tracer), tracer):
-            stack.enter_context(context)
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(backends.backend("reference"))
+        stack.enter_context(attention.undisguised())
+        stack.enter_context(_module_paths(subject.module, tracer))
+        stack.enter_context(_Watch(tracer))
+        stack.enter_context(tracer)
         output = _forward(subject, tracer, image, labels, condition)
     if not isinstance(output, Tensor) or output.dim() != 4 or output.shape[0] != TRACE_BATCH:
         got = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
