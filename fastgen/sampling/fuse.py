@@ -93,8 +93,8 @@ def crop(graph: Graph) -> None:
 
 
 def _windows(graph: Graph, readers: list[int], plane: int) -> set[tuple[int, int, int, int]] | None:
-    """The windows (dy, dx, height, width) in which a plane is read element by element; None if a product, attention or a
-    frame of another stride reads it.
+    """The windows (dy, dx, height, width) in which a plane is read element by element; None if a product, attention or
+    a frame of another stride reads it.
     """
     image = next(n for n in graph.nodes if isinstance(n, Image))
     assert graph.output is not None

@@ -279,9 +279,10 @@ def _size_planes(plan: Plan) -> None:
     over: dict[int, tuple[int, int]] = {}  # how far readers look over top and bottom of given planes
     for step in plan.steps:
         out = plan.planes[step.out]
-        reads = [(r.plane, r.dy, r.dx) for r in (*step.reads(), *step.taps)]
-        reads += [(r.plane, r.dy, r.dx) for r, _ in step.attention.reads()[:1]] if step.attention else []
-        for index, dy, dx in reads:
+        reads: list[Read | StepTap] = [*step.reads(), *step.taps]
+        if step.attention is not None:
+            reads.append(step.attention.query)
+        for index, dy, dx in ((r.plane, r.dy, r.dx) for r in reads):
             plane = plan.planes[index]
             if plane.broadcast:
                 continue

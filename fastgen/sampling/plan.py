@@ -7,9 +7,10 @@ Planes are cached feature maps with zeros outside.  A *step* works on positions 
     acc[g, j] = init[g, j] or bias[g, j]  +  sum over taps t, k of  plane_t[Y, X, channel + k] * weight[t, k, g, j]
     plane_s[Y, X, channel_s + j] = register_s of program(acc, other planes)[j]      for each store s
 
-with g < groups, j < width; or acc[0] is what attention gives (`Attention`).  Reads are shifted by (dy, dx), see `Plan.source`.  Time runs over image rows y and, inside,
-columns x; position Y of a frame of stride s lies at image row s * Y, and at time (y, x) a step works on the position
-that lies at (y - lag_y, x - lag_x), where there is one and it has the step's phase.  One batch:
+with g < groups, j < width; or acc[0] is what attention gives (`Attention`). Reads are shifted by (dy, dx), see
+`Plan.source`. Time runs over image rows y and, inside, columns x; position Y of a frame of stride s lies at image row s
+* Y, and at time (y, x) a step works on the position that lies at (y - lag_y, x - lag_x), where there is one and it has
+the step's phase. One batch:
 
     for y from min(lag_y) to H-1:
         every ROW step, in order
@@ -121,7 +122,8 @@ class Store:
 class Attention:
     """A step's sum over keys, in place of a product: with p the step's position in raster order,
 
-        acc[0, h * width + c] = sum over s of softmax_s(scale * query[p, h] . keys[s, h] + bias[h, p, s]) * values[s, h, c]
+        weight[h, s] = softmax over s of scale * query[p, h] . keys[s, h] + bias[h, p, s]
+        acc[0, h * width + c] = sum over s of weight[h, s] * values[s, h, c]
 
     over the keys spans[p, 0] <= s < spans[p, 1], none of them: zero. Query, keys and values are read in place, the
     query `heads * depth` channels at the step's position, keys as many and values `heads * width` at position s of
