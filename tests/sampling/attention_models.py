@@ -376,27 +376,32 @@ class GPT2(nn.Module):
 class Axial(nn.Module):
     """Attention along rows, up to the pixel; along columns, over the rows above; of an image of masked features."""
 
-    def __init__(self, colours: int = 1, heads: int = 1, only: str = "both"):
+    def __init__(self, colours: int = 1, heads: int = 1, only: str = "both", rows: int = 0):
         super().__init__()
         dim = 6
+        self.biases = nn.Parameter(3 * torch.randn(rows, 1, 1, 5)) if rows else None  # of each row
         self.conv, self.only, self.heads = MaskedInPlace("A", colours, dim, 3, padding=1), only, heads
         self.row, self.column = nn.Linear(dim, 3 * dim), nn.Linear(dim, 3 * dim)
         self.out = nn.Conv2d(dim, colours * LEVELS, 1)
 
     def attend(self, qkv: Tensor, mask: Tensor) -> Tensor:
         q, k, v = (t.unflatten(2, (self.heads, -1)).transpose(1, 2) for t in qkv.chunk(3, -1))
-        scores = (q @ k.transpose(2, 3) / 2).masked_fill(~mask, -1e9)
+        scores = q @ k.transpose(2, 3) / 2 + mask
         return (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
 
     def forward(self, x: Tensor) -> Tensor:
         n, _, height, width = x.shape
         h = torch.tanh(self.conv(x))
         if self.only != "column":
+            mask = torch.zeros(width, width).masked_fill(~lower(width), -1e9)
+            if self.biases is not None:
+                mask = self.biases.repeat(n, 1, 1, 1) + mask
             rows = h.permute(0, 2, 3, 1).reshape(n * height, width, -1)
-            h = h + self.attend(self.row(rows), lower(width)).view(n, height, width, -1).permute(0, 3, 1, 2)
+            h = h + self.attend(self.row(rows), mask).view(n, height, width, -1).permute(0, 3, 1, 2)
         if self.only != "row":
             columns = h.permute(0, 3, 2, 1).reshape(n * width, height, -1)
-            y = self.attend(self.column(columns), lower(height)).view(n, width, height, -1).permute(0, 3, 2, 1)
+            mask = torch.zeros(height, height).masked_fill(~lower(height), -1e9)
+            y = self.attend(self.column(columns), mask).view(n, width, height, -1).permute(0, 3, 2, 1)
             h = h + y
         return self.out(h)
 
@@ -612,6 +617,7 @@ MODELS: dict[str, Case] = {
     "axial": Case(Axial, (1, 4, 5), IMAGES),
     "axial rows": Case(lambda: Axial(only="row"), (1, 4, 5), IMAGES),
     "axial columns": Case(lambda: Axial(only="column"), (1, 4, 5), IMAGES),
+    "axial biased": Case(lambda: Axial(only="row", rows=4), (1, 4, 5), IMAGES),
     "axial heads": Case(lambda: Axial(heads=2), (1, 3, 3), IMAGES),
     "axial rgb": Case(lambda: Axial(3, heads=3), (3, 2, 4), IMAGES),
     "pooled": Case(Pooled, (1, 4, 6), IMAGES),

@@ -213,7 +213,7 @@ def normed(net: Prior, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def temperature_of_positions(net: Prior, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Scores divided by the logarithm of how much is seen."""
-    scores = q @ k.transpose(2, 3) * torch.arange(2, q.shape[2] + 2).float().log()[:, None]
+    scores = q @ k.transpose(2, 3) * torch.arange(2, q.shape[2] + 2)[:, None].float().log() * 3
     return scores.masked_fill(~lower(q.shape[2]), -torch.inf).softmax(-1) @ v
 
 
