@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastgen.sampling import elementwise
 from fastgen.sampling.elementwise import Order
-from fastgen.sampling.graph import Attention, Constant, Graph, LayoutError, Ref
+from fastgen.sampling.graph import Attention, Constant, Graph, LayoutError, Node, Ref
 from fastgen.sampling.lowering import feature_map
 
 if TYPE_CHECKING:
@@ -518,6 +518,7 @@ def _attend_all(tracer: Tracer, known: Scores, values: Tensor) -> Tensor:
         bias=seen.bias,
     )
     found.stride = found.query.stride
+    _check_order(tracer.graph, found)
     codes = _times(tracer, tracer.add(found), seen.factor)
     result = query_order.restored(codes.permute(0, 2, 3, 1), samples * queries)
     return result.view(samples, queries, heads, width).transpose(1, 2)
@@ -561,6 +562,38 @@ def _in_place(graph: Graph, ref: Ref, height: int, width: int) -> bool:
     if ref.plane[0] < 0 or ref.breaks().any() or ref.dy.any() or ref.dx.any() or isinstance(node, Constant):
         return False
     return (node.height, node.width) == (height, width) and (node.given or node.stride == ref.stride)
+
+
+def _check_order(graph: Graph, node: Attention) -> None:
+    """Positions are computed in raster order: those of a text in front, too, which may well see each other."""
+    keys = graph.nodes[node.keys.plane[0]]
+    begin, end = node.spans.numpy().T
+    ahead = (end > begin) & (end - 1 > np.arange(len(end)))
+    if (keys.height, keys.width) != (node.height, node.width) or not ahead.any():
+        return
+    known: dict[int, np.ndarray] = {}
+    query, *seen = (_outside(graph, ref, node, known).ravel() for ref in node.sources())
+    image = np.concatenate([[0], np.cumsum(~(seen[0] & seen[1]))])
+    if (query & (image[end] == image[begin]))[ahead].all():
+        raise LayoutError("of positions that do not depend on the image and see later ones")
+
+
+def _outside(graph: Graph, ref: Ref, frame: Node, known: dict[int, np.ndarray]) -> np.ndarray:
+    """The positions [h, w] of a frame that do not depend on the image."""
+    result = np.ones((frame.height, frame.width), dtype=bool)
+    for plane, dy, dx in np.unique(np.stack([ref.plane, ref.dy, ref.dx]), axis=1).T.tolist():
+        node = graph.nodes[plane]
+        if plane < 0 or node.given:
+            continue
+        if plane not in known:
+            parts = [_outside(graph, source, node, known) for source in node.sources()]
+            own = bool(parts) and not isinstance(node, Attention) and getattr(node, "period", (1, 1)) == (1, 1)
+            known[plane] = np.all(parts, axis=0) if own else np.zeros((node.height, node.width), dtype=bool)
+        y, x = np.arange(frame.height) + dy, np.arange(frame.width) + dx
+        inside = ((y >= 0) & (y < node.height))[:, None] & ((x >= 0) & (x < node.width))
+        there = known[plane][y.clip(0, node.height - 1)][:, x.clip(0, node.width - 1)]
+        result &= (~inside | there) if node.stride == ref.stride else False
+    return result
 
 
 @dataclass(eq=False)

@@ -27,7 +27,7 @@ def pointwise(tracer: Tracer, op: str, operands: Sequence[Tensor | float], shape
     codes = [_expanded(o, tuple(shape)) if isinstance(o, Tensor) else float(o) for o in operands]
     tensors = [c for c in codes if isinstance(c, Tensor)]
     for pieces in (False, True):  # a layout in which all are views of planes is the right one, another may be none
-        if len(shape) == 4 and shape[0] == tracer.graph.batch and not (pieces and _are_heads(tracer, tensors)):
+        if len(shape) == 4 and shape[0] == tracer.graph.batch and not _are_tokens(tracer, tensors, pieces):
             with contextlib.suppress(LayoutError):
                 return pointwise_4d(tracer, op, codes, pieces=pieces)
         for order in _orders(tracer, tensors, shape, pieces):
@@ -36,11 +36,18 @@ def pointwise(tracer: Tracer, op: str, operands: Sequence[Tensor | float], shape
     raise LayoutError
 
 
-def _are_heads(tracer: Tracer, tensors: Sequence[Tensor]) -> bool:
-    """Whether what would be a channel [h, w] of a feature map holds several channels of one plane."""
+def _are_tokens(tracer: Tracer, tensors: Sequence[Tensor], pieces: bool) -> bool:
+    """Whether tensors of four dimensions look like feature maps [N, C, h, w] and are none: what would be a channel
+    holds several channels of one plane, or, being a single number, the channels are positions.
+    """
+    single = tensors[0].shape[2:] == (1, 1)
+    if not pieces and not single:
+        return False
     given = np.array([True, *(n.given for n in tracer.graph.nodes)])  # from plane -1 on
     for codes in tensors:
-        plane, _, channel, *_ = tracer.graph.decode(codes[0].numpy())
+        plane, _, channel, y, x = tracer.graph.decode(codes[0].numpy())
+        if single and len(np.unique(np.stack([y, x])[:, ~given[1 + plane]], axis=1).T) > 1:
+            return True
         where = np.broadcast_to(np.arange(len(plane))[:, None, None], plane.shape)
         found = np.stack([where, plane, channel])[:, ~given[1 + plane]]
         if np.unique(found[:2], axis=1).shape != np.unique(found, axis=1)[:2].shape:

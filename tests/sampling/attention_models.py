@@ -310,6 +310,18 @@ class ClassGPT(nn.Module):
         return self.head(self.ln_f(h))[:, self.prefix - 1 :].transpose(1, 2).reshape(len(x), LEVELS, *self.size)
 
 
+class PrefixLM(ClassGPT):
+    """Condition tokens see each other."""
+
+    def forward(self, x: Tensor, condition: Tensor) -> Tensor:
+        h = self.tok_emb(torch.cat([condition, x.flatten(1) + self.offset], 1)[:, :-1])
+        mask = lower(h.shape[1])
+        mask[: self.prefix - 1, : self.prefix - 1] = True
+        for layer in self.layers:
+            h = layer(h + self.pos_emb[:, : h.shape[1]], ~mask)
+        return self.head(h[:, self.prefix - 1 :]).transpose(1, 2).reshape(len(x), LEVELS, *self.size)
+
+
 class EmbeddedClassGPT(ClassGPT):
     """minGPT with embeddings= : embeddings of the condition in front."""
 

@@ -13,7 +13,7 @@ from fastgen.sampling import Categorical, Sampler, UnsupportedModel, audit, naiv
 from fastgen.sampling.plan import Attention, Plan, Step
 from fastgen.sampling.schedule import Stage
 
-from .attention_models import MODELS, Axial, Pooled, Subpixels
+from .attention_models import MODELS, Axial, Pooled, PrefixLM, Subpixels
 from .attention_networks import STYLES, WRONG, Case, Prior, alibi, lower, min_gpt, nano_gpt, prior, t5, window
 from .networks import LEVELS
 
@@ -59,6 +59,14 @@ def test_refused(case: Case, error: type[Exception], text: str) -> None:
 def test_tokens_of_colours_are_refused() -> None:
     with pytest.raises(UnsupportedModel, match=r"aten.add.Tensor on tensors that are not shifted"):
         Sampler(Subpixels(), (3, 3, 4), Categorical(LEVELS, input_range=None))
+
+
+def test_tokens_in_front_that_see_later_ones_are_refused() -> None:
+    """It is causal, and not computed in order."""
+    case = Case(lambda: PrefixLM(20, LEVELS + 4, 4), condition=torch.randint(3, (4,)))
+    network, given, _ = built(case)
+    with pytest.raises(UnsupportedModel, match="of positions that do not depend on the image and see later ones"):
+        sampler_of(case, network, given)
 
 
 CASES = {name: (STYLES | MODELS)[name] for name in ("window", "t5", "rosinality conditional", "prefix gpt", "axial")}
