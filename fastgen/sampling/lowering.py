@@ -253,6 +253,7 @@ def _rows_of(tracer: Tracer, table: Tensor, indices: Tensor) -> Tensor:
         raise LayoutError("of a table that depends on the image, the labels or the condition")
     table = table.detach().to("cpu", torch.float32).reshape(len(table), -1).clone()
     origin, factor, offset = (v.reshape(indices.shape) for v in _affine(tracer, tracer.codes(indices).reshape(-1)))
+    origin[factor == 0] = 0
     plane, sample, colour, y, x = tracer.graph.decode(origin)
     kinds = np.stack([plane, colour, factor, offset])
     kinds[1, (plane < 0) | ~np.isin(plane, [n.id for n in tracer.graph.nodes if isinstance(n, Image)])] = 0
@@ -264,8 +265,6 @@ def _rows_of(tracer: Tracer, table: Tensor, indices: Tensor) -> Tensor:
         if (scale, shift) != tuple(kind[2:]):
             raise LayoutError("of anything but integers")
         if source < 0:
-            if not 0 <= shift < len(table):
-                raise LayoutError(f"of index {shift} into a table of {len(table)} rows")
             result[here] = tracer.codes(table[shift : shift + 1])
             continue
         node = tracer.graph.nodes[source]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastgen.sampling import Categorical
 
-from .attention_networks import Case, Prior, hugging_face_additive, lower
+from .attention_networks import Case, Prior, angles, hugging_face_additive, lower, rotate_half
 from .networks import LEVELS, MaskedInPlace
 
 IMAGES = Categorical(LEVELS)
@@ -583,6 +583,84 @@ class Joined(nn.Module):
         return self.out(t + y.transpose(1, 2).flatten(2)).transpose(1, 2).reshape(len(x), LEVELS, *x.shape[1:])
 
 
+class Llama(nn.Module):
+    """RMS norms of tokens and heads, rotations, one key for two heads, SwiGLU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        linear = {name: nn.Linear(*size, bias=False) for name, size in (("q", (8, 8)), ("kv", (8, 8)), ("o", (8, 8)))}
+        linear |= {"gate": nn.Linear(8, 12), "up": nn.Linear(8, 12), "down": nn.Linear(12, 8)}
+        self.parts, self.embedding, self.head = nn.ModuleDict(linear), nn.Embedding(LEVELS + 1, 8), nn.Linear(8, LEVELS)
+        self.weight, self.norm = nn.Parameter(torch.rand(8)), nn.RMSNorm(8)
+        self.norm_of_query, self.norm_of_key = nn.RMSNorm(4), nn.RMSNorm(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, count = len(x), x[0].numel()
+        t = self.embedding(torch.cat([torch.full((n, 1), LEVELS), x.flatten(1)[:, :-1]], 1))
+        h = self.weight * (t * torch.rsqrt(t.pow(2).mean(-1, keepdim=True) + 1e-6))
+        k, v = self.parts["kv"](h).chunk(2, -1)
+        q = self.norm_of_query(self.parts["q"](h).view(n, count, 2, 4)).transpose(1, 2)
+        k = self.norm_of_key(k.view(n, count, 1, 4)).transpose(1, 2)
+        both = torch.cat([angles(count, 4)] * 2, -1)
+        q, k = (a * both.cos() + rotate_half(a) * both.sin() for a in (q, k))
+        v = v.view(n, count, 1, 4).transpose(1, 2)
+        k, v = (a[:, :, None].expand(n, 1, 2, count, 4).reshape(n, 2, count, 4) for a in (k, v))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(n, count, 8)
+        t = t + self.parts["o"](y)
+        h = self.norm(t)
+        t = t + self.parts["down"](F.silu(self.parts["gate"](h)) * self.parts["up"](h))
+        return self.head(t).permute(0, 2, 1).reshape(n, LEVELS, *x.shape[1:])
+
+
+class Windows(nn.Module):
+    """Windows of pixels attend by themselves."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.conv, self.qkv = MaskedInPlace("A", 1, 6, 3, padding=1), nn.Linear(6, 18)
+        self.out, self.size = nn.Conv2d(6, LEVELS, 1), size
+
+    def forward(self, x: Tensor) -> Tensor:
+        (n, _, height, width), size = x.shape, self.size
+        h = torch.tanh(self.conv(x))
+        t = h.view(n, 6, height // size, size, width // size, size).permute(0, 2, 4, 3, 5, 1).reshape(-1, size**2, 6)
+        q, k, v = self.qkv(t).reshape(-1, size**2, 3, 2, 3).permute(2, 0, 3, 1, 4)
+        scores = (q * 0.6 @ k.transpose(-2, -1)).masked_fill(~lower(size**2), -1e9)
+        y = (scores.softmax(-1) @ v).transpose(1, 2).reshape(n, height // size, width // size, size, size, 6)
+        return self.out(h + y.permute(0, 5, 1, 3, 2, 4).reshape(n, 6, height, width))
+
+
+class Blocks(nn.Module):
+    """Image transformer: tokens see their block and the one before."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.embedding, self.sos = nn.Embedding(LEVELS, 6), nn.Parameter(torch.randn(1, 1, 6))
+        self.q, self.k, self.v, self.out = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, LEVELS)
+        self.size = size
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, size = len(x), self.size
+        t = torch.cat([self.sos.expand(n, -1, -1), self.embedding(x.flatten(1))[:, :-1]], 1)
+        q, k, v = (f(t).view(n, -1, size, 6) for f in (self.q, self.k, self.v))
+        k, v = (torch.cat([F.pad(a, (0, 0, 0, 0, 1, 0))[:, :-1], a], 2) for a in (k, v))
+        mask = torch.cat([torch.ones(size, size, dtype=torch.bool), lower(size)], 1)
+        y = (q @ k.mT).masked_fill(~mask, -1e9).softmax(-1) @ v
+        return self.out(t + y.flatten(1, 2)).transpose(1, 2).reshape(n, LEVELS, *x.shape[1:])
+
+
+class Arithmetic(nn.Module):
+    """Tokens that are numbers made of codes."""
+
+    def __init__(self, token: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.embedding, self.conv = nn.Embedding(3 * LEVELS, 6), MaskedInPlace("A", 6, LEVELS, 3, padding=1)
+        self.token = token
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(self.embedding(self.token(x)).permute(0, 3, 1, 2))
+
+
 def half(dtype: torch.dtype) -> Case:
     return Case(lambda: Prior(hugging_face_additive, 4, 5).to(dtype))
 
@@ -652,6 +730,12 @@ MODELS: dict[str, Case] = {
         for b in (False, True)
         for f in (False, True)
     },
+    "llama": Case(Llama),
+    "windows": Case(lambda: Windows(2), (1, 4, 6), IMAGES),
+    "blocks of a row": Case(lambda: Blocks(5)),
+    "token of twice the code": Case(lambda: Arithmetic(lambda x: 2 * x + 1)),
+    "token of the code backwards": Case(lambda: Arithmetic(lambda x: LEVELS - 1 - x)),
+    "token of code and column": Case(lambda: Arithmetic(lambda x: x + torch.arange(5) % 2 * LEVELS)),
     "bfloat16": half(torch.bfloat16),
     "float16": half(torch.float16),
     "float64": half(torch.float64),

@@ -13,7 +13,7 @@ from fastgen.sampling import Categorical, Sampler, UnsupportedModel, audit, naiv
 from fastgen.sampling.plan import Attention, Plan, Step
 from fastgen.sampling.schedule import Stage
 
-from .attention_models import MODELS, Axial, Pooled, PrefixLM, Subpixels
+from .attention_models import MODELS, Arithmetic, Axial, Pooled, PrefixLM, Subpixels
 from .attention_networks import STYLES, WRONG, Case, Prior, alibi, lower, min_gpt, nano_gpt, prior, t5, window
 from .networks import LEVELS
 
@@ -67,6 +67,22 @@ def test_tokens_in_front_that_see_later_ones_are_refused() -> None:
     network, given, _ = built(case)
     with pytest.raises(UnsupportedModel, match="of positions that do not depend on the image and see later ones"):
         sampler_of(case, network, given)
+
+
+@pytest.mark.parametrize(
+    ("token", "text"),
+    [
+        (lambda x: x.clamp(max=3), "aten.embedding.default of anything but the levels of the image"),
+        (lambda x: x + x, "aten.embedding.default of anything but the levels of the image"),
+        (lambda x: x % 3, "aten.remainder.Scalar"),
+        (lambda x: 4 * x, r"embeds 4 levels; .* has 5"),
+        (lambda x: torch.cat([x[:, :1] * 0 + 99, x[:, 1:]], 1), "raised IndexError: index out of range"),
+    ],
+    ids=["bounded", "added", "remainder", "too large", "no row"],
+)
+def test_tokens_that_are_refused(token: Callable, text: str) -> None:
+    with pytest.raises((UnsupportedModel, ValueError), match=text):
+        Sampler(Arithmetic(token), (4, 5), Categorical(LEVELS, input_range=None))
 
 
 CASES = {name: (STYLES | MODELS)[name] for name in ("window", "t5", "rosinality conditional", "prefix gpt", "axial")}
