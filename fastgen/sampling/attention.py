@@ -18,17 +18,24 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_leaves
 
 from fastgen.sampling import elementwise
-from fastgen.sampling.graph import Attention, Constant, Graph, LayoutError, Ref
+from fastgen.sampling.elementwise import Order
+from fastgen.sampling.graph import Attention, Constant, Graph, LayoutError, Node, Ref
 from fastgen.sampling.lowering import feature_map
 
 if TYPE_CHECKING:
     from fastgen.sampling.trace import Tracer
 
-# A score as low as this is a mask: beside one that is seen its exponential is zero in float32.
-MASKED = -1e4
-_ALIASES = ("_unsafe_view", "_reshape_alias")  # not marked as views, but views
+# A score as low as this is a mask: beside one that is seen its exponential is zero in float32. People write -1e4, and
+# add other biases to it, or divide it with the scores.
+MASKED = -1e3
+# Operators that make views, though not marked so, or look only at the shape.
+_LIKE = (
+    "_unsafe_view _reshape_alias zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty "
+    "new_empty_strided"
+).split()
 
 
 @dataclass(eq=False)
@@ -39,8 +46,8 @@ class Scores:
     another.
 
     query, keys: codes [N, heads, positions, depth]. gain, bias, weight: float64, broadcastable to [heads, queries,
-    keys]. by_sample: a sample's heads lie side by side, not a head's samples. softmax: None, "plain", or "safe", which
-    makes zeros of rows without a key.
+    keys]. by_sample: a sample's heads lie side by side, not a head's samples. softmax: None, "exp" (the exponentials
+    alone), "plain", or "safe", which makes zeros of rows without a key. swapped: in memory, keys come before queries.
     """
 
     query: Tensor
@@ -50,6 +57,7 @@ class Scores:
     bias: Tensor
     weight: Tensor
     softmax: str | None = None
+    swapped: bool = False
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -70,23 +78,36 @@ class Scores:
     def axes(self, tensor: Tensor) -> list[int]:
         """The dimensions of a tensor of scores in the order (samples and heads ..., queries, keys)."""
         batch, queries, keys = self.shape
+        rows, columns = (keys, queries) if self.swapped else (queries, keys)
         if tensor.numel() != batch * queries * keys or tensor.storage_offset():
             raise LayoutError("on some of the products of queries and keys")
-        size, stride = tensor.shape, tensor.stride()
-        of_keys = [d for d in range(tensor.dim()) if size[d] == keys and (stride[d] == 1 or keys == 1)]
-        of_queries = [
-            d
-            for d in range(tensor.dim())
-            if size[d] == queries and d not in of_keys[-1:] and (stride[d] == keys or queries == 1)
-        ]
-        if not of_keys or not of_queries:
+        size, stride, dims = tensor.shape, tensor.stride(), range(tensor.dim())
+        inner = [d for d in dims if size[d] == columns and (stride[d] == 1 or columns == 1)][-1:]
+        outer = [d for d in dims if size[d] == rows and d not in inner and (stride[d] == columns or rows == 1)][-1:]
+        if not inner or not outer:
             raise LayoutError("on products of queries and keys in another layout")
-        last = [of_queries[-1], of_keys[-1]]
-        return [*(d for d in range(tensor.dim()) if d not in last), *last]
+        last = [*inner, *outer] if self.swapped else [*outer, *inner]
+        return [*sorted((d for d in dims if d not in last), key=lambda d: -stride[d]), *last]
+
+    def fits(self, tensor: Tensor) -> bool:
+        """Whether a tensor of scores is [samples * heads, queries, keys]; a single query and key say nothing."""
+        return tuple(tensor.shape) == self.shape and (self.axes(tensor) == [0, 1, 2] or self.shape[1:] == (1, 1))
 
 
 class Unusable(str):
     """In place of scores: the operator that made something else of them."""
+
+
+@dataclass(eq=False)
+class Reduced:
+    """In place of scores: their "maximum" or "sum" over the keys, and the sizes and strides of such a tensor."""
+
+    kind: str
+    of: Scores
+    layout: list[tuple[int, int]]
+
+
+Known = Scores | Reduced | Unusable
 
 
 @contextlib.contextmanager
@@ -101,72 +122,99 @@ def undisguised() -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(fast)
 
 
-def of(tracer: Tracer, *tensors: Any) -> Scores | Unusable | None:
-    """What is known of the first of the tensors that has scores."""
-    found = (tracer.scores_of(t) for t in tensors if isinstance(t, Tensor))
-    return next((f for f in found if f is not None), None)
-
-
 def lower(tracer: Tracer, func: Any, args: tuple, kwargs: dict) -> Any:
     """Run a call with scores among its arguments, or one that makes some; NotImplemented for others."""
     name = func._schema.name.removeprefix("aten::")
-    tensors = [a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)]
-    known = of(tracer, *tensors)
-    if known is None:
-        if name in ("bmm", "baddbmm") and all(tracer.depends(t) for t in tensors[-2:]):
-            return _begin(tracer, *elementwise.named_arguments(func, args, kwargs).values())
+    tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    found = [tracer.scores_of(t) for t in tensors]
+    known = [f for f in found if f is not None]
+    if not known:
+        if name in ("bmm", "baddbmm") and all(_is_batch(tracer, t) for t in tensors[-2:]):
+            return _begin(tracer, elementwise.named_arguments(func, args, kwargs))
         return NotImplemented
-    if func.is_view or name in _ALIASES:
+    if func.is_view or name in _LIKE:
         return func(*args, **kwargs)
     rule = _RULES.get(name) or (_RULES.get(name.removesuffix("_")) if func._schema.is_mutable else None)
-    if rule is None or isinstance(known, Unusable):
-        result = func(*args, **kwargs)
-        for tensor in result if isinstance(result, tuple | list) else [result]:
-            tracer.set_scores(tensor, known if isinstance(known, Unusable) else Unusable(func))
-        return result
-    return rule(tracer, func, elementwise.named_arguments(func, args, kwargs))
+    if rule is not None and not any(isinstance(k, Unusable) for k in known):
+        return rule(tracer, func, elementwise.named_arguments(func, args, kwargs))
+    lost = next((k for k in known if isinstance(k, Unusable)), Unusable(func))
+    if any(f is None and tracer.depends(t) for f, t in zip(found, tensors, strict=True)):
+        raise lost_in(lost)
+    result = func(*args, **kwargs)
+    for tensor in result if isinstance(result, tuple | list) else [result]:
+        tracer.set_scores(tensor, lost)
+    return result
+
+
+def lost_in(known: Known) -> LayoutError:
+    """The error where a feature map would be made of scores."""
+    if isinstance(known, Unusable):
+        return LayoutError(f"on what {known} makes of products of queries and keys")
+    return LayoutError("on products of queries and keys")
 
 
 # Queries times keys.
 
 
-def _begin(tracer: Tracer, *operands: Any) -> Tensor:
-    """Of bmm(query, keys^T), or baddbmm(bias, query, keys^T, beta, alpha)."""
-    rest = operands[2:]
-    left, right = operands[:2]
-    bias = None
-    if rest:
-        bias, left, right, beta, alpha = (*operands, 1, 1)[:5]
-    query, keys = tracer.codes(left), tracer.codes(right).transpose(1, 2)
+def _is_batch(tracer: Tracer, tensor: Tensor) -> bool:
+    """Whether the matrices [batch, ...] are of samples and heads, not one parameter for all."""
+    return tracer.varies(tensor) or (tensor.shape[0] > 1 and tensor.stride(0) != 0)
+
+
+def _begin(tracer: Tracer, named: dict[str, Any]) -> Tensor:
+    """Of bmm(self=query, mat2=keys^T), or baddbmm(self=bias, batch1=query, batch2=keys^T, beta, alpha)."""
+    bias = named["self"] if "batch1" in named else None
+    left, right = (named["self"], named["mat2"]) if bias is None else (named["batch1"], named["batch2"])
+    alpha, beta = named.get("alpha", 1), named.get("beta", 1)
+    query, keys = _heads_apart(tracer, tracer.codes(left), tracer.codes(right).transpose(1, 2))
     samples = tracer.graph.batch
     if len(query) % samples:
         raise LayoutError("of matrices that do not belong to samples")
     one = torch.ones(1, 1, 1, dtype=torch.float64)
-    known = Scores(query[None], keys[None], _by_sample(tracer, query, keys), one, 0 * one, one)
+    known = Scores(query[None], keys[None], _by_sample(tracer, query, keys), one * alpha, 0 * one, one)
     known = replace(known, query=torch.empty(samples, len(query) // samples, *query.shape[1:], device="meta"))
     known = replace(known, query=known.split(query), keys=known.split(keys))
-    result = torch.empty(known.shape, dtype=left.dtype, device=left.device)
-    if bias is not None:
-        known = replace(known, gain=one * alpha, bias=_constant(tracer, known, result, bias) * beta)
+    result = torch.empty(*left.shape[:2], right.shape[2], dtype=left.dtype, device=left.device)
+    if bias is not None and beta:
+        known = replace(known, bias=_constant(tracer, known, result, bias) * beta)
     tracer.set_scores(result, known)
     return result
+
+
+def _heads_apart(tracer: Tracer, query: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes [batch, positions, depth] of queries and keys: einsum makes one matrix of all queries of a sample where
+    heads share their keys.
+    """
+    plane, _, _, y, x = tracer.graph.decode(query[0, :, 0].numpy())
+    if (plane < 0).any() or any(tracer.graph.nodes[p].given for p in np.unique(plane)):
+        return query, keys
+    place = y * (1 + x.max()) + x
+    count = len(np.unique(place))
+    if count == len(place) or len(place) % count or (place.reshape(-1, count) != place[:count]).any():
+        return query, keys
+    heads = len(place) // count
+    return query.reshape(-1, count, query.shape[2]), keys.repeat_interleave(heads, 0)
 
 
 def _by_sample(tracer: Tracer, query: Tensor, keys: Tensor) -> bool:
     """Whether the heads of a sample lie side by side in codes [samples * heads, ...]."""
     samples = tracer.graph.batch
-    heads = len(query) // samples
+    heads, expected = len(query) // samples, np.arange(samples)
+    found = set()
     for codes in (query, keys):
         flat = codes.flatten(1).numpy()
         first = flat[np.arange(len(flat)), np.argmax(flat > 0, axis=1)]
         plane, sample, *_ = tracer.graph.decode(first)
         if (first > 0).all() and all(tracer.graph.nodes[p].samples == samples for p in np.unique(plane)):
-            expected = np.arange(samples)
             if np.array_equal(sample, np.repeat(expected, heads)):
-                return True
-            if np.array_equal(sample, np.tile(expected, heads)):
-                return False
-    raise LayoutError("of matrices that do not belong to samples")
+                found.add(True)
+            elif np.array_equal(sample, np.tile(expected, heads)):
+                found.add(False)
+            else:
+                raise LayoutError("of matrices that do not belong to samples")
+    if len(found) != 1:
+        raise LayoutError("of matrices that do not belong to samples")
+    return found.pop()
 
 
 # Scores made of scores.
@@ -183,10 +231,10 @@ def _rule(*names: str) -> Callable[[Rule], Rule]:
     return add
 
 
-def _known(tracer: Tracer, tensor: Tensor) -> Scores:
-    known = tracer.scores_of(tensor)
+def _known(tracer: Tracer, tensor: Any) -> Scores:
+    known = tracer.scores_of(tensor) if isinstance(tensor, Tensor) else None
     if not isinstance(known, Scores):
-        raise LayoutError("on products of queries and keys and something else")
+        raise LayoutError("on what is made of products of queries and keys")
     return known
 
 
@@ -208,7 +256,7 @@ def _constant(tracer: Tracer, known: Scores, tensor: Tensor, value: Any) -> Tens
     if torch.broadcast_shapes(value.shape, tensor.shape) != tensor.shape:
         raise LayoutError("that repeats products of queries and keys")
     value = value.expand(tensor.shape).permute(known.axes(tensor))
-    batch, queries, keys = known.shape
+    batch = known.shape[0]
     for d in range(value.dim()):
         if value.stride(d) == 0:
             value = value.narrow(d, 0, 1)
@@ -224,14 +272,39 @@ def _constant(tracer: Tracer, known: Scores, tensor: Tensor, value: Any) -> Tens
 def _operands(tracer: Tracer, named: dict[str, Any]) -> tuple[Tensor, Scores, Tensor, bool]:
     """(scores, what is known of them, the other operand, whether the scores come first)."""
     x, y = named["self"], named["other"]
-    first = isinstance(x, Tensor) and tracer.scores_of(x) is not None
+    first = isinstance(x, Tensor) and isinstance(tracer.scores_of(x), Scores)
     scores, other = (x, y) if first else (y, x)
     known = _known(tracer, scores)
     return scores, known, _constant(tracer, known, scores, other), first
 
 
+def _reduced(tracer: Tracer, named: dict[str, Any], kind: str) -> Scores | None:
+    """What is known of the first operand, if the second is a maximum or sum of its kind, for each query."""
+    scores, other = named["self"], named["other"]
+    if not isinstance(scores, Tensor) or not isinstance(other, Tensor):
+        return None
+    known, reduced = tracer.scores_of(scores), tracer.scores_of(other)
+    if not isinstance(known, Scores) or not isinstance(reduced, Reduced) or reduced.kind != kind:
+        return None
+    expected = list(scores.shape)
+    expected[known.axes(scores)[-1]] = 1
+    if list(other.shape) != expected or _layout(other) != reduced.layout:
+        return None
+    return known if kind == "maximum" or reduced.of is known else None
+
+
+def _layout(tensor: Tensor) -> list[tuple[int, int]]:
+    """Sizes and strides, without dimensions of one element."""
+    return [(n, s) for n, s in zip(tensor.shape, tensor.stride(), strict=True) if n > 1]
+
+
 @_rule("mul", "div")
 def _scale(tracer: Tracer, func: Any, named: dict[str, Any]) -> Tensor:
+    normalised = _reduced(tracer, named, "sum") if "div" in func._schema.name else None
+    if normalised is not None and normalised.softmax and (normalised.weight >= 0).all():
+        bias = normalised.bias + normalised.weight.log()
+        one = torch.ones_like(normalised.weight[:1, :1, :1])
+        return _result(tracer, func, named["self"], replace(normalised, bias=bias, weight=one, softmax="plain"))
     scores, known, value, first = _operands(tracer, named)
     if func._schema.name.removeprefix("aten::").startswith("div"):
         if not first or named.get("rounding_mode") is not None:
@@ -246,6 +319,9 @@ def _scale(tracer: Tracer, func: Any, named: dict[str, Any]) -> Tensor:
 
 @_rule("add", "sub", "rsub")
 def _add(tracer: Tracer, func: Any, named: dict[str, Any]) -> Tensor:
+    lowered = _reduced(tracer, named, "maximum") if "aten::sub" in func._schema.name else None
+    if lowered is not None and not lowered.softmax:  # softmax is the same
+        return _result(tracer, func, named["self"], lowered)
     scores, known, value, first = _operands(tracer, named)
     name = func._schema.name.removeprefix("aten::").removesuffix("_")
     own, others = {"add": (1, 1), "sub": (1, -1), "rsub": (-1, 1)}[name]
@@ -266,8 +342,10 @@ def _masked_fill(tracer: Tracer, func: Any, named: dict[str, Any]) -> Tensor:
 @_rule("where")
 def _where(tracer: Tracer, func: Any, named: dict[str, Any]) -> Tensor:
     mask, x, y = named["condition"], named["self"], named["other"]
+    if tracer.varies(mask):
+        raise LayoutError("with a mask that depends on the image, the labels or the condition")
     if isinstance(x, Tensor) and tracer.scores_of(x) is not None:
-        return _fill(tracer, func, x, _known(tracer, x), ~mask, y)
+        return _fill(tracer, func, x, _known(tracer, x), ~mask.bool(), y)
     return _fill(tracer, func, y, _known(tracer, y), mask, x)
 
 
@@ -288,19 +366,67 @@ def _fill(tracer: Tracer, func: Any, scores: Tensor, known: Scores, mask: Tensor
 @_rule("_softmax", "_safe_softmax")
 def _softmax(tracer: Tracer, func: Any, named: dict[str, Any]) -> Tensor:
     scores, known = named["self"], _known(tracer, named["self"])
-    if named["dim"] % scores.dim() != known.axes(scores)[-1] or known.softmax:
+    axes, dim = known.axes(scores), named["dim"] % scores.dim()
+    if known.softmax or dim not in axes[-2:]:
         raise LayoutError("over anything but the keys")
+    if dim != axes[-1]:  # so the first factor were the keys
+        gain, bias, weight = (v.transpose(1, 2) for v in (known.gain, known.bias, known.weight))
+        known = replace(known, query=known.keys, keys=known.query, gain=gain, bias=bias, weight=weight)
+        known = replace(known, swapped=not known.swapped)
     known = replace(known, softmax="safe" if "safe" in func._schema.name else "plain")
+    dtype = torch.float32 if named.get("half_to_float") else None
+    return _result(tracer, func, scores, known, dtype)
+
+
+@_rule("nan_to_num")
+def _nan_to_num(tracer: Tracer, func: Any, named: dict[str, Any]) -> Tensor:
+    """Zeros in place of what softmax makes of rows without a key."""
+    scores, known = named["self"], _known(tracer, named["self"])
+    if not known.softmax or named.get("nan"):
+        raise LayoutError("of products of queries and keys")
+    nothing = ~(known.bias > MASKED).expand(-1, *known.shape[1:]).any(2)
+    if known.softmax == "plain" and (known.bias.expand(-1, *known.shape[1:])[nothing] == -torch.inf).all():
+        known = replace(known, softmax="safe")
     return _result(tracer, func, scores, known)
+
+
+@_rule("exp")
+def _exp(tracer: Tracer, func: Any, named: dict[str, Any]) -> Tensor:
+    scores, known = named["self"], _known(tracer, named["self"])
+    if known.softmax:
+        raise LayoutError("of probabilities of attention")
+    return _result(tracer, func, scores, replace(known, softmax="exp"))
+
+
+@_rule("amax", "max", "sum")
+def _reduce(tracer: Tracer, func: Any, named: dict[str, Any]) -> Any:
+    """For softmax written out. Of the maximum, its place is of no use."""
+    scores, known = named["self"], tracer.scores_of(named["self"])
+    kind = "sum" if "sum" in func._schema.name else "maximum"
+    result = func(*named.values()) if "dim" in named else func(scores)
+    results = result if isinstance(result, tuple) else (result,)
+    dims = named["dim"] if isinstance(named.get("dim"), list | tuple) else [named.get("dim")]
+    found: Known = Unusable(func)
+    if isinstance(known, Scores) and [d is not None and d % scores.dim() for d in dims] == known.axes(scores)[-1:]:
+        found = Reduced(kind, known, _layout(results[0]))
+    for i, tensor in enumerate(results):
+        tracer.set_scores(tensor, found if i == 0 else Unusable(func))
+    return result
 
 
 @_rule("clone", "_to_copy")
 def _copy(tracer: Tracer, func: Any, named: dict[str, Any]) -> Tensor:
-    scores, known = named["self"], _known(tracer, named["self"])
+    scores, known = named["self"], tracer.scores_of(named["self"])
     dtype = named.get("dtype") or scores.dtype
     if not dtype.is_floating_point:
         raise LayoutError("of products of queries and keys")
-    return _result(tracer, func, scores, known, dtype)
+    memory_format = named.get("memory_format") or torch.preserve_format
+    result = torch.empty_like(scores, dtype=dtype, memory_format=memory_format)
+    if isinstance(known, Scores):
+        known.axes(result)
+    if known is not None:
+        tracer.set_scores(result, known)
+    return result
 
 
 # Probabilities times values.
@@ -313,85 +439,194 @@ def _product(tracer: Tracer, func: Any, named: dict[str, Any]) -> Tensor:
     transposed = tracer.scores_of(x) is None
     scores, values = (y, x) if transposed else (x, y)
     known = _known(tracer, scores)
-    if not known.softmax or tracer.scores_of(values) is not None or not tracer.depends(values):
+    if known.softmax in (None, "exp") or tracer.scores_of(values) is not None or not _is_batch(tracer, values):
         raise LayoutError("of products of queries and keys and anything but softmax and values")
     axes = [0, 2, 1] if transposed else [0, 1, 2]
-    if scores.dim() != 3 or known.axes(scores) != axes:
-        raise LayoutError("that sums over anything but the keys")
-    codes = _attend(tracer, known, known.split(tracer.codes(values).permute(axes)))
+    codes = tracer.codes(values).permute(axes)
     result = torch.empty(x.shape[0], x.shape[1], y.shape[2], dtype=x.dtype, device=x.device)
-    tracer.set_codes(result, known.join(codes).permute(axes))
+    heads = known.shape[0] // len(scores)  # that share their values, see `_heads_apart`
+    apart = scores.view(known.shape) if heads > 1 and scores.is_contiguous() and not transposed else scores
+    if apart.dim() != 3 or not known.fits(apart.permute(axes)):
+        raise LayoutError("that sums over anything but the keys")
+    attended = known.join(_attend(tracer, known, known.split(codes.repeat_interleave(heads, 0))))
+    tracer.set_codes(result, attended.reshape(result.permute(axes).shape).permute(axes))
     return result
 
 
 def _attend(tracer: Tracer, known: Scores, values: Tensor) -> Tensor:
     """Codes [N, heads, queries, width] of attention to values [N, heads, keys, width]."""
+    blocks = _blocks(tracer, known.query[0])
+    if blocks.shape[1] == 1:
+        return _attend_all(tracer, known, values)
+    query, keys, values = (t[:, blocks].flatten(2, 3) for t in (known.query, known.keys, values))
+    gain, bias, weight = (
+        _block_diagonal(v, blocks, known.shape[1:], outside)
+        for v, outside in ((known.gain, 1), (known.bias, -torch.inf), (known.weight, 1))
+    )
+    all_blocks = replace(known, query=query, keys=keys, gain=gain, bias=bias, weight=weight)
+    result = torch.empty(*known.query.shape[:3], values.shape[3], dtype=torch.int64)
+    result[:, blocks] = _attend_all(tracer, all_blocks, values).unflatten(2, (blocks.shape[1], -1))
+    return result
+
+
+def _blocks(tracer: Tracer, query: Tensor) -> Tensor:
+    """Of the matrices [heads * blocks, queries, depth] of a sample, those of each head, in the same order of blocks:
+    [heads, blocks]. Blocks, as rows that attend each by itself, have queries at other positions.
+    """
+    _, _, _, y, x = tracer.graph.decode(query[:, :, 0].numpy())
+    _, block = np.unique(y * (1 + x.max()) + x, axis=0, return_inverse=True)
+    counts = np.bincount(block.ravel())
+    if (counts != counts[0]).any():
+        raise LayoutError("of positions that do not attend in all heads")
+    return torch.from_numpy(np.argsort(block.ravel(), kind="stable").reshape(len(counts), -1).T.copy())
+
+
+def _block_diagonal(value: Tensor, blocks: Tensor, size: tuple[int, int], outside: float) -> Tensor:
+    """Of each block [heads * blocks or 1, queries or 1, keys or 1] -> [heads or 1, blocks * queries, blocks * keys]."""
+    count, (queries, keys) = blocks.shape[1], size
+    each = value.expand(-1, queries, keys)
+    each = each[blocks] if len(value) > 1 else each[None].expand(1, count, -1, -1)
+    result = torch.full((len(each), count, queries, count, keys), outside, dtype=value.dtype)
+    for i in range(count):
+        result[:, i, :, i] = each[:, i]
+    return result.flatten(3).flatten(1, 2)
+
+
+def _attend_all(tracer: Tracer, known: Scores, values: Tensor) -> Tensor:
+    """`_attend`, of a single block."""
     samples, heads, queries, width = *known.query.shape[:3], values.shape[3]
-    query_order, query = _plane(tracer, known.query)
-    key_order, keys = _plane(tracer, known.keys)
-    _, of_values = _plane(tracer, values, key_order)
-    node = tracer.graph.nodes[query.plane[0]]
-    rows, columns = query_order[0].flatten(), key_order[0].flatten()  # of scores, by position
-    scale, spans, bias, factor = _seen(known, rows, columns)
+    key_order, keys = _grid(tracer, known.keys)
+    # Queries that are parameters do not say where they are.
+    own = queries != known.shape[2] or elementwise.depends(tracer, known.query)
+    query_order, query = _grid(tracer, known.query, None if own else key_order)
+    _, values = _grid(tracer, values, key_order)
+    for order, count in ((query_order, queries), (key_order, known.shape[2])):
+        if (order.index[0] >= count).any():
+            raise LayoutError("that mixes samples")
+    seen = _seen(known, query_order.index[0].flatten(), key_order.index[0].flatten())
     found = Attention(
-        tracer.module, heads * width, node.height, node.width, stride=query.stride, heads=heads, scale=scale,
-        query=query, keys=keys, values=of_values, spans=spans, bias=bias,
-    )  # fmt: skip
-    codes = tracer.add(found)
-    if factor is not None:
-        size = (heads * width, node.height, node.width)
-        data = factor.expand(heads, -1).repeat_interleave(width, 0).view(size).contiguous()
-        codes = elementwise.pointwise_4d(
-            tracer, "mul", [codes, tracer.add(Constant(tracer.module, *size, data=data)).expand(codes.shape)]
-        )
-    result = torch.empty(samples * queries, heads * width, dtype=torch.int64)
-    result[query_order] = codes.permute(0, 2, 3, 1)
+        tracer.module,
+        heads * width,
+        query.shape[2],
+        query.shape[3],
+        heads=heads,
+        scale=seen.scale,
+        query=_plane(tracer, _times(tracer, query, seen.of_queries)),
+        keys=_plane(tracer, _times(tracer, keys, seen.of_keys)),
+        values=_plane(tracer, values),
+        spans=seen.spans,
+        bias=seen.bias,
+    )
+    found.stride = found.query.stride
+    _check_order(tracer.graph, found)
+    codes = _times(tracer, tracer.add(found), seen.factor)
+    result = query_order.restored(codes.permute(0, 2, 3, 1), samples * queries)
     return result.view(samples, queries, heads, width).transpose(1, 2)
 
 
-def _plane(tracer: Tracer, codes: Tensor, order: Tensor | None = None) -> tuple[Tensor, Ref]:
-    """Codes [N, heads, positions, channels] as channels of one plane, in place: the rows [N, h, w] of a tensor [N *
-    positions] that make the plane, given or found, and the channels.
+def _grid(tracer: Tracer, codes: Tensor, order: Order | None = None) -> tuple[Order, Tensor]:
+    """Codes [N, heads, positions, channels] as a feature map: the order [N, h, w] of the rows of a tensor [N *
+    positions, ...] that make it, given or found, and the codes [N, heads * channels, h, w].
     """
     rows = codes.transpose(1, 2).flatten(2).flatten(0, 1)
     if order is None:
-        order, grid, ref = feature_map(tracer, rows)
-    else:
-        grid = rows[order].permute(0, 3, 1, 2).contiguous()
+        # A key that is appended for all to see would be computed last.
+        tokens = codes.permute(0, 1, 3, 2).flatten(1, 2)
+        first = torch.arange(len(rows)).view(len(codes), -1).roll(elementwise.appended(tracer, [tokens]), 1).flatten()
+        order, grid, _ = feature_map(tracer, rows[first])
+        return order.among(first), grid
+    return order, order.of(rows).permute(0, 3, 1, 2).contiguous()
+
+
+def _times(tracer: Tracer, codes: Tensor, factor: Tensor | None) -> Tensor:
+    """Codes [N, heads * channels, h, w] times [heads or 1, positions]."""
+    if factor is None:
+        return codes
+    channels, height, width = codes.shape[1:]
+    data = factor.float().unflatten(1, (height, width)).repeat_interleave(channels // len(factor), 0).contiguous()
+    constant = tracer.add(Constant(tracer.module, channels, height, width, data=data))
+    return elementwise.pointwise_4d(tracer, "mul", [codes, constant.expand(codes.shape)])
+
+
+def _plane(tracer: Tracer, grid: Tensor) -> Ref:
+    """Codes [N, channels, h, w] as channels of one plane that differs between samples, in place."""
+    with contextlib.suppress(LayoutError):
         ref = tracer.recognise(grid)
-    if not _in_place(tracer.graph, ref, grid.shape[2], grid.shape[3]):
-        ref = tracer.graph.recognise(elementwise.pointwise_4d(tracer, "copy", [grid]))
-    return order, ref
+        if _in_place(tracer.graph, ref, grid.shape[2], grid.shape[3]):
+            return ref
+    return tracer.graph.recognise(elementwise.pointwise_4d(tracer, "copy", [grid]))
 
 
 def _in_place(graph: Graph, ref: Ref, height: int, width: int) -> bool:
     node = graph.nodes[ref.plane[0]]
-    if ref.plane[0] < 0 or ref.breaks().any() or ref.dy.any() or ref.dx.any():
+    if ref.plane[0] < 0 or ref.breaks().any() or ref.dy.any() or ref.dx.any() or isinstance(node, Constant):
         return False
     return (node.height, node.width) == (height, width) and (node.given or node.stride == ref.stride)
 
 
-def _seen(known: Scores, rows: Tensor, columns: Tensor) -> tuple[float, Tensor, Tensor | None, Tensor | None]:
-    """(scale, spans, bias) of an `Attention` whose positions and keys are these rows and columns of the scores, and
-    what it is multiplied by [heads or 1, positions] or None.
+def _check_order(graph: Graph, node: Attention) -> None:
+    """Positions are computed in raster order: those of a text in front, too, which may well see each other."""
+    keys = graph.nodes[node.keys.plane[0]]
+    begin, end = node.spans.numpy().T
+    ahead = (end > begin) & (end - 1 > np.arange(len(end)))
+    if (keys.height, keys.width) != (node.height, node.width) or not ahead.any():
+        return
+    known: dict[int, np.ndarray] = {}
+    query, *seen = (_outside(graph, ref, node, known).ravel() for ref in node.sources())
+    image = np.concatenate([[0], np.cumsum(~(seen[0] & seen[1]))])
+    if (query & (image[end] == image[begin]))[ahead].all():
+        raise LayoutError("of positions that do not depend on the image and see later ones")
+
+
+def _outside(graph: Graph, ref: Ref, frame: Node, known: dict[int, np.ndarray]) -> np.ndarray:
+    """The positions [h, w] of a frame that do not depend on the image."""
+    result = np.ones((frame.height, frame.width), dtype=bool)
+    for plane, dy, dx in np.unique(np.stack([ref.plane, ref.dy, ref.dx]), axis=1).T.tolist():
+        node = graph.nodes[plane]
+        if plane < 0 or node.given:
+            continue
+        if plane not in known:
+            parts = [_outside(graph, source, node, known) for source in node.sources()]
+            own = bool(parts) and not isinstance(node, Attention) and getattr(node, "period", (1, 1)) == (1, 1)
+            known[plane] = np.all(parts, axis=0) if own else np.zeros((node.height, node.width), dtype=bool)
+        y, x = np.arange(frame.height) + dy, np.arange(frame.width) + dx
+        inside = ((y >= 0) & (y < node.height))[:, None] & ((x >= 0) & (x < node.width))
+        there = known[plane][y.clip(0, node.height - 1)][:, x.clip(0, node.width - 1)]
+        result &= (~inside | there) if node.stride == ref.stride else False
+    return result
+
+
+@dataclass(eq=False)
+class _Seen:
+    """What an `Attention` node has of scores: scale, spans and bias; what queries, keys and its result are multiplied
+    by, [heads or 1, positions] or None.
+    """
+
+    scale: float
+    spans: Tensor
+    bias: Tensor | None
+    of_queries: Tensor | None = None
+    of_keys: Tensor | None = None
+    factor: Tensor | None = None
+
+
+def _seen(known: Scores, rows: Tensor, columns: Tensor) -> _Seen:
+    """Of scores whose rows and columns, in this order, are the positions and keys of an `Attention`; -1 for those that
+    nobody asks for.
     """
     _, queries, keys = known.shape
     gain, bias, weight = torch.broadcast_tensors(known.gain, known.bias, known.weight)
     size = (len(gain), queries, keys)
     gain, bias, weight = (v.expand(size)[:, rows][:, :, columns] for v in (gain, bias, weight))
-    seen = (bias > MASKED) & (weight != 0).any(2, keepdim=True)
+    keys = len(columns)
+    seen = (bias > MASKED) & (weight != 0).any(2, keepdim=True) & (rows >= 0)[:, None] & (columns >= 0)
     if known.softmax == "plain":
-        alone = ~seen.any(2) & (weight != 0).any(2)
+        alone = ~seen.any(2) & (weight != 0).any(2) & (rows >= 0)
         if alone.any():
             raise LayoutError("of a position that sees no key: softmax makes it see all of them, or NaN")
-    weight = torch.where(seen, weight, torch.nan)
-    factor = weight.nanmean(2)
-    if ((weight - factor[:, :, None]).abs().nan_to_num() > 1e-6 * factor[:, :, None].abs()).any():
+    factor = _alike(weight, seen, 2)
+    if factor is None:
         raise LayoutError("of probabilities times what differs between keys")
-    scales = gain[seen]
-    scale = float(scales[0]) if len(scales) else 1.0
-    if (scales != scale).any():
-        raise LayoutError("of products of queries and keys times what differs between them")
     any_head = seen.any(0)
     some = any_head.any(1)
     begin = torch.where(some, any_head.int().argmax(1), 0)
@@ -401,5 +636,26 @@ def _seen(known: Scores, rows: Tensor, columns: Tensor) -> tuple[float, Tensor, 
     inside = (index >= begin[:, None]) & (index < end[:, None])
     bias = torch.where(seen, bias, -torch.inf)
     simple = torch.equal(seen, inside.expand(seen.shape)) and not bias[seen].any()
-    factor = factor.nan_to_num(1.0).float()
-    return scale, spans, None if simple else bias.float().contiguous(), None if (factor == 1).all() else factor
+    result = _Seen(1.0, spans, None if simple else bias.float().contiguous())
+    result.factor = None if (factor == 1).all() else factor
+    scales = gain[seen]
+    if (scales == scales[:1]).all():
+        result.scale = float(scales[0]) if len(scales) else 1.0
+        return result
+    result.of_queries = _alike(gain, seen, 2)
+    result.of_keys = _alike(gain, seen, 1) if result.of_queries is None else None
+    if result.of_queries is None and result.of_keys is None:
+        raise LayoutError("of products of queries and keys times what differs between both")
+    return result
+
+
+def _alike(value: Tensor, seen: Tensor, dim: int) -> Tensor | None:
+    """The value [heads, queries, keys] without a dimension along which it is the same wherever it is seen, 1 where
+    nothing is; or None.
+    """
+    low = torch.where(seen, value, torch.inf).amin(dim)
+    high = torch.where(seen, value, -torch.inf).amax(dim)
+    some = seen.any(dim)
+    if ((high - low).abs() > 1e-6 * high.abs())[some].any():
+        return None
+    return torch.where(some, low, 1.0)

@@ -6,15 +6,17 @@ from __future__ import annotations
 
 import contextlib
 import math
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fastgen.sampling.graph import Condition, Constant, LayoutError, Pointwise, Ref, Stride
-from fastgen.sampling.rules import rule
+from fastgen.sampling.rules import find, rule
 
 if TYPE_CHECKING:
     from fastgen.sampling.trace import Tracer
@@ -22,54 +24,214 @@ if TYPE_CHECKING:
 
 def pointwise(tracer: Tracer, op: str, operands: Sequence[Tensor | float], shape: Sequence[int]) -> Tensor:
     """Codes of op(operands), which have codes broadcastable to `shape` or are numbers."""
-    codes = [o.expand(*shape) if isinstance(o, Tensor) else float(o) for o in operands]
+    codes = [_expanded(o, tuple(shape)) if isinstance(o, Tensor) else float(o) for o in operands]
     tensors = [c for c in codes if isinstance(c, Tensor)]
-    if len(shape) == 4 and shape[0] == tracer.graph.batch:
-        with contextlib.suppress(LayoutError):
-            return pointwise_4d(tracer, op, codes)
-    for order in _orders(tracer, tensors, shape):
-        with contextlib.suppress(LayoutError):
-            sorted_codes = [c.reshape(-1)[order] if isinstance(c, Tensor) else c for c in codes]
-            out = torch.empty(order.numel(), dtype=torch.int64)
-            out[order] = pointwise_4d(tracer, op, sorted_codes)
-            return out.view(*shape)
+    for pieces in (False, True):  # a layout in which all are views of planes is the right one, another may be none
+        if len(shape) == 4 and shape[0] == tracer.graph.batch and not _are_tokens(tracer, tensors, pieces):
+            with contextlib.suppress(LayoutError):
+                return pointwise_4d(tracer, op, codes, pieces=pieces)
+        for order in _orders(tracer, tensors, shape, pieces):
+            with contextlib.suppress(LayoutError):
+                return _pointwise_in(tracer, order, op, codes, shape, pieces)
     raise LayoutError
 
 
-def _orders(tracer: Tracer, tensors: Sequence[Tensor], shape: Sequence[int]) -> Iterator[Tensor]:
+def _are_tokens(tracer: Tracer, tensors: Sequence[Tensor], pieces: bool) -> bool:
+    """Whether tensors of four dimensions look like feature maps [N, C, h, w] and are none: what would be a channel
+    holds several channels of one plane, or, being a single number, the channels are positions.
+    """
+    single = tensors[0].shape[2:] == (1, 1)
+    if not pieces and not single:
+        return False
+    given = np.array([True, *(n.given for n in tracer.graph.nodes)])  # from plane -1 on
+    for codes in tensors:
+        plane, _, channel, y, x = tracer.graph.decode(codes[0].numpy())
+        if single and len(np.unique(np.stack([y, x])[:, ~given[1 + plane]], axis=1).T) > 1:
+            return True
+        where = np.broadcast_to(np.arange(len(plane))[:, None, None], plane.shape)
+        found = np.stack([where, plane, channel])[:, ~given[1 + plane]]
+        if np.unique(found[:2], axis=1).shape != np.unique(found, axis=1)[:2].shape:
+            return True
+    return False
+
+
+def _expanded(codes: Tensor, shape: tuple[int, ...]) -> Tensor:
+    return codes if codes.shape == shape else codes.expand(shape)
+
+
+def _pointwise_in(
+    tracer: Tracer, order: Order, op: str, codes: Sequence[Tensor | float], shape: Sequence[int], pieces: bool
+) -> Tensor:
+    """Codes of op(operands) in a layout. The planes of results are remembered: formulas go on with them."""
+    operands: list[Tensor | Ref | float] = []
+    for operand in codes:
+        made = tracer.made.get(id(operand))
+        if made is not None and made[0]() is operand and made[1] is order:
+            operands.append(made[2])
+        else:
+            operands.append(order.of(operand.reshape(-1)) if isinstance(operand, Tensor) else operand)
+    found = pointwise_4d(tracer, op, operands, pieces=pieces, size=order.index.shape[1:])
+    tracer.orders[tuple(shape)] = order
+    result = order.restored(found, math.prod(shape)).view(*shape)
+    tracer.made = {k: m for k, m in tracer.made.items() if m[0]() is not None}
+    tracer.made[id(result)] = (weakref.ref(result), order, tracer.graph.whole(tracer.graph.nodes[-1]))
+    return result
+
+
+def _orders(tracer: Tracer, tensors: Sequence[Tensor], shape: Sequence[int], pieces: bool) -> Iterator[Order]:
     """Ways of seeing tensors of a shape as feature maps: indices [N, C, h, w] of their elements."""
+    if tuple(shape) in tracer.orders:  # most layers have that of the layer before
+        yield tracer.orders[tuple(shape)]
     for tensor in tensors:  # in the order of one operand's planes
         with contextlib.suppress(LayoutError):
-            yield _plane_order(tracer, tensor.reshape(-1))
-    yield from arrangements(tracer.graph.batch, shape)
+            yield Order(_plane_order(tracer, tensor.reshape(-1)))
+    yield from map(Order, arrangements(tracer, tensors, shape, pieces))
 
 
-def arrangements(batch: int, shape: Sequence[int]) -> Iterator[Tensor]:
-    """Indices [N, C, h, w] of the elements of a tensor in the layouts that feature maps are kept in: channels last,
-    positions in one dimension, or together with the samples in one. Squares come first: where zeros leave a choice,
-    they are the likelier.
+class Order:
+    """An order of the elements, or rows, of tensors: indices, -1 in places whose elements nobody asks for.
+
+    Most are strided views, which are much faster to read and write than single elements.
     """
-    index = torch.arange(math.prod(shape))
+
+    def __init__(self, index: Tensor):
+        self.index = index
+        self._asked = index >= 0
+        self._complete = bool(self._asked.all())
+        self._strides = self._find_strides() if self._complete and index.numel() else None
+
+    def _find_strides(self) -> list[int] | None:
+        index, first = self.index, int(self.index.flatten()[0])
+        sizes = index.shape
+        strides = [int(index.select(d, 1).flatten()[0]) - first if n > 1 else 0 for d, n in enumerate(sizes)]
+        last = sum((n - 1) * stride for n, stride in zip(sizes, strides, strict=True))
+        if first or min(strides) < 0 or last != index.numel() - 1:
+            return None
+        return strides if torch.equal(index, torch.arange(index.numel()).as_strided(sizes, strides)) else None
+
+    def of(self, codes: Tensor) -> Tensor:
+        """Elements or rows of codes [count, ...] in this order."""
+        if self._strides is not None:
+            return self._view(codes.contiguous())
+        if self._complete:
+            return codes[self.index]
+        asked = self._asked.view(*self.index.shape, *[1] * (codes.dim() - 1))
+        return torch.where(asked, codes[self.index], -1)
+
+    def restored(self, codes: Tensor, count: int) -> Tensor:
+        """The `count` elements or rows of which `codes` are those in this order."""
+        result = torch.empty(count, *codes.shape[self.index.dim() :], dtype=torch.int64)
+        self.restore(codes, result)
+        return result
+
+    def restore(self, codes: Tensor, result: Tensor) -> None:
+        """Put codes that are in this order into a contiguous tensor where they come from."""
+        if self._strides is not None:
+            self._view(result).copy_(codes)
+        elif self._complete:
+            result[self.index] = codes
+        else:
+            result[self.index[self._asked]] = codes[self._asked]
+
+    def among(self, rows: Tensor) -> Order:
+        """The order in a tensor of which rows, by their indices, are in this one."""
+        return Order(torch.where(self._asked, rows[self.index], -1))
+
+    def _view(self, codes: Tensor) -> Tensor:
+        row = codes[0].numel()
+        assert self._strides is not None
+        strides = [*(row * s for s in self._strides), *codes.stride()[1:]]
+        return codes.as_strided((*self.index.shape, *codes.shape[1:]), strides)
+
+
+def arrangements(tracer: Tracer, tensors: Sequence[Tensor], shape: Sequence[int], pieces: bool) -> Iterator[Tensor]:
+    """Indices [N, C, h, w] of the elements of tensors of a shape in the layouts that feature maps are kept in: channels
+    last, positions in one dimension, or together with the samples in one. The likeliest come first.
+    """
+    index, batch = torch.arange(math.prod(shape)), tracer.graph.batch
+    layouts: list[Tensor] = []
     if len(shape) == 4 and shape[0] == batch:
-        yield index.view(*shape).permute(0, 3, 1, 2)
+        whole = index.view(*shape)
+        yield whole.permute(0, 3, 1, 2)
+        if pieces:  # tokens behind heads, before heads, or last
+            layouts += [whole.transpose(2, 3).flatten(1, 2), whole.flatten(2).transpose(1, 2), whole.flatten(1, 2)]
     elif len(shape) in (2, 3) and index.numel() % (batch * shape[-1]) == 0:
-        channels_last = index.view(batch, -1, shape[-1]).transpose(1, 2)
-        channels_first = [index.view(*shape)] if len(shape) == 3 and shape[0] == batch else []
-        for tokens in (channels_last, *channels_first):
-            count = tokens.shape[2]
-            widths = sorted((w for w in range(1, count + 1) if count % w == 0), key=lambda w: abs(w - count // w))
-            yield from (tokens.unflatten(2, (-1, w)) for w in widths)
+        layouts.append(index.view(batch, -1, shape[-1]).transpose(1, 2))  # channels last
+        if len(shape) == 3 and shape[0] == batch and shape[2] > 1:
+            layouts.append(index.view(*shape))
+        if len(shape) == 3 and shape[1] == batch:
+            layouts.append(index.view(*shape).permute(1, 2, 0))
+    for tokens in layouts:
+        codes = [t.reshape(-1)[tokens] for t in tensors]
+        if len(shape) == 4:  # keys, as likely as not
+            last = appended(tracer, codes)
+            tokens, codes = tokens.roll(last, 2), [c.roll(last, 2) for c in codes]
+        for width, before in rasters(tracer, codes, pieces):
+            yield in_rows(tokens, width, before)
+
+
+def depends(tracer: Tracer, codes: Tensor) -> bool:
+    """Whether elements depend on the image."""
+    return not all(p < 0 or tracer.graph.nodes[p].given for p in np.unique(tracer.graph.planes(codes.numpy())))
+
+
+def appended(tracer: Tracer, tensors: Sequence[Tensor]) -> int:
+    """How many of the last tokens [N, C, tokens] depend on the image in no channel, where others do."""
+    given = np.array([True, *(n.given for n in tracer.graph.nodes)])  # from plane -1 on
+    later = np.any([~given[1 + tracer.graph.planes(t.numpy())].all((0, 1)) for t in tensors], axis=0)
+    return int(np.argmax(later[::-1]))
+
+
+def in_rows(tokens: Tensor, width: int, before: int) -> Tensor:
+    """[..., tokens] -> [..., h, width], -1 in `before` places in front of the first, and behind the last."""
+    after = -(before + tokens.shape[-1]) % width
+    return F.pad(tokens, (before, after), value=-1).unflatten(-1, (-1, width))
+
+
+def rasters(tracer: Tracer, tensors: Sequence[Tensor], pieces: bool) -> Iterator[tuple[int, int]]:
+    """Ways of seeing tokens [N, C, count] as rows of pixels: the width, and how many pixels go before the first token.
+
+    Planes among them tell the width and, where tokens lie in front of the image's, the place in the row: that of the
+    token, or the next one, where tokens are shifted. Then come squares: where zeros leave a choice, they are the
+    likelier.
+    """
+    count = tensors[0].shape[2]
+    found = []
+    for tokens in tensors:
+        plane, _, _, _, x = tracer.graph.decode(tokens[0].numpy())
+        for p in np.unique(plane[plane >= 0]):
+            node = tracer.graph.nodes[p]
+            if node.given:
+                continue
+            if node.height == 1:  # which more tokens may continue; but zeros around it are rows, too
+                found += [(count, 0)] * pieces
+                continue
+            first = (x - np.arange(count))[plane == p] % node.width
+            if (first != first[0]).any():
+                found += [(node.width, 0)] * (count % node.width == 0)
+            else:
+                before = [int(first[0]), (int(first[0]) + 1) % node.width]
+                found += [(node.width, b) for b in sorted(before, key=lambda b: (b + count) % node.width != 0)]
+    squares = sorted((w for w in range(1, count + 1) if count % w == 0), key=lambda w: abs(w - count // w))
+    yield from dict.fromkeys([*found, *((w, 0) for w in squares)])
 
 
 def pointwise_4d(
-    tracer: Tracer, op: str, operands: Sequence[Tensor | Ref | float], multiple: Stride = (1, 1)
+    tracer: Tracer,
+    op: str,
+    operands: Sequence[Tensor | Ref | float],
+    multiple: Stride = (1, 1),
+    pieces: bool = True,
+    size: Sequence[int] = (),
 ) -> Tensor:
-    """Codes of op(operands), which are codes [N, C, h, w], at least one of them, frames of that size, or numbers.
+    """Codes of op(operands), which are codes [N, C, h, w], frames of that size, or numbers; without codes, `size` is
+    (C, h, w).
 
-    The stride along an axis with one position is anybody's guess; it is made a multiple of `multiple`.
+    The stride along an axis with one position is anybody's guess; it is made a multiple of `multiple`. pieces: see
+    `Tracer.recognise`.
     """
-    refs = [tracer.recognise(o) if isinstance(o, Tensor) else o for o in operands]
-    _, channels, height, width = next(o.shape for o in operands if isinstance(o, Tensor))
+    refs = [tracer.recognise(o, pieces) if isinstance(o, Tensor) else o for o in operands]
+    channels, height, width = size or next(o.shape[1:] for o in operands if isinstance(o, Tensor))
     frames = [r for r in refs if isinstance(r, Ref) and _depends_on_image(tracer, r)]
     sy, sx = (max((f.stride[axis] for f in frames), default=1) for axis in (0, 1))
     stride = (math.lcm(sy, multiple[0]) if height == 1 else sy, math.lcm(sx, multiple[1]) if width == 1 else sx)
@@ -86,11 +248,40 @@ def _plane_order(tracer: Tracer, flat: Tensor) -> Tensor:
     plane, sample, channel, y, x = tracer.graph.decode(flat.numpy())
     if (plane < 0).any() or all(tracer.graph.nodes[p].given for p in np.unique(plane)):
         raise LayoutError
-    size = (tracer.graph.batch, -1, len(set(y.tolist())), len(set(x.tolist())))
-    area = size[0] * size[2] * size[3]
-    if len(flat) % area:
+    order = np.lexsort((x, y, channel, plane, sample))
+    codes = flat.numpy()[order]
+    if (codes[1:] == codes[:-1]).any():  # repeated channels: a key for several heads
+        order = np.lexsort((x, y, channel, plane, occurrence(flat.numpy()), sample))
+    rows, columns = at_places(y[order], x[order], tracer.graph.batch)
+    each = torch.from_numpy(order).view(tracer.graph.batch, -1, len(rows))
+    result = torch.full((*each.shape[:2], int(rows.max()) + 1, int(columns.max()) + 1), -1)
+    result[:, :, rows, columns] = each
+    return result
+
+
+def at_places(y: np.ndarray, x: np.ndarray, batch: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and columns of a grid for elements whose places repeat themselves, at least once for each sample."""
+    width = int(x.max()) + 1
+    places = y * width + x
+    again = np.flatnonzero(places == places[0])
+    count = int(again[1]) if len(again) > 1 else len(places)
+    if len(places) % (batch * count) or (places.reshape(-1, count) != places[:count]).any():
         raise LayoutError
-    return torch.from_numpy(np.lexsort((x, y, channel, plane, sample))).view(size)
+    rows, columns = (np.unique(v[:count], return_inverse=True)[1] for v in (y, x))
+    if (rows.max() + 1) * (columns.max() + 1) > 2 * count + width:  # no rows of pixels
+        raise LayoutError
+    return rows, columns
+
+
+def occurrence(values: np.ndarray) -> np.ndarray:
+    """How many equal values come before each."""
+    order = np.argsort(values, kind="stable")
+    ordered = values[order]
+    first = np.concatenate([[True], ordered[1:] != ordered[:-1]])
+    index = np.arange(len(values))
+    result = np.empty_like(index)
+    result[order] = index - np.maximum.accumulate(np.where(first, index, 0))
+    return result
 
 
 def rebuilt(tracer: Tracer, codes: Tensor) -> Tensor:
@@ -117,14 +308,23 @@ def rebuilt(tracer: Tracer, codes: Tensor) -> Tensor:
 
 def _new_constant(tracer: Tracer, codes: Tensor) -> Tensor:
     """Codes of a constant that holds the elements of constants that `codes` [N, C, h, w] names."""
-    if not torch.equal(codes[0], codes[-1]):
-        raise LayoutError
-    data = torch.zeros(codes.shape[1:])
-    for node in [n for n in tracer.graph.nodes if isinstance(n, Constant)]:
-        here = (codes[0] >= node.start) & (codes[0] < node.start + node.data.numel())
-        data[here] = node.data.flatten()[codes[0][here] - node.start]
+    data = _values(tracer, codes[0])
+    for other in codes[1:]:
+        if not torch.equal(other, codes[0]) and not torch.equal(_values(tracer, other), data):
+            raise LayoutError
     channels, height, width = data.shape
     return tracer.add(Constant(tracer.module, channels, height, width, data=data))
+
+
+def _values(tracer: Tracer, codes: Tensor) -> Tensor:
+    """Of elements of constants, by their codes."""
+    result = torch.zeros(codes.shape)
+    for p in np.unique(tracer.graph.planes(codes.numpy())):
+        node = tracer.graph.nodes[p]
+        if p >= 0 and isinstance(node, Constant):
+            here = (codes >= node.start) & (codes < node.start + node.data.numel())
+            result[here] = node.data.flatten()[codes[here] - node.start]
+    return result
 
 
 def _new_condition(tracer: Tracer, codes: Tensor, source: int) -> Tensor:
@@ -140,7 +340,8 @@ def _new_condition(tracer: Tracer, codes: Tensor, source: int) -> Tensor:
         raise LayoutError
     channels, height, width = index.shape[1:]
     gathered = tracer.tape.gather(node.tensor, index[0])
-    return torch.where(keep, tracer.add(Condition(tracer.module, channels, height, width, tensor=gathered)), 0)
+    made = tracer.add(Condition(tracer.module, channels, height, width, tensor=gathered))
+    return torch.where(codes != 0, made, 0)
 
 
 _MOST_PIECES = 8
@@ -282,6 +483,24 @@ def _rsub(emit: Formula, x: Any, y: Any, alpha: float = 1) -> Any:
 @elementwise("mul")
 def _mul(emit: Formula, x: Any, y: Any) -> Any:
     return emit("mul", x, y)
+
+
+_mul_real = find(torch.ops.aten.mul.Tensor)
+
+
+@rule("mul")
+def _mul_any(tracer: Tracer, func: Any, args: tuple, kwargs: dict, outputs: list[Tensor]) -> None:
+    """Complex numbers turn queries and keys; their parts lie beside each other."""
+    if not outputs[0].is_complex():
+        assert _mul_real is not None
+        return _mul_real(tracer, func, args, kwargs, outputs)
+    if not all(isinstance(a, Tensor) and a.is_complex() and not a.is_conj() for a in args):
+        raise LayoutError("on complex numbers and others")
+    (a, b), (c, d) = (tracer.codes(torch.view_as_real(v)).unbind(-1) for v in args)
+    emit = _emit(tracer, outputs[0].shape)
+    real = emit("sub", emit("mul", a, c), emit("mul", b, d))
+    imaginary = emit("add", emit("mul", a, d), emit("mul", b, c))
+    tracer.set_codes(torch.view_as_real(outputs[0]), torch.stack([real, imaginary], -1))
 
 
 @elementwise("div")

@@ -3,8 +3,8 @@
 A *plane* is a feature map [channels, height, width] that some node computes; every tensor that the network handles is a
 re-arrangement of elements of planes (and zeros).  Instead of one lowering rule for each of slice, pad, cat, chunk,
 view, permute, roll, ..., every element of every tensor carries an integer *code* that names the plane element it is a
-copy of; 0 is a zero. Layout operators then run on the codes as they run on the values, and `recognise` reads the codes
-back into per-channel (plane, channel, dy, dx).
+copy of; 0 is a zero, -1 an element that nobody asks for. Layout operators then run on the codes as they run on the
+values, and `recognise` reads the codes back into per-channel (plane, channel, dy, dx).
 
 Networks with strided and transposed convolutions have planes of several *strides*: position y of a plane of stride s
 lies at row s*y of the image.  A tensor with a view of planes is a *frame*, with a stride of its own; its position y
@@ -208,6 +208,11 @@ class Pointwise(Node):
         return [o for o in self.operands if isinstance(o, Ref)]
 
 
+def _nothing() -> Ref:
+    none = np.zeros(0, dtype=np.int64)
+    return Ref(none, none, none, none)
+
+
 @dataclass(eq=False)
 class Attention(Node):
     """For each head h and position p, sum over keys s of softmax_s(scale * query[p, h] . keys[s, h] + bias[h, p, s]) *
@@ -223,17 +228,14 @@ class Attention(Node):
 
     heads: int = 1
     scale: float = 1.0
-    query: Ref = field(default_factory=lambda: _NOTHING)
-    keys: Ref = field(default_factory=lambda: _NOTHING)
-    values: Ref = field(default_factory=lambda: _NOTHING)
+    query: Ref = field(default_factory=_nothing)
+    keys: Ref = field(default_factory=_nothing)
+    values: Ref = field(default_factory=_nothing)
     spans: Tensor = field(default_factory=lambda: torch.empty(0, 2))
     bias: Tensor | None = None
 
     def sources(self) -> list[Ref]:
         return [self.query, self.keys, self.values]
-
-
-_NOTHING = Ref(*[np.zeros(0, dtype=np.int64)] * 4)
 
 
 class Graph:
@@ -257,21 +259,43 @@ class Graph:
         self.nodes.append(node)
         return node
 
+    def whole(self, node: Node) -> Ref:
+        """All channels of a plane in place."""
+        channels, zero = np.arange(node.channels), np.zeros(node.channels, dtype=np.int64)
+        return Ref(np.full(node.channels, node.id), channels, zero, zero, node.stride)
+
     def codes(self, node: Node) -> Tensor:
         """int64 [samples, C, h, w]: the codes of a node's own elements."""
         size = (node.samples, node.channels, node.height, node.width)
         return torch.arange(node.start, node.start + int(np.prod(size))).view(size)
 
+    def planes(self, codes: np.ndarray) -> np.ndarray:
+        """The plane of each code; -1 where it is 0."""
+        return np.searchsorted(self._shapes[: len(self.nodes), 0], codes, side="right") - 1
+
     def decode(self, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """codes -> (plane, sample, channel, y, x); plane -1 where the code is 0."""
         shapes = self._shapes[: len(self.nodes)]
-        plane = np.searchsorted(shapes[:, 0], codes, side="right") - 1
+        plane = self.planes(codes)
         start, channels, height, width = shapes[np.maximum(plane, 0)].transpose(-1, *range(codes.ndim))
         rest = codes - start
         rest, x = np.divmod(rest, width)
         rest, y = np.divmod(rest, height)
         sample, channel = np.divmod(rest, channels)
         return plane, sample, channel, y, x
+
+    def elements(self, ref: Ref, sample: np.ndarray, channel: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:
+        """Codes of elements (channel, y, x) of a frame, 0 outside of planes."""
+        (num_y, den_y), (num_x, den_x) = self._ratios(ref, 0), self._ratios(ref, 1)
+        plane = ref.plane[channel]
+        start, channels, height, width = self._shapes[np.maximum(plane, 0)].T
+        nodes = [self.nodes[p] for p in plane]
+        broadcast, samples = np.array([n.broadcast for n in nodes]), np.array([n.samples for n in nodes])
+        row = np.where(broadcast, 0, (y * num_y[channel] + ref.dy[channel]) // den_y[channel])
+        column = np.where(broadcast, 0, (x * num_x[channel] + ref.dx[channel]) // den_x[channel])
+        inside = (plane >= 0) & (row >= 0) & (row < height) & (column >= 0) & (column < width)
+        index = np.where(samples > 1, sample, 0) * channels + ref.channel[channel]
+        return np.where(inside, start + (index * height + row) * width + column, 0)
 
     # Frames.
 
@@ -356,7 +380,7 @@ class Graph:
     ) -> None:
         """Compare the codes of channels [start, stop), a segment, with what the frame implies."""
         if ref.plane[start] < 0:
-            if part.any():
+            if (part > 0).any():
                 raise LayoutError
             return
         node = self.nodes[ref.plane[start]]
@@ -367,11 +391,11 @@ class Graph:
         origin = node.start + ref.channel[start:stop] * area
         implied = origin[:, None, None] + (y[:, None] * node.width + x)
         for codes in window:
-            if not np.array_equal(codes, np.where(codes, implied, 0) if holes else implied):
+            if not np.array_equal(codes, implied) and not np.array_equal(codes, _asked(codes, implied, holes)):
                 raise LayoutError
             if node.samples > 1:
                 implied += node.channels * area
-        if np.count_nonzero(part) != np.count_nonzero(window):
+        if np.count_nonzero(part > 0) != np.count_nonzero(window > 0):
             raise LayoutError
 
     def _axis(
@@ -383,13 +407,13 @@ class Graph:
         planes = np.unique(plane[plane >= 0])
         strides = {p: 0 if self.nodes[p].given else self.nodes[p].stride[axis] for p in planes.tolist()}
         runs: dict[int, int] = {}  # of a coarser plane: the frame position behind the run of its first element
-        seen = np.count_nonzero(codes[np.arange(len(codes)), :, across], axis=1)
+        seen = np.count_nonzero(codes[np.arange(len(codes)), :, across] > 0, axis=1)
         frame = None
         for p, stride in strides.items():
             if not stride:
                 continue
             c = int(np.argmax(np.where(plane == p, seen, -1)))  # the channel that tells most
-            where = np.flatnonzero(codes[c, :, across[c]])
+            where = np.flatnonzero(codes[c, :, across[c]] > 0)
             positions = self.decode(codes[c, where, across[c]])[3 + axis]
             num, den = _steps(where, positions)
             if num and stride * num % den == 0:
@@ -409,6 +433,11 @@ class Graph:
                 offset[here] = den * (source[here] + 1) - runs[p] if den > 1 else source[here] - num * along[here]
         offset[plane < 0] = 0
         return _Axis(frame, nums, dens, offset)
+
+
+def _asked(codes: np.ndarray, implied: np.ndarray, holes: bool) -> np.ndarray:
+    """The implied codes where codes ask for one."""
+    return np.where(codes > 0 if holes else codes >= 0, implied, codes)
 
 
 @dataclass(frozen=True, eq=False)

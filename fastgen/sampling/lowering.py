@@ -7,7 +7,6 @@ operators are in `fastgen.sampling.elementwise`, the registry in `fastgen.sampli
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,20 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fastgen.sampling import elementwise
-from fastgen.sampling.graph import Embedding, Image, LayoutError, Linear, Ref, Stride, Tap, taps_of
+from fastgen.sampling.elementwise import Order
+from fastgen.sampling.graph import (
+    Condition,
+    Constant,
+    Embedding,
+    Image,
+    LayoutError,
+    Linear,
+    Pointwise,
+    Ref,
+    Stride,
+    Tap,
+    taps_of,
+)
 from fastgen.sampling.rules import nothing, rule
 
 if TYPE_CHECKING:
@@ -233,23 +245,99 @@ def _one_hot(tracer: Tracer, func: Any, args: tuple, kwargs: dict, outputs: list
 
 
 def _rows_of(tracer: Tracer, table: Tensor, indices: Tensor) -> Tensor:
-    """Codes [*indices.shape, columns] of the rows of a table [rows, ...] by levels of the image: one plane for each
-    colour.
+    """Codes [*indices.shape, columns] of the rows of a table [rows, ...]. Indices are levels of the image, one plane
+    for each colour, or elements of a condition, times a number plus a number, where other tokens have the first
+    numbers; or constants.
     """
     if tracer.varies(table):
         raise LayoutError("of a table that depends on the image, the labels or the condition")
-    plane, sample, colour, y, x = tracer.graph.decode(tracer.codes(indices).numpy())
-    image = tracer.graph.nodes[max(0, int(plane.flat[0]))]
-    if not isinstance(image, Image) or (plane != image.id).any():
-        raise LayoutError("of anything but the levels of the image")
     table = table.detach().to("cpu", torch.float32).reshape(len(table), -1).clone()
-    size = (table.shape[1], image.height, image.width)
+    origin, factor, offset = (v.reshape(indices.shape) for v in _affine(tracer, tracer.codes(indices).reshape(-1)))
+    origin[factor == 0] = 0
+    plane, sample, colour, y, x = tracer.graph.decode(origin)
+    kinds = np.stack([plane, colour, factor, offset])
+    kinds[1, (plane < 0) | ~np.isin(plane, [n.id for n in tracer.graph.nodes if isinstance(n, Image)])] = 0
     result = torch.empty(*indices.shape, table.shape[1], dtype=torch.int64)
-    for c in np.unique(colour).tolist():
-        codes = tracer.add(Embedding(tracer.module, *size, colour=c, table=table)).permute(0, 2, 3, 1)
-        here = torch.from_numpy(colour == c)
-        result[here] = codes[sample[colour == c], y[colour == c], x[colour == c]]
+    for kind in np.unique(kinds.reshape(4, -1), axis=1).T:
+        where = (kinds == kind.reshape(4, *[1] * origin.ndim)).all(0)
+        here = torch.from_numpy(where)
+        source, c, scale, shift = (int(v) for v in kind)
+        if (scale, shift) != tuple(kind[2:]):
+            raise LayoutError("of anything but integers")
+        if source < 0:
+            result[here] = tracer.codes(table[shift : shift + 1])
+            continue
+        node = tracer.graph.nodes[source]
+        if isinstance(node, Condition):
+            result[here] = _rows_of_condition(tracer, table, node, origin[where], scale, shift)
+            continue
+        size = (table.shape[1], node.height, node.width)
+        rows = scale * torch.arange(len(table)) + shift  # of levels: those that have rows, at least
+        valid = (rows >= 0) & (rows < len(table))
+        rows = rows[: int(valid.int().cummin(0).values.sum())]
+        codes = tracer.add(Embedding(tracer.module, *size, colour=c, table=table[rows])).permute(0, 2, 3, 1)
+        result[here] = codes[sample[where], y[where], x[where]]
     return result
+
+
+def _rows_of_condition(
+    tracer: Tracer, table: Tensor, node: Condition, origin: np.ndarray, scale: int, shift: int
+) -> Tensor:
+    """Codes [n, columns] of rows of a table by n elements of a condition."""
+    size = node.channels * node.height * node.width
+    sample, element = np.divmod(origin - node.start, size)
+    elements, index = np.unique(element, return_inverse=True)
+    rows = tracer.tape.rows(table, node.tensor, torch.from_numpy(elements), scale, shift)
+    return tracer.codes(rows)[sample, index]
+
+
+def _affine(tracer: Tracer, codes: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Flat codes as code * factor + offset: codes of the image or of conditions; 0 where there is only the offset."""
+    graph = tracer.graph
+    origin, factor, offset = codes.numpy().copy(), np.ones(len(codes)), np.zeros(len(codes))
+    plane, sample, channel, y, x = graph.decode(origin)
+    factor[plane < 0] = 0
+    for p in np.unique(plane[plane >= 0]):
+        node, here = graph.nodes[p], np.flatnonzero(plane == p)
+        if isinstance(node, Image | Condition):
+            continue
+        if isinstance(node, Constant):
+            origin[here], factor[here] = 0, 0
+            offset[here] = node.data[channel[here], y[here], x[here]]
+        elif isinstance(node, Pointwise) and node.op in ("add", "sub", "mul", "copy"):
+            places = (sample[here], channel[here], y[here], x[here])
+            operands = [_affine_operand(tracer, o, node, places) for o in node.operands]
+            for values, found in zip((origin, factor, offset), _combined(node.op, *operands), strict=True):
+                values[here] = found
+        else:
+            raise LayoutError("of anything but the levels of the image")
+    return origin, factor, offset
+
+
+Affine = tuple[np.ndarray, np.ndarray, np.ndarray]
+
+
+def _affine_operand(tracer: Tracer, operand: Ref | float, node: Pointwise, places: tuple[np.ndarray, ...]) -> Affine:
+    """Of an operand of a node, at some elements (sample, channel, y, x)."""
+    sample, channel, y, x = places
+    if not isinstance(operand, Ref):
+        return np.zeros_like(sample), np.zeros(len(sample)), np.full(len(sample), operand)
+    codes = tracer.graph.elements(operand, sample, channel, y, x)
+    return _affine(tracer, torch.from_numpy(codes))
+
+
+def _combined(op: str, a: Affine, b: Affine | None = None) -> Affine:
+    if op == "copy" or b is None:
+        return a
+    if op == "mul":
+        a, b = (b, a) if a[0].any() else (a, b)
+        if a[0].any():
+            raise LayoutError("of anything but the levels of the image")
+        return b[0], b[1] * a[2], b[2] * a[2]
+    if ((a[0] > 0) & (b[0] > 0)).any():
+        raise LayoutError("of anything but the levels of the image")
+    sign = -1 if op == "sub" else 1
+    return np.maximum(a[0], b[0]), a[1] + sign * b[1], a[2] + sign * b[2]
 
 
 @rule("mm", "addmm", "linear", "bmm")
@@ -274,37 +362,73 @@ def _product(tracer: Tracer, func: Any, args: tuple, kwargs: dict, outputs: list
 
 def product(tracer: Tracer, rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Codes [N*h*w, M] of codes [N*h*w, K], positions in any order, times weight [K, M]."""
-    order, grid, found = feature_map(tracer, rows)
-    ref = spatial(tracer, found, grid)
-    taps = taps_of(ref, weight.detach().to("cpu", torch.float32).contiguous())
-    height, width = grid.shape[2:]
-    node = Linear(tracer.module, weight.shape[1], height, width, stride=ref.stride, taps=taps, bias=_vector(bias))
     out = torch.empty(len(rows), weight.shape[1], dtype=torch.int64)
-    out[order] = tracer.add(node).permute(0, 2, 3, 1)
+    weight = weight.detach().to("cpu", torch.float32).contiguous()
+    for order, grid, found in _feature_maps(tracer, rows):
+        ref = spatial(tracer, found, grid)
+        height, width = grid.shape[2:]
+        taps = taps_of(ref, weight)
+        node = Linear(tracer.module, weight.shape[1], height, width, stride=ref.stride, taps=taps, bias=_vector(bias))
+        order.restore(tracer.add(node).permute(0, 2, 3, 1), out)
     return out
 
 
-def feature_map(tracer: Tracer, rows: Tensor) -> tuple[Tensor, Tensor, Ref]:
-    """Codes [N*h*w, K], positions in any order, as a feature map: indices [N, h, w] of rows, the codes [N, K, h, w] in
-    this order, and where they are found.
+def feature_map(tracer: Tracer, rows: Tensor) -> tuple[Order, Tensor, Ref]:
+    """Codes [N*h*w, K], positions in any order, as a feature map: the order [N, h, w] of rows, the codes [N, K, h, w]
+    in this order, and where they are found.
     """
-    for order in _raster_orders(tracer, rows):
-        with contextlib.suppress(LayoutError):
-            grid = rows[order].permute(0, 3, 1, 2).contiguous()
-            return order, grid, tracer.recognise(grid)
+    (found,) = _feature_maps(tracer, rows, several=False)
+    return found
+
+
+def _feature_maps(tracer: Tracer, rows: Tensor, several: bool = True) -> list[tuple[Order, Tensor, Ref]]:
+    """`feature_map`; where positions have several rows, as those of heads have, several."""
+    for pieces in (False, True):
+        for order in _raster_orders(tracer, rows, pieces):
+            with contextlib.suppress(LayoutError):
+                grid = order.of(rows).permute(0, 3, 1, 2).contiguous()
+                ref = tracer.recognise(grid, pieces)
+                tracer.orders[(len(rows),)] = order
+                return [(order, grid, ref)]
+        parts = _places_apart(tracer, rows) if several else []
+        if len(parts) > 1:
+            found = [(part, feature_map(tracer, rows[part])) for part in parts]
+            return [(order.among(part), grid, ref) for part, (order, grid, ref) in found]
     raise LayoutError
 
 
-def _raster_orders(tracer: Tracer, rows: Tensor) -> Iterator[Tensor]:
+def _places_apart(tracer: Tracer, rows: Tensor) -> list[Tensor]:
+    """Indices of rows that are at different positions: of the first row at each, of the second, and so on."""
+    plane, sample, _, y, x = tracer.graph.decode(rows[:, 0].numpy())
+    if (plane < 0).any() or any(tracer.graph.nodes[p].given for p in np.unique(plane)):
+        return []
+    place = (sample * (1 + y.max()) + y) * (1 + x.max()) + x
+    turn = elementwise.occurrence(place)
+    return [torch.from_numpy(np.flatnonzero(turn == i)) for i in range(1 + turn.max())]
+
+
+def _raster_orders(tracer: Tracer, rows: Tensor, pieces: bool) -> Iterator[Order]:
     """Ways of seeing codes [N*h*w, K] as a feature map: indices [N, h, w] of rows. By a channel whose elements tell
     their places; where there is none, because zeros were shifted in, by trial.
     """
     batch = tracer.graph.batch
+    if (len(rows),) in tracer.orders:  # as likely as not
+        yield tracer.orders[(len(rows),)]
     for c in (rows > 0).all(0).nonzero().flatten().tolist():
         plane, sample, _, y, x = tracer.graph.decode(rows[:, c].numpy())
-        size = (len(set(sample.tolist())), len(set(y.tolist())), len(set(x.tolist())))
-        if len(set(plane.tolist())) == 1 and math.prod(size) == len(rows) and size[0] == batch:
-            yield torch.from_numpy(np.lexsort((x, y, sample))).view(size)
-            break
+        order = np.lexsort((x, y, sample))
+        if len(np.unique(plane)) == 1 and np.array_equal(
+            sample[order], np.repeat(np.arange(batch), len(rows) // batch)
+        ):
+            with contextlib.suppress(LayoutError):
+                at = elementwise.at_places(y[order], x[order], batch)
+                if len(at[0]) * batch == len(rows):
+                    result = torch.full((batch, int(at[0].max()) + 1, int(at[1].max()) + 1), -1)
+                    result[:, at[0], at[1]] = torch.from_numpy(order).view(batch, -1)
+                    yield Order(result)
+                    break
     if len(rows) % batch == 0:
-        yield from (index[:, 0] for index in elementwise.arrangements(batch, (len(rows), 1)))
+        index, codes = torch.arange(len(rows)).view(batch, -1), rows.view(batch, -1, rows.shape[1]).transpose(1, 2)
+        yield from (
+            Order(elementwise.in_rows(index, *raster)) for raster in elementwise.rasters(tracer, [codes], pieces)
+        )

@@ -281,7 +281,8 @@ def _size_planes(plan: Plan) -> None:
     for step in plan.steps:
         out = plan.planes[step.out]
         reads: list[Read | StepTap] = [*step.reads(), *step.taps]
-        reads += [step.attention.query] if step.attention else []
+        if step.attention is not None:
+            reads.append(step.attention.query)
         for index, dy, dx in ((r.plane, r.dy, r.dx) for r in reads):
             plane = plan.planes[index]
             if plane.broadcast:

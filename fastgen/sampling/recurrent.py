@@ -7,15 +7,16 @@ own row is computed pixel by pixel.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from fastgen.sampling.elementwise import pointwise_4d
+from fastgen.sampling.elementwise import Order, pointwise_4d, rasters
 from fastgen.sampling.graph import LayoutError, Linear, Pointwise, Ref, taps_of
-from fastgen.sampling.lowering import feature_map, spatial
+from fastgen.sampling.lowering import spatial
 
 if TYPE_CHECKING:
     from fastgen.sampling.trace import Tracer
@@ -139,9 +140,9 @@ def lower(tracer: Tracer, name: str, args: tuple) -> tuple[Tensor, ...]:
         raise LayoutError("with a projection of its output")
     codes = tracer.codes(x) if batch_first else tracer.codes(x).transpose(0, 1)
     count, length = codes.shape[:2]
-    order, grid, ref = feature_map(tracer, codes.reshape(count * length, -1))
-    offsets = _offsets(order, count, length)
-    ref = spatial(tracer, ref, grid)
+    order, offsets = _order(tracer, codes)
+    grid = order.of(codes.reshape(count * length, -1)).permute(0, 3, 1, 2).contiguous()
+    ref = spatial(tracer, tracer.recognise(grid), grid)
     last: list[list[Tensor]] = []
     for i in range(num_layers):
         of_x, of_h, *biases = (
@@ -152,8 +153,7 @@ def lower(tracer: Tracer, name: str, args: tuple) -> tuple[Tensor, ...]:
         states = LAYERS[name](layer, ref, of_x.t().contiguous(), of_h.t().contiguous(), *biases)
         tokens = []
         for state in states:
-            rows = torch.empty(count * length, state.shape[1], dtype=torch.int64)
-            rows[order] = state.permute(0, 2, 3, 1)
+            rows = order.restored(state.permute(0, 2, 3, 1), count * length)
             tokens.append(rows.view(count, length, -1))
         last.append([t[:, -1] for t in tokens])
         output, grid = tokens[0], states[0]
@@ -165,17 +165,26 @@ def lower(tracer: Tracer, name: str, args: tuple) -> tuple[Tensor, ...]:
     return results
 
 
-def _offsets(order: Tensor, count: int, length: int) -> list[Offset]:
-    """Where tokens find the one before: tokens [N, h, w] of `count` sequences."""
-    samples, height, width = order.shape
-    if torch.equal(order, torch.arange(order.numel()).view(order.shape)):
+def _order(tracer: Tracer, codes: Tensor) -> tuple[Order, list[Offset]]:
+    """Codes [sequences, tokens, channels] as a feature map: the order [N, h, w] of tokens, and where they find the one
+    before.
+    """
+    samples, (count, length) = tracer.graph.batch, codes.shape[:2]
+    each, rows = count // samples, codes.flatten(0, 1)
+    for pieces in (False, True):
+        found: list[tuple[Tensor, list[Offset]]] = []
+        index = torch.arange(count * length)
         if count == samples:
-            return [(0, -1)] if height == 1 else [(0, -1), (-1, width - 1)]
-        if length == width:
-            return [(0, -1)]
-    columns = torch.arange(order.numel()).view(samples, width, height).transpose(1, 2)
-    if torch.equal(order, columns) and length == height:
-        return [(-1, 0)]
+            for width, before in rasters(tracer, [codes.transpose(1, 2)], pieces):
+                offsets = [(0, -1)] if width == length else [(0, -1), (-1, width - 1)]
+                found += [(index.view(samples, -1, width), offsets)] * (before == 0)
+        elif count == each * samples:
+            found.append((index.view(samples, each, length), [(0, -1)]))
+            found.append((index.view(samples, each, length).transpose(1, 2), [(-1, 0)]))
+        for order, offsets in found:
+            with contextlib.suppress(LayoutError):
+                tracer.recognise(rows[order].permute(0, 3, 1, 2).contiguous(), pieces)
+                return Order(order), offsets
     raise LayoutError("over tokens that are neither in raster order nor those of each row or column")
 
 

@@ -234,8 +234,8 @@ def _critical(graph: Graph, node: Node, channel: int, reach: list[Keys]) -> list
     """(key, plane, channel, dy, dx) of every source element of one channel of a node, dy and dx in pixels."""
     found = []
     if isinstance(node, Attention):
-        dy, dx, _ = (int(v) for v in unkey(np.array(_latest(graph, node))))
-        shifts = [(0, 0), (dy, dx), (dy, dx)]
+        down, right, _ = (int(v) for v in unkey(np.array(_latest(graph, node))))
+        shifts = [(0, 0), (down, right), (down, right)]
         for ref, keys, shift in zip(node.sources(), _attention_keys(graph, node, reach), shifts, strict=True):
             k = int(np.argmax(keys))
             found.append((int(keys[k]), int(ref.plane[k]), int(ref.channel[k]), *shift))

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -79,16 +80,51 @@ class Tape:
         """A copy of a tensor that depends on the inputs, which later calls may overwrite."""
         return self._call(torch.ops.aten.clone.default, tensor)
 
+    def by_sample(self, tensor: Tensor) -> tuple[Tensor, list[int]] | None:
+        """A tensor [samples * parts, ...] or [parts * samples, ...], as matrix products have them, as [samples, parts,
+        ...], and the order in which its dimensions are the tensor's; None where it is no view of a [samples, ...].
+        """
+        if tensor.dim() == 0 or tensor.shape[0] % TRACE_BATCH:
+            return None
+        made = (t for call in reversed(self.calls) for t in call[3] if storage_key(t) == storage_key(tensor))
+        whole = next((t for t in made if t.dim() and len(t) == TRACE_BATCH), None)
+        if whole is None:
+            return None
+        sample = torch.full_like(whole_storage(whole), -1, dtype=torch.int64)
+        torch.as_strided(sample, whole.shape, whole.stride(), whole.storage_offset()).copy_(
+            torch.arange(TRACE_BATCH).view(-1, *[1] * (whole.dim() - 1))
+        )
+        found = torch.as_strided(sample, tensor.shape, tensor.stride(), tensor.storage_offset()).flatten(1)
+        rest, expected = range(2, tensor.dim() + 1), torch.arange(TRACE_BATCH).to(found)
+        parts = len(tensor) // TRACE_BATCH
+        if torch.equal(found, expected.repeat_interleave(parts)[:, None].expand_as(found)):
+            return self._call(torch.ops.aten.view.default, tensor, [TRACE_BATCH, parts, *tensor.shape[1:]]), [
+                0,
+                1,
+                *rest,
+            ]
+        if torch.equal(found, expected.repeat(parts)[:, None].expand_as(found)):
+            split = self._call(torch.ops.aten.view.default, tensor, [parts, TRACE_BATCH, *tensor.shape[1:]])
+            return self._call(torch.ops.aten.transpose.int, split, 0, 1), [1, 0, *rest]
+        return None
+
     def gather(self, tensor: Tensor, index: Tensor) -> Tensor:
         """The elements tensor[n].flatten()[index], [N, *index.shape]."""
         ops = torch.ops.aten
-        flat = self._call(ops.view.default, self._call(ops.clone.default, tensor), [len(tensor), -1])
+        copy = self._call(ops.clone.default, tensor, memory_format=torch.contiguous_format)
+        flat = self._call(ops.view.default, copy, [len(tensor), -1])
         picked = self._call(ops.index_select.default, flat, 1, index.flatten().to(tensor.device))
         return self._call(ops.view.default, picked, [-1, *index.shape])
 
-    def _call(self, func: Callable, *args: Any) -> Tensor:
-        result = func(*args)
-        self.record(func, args, {}, [result])
+    def rows(self, table: Tensor, tensor: Tensor, elements: Tensor, scale: int, shift: int) -> Tensor:
+        """Rows [N, n, columns] of a table by scale * tensor[n].flatten()[elements] + shift."""
+        ops = torch.ops.aten
+        index = self._call(ops.mul.Scalar, self.gather(tensor, elements), scale)
+        return self._call(ops.embedding.default, table, self._call(ops.add.Scalar, index, shift))
+
+    def _call(self, func: Callable, *args: Any, **kwargs: Any) -> Tensor:
+        result = func(*args, **kwargs)
+        self.record(func, args, kwargs, [result])
         return result
 
     def replay(self, inputs: list[Tensor], wanted: list[Tensor]) -> list[Tensor]:
@@ -176,7 +212,10 @@ class Tracer(TorchDispatchMode):
         self.module = ""  # path of the module whose forward is running
         # storage -> (flat codes, the storage, which keeps its key but not its memory)
         self._shadows: dict[int, tuple[Tensor, StorageWeakRef]] = {}
-        self._scores: dict[int, tuple[attention.Scores | attention.Unusable, StorageWeakRef]] = {}
+        # Orders of elements or rows of tensors as feature maps, by shape; where codes of the last results are found.
+        self.orders: dict[tuple[int, ...], elementwise.Order] = {}
+        self.made: dict[int, tuple[weakref.ref, elementwise.Order, Ref]] = {}
+        self._scores: dict[int, tuple[attention.Known, StorageWeakRef]] = {}
 
     # Shadows.
 
@@ -191,10 +230,10 @@ class Tracer(TorchDispatchMode):
     def codes(self, tensor: Tensor) -> Tensor:
         """int64 codes with the shape of `tensor`; parameters and conditions become planes of their own."""
         found = self.scores_of(tensor)
-        if isinstance(found, attention.Unusable):
-            raise LayoutError(f"on what {found} makes of products of queries and keys")
         if found is not None:
-            raise LayoutError("on products of queries and keys")
+            raise attention.lost_in(found)
+        if tensor.is_complex():  # its storage has the codes of both parts
+            raise LayoutError("on complex numbers")
         if self.depends(tensor):
             flat, _ = self._shadows[storage_key(tensor)]
             return torch.as_strided(flat, tensor.shape, tensor.stride(), tensor.storage_offset())
@@ -219,17 +258,20 @@ class Tracer(TorchDispatchMode):
         flat, _ = self._shadows[key]
         torch.as_strided(flat, tensor.shape, tensor.stride(), tensor.storage_offset()).copy_(codes)
 
-    def scores_of(self, tensor: Tensor) -> attention.Scores | attention.Unusable | None:
+    def scores_of(self, tensor: Tensor) -> attention.Known | None:
         found = self._scores.get(storage_key(tensor))
         return None if found is None else found[0]
 
-    def set_scores(self, tensor: Tensor, scores: attention.Scores | attention.Unusable) -> None:
+    def set_scores(self, tensor: Tensor, scores: attention.Known) -> None:
         self._scores[storage_key(tensor)] = scores, StorageWeakRef(tensor.untyped_storage())
 
     def _outside_codes(self, tensor: Tensor) -> Tensor:
         """Codes of a tensor that does not depend on the image: its elements form a new plane; zeros are zeros."""
         if self.tape.depends(tensor):
             if tensor.dim() == 0 or tensor.shape[0] != TRACE_BATCH:
+                parts = self.tape.by_sample(tensor)
+                if parts is not None:
+                    return self._outside_codes(parts[0]).view(parts[0].shape).permute(parts[1]).reshape(tensor.shape)
                 raise self.unsupported(
                     f"a tensor of shape {tuple(tensor.shape)} that depends on {self.tape.names} and whose first "
                     "dimension is not the batch"
@@ -240,14 +282,22 @@ class Tracer(TorchDispatchMode):
         value = tensor.detach().to("cpu", torch.float32)
         if not value.any():
             return torch.zeros(value.shape, dtype=torch.int64)
-        if value.dim() > 1 and value.shape[0] == TRACE_BATCH and torch.equal(value[0], value[1]):
-            value = value[:1]  # the same for every sample
+        if value.dim() > 1 and value.shape[0] % TRACE_BATCH == 0:
+            first, *others = value.chunk(TRACE_BATCH)
+            if all(torch.equal(first, other) for other in others):  # the same for every sample
+                codes = self._constant_codes(first)
+                return (
+                    codes.expand(tensor.shape)
+                    if len(first) == 1
+                    else codes.repeat(TRACE_BATCH, *[1] * (first.dim() - 1))
+                )
+        return self._constant_codes(value)
+
+    def _constant_codes(self, value: Tensor) -> Tensor:
         whole = value.dim() == 4 and value.shape[0] == 1
-        channels, height, width = value.shape[1:] if whole else (value.numel(), 1, 1)
-        data = value.reshape(channels, height, width).clone()
-        return (
-            self.add(Constant(self.module, channels, height, width, data=data)).view(value.shape).expand(tensor.shape)
-        )
+        size = tuple(value.shape[1:]) if whole else (value.numel(), 1, 1)
+        data = value.reshape(size).clone()
+        return self.add(Constant(self.module, size[0], size[1], size[2], data=data)).view(value.shape)
 
     # Calls.
 
@@ -311,13 +361,16 @@ class Tracer(TorchDispatchMode):
             what = str(error) or "on tensors that are not shifted windows of feature maps"
             raise self.unsupported(f"operator {func} {what}") from None
 
-    def recognise(self, codes: Tensor) -> Ref:
-        """`Graph.recognise`, with new planes for constants and conditions in another layout, where views lie beside
-        each other, and where elements were set to zero inside a plane (a crop that was padded again).
+    def recognise(self, codes: Tensor, pieces: bool = True) -> Ref:
+        """`Graph.recognise`, with new planes for constants and conditions in another layout and, with `pieces`, where
+        views lie beside each other, and where elements were set to zero inside a plane (a crop that was padded again).
         """
         with contextlib.suppress(LayoutError):
             return self.graph.recognise(codes)
         codes = elementwise.rebuilt(self, codes)
+        if not pieces:
+            return self.graph.recognise(codes)
+        codes = codes.clamp(min=0)
         for attempt in (self.graph.recognise, functools.partial(elementwise.pieced, self)):
             with contextlib.suppress(LayoutError):
                 return attempt(codes)
@@ -404,10 +457,12 @@ def trace(
     with host_defaults():
         tracer.set_codes(image, tracer.add(Image("", *image.shape[1:])))
     with contextlib.ExitStack() as stack:
-        for context in (torch.no_grad(), backends.backend("reference"), attention.undisguised()):
-            stack.enter_context(context)
-        for context in (_module_paths(subject.module, tracer), _Watch(tracer), tracer):
-            stack.enter_context(context)
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(backends.backend("reference"))
+        stack.enter_context(attention.undisguised())
+        stack.enter_context(_module_paths(subject.module, tracer))
+        stack.enter_context(_Watch(tracer))
+        stack.enter_context(tracer)
         output = _forward(subject, tracer, image, labels, condition)
     if not isinstance(output, Tensor) or output.dim() != 4 or output.shape[0] != TRACE_BATCH:
         got = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
@@ -424,8 +479,9 @@ def trace(
             codes = tracer.codes(output)
             found = tracer.recognise(codes)
             tracer.graph.output = tracer.graph.at_stride(found, (1, 1), (output.shape[2], output.shape[3]))
-    except LayoutError:
-        raise UnsupportedModel("the network's output is not made of shifted windows of feature maps") from None
+    except LayoutError as error:
+        what = f"depends {error}" if str(error).startswith("on ") else "is not made of shifted windows of feature maps"
+        raise UnsupportedModel(f"the network's output {what}") from None
     if output.shape[1] == subject.head.num_params(subject.image_shape[0]):  # `compile_graph` refuses others
         logits.check_logits(tracer, codes, subject.head)
     return tracer.graph, tracer.tape

@@ -321,7 +321,8 @@ def _sources(steps: Sequence[Step]) -> list[list[int]]:
         if phase != (step.stage, step.rank):
             phase, writers = (step.stage, step.rank), {}
         reads = {t.plane for t in step.taps} | {r.plane for r in step.reads()}
-        reads |= {r.plane for r, _ in step.attention.reads()} if step.attention else set()
+        if step.attention is not None:
+            reads |= {r.plane for r, _ in step.attention.reads()}
         sources.append(sorted({w for plane in reads for w in writers.get(plane, [])}))
         for store in step.stores:
             writers.setdefault(store.plane, []).append(i)
