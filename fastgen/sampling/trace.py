@@ -263,6 +263,7 @@ class Tracer(TorchDispatchMode):
         return None if found is None else found[0]
 
     def set_scores(self, tensor: Tensor, scores: attention.Known) -> None:
+        self._scores = {k: known for k, known in self._scores.items() if not known[1].expired()}
         self._scores[storage_key(tensor)] = scores, StorageWeakRef(tensor.untyped_storage())
 
     def _outside_codes(self, tensor: Tensor) -> Tensor:
