@@ -339,6 +339,18 @@ def _masked_fill(tracer: Tracer, func: Any, named: dict[str, Any]) -> Tensor:
     return _fill(tracer, func, scores, known, named["mask"], named["value"])
 
 
+@_rule("index_put")
+def _write(tracer: Tracer, func: Any, named: dict[str, Any]) -> Tensor:
+    """Of a number, where a mask says."""
+    scores, known, value = named["self"], _known(tracer, named["self"]), named["values"]
+    indices = [i for i in named["indices"] if i is not None]
+    if value.numel() != 1 or named.get("accumulate") or any(tracer.varies(i) for i in indices):
+        raise LayoutError("of products of queries and keys by anything but a number")
+    mask = torch.zeros(scores.shape, dtype=torch.bool, device=scores.device)
+    torch.ops.aten.index_put_.default(mask, named["indices"], torch.ones_like(mask[(0,) * mask.dim()]))
+    return _fill(tracer, func, scores, known, mask, value.reshape(()))
+
+
 @_rule("where")
 def _where(tracer: Tracer, func: Any, named: dict[str, Any]) -> Tensor:
     mask, x, y = named["condition"], named["self"], named["other"]
@@ -387,6 +399,16 @@ def _nan_to_num(tracer: Tracer, func: Any, named: dict[str, Any]) -> Tensor:
     nothing = ~(known.bias > MASKED).expand(-1, *known.shape[1:]).any(2)
     if known.softmax == "plain" and (known.bias.expand(-1, *known.shape[1:])[nothing] == -torch.inf).all():
         known = replace(known, softmax="safe")
+    return _result(tracer, func, scores, known)
+
+
+@_rule("neg")
+def _negative(tracer: Tracer, func: Any, named: dict[str, Any]) -> Tensor:
+    scores, known = named["self"], _known(tracer, named["self"])
+    if known.softmax:
+        known = replace(known, weight=-known.weight)
+    else:
+        known = replace(known, gain=-known.gain, bias=-known.bias)
     return _result(tracer, func, scores, known)
 
 

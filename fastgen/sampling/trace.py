@@ -82,19 +82,11 @@ class Tape:
 
     def by_sample(self, tensor: Tensor) -> tuple[Tensor, list[int]] | None:
         """A tensor [samples * parts, ...] or [parts * samples, ...], as matrix products have them, as [samples, parts,
-        ...], and the order in which its dimensions are the tensor's; None where it is no view of a [samples, ...].
+        ...], and the order in which its dimensions are the tensor's; None where that cannot be told.
         """
         if tensor.dim() == 0 or tensor.shape[0] % TRACE_BATCH:
             return None
-        made = (t for call in reversed(self.calls) for t in call[3] if storage_key(t) == storage_key(tensor))
-        whole = next((t for t in made if t.dim() and len(t) == TRACE_BATCH), None)
-        if whole is None:
-            return None
-        sample = torch.full_like(whole_storage(whole), -1, dtype=torch.int64)
-        torch.as_strided(sample, whole.shape, whole.stride(), whole.storage_offset()).copy_(
-            torch.arange(TRACE_BATCH).view(-1, *[1] * (whole.dim() - 1))
-        )
-        found = torch.as_strided(sample, tensor.shape, tensor.stride(), tensor.storage_offset()).flatten(1)
+        found = self._samples(tensor).flatten(1)
         rest, expected = range(2, tensor.dim() + 1), torch.arange(TRACE_BATCH).to(found)
         parts = len(tensor) // TRACE_BATCH
         if torch.equal(found, expected.repeat_interleave(parts)[:, None].expand_as(found)):
@@ -107,6 +99,24 @@ class Tape:
             split = self._call(torch.ops.aten.view.default, tensor, [parts, TRACE_BATCH, *tensor.shape[1:]])
             return self._call(torch.ops.aten.transpose.int, split, 0, 1), [1, 0, *rest]
         return None
+
+    def _samples(self, tensor: Tensor) -> Tensor:
+        """The sample that each element of a tensor belongs to, -1 where that cannot be told: of a view of a tensor
+        [samples, ...] by its strides, else by where NaN in the last sample gets to.
+        """
+        made = (t for call in reversed(self.calls) for t in call[3] if storage_key(t) == storage_key(tensor))
+        whole = next((t for t in made if t.dim() and len(t) == TRACE_BATCH), None)
+        if whole is not None:
+            sample = torch.full_like(whole_storage(whole), -1, dtype=torch.int64)
+            torch.as_strided(sample, whole.shape, whole.stride(), whole.storage_offset()).copy_(
+                torch.arange(TRACE_BATCH).view(-1, *[1] * (whole.dim() - 1))
+            )
+            return torch.as_strided(sample, tensor.shape, tensor.stride(), tensor.storage_offset())
+        inputs = [t.clone() for t in self.inputs]
+        for floats in (t for t in inputs if t.is_floating_point()):
+            floats[1:] = torch.nan
+        value = self._run(inputs).get(id(tensor))
+        return torch.full(tensor.shape, -1) if value is None else value.isnan().long()
 
     def gather(self, tensor: Tensor, index: Tensor) -> Tensor:
         """The elements tensor[n].flatten()[index], [N, *index.shape]."""
@@ -135,10 +145,12 @@ class Tape:
 
     def _replay_sample(self, inputs: list[Tensor], wanted: list[Tensor]) -> list[Tensor]:
         """For one sample, which fills a batch by itself: the last bits of a product may differ between rows."""
-        values: dict[int, Tensor] = {
-            id(traced): torch.stack([value] * TRACE_BATCH).to(traced)
-            for traced, value in zip(self.inputs, inputs, strict=True)
-        }
+        values = self._run([torch.stack([value] * TRACE_BATCH) for value in inputs])
+        return [values[id(t)][0] for t in wanted]
+
+    def _run(self, inputs: list[Tensor]) -> dict[int, Tensor]:
+        """What the recorded tensors become for inputs [TRACE_BATCH, ...], by their ids."""
+        values = {id(traced): value.to(traced) for traced, value in zip(self.inputs, inputs, strict=True)}
         written = {key: flat.clone() for key, flat in self._before.items()}
 
         def value(x: Any) -> Any:
@@ -150,7 +162,7 @@ class Tape:
         for func, args, kwargs, outputs in self.calls:
             results = tensors_in(func(*tree_map(value, args), **tree_map(value, kwargs)))
             values.update((id(old), new) for old, new in zip(outputs, results, strict=True))
-        return [values[id(t)][0] for t in wanted]
+        return values
 
 
 def _distinct(inputs: list[Tensor]) -> tuple[np.ndarray, np.ndarray]:
@@ -263,6 +275,7 @@ class Tracer(TorchDispatchMode):
         return None if found is None else found[0]
 
     def set_scores(self, tensor: Tensor, scores: attention.Known) -> None:
+        self._scores = {k: known for k, known in self._scores.items() if not known[1].expired()}
         self._scores[storage_key(tensor)] = scores, StorageWeakRef(tensor.untyped_storage())
 
     def _outside_codes(self, tensor: Tensor) -> Tensor:

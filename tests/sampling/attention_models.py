@@ -259,19 +259,31 @@ def encoder(
     return Case(lambda: Tokens(body, encoder=make, batch_first=batch_first))
 
 
-def decoder(**options: Any) -> Case:
+def decoder(batch_first: bool = True, **options: Any) -> Case:
     def body(net: Tokens, h: Tensor, memory: Tensor) -> Tensor:
-        mask = nn.Transformer.generate_square_subsequent_mask(h.shape[1])
+        mask = nn.Transformer.generate_square_subsequent_mask(h.shape[1 if batch_first else 0])
+        memory = memory if batch_first else memory.transpose(0, 1)
         return net.parts["decoder"](h, net.parts["read"](memory), tgt_mask=mask)
 
+    def make() -> nn.Module:
+        return nn.TransformerDecoderLayer(6, 2, 8, batch_first=batch_first, **options)
+
     return Case(
-        lambda: Tokens(
-            body,
-            decoder=lambda: nn.TransformerDecoderLayer(6, 2, 8, batch_first=True, **options),
-            read=lambda: nn.Linear(3, 6),
-        ),
+        lambda: Tokens(body, decoder=make, read=lambda: nn.Linear(3, 6), batch_first=batch_first),
         condition=torch.randn(7, 3),
     )
+
+
+def cross() -> Case:
+    """Keys and values of other sizes than queries."""
+
+    def body(net: Tokens, h: Tensor, memory: Tensor) -> Tensor:
+        return h + net.parts["mha"](h, memory, memory[..., :2])[0]
+
+    def make() -> nn.Module:
+        return nn.MultiheadAttention(6, 2, kdim=3, vdim=2, batch_first=True)
+
+    return Case(lambda: Tokens(body, mha=make), condition=torch.randn(7, 3))
 
 
 def transformer() -> Case:
@@ -691,6 +703,8 @@ MODELS: dict[str, Case] = {
     "encoder batch second": encoder(batch_first=False),
     "decoder": decoder(),
     "decoder norm first": decoder(norm_first=True),
+    "decoder batch second": decoder(batch_first=False),
+    "cross": cross(),
     "transformer": transformer(),
     "class gpt": Case(lambda: ClassGPT(20, LEVELS + 4), num_classes=4),
     "prefix gpt rows": Case(lambda: ClassGPT(20, LEVELS + 4, 6), condition=torch.randint(3, (6,))),

@@ -468,6 +468,31 @@ def in_place(net: Prior, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.softmax(scores, -1) @ v
 
 
+def written_by_mask(net: Prior, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = -(q @ k.mT)
+    scores[:, :, ~lower(q.shape[2])] = -torch.inf
+    return scores.softmax(-1) @ v
+
+
+def heads_last(net: Prior, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = torch.einsum("bhid,bhjd->bijh", q, k).masked_fill(~lower(q.shape[2])[..., None], -torch.inf)
+    return torch.einsum("bijh,bhjd->bhid", scores.softmax(2), v)
+
+
+def position_by_position(net: Prior, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    out = []
+    for t in range(q.shape[2]):
+        probabilities = (q[:, :, t : t + 1] @ k[:, :, : t + 1].mT).softmax(-1)
+        out.append(probabilities @ v[:, :, : t + 1])
+    return torch.cat(out, 2)
+
+
+def twice(net: Prior, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The probabilities are used again."""
+    probabilities = (q @ k.mT).masked_fill(~lower(q.shape[2]), -torch.inf).softmax(-1)
+    return probabilities @ (probabilities @ v) + probabilities @ v
+
+
 def lower_triangle_of_scores(net: Prior, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     scores = torch.tril(q @ k.mT)
     return scores.masked_fill(scores == 0, -torch.inf).softmax(-1) @ v
@@ -533,7 +558,7 @@ STYLES: dict[str, Case] = {
         keys_times_queries, scaled_query, scaled_both, less_the_maximum, less_the_maximum_first, softmax_by_hand,
         renormalised, cosine, normed, temperature_of_positions, bool_mask, float_mask, swin, t5, t5_old, alibi,
         window, band, heads_that_see_differently, values_of_inputs, each_head, in_chunks, in_chunks_of_keys,
-        not_a_number, masked_twice, in_place, attention_sink,
+        not_a_number, masked_twice, written_by_mask, heads_last, twice, in_place, attention_sink,
     )
 }  # fmt: skip
 STYLES |= {
@@ -548,7 +573,8 @@ STYLES |= {
     f"{f.__name__} {size} {heads} {depth}": prior(f, size, heads, depth)
     for f, size, heads, depth in (
         (min_gpt, (1, 6), 1, 5), (nano_gpt, (6, 1), 3, 3), (by_einsum_of_heads_first, (2, 2), 2, 2), (t5, (1, 1), 3, 1),
-        (sagan, (1, 1), 2, 3), (nano_gpt, (4, 4), 1, 1), (cosine, (1, 6), 3, 2), (normed, (6, 1), 2, 6),
+        (sagan, (1, 1), 2, 3), (position_by_position, (3, 3), 2, 3), (nano_gpt, (4, 4), 1, 1), (cosine, (1, 6), 3, 2),
+        (normed, (6, 1), 2, 6),
     )
 }  # fmt: skip
 

@@ -75,7 +75,7 @@ def test_tokens_in_front_that_see_later_ones_are_refused() -> None:
         (lambda x: x.clamp(max=3), "aten.embedding.default of anything but the levels of the image"),
         (lambda x: x + x, "aten.embedding.default of anything but the levels of the image"),
         (lambda x: x % 3, "aten.remainder.Scalar"),
-        (lambda x: 4 * x, r"embeds 4 levels; .* has 5"),
+        (lambda x: 4 * x, "raised IndexError: index out of range"),
         (lambda x: torch.cat([x[:, :1] * 0 + 99, x[:, 1:]], 1), "raised IndexError: index out of range"),
     ],
     ids=["bounded", "added", "remainder", "too large", "no row"],
