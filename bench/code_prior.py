@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 from bench.harness.case import Case, Provider, Work
 
-TESTS = ("tests/sampling",)
+TESTS = ("tests/sampling/test_attention.py", "tests/sampling/test_engine.py")
 SIZES = {"12 layers of 512, 16x16 codes": {"side": 16, "width": 512, "heads": 8, "layers": 12, "codes": 1024}}
 QUICK_SIZES = {"1 layer of 16, 2x3 codes": {"side": 3, "width": 16, "heads": 2, "layers": 1, "codes": 5}}
 BATCHES = (1, 8, 32)

@@ -110,21 +110,21 @@ struct PlanStep {
     // step's taps stand for filters, by their first column, the others following. The weight is one of `inner` rows for
     // each product, then one for the other taps.
     int64_t filter_size, num_filters;
-    int64_t bias;     // offset in floats, -1: none
-    int64_t init;     // address of the values, packed like the columns, that the product starts from; -1: none
-    int64_t uniform;  // a whole row, all samples, has one stride in each of its addresses
-    int64_t cycle;    // columns that lie this many apart have one stride in each of its addresses
+    int64_t bias;       // offset in floats, -1: none
+    int64_t init;       // address of the values, packed like the columns, that the product starts from; -1: none
+    int64_t uniform;    // a whole row, all samples, has one stride in each of its addresses
+    int64_t cycle;      // columns that lie this many apart have one stride in each of its addresses
     int64_t attention;  // its index, in place of a product; -1: none
     int64_t equal;      // all columns of the product are equal, and the weight is one panel of them
 };
 
 // fastgen.sampling.plan.Attention. Keys and values are channels of all of a plane, positions in raster order.
 struct PlanAttention {
-    int64_t query;  // address
+    int64_t query;                                       // address
     int64_t keys, keys_channel, values, values_channel;  // planes
     int64_t heads, depth, width;
-    int64_t spans;  // index of the pair of the frame's position 0
-    int64_t scale;  // index of the scale in `attention_floats`, which the bias follows
+    int64_t spans;   // index of the pair of the frame's position 0
+    int64_t scale;   // index of the scale in `attention_floats`, which the bias follows
     int64_t biases;  // 0: no bias; 1: the same for all heads; else one for each, [biases][positions][keys]
 };
 

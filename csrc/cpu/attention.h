@@ -145,8 +145,8 @@ inline void attention_sum(const float* weights, int64_t pitch, const Positions& 
     for_runs(values, begin, end, [&](const float* value, int64_t at, int64_t count) {
         int64_t i = 0;
         for (; i + kPositions <= count; i += kPositions) {
-            attention_add<kPositions>(weights + at + i, pitch, value + i * values.stride, values.stride,
-                                               width, first, end_channel, to);
+            attention_add<kPositions>(weights + at + i, pitch, value + i * values.stride, values.stride, width, first,
+                                      end_channel, to);
         }
         for (; i < count; ++i) {
             attention_add<1>(weights + at + i, pitch, value + i * values.stride, values.stride, width, first,
