@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastgen.sampling.elementwise import named_arguments, pointwise
+from fastgen.sampling.elementwise import named_arguments
 from fastgen.sampling.graph import LayoutError
 from fastgen.sampling.lowering import product
+from fastgen.sampling.planes import pointwise
 from fastgen.sampling.rules import rule
 
 if TYPE_CHECKING:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from fastgen.sampling.elementwise import Formula, elementwise, pointwise
+from fastgen.sampling.elementwise import Formula, elementwise
 from fastgen.sampling.graph import LayoutError
+from fastgen.sampling.planes import pointwise
 from fastgen.sampling.rules import rule
 
 if TYPE_CHECKING:

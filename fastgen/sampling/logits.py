@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
-from fastgen.sampling.elementwise import pointwise
 from fastgen.sampling.graph import TOP_LEVEL, Node, Pointwise, UnsupportedModel
 from fastgen.sampling.heads import Bernoulli, Categorical, Head
+from fastgen.sampling.planes import pointwise
 from fastgen.sampling.rules import rule
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ operators are in `fastgen.sampling.elementwise`, the registry in `fastgen.sampli
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -17,8 +17,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fastgen.sampling import elementwise
-from fastgen.sampling.elementwise import Order
 from fastgen.sampling.graph import (
     Condition,
     Constant,
@@ -32,6 +30,8 @@ from fastgen.sampling.graph import (
     Tap,
     taps_of,
 )
+from fastgen.sampling.orders import feature_maps
+from fastgen.sampling.planes import pointwise_4d
 from fastgen.sampling.rules import nothing, rule
 
 if TYPE_CHECKING:
@@ -168,7 +168,7 @@ def _transposed_taps(
     try:
         whole = graph.finer(graph.moved(spatial(tracer, graph.recognise(padded), padded), top, left), stride)
     except LayoutError:
-        copy = elementwise.pointwise_4d(tracer, "copy", [codes], multiple=stride)
+        copy = pointwise_4d(tracer, "copy", [codes], multiple=stride)
         whole = graph.finer(graph.recognise(copy), stride)
     taps = []
     for ky in range(dense.shape[0]):
@@ -188,7 +188,7 @@ def _upsample(tracer: Tracer, func: Any, args: tuple, kwargs: dict, outputs: lis
     if outputs[0].shape[2:] != (codes.shape[2] * factor[0], codes.shape[3] * factor[1]):
         raise tracer.unsupported("upsampling by a factor that is no integer")
     if not _can_be_finer(tracer, codes, factor):
-        codes = elementwise.pointwise_4d(tracer, "copy", [codes], multiple=factor)
+        codes = pointwise_4d(tracer, "copy", [codes], multiple=factor)
         tracer.graph.finer(tracer.recognise(codes), factor)  # or say why not
     tracer.set_codes(outputs[0], codes.repeat_interleave(factor[0], 2).repeat_interleave(factor[1], 3))
 
@@ -207,7 +207,7 @@ def spatial(tracer: Tracer, ref: Ref, codes: Tensor) -> Ref:
     """
     if not any(tracer.graph.nodes[p].broadcast for p in ref.plane[ref.plane >= 0]):
         return ref
-    return tracer.graph.recognise(elementwise.pointwise_4d(tracer, "copy", [codes]))
+    return tracer.graph.recognise(pointwise_4d(tracer, "copy", [codes]))
 
 
 def dense_weight(weight: Tensor, groups: int, transposed: bool = False) -> Tensor:
@@ -364,71 +364,10 @@ def product(tracer: Tracer, rows: Tensor, weight: Tensor, bias: Tensor | None = 
     """Codes [N*h*w, M] of codes [N*h*w, K], positions in any order, times weight [K, M]."""
     out = torch.empty(len(rows), weight.shape[1], dtype=torch.int64)
     weight = weight.detach().to("cpu", torch.float32).contiguous()
-    for order, grid, found in _feature_maps(tracer, rows):
+    for order, grid, found in feature_maps(tracer, rows):
         ref = spatial(tracer, found, grid)
         height, width = grid.shape[2:]
         taps = taps_of(ref, weight)
         node = Linear(tracer.module, weight.shape[1], height, width, stride=ref.stride, taps=taps, bias=_vector(bias))
         order.restore(tracer.add(node).permute(0, 2, 3, 1), out)
     return out
-
-
-def feature_map(tracer: Tracer, rows: Tensor) -> tuple[Order, Tensor, Ref]:
-    """Codes [N*h*w, K], positions in any order, as a feature map: the order [N, h, w] of rows, the codes [N, K, h, w]
-    in this order, and where they are found.
-    """
-    (found,) = _feature_maps(tracer, rows, several=False)
-    return found
-
-
-def _feature_maps(tracer: Tracer, rows: Tensor, several: bool = True) -> list[tuple[Order, Tensor, Ref]]:
-    """`feature_map`; where positions have several rows, as those of heads have, several."""
-    for pieces in (False, True):
-        for order in _raster_orders(tracer, rows, pieces):
-            with contextlib.suppress(LayoutError):
-                grid = order.of(rows).permute(0, 3, 1, 2).contiguous()
-                ref = tracer.recognise(grid, pieces)
-                tracer.orders[(len(rows),)] = order
-                return [(order, grid, ref)]
-        parts = _places_apart(tracer, rows) if several else []
-        if len(parts) > 1:
-            found = [(part, feature_map(tracer, rows[part])) for part in parts]
-            return [(order.among(part), grid, ref) for part, (order, grid, ref) in found]
-    raise LayoutError
-
-
-def _places_apart(tracer: Tracer, rows: Tensor) -> list[Tensor]:
-    """Indices of rows that are at different positions: of the first row at each, of the second, and so on."""
-    plane, sample, _, y, x = tracer.graph.decode(rows[:, 0].numpy())
-    if (plane < 0).any() or any(tracer.graph.nodes[p].given for p in np.unique(plane)):
-        return []
-    place = (sample * (1 + y.max()) + y) * (1 + x.max()) + x
-    turn = elementwise.occurrence(place)
-    return [torch.from_numpy(np.flatnonzero(turn == i)) for i in range(1 + turn.max())]
-
-
-def _raster_orders(tracer: Tracer, rows: Tensor, pieces: bool) -> Iterator[Order]:
-    """Ways of seeing codes [N*h*w, K] as a feature map: indices [N, h, w] of rows. By a channel whose elements tell
-    their places; where there is none, because zeros were shifted in, by trial.
-    """
-    batch = tracer.graph.batch
-    if (len(rows),) in tracer.orders:  # as likely as not
-        yield tracer.orders[(len(rows),)]
-    for c in (rows > 0).all(0).nonzero().flatten().tolist():
-        plane, sample, _, y, x = tracer.graph.decode(rows[:, c].numpy())
-        order = np.lexsort((x, y, sample))
-        if len(np.unique(plane)) == 1 and np.array_equal(
-            sample[order], np.repeat(np.arange(batch), len(rows) // batch)
-        ):
-            with contextlib.suppress(LayoutError):
-                at = elementwise.at_places(y[order], x[order], batch)
-                if len(at[0]) * batch == len(rows):
-                    result = torch.full((batch, int(at[0].max()) + 1, int(at[1].max()) + 1), -1)
-                    result[:, at[0], at[1]] = torch.from_numpy(order).view(batch, -1)
-                    yield Order(result)
-                    break
-    if len(rows) % batch == 0:
-        index, codes = torch.arange(len(rows)).view(batch, -1), rows.view(batch, -1, rows.shape[1]).transpose(1, 2)
-        yield from (
-            Order(elementwise.in_rows(index, *raster)) for raster in elementwise.rasters(tracer, [codes], pieces)
-        )

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastgen.sampling.elementwise import Order, pointwise_4d, rasters
 from fastgen.sampling.graph import LayoutError, Linear, Pointwise, Ref, taps_of
 from fastgen.sampling.lowering import spatial
+from fastgen.sampling.orders import Order, rasters
+from fastgen.sampling.planes import pointwise_4d
 
 if TYPE_CHECKING:
     from fastgen.sampling.trace import Tracer

@@ -25,7 +25,8 @@ from fastgen.sampling.plan import Plan
 from fastgen.sampling.precision import check_precision, weights_in
 from fastgen.sampling.request import Request, check_condition, make_request
 from fastgen.sampling.subject import evaluating, host_defaults, host_device, make_subject, no_autocast
-from fastgen.sampling.trace import TRACE_BATCH, trace
+from fastgen.sampling.tape import TRACE_BATCH
+from fastgen.sampling.trace import trace
 
 LARGEST_BATCH = 256  # beyond it the caches only grow
 MEMORY_SHARE = 0.25  # of the memory of the machine, or of the GPU that draws, for the caches of one batch

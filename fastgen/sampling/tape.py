@@ -1,0 +1,155 @@
+"""Calls that depend on labels or condition alone, recorded in the traced call, to be run again for others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map
+
+TRACE_BATCH = 2  # two samples tell the batch dimension from a broadcast one, and show a mix-up of samples
+
+
+class Tape:
+    """The calls that depend on labels or condition but not on the image, to be run again for others.
+
+    Whatever else they read or write into is kept as it was at the call: weights may change later, and a replay must
+    find the zeros that a one-hot row is written into.
+    """
+
+    def __init__(self, inputs: dict[str, Tensor]):
+        """inputs: labels and condition, each [TRACE_BATCH, ...], by what errors call them."""
+        self.inputs = list(inputs.values())
+        self.names = " or ".join(inputs)
+        self.calls: list[tuple[Callable, tuple, dict, list[Tensor]]] = []
+        self._tainted = {storage_key(t): t for t in self.inputs}
+        self._before: dict[int, Tensor] = {}  # storages that a call wrote into: their elements before
+
+    def depends(self, tensor: Tensor) -> bool:
+        return storage_key(tensor) in self._tainted
+
+    def will_write(self, tensor: Tensor) -> None:
+        """A call that depends on the inputs is about to write into `tensor`."""
+        if not self.depends(tensor):
+            self._before[storage_key(tensor)] = whole_storage(tensor).clone()
+            self._tainted[storage_key(tensor)] = tensor
+
+    def record(self, func: Callable, args: tuple, kwargs: dict, outputs: list[Tensor]) -> None:
+        def keep(x: Any) -> Any:
+            return x.clone() if isinstance(x, Tensor) and not self.depends(x) else x
+
+        self.calls.append((func, tree_map(keep, args), tree_map(keep, kwargs), outputs))
+        self._tainted.update((storage_key(t), t) for t in outputs)
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        """A copy of a tensor that depends on the inputs, which later calls may overwrite."""
+        return self._call(torch.ops.aten.clone.default, tensor)
+
+    def by_sample(self, tensor: Tensor) -> tuple[Tensor, list[int]] | None:
+        """A tensor [samples * parts, ...] or [parts * samples, ...], as matrix products have them, as [samples, parts,
+        ...], and the order in which its dimensions are the tensor's; None where that cannot be told.
+        """
+        if tensor.dim() == 0 or tensor.shape[0] % TRACE_BATCH:
+            return None
+        found = self._samples(tensor).flatten(1)
+        rest, expected = range(2, tensor.dim() + 1), torch.arange(TRACE_BATCH).to(found)
+        parts = len(tensor) // TRACE_BATCH
+        if torch.equal(found, expected.repeat_interleave(parts)[:, None].expand_as(found)):
+            return self._call(torch.ops.aten.view.default, tensor, [TRACE_BATCH, parts, *tensor.shape[1:]]), [
+                0,
+                1,
+                *rest,
+            ]
+        if torch.equal(found, expected.repeat(parts)[:, None].expand_as(found)):
+            split = self._call(torch.ops.aten.view.default, tensor, [parts, TRACE_BATCH, *tensor.shape[1:]])
+            return self._call(torch.ops.aten.transpose.int, split, 0, 1), [1, 0, *rest]
+        return None
+
+    def _samples(self, tensor: Tensor) -> Tensor:
+        """The sample that each element of a tensor belongs to, -1 where that cannot be told: of a view of a tensor
+        [samples, ...] by its strides, else by where NaN in the last sample gets to.
+        """
+        made = (t for call in reversed(self.calls) for t in call[3] if storage_key(t) == storage_key(tensor))
+        whole = next((t for t in made if t.dim() and len(t) == TRACE_BATCH), None)
+        if whole is not None:
+            sample = torch.full_like(whole_storage(whole), -1, dtype=torch.int64)
+            torch.as_strided(sample, whole.shape, whole.stride(), whole.storage_offset()).copy_(
+                torch.arange(TRACE_BATCH).view(-1, *[1] * (whole.dim() - 1))
+            )
+            return torch.as_strided(sample, tensor.shape, tensor.stride(), tensor.storage_offset())
+        inputs = [t.clone() for t in self.inputs]
+        for floats in (t for t in inputs if t.is_floating_point()):
+            floats[1:] = torch.nan
+        value = self._run(inputs).get(id(tensor))
+        return torch.full(tensor.shape, -1) if value is None else value.isnan().long()
+
+    def gather(self, tensor: Tensor, index: Tensor) -> Tensor:
+        """The elements tensor[n].flatten()[index], [N, *index.shape]."""
+        ops = torch.ops.aten
+        copy = self._call(ops.clone.default, tensor, memory_format=torch.contiguous_format)
+        flat = self._call(ops.view.default, copy, [len(tensor), -1])
+        picked = self._call(ops.index_select.default, flat, 1, index.flatten().to(tensor.device))
+        return self._call(ops.view.default, picked, [-1, *index.shape])
+
+    def rows(self, table: Tensor, tensor: Tensor, elements: Tensor, scale: int, shift: int) -> Tensor:
+        """Rows [N, n, columns] of a table by scale * tensor[n].flatten()[elements] + shift."""
+        ops = torch.ops.aten
+        index = self._call(ops.mul.Scalar, self.gather(tensor, elements), scale)
+        return self._call(ops.embedding.default, table, self._call(ops.add.Scalar, index, shift))
+
+    def _call(self, func: Callable, *args: Any, **kwargs: Any) -> Tensor:
+        result = func(*args, **kwargs)
+        self.record(func, args, kwargs, [result])
+        return result
+
+    def replay(self, inputs: list[Tensor], wanted: list[Tensor]) -> list[Tensor]:
+        """Values [n, ...] of the recorded tensors `wanted` for inputs [n, ...] on the CPU, any n."""
+        first, index = _distinct(inputs)
+        each = [self._replay_sample([t[i] for t in inputs], wanted) for i in first]
+        return [torch.stack(values)[index] for values in zip(*each, strict=True)]
+
+    def _replay_sample(self, inputs: list[Tensor], wanted: list[Tensor]) -> list[Tensor]:
+        """For one sample, which fills a batch by itself: the last bits of a product may differ between rows."""
+        values = self._run([torch.stack([value] * TRACE_BATCH) for value in inputs])
+        return [values[id(t)][0] for t in wanted]
+
+    def _run(self, inputs: list[Tensor]) -> dict[int, Tensor]:
+        """What the recorded tensors become for inputs [TRACE_BATCH, ...], by their ids."""
+        values = {id(traced): value.to(traced) for traced, value in zip(self.inputs, inputs, strict=True)}
+        written = {key: flat.clone() for key, flat in self._before.items()}
+
+        def value(x: Any) -> Any:
+            if not isinstance(x, Tensor) or id(x) in values:
+                return values.get(id(x), x)
+            flat = written.get(storage_key(x))
+            return x if flat is None else torch.as_strided(flat, x.shape, x.stride(), x.storage_offset())
+
+        for func, args, kwargs, outputs in self.calls:
+            results = tensors_in(func(*tree_map(value, args), **tree_map(value, kwargs)))
+            values.update((id(old), new) for old, new in zip(outputs, results, strict=True))
+        return values
+
+
+def _distinct(inputs: list[Tensor]) -> tuple[np.ndarray, np.ndarray]:
+    """Of the samples whose inputs have the same bits the first one, and for each sample which of these it equals."""
+    # A copy has a stride of 1 where it has a single element, too: a contiguous tensor need not.
+    copies = (t.clone(memory_format=torch.contiguous_format).view(len(t), -1) for t in inputs)
+    rows = np.concatenate([t.view(torch.uint8).numpy() for t in copies], axis=1)
+    _, first, index = np.unique(rows.view(f"V{rows.shape[1]}")[:, 0], return_index=True, return_inverse=True)
+    return first, index
+
+
+def storage_key(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def whole_storage(tensor: Tensor) -> Tensor:
+    """All elements of a tensor's storage, flat."""
+    return torch.as_strided(tensor, (tensor.untyped_storage().nbytes() // tensor.element_size(),), (1,), 0)
+
+
+def tensors_in(tree: Any) -> list[Tensor]:
+    return [t for t in tree_flatten(tree)[0] if isinstance(t, Tensor)]
