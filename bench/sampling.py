@@ -39,6 +39,7 @@ class Subject:
 SUBJECTS = [
     Subject("PixelCNN++ 3x32x32", "pixelcnnpp", large=True),  # the published size, 53,659,080 parameters
     Subject("PixelSNAIL 3x32x32", "pixelsnail", large=True),  # the published size, 46,180,788 parameters
+    Subject("PixelRNN 3x32x32", "pixelrnn", large=True),  # the published size, Row LSTMs
     Subject("PixelCNN 3x32x32", "pixelcnn", {"image_shape": (3, 32, 32)}),  # the published size, colour masks
     Subject(
         "GatedPixelCNN 1x28x28", "gated_pixelcnn", {"image_shape": (1, 28, 28), "num_filters": 64, "num_blocks": 15}

@@ -266,7 +266,8 @@ private:
         if (most_rows <= 0) return;
         const int64_t panels = div_up(step.channels, kPanelColumns);
         const int64_t column_tiles = column_tiles_of(step);
-        const int64_t row_tiles = div_up(most_rows, kTileRows);
+        int64_t row_tiles = div_up(most_rows, kTileRows);
+        if (attends_whole(step) && row_tiles < members_) row_tiles = most_rows < members_ ? most_rows : members_;
         const int64_t tiles = column_tiles * runs * row_tiles;
         int64_t loaded = -1;
         Run run{};
@@ -296,7 +297,7 @@ private:
         const int64_t groups = step.groups > 0 ? step.groups : 1;
         const int64_t fitting = kTileColumns / (groups * kPanelColumns);
         const int64_t shares = panels < members_ ? panels : members_;
-        if (step.attention >= 0 && result_is_product(step)) return shares;  // the more heads are read at once
+        if (attends_whole(step)) return batch_.count < members_ ? shares : 1;
         return shares * div_up(div_up(panels, shares), fitting > 0 ? fitting : 1);
     }
 
@@ -339,6 +340,10 @@ private:
             }
         });
     }
+
+    // Attention to one tile of all channels, where rows are enough for all members: the more heads are read at once,
+    // and no head's scores are computed twice.
+    bool attends_whole(const PlanStep& step) const { return step.attention >= 0 && result_is_product(step); }
 
     // Whether the product need not be kept beside the result.
     bool result_is_product(const PlanStep& step) const {
