@@ -35,9 +35,9 @@ def row_lstm(gates: Tensor, weight: Tensor) -> Tensor:
         TypeError: `gates` is not floating point, or `weight` of another dtype.
         ValueError: a shape is not as above, or the devices differ.
     """
+    _check(gates, weight)  # first: the sampler, which takes the call below, relies on it
     if has_torch_function((gates, weight)):
         return handle_torch_function(row_lstm, (gates, weight), gates, weight)
-    _check(gates, weight)
     batch, _, height, width = gates.shape
     channels = weight.shape[1]
     output = cell = gates.new_zeros(batch, channels, width)

@@ -190,7 +190,7 @@ def _order(tracer: Tracer, codes: Tensor) -> tuple[Order, list[Offset]]:
 
 
 def row_lstm(tracer: Tracer, gates: Tensor, weight: Tensor) -> Tensor:
-    """A call of `fastgen.ops.row_lstm`."""
+    """A call of `fastgen.ops.row_lstm`, with arguments that it has checked."""
     if tracer.varies(weight):
         raise LayoutError("with a weight that depends on the image, the labels or the condition")
     codes = tracer.codes(gates)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastgen import ops
 from fastgen.models import PixelRNN
 from fastgen.sampling import Categorical, Sampler, UnsupportedModel, audit, naive_sample
 from fastgen.sampling.schedule import Stage
@@ -187,3 +188,17 @@ def test_an_initial_state_is_refused():
 
     with pytest.raises(UnsupportedModel, match="operator gru with a state to begin with that is not zero"):
         Sampler(make(Started, "gru"), (3, 4), **GIVEN)
+
+
+def test_what_a_row_lstm_refuses_is_refused():
+    class Even(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(4 * LEVELS, LEVELS, 2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            above = F.pad(x, (0, 0, 1, 0))[:, :, :-1]
+            return ops.row_lstm(above.expand(-1, 4 * LEVELS, -1, -1), self.weight)
+
+    with pytest.raises(UnsupportedModel, match=r"weight must be \[20, 5, k\] with odd k .* got \(20, 5, 2\)"):
+        Sampler(Even(), (1, 3, 4), Categorical(LEVELS))
