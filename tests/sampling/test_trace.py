@@ -488,3 +488,41 @@ def test_error_in_forward_leaves_nothing_behind() -> None:
             function(network, **given)
         assert all(m.training for m in network.modules())
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in network.modules())
+
+
+class Wide(nn.Module):
+    """Sums over more channels than are packed together, of rows above and of pixels on the left, and a convolution
+    whose channels are all the same.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.above, self.left = nn.Conv2d(1, channels, (1, 3)), nn.Conv2d(1, channels, (1, 2))
+        self.weight = nn.Parameter(torch.randn(1, channels, 1, 3) / channels**0.5)
+        self.norms = nn.ModuleList(nn.LayerNorm(channels) for _ in range(2))
+        self.out = nn.Conv2d(channels, LEVELS, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        above = torch.tanh(self.above(F.pad(x, (1, 1, 1, 0))[:, :, :-1]))
+        same = F.conv2d(F.pad(above, (1, 1)), self.weight.expand(above.shape[1], -1, -1, -1))
+        above, left = (
+            norm(h.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+            for norm, h in zip(self.norms, (above, self.left(F.pad(x, (2, 0))[..., :-1])), strict=True)
+        )
+        return self.out(torch.tanh(above + left + same))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("channels", [40, 64])
+def test_products_of_equal_columns(channels: int, precision: str) -> None:
+    """The CPU keeps one panel of them."""
+    torch.manual_seed(0)
+    network, given = Wide(channels).eval(), {"image_shape": (1, 4, 6), "head": Categorical(LEVELS)}
+    sampler = Sampler(network, **given, precision=precision, backend="cpu")
+    reference = Sampler(network, **given, precision=precision, backend="reference")
+    assert sampler.weight_bytes < reference.weight_bytes
+    images = sampler.sample(20)
+    assert len(images.unique()) == LEVELS
+    with weights_in(precision):
+        assert torch.equal(images, naive_sample(network, 20, **given))
+    assert torch.equal(sampler.sample(1, start=3), images[3:4])

@@ -174,7 +174,7 @@ class PlanTables:
         self._program(step)
         weight_offset, bias_offset = self.num_weights, -1
         equal = layout is step and _equal_columns(step)
-        filters = find_filters(plan, step)
+        filters = None if equal else find_filters(plan, step)
         if filters is None:
             taps = list(step.taps)
             weight = step.weight if step.weight is not None else torch.zeros(0, layout.groups * layout.width)
