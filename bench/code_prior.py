@@ -100,7 +100,7 @@ def forward(prior: Prior, codes: Tensor) -> Tensor:
         return prior(codes)
 
 
-def build(options: dict[str, Any], batch: int) -> Work:
+def build(options: dict[str, Any], batch: int, compiler: str) -> Work:
     import fastgen
     from fastgen.sampling import Categorical
 
@@ -116,12 +116,13 @@ def build(options: dict[str, Any], batch: int) -> Work:
     half = fastgen.Sampler(prior, max_batch=batch, precision="bf16", **given)
     images = torch.randint(codes, (batch, side, side))
     note = f"estimate: one forward pass times the {side * side} passes of the loop"
+    step = torch.compile(prior.step, backend=compiler)
     providers = {
         "naive": Provider(partial(forward, prior, images), baseline=True, scale=side * side, note=note),
         "forward": Provider(partial(forward, prior, images), baseline=True, note="scores the batch, draws nothing"),
         "cached": Provider(partial(cached_loop, prior, batch), baseline=True, note="eager, a cache written by hand"),
         "cached compiled": Provider(
-            partial(cached_loop, prior, batch, torch.compile(prior.step)), baseline=True, note="a cache of fixed size"
+            partial(cached_loop, prior, batch, step), baseline=True, note="a cache of fixed size"
         ),
         "fastgen": Provider(partial(sampler.sample, batch), extra={"weight_bytes": sampler.weight_bytes}),
         "fastgen bf16": Provider(partial(half.sample, batch), note="weights in bfloat16"),
@@ -133,8 +134,9 @@ def build(options: dict[str, Any], batch: int) -> Work:
 def cases(quick: bool) -> list[Case]:
     """Every size at every batch size."""
     sizes, batches = (QUICK_SIZES, (2,)) if quick else (SIZES, BATCHES)
+    compiler = "eager" if quick else "inductor"
     return [
-        Case(f"{name}, batch {batch}", {"batch": batch, **options}, partial(build, options, batch))
+        Case(f"{name}, batch {batch}", {"batch": batch, **options}, partial(build, options, batch, compiler))
         for name, options in sizes.items()
         for batch in batches
     ]

@@ -7,6 +7,7 @@ import torch
 
 from bench import __main__ as command
 from bench import (
+    code_prior,
     conv_transpose2d_bn_act,
     crowded,
     generator,
@@ -19,6 +20,7 @@ from bench import (
 from bench.harness import gate, rows
 
 SUITES = [
+    code_prior,
     conv_transpose2d_bn_act,
     crowded,
     generator,
@@ -68,6 +70,22 @@ def test_quick_run(suite, tmp_path, monkeypatch, capsys):
         rows.check(row)
         assert row["flops"] > 0
         assert (row["provider"] == "fastgen") <= bool(row["speedup"])
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@torch.no_grad()
+def test_steps_of_a_code_prior_are_its_forward_pass(masked):
+    """The loops that keep keys and values are given what they need, and no more."""
+    torch.manual_seed(0)
+    prior = code_prior.Prior(side=3, width=16, heads=2, layers=2, codes=5).eval()
+    codes = torch.randint(5, (4, 3, 3))
+    expected = prior(codes).flatten(2).softmax(1)
+    caches = [(torch.zeros(4, 2, 9, 8), torch.zeros(4, 2, 9, 8)) for _ in prior.blocks]
+    x = prior.start.expand(4, -1, -1)
+    for t in range(9):
+        place = (torch.tensor([t]), torch.arange(9)[None] <= t) if masked else (t, None)
+        torch.testing.assert_close(prior.step(x, prior.position[:, t : t + 1], caches, *place), expected[:, :, t])
+        x = prior.embedding(codes.flatten(1)[:, t : t + 1])
 
 
 def test_flops_of_generators():
