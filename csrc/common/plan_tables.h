@@ -102,7 +102,7 @@ struct PlanStep {
     int64_t height, width, stride_y, stride_x;  // of the frame
     int64_t period_y, period_x, phase_y, phase_x;
     int64_t channels, groups;
-    int64_t first_address, num_addresses;  // of all its taps, loads and stores and of `init`
+    int64_t first_address, num_addresses;  // of all its taps, loads and stores, of `init` and of a query
     int64_t first_tap, num_taps, first_instr, num_instrs, first_store, num_stores;
     int64_t first_source, num_sources;  // steps before it in the same stage and rank that write what it reads
     int64_t weight, inner;              // offset of the packed weight in elements of 4 bytes, rows of 16 of them

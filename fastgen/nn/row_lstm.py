@@ -27,9 +27,7 @@ class RowLSTM(torch.nn.Module):
     ):
         super().__init__()
         h, k = hidden_channels, kernel_size
-        self.input_to_state = MaskedConv2d(
-            in_channels, 4 * h, (1, k), mask_type=mask_type, colors=colors, splits=4
-        )  # gates
+        self.input_to_state = MaskedConv2d(in_channels, 4 * h, (1, k), mask_type=mask_type, colors=colors, splits=4)
         self.state_to_state = torch.nn.Parameter(torch.empty(4 * h, h, k))
         torch.nn.init.uniform_(self.state_to_state, -1 / math.sqrt(h * k), 1 / math.sqrt(h * k))
 

@@ -65,8 +65,6 @@ def elementwise(*names: str) -> Callable[[Formula], Formula]:
 
 for _name in ("tanh", "sigmoid", "relu", "exp", "expm1", "abs", "neg", "sqrt", "log", "erf"):
     elementwise(_name)(lambda emit, x, op=_name: emit(op, x))
-
-
 for _name, _op in (("maximum", "max"), ("minimum", "min")):
     elementwise(_name)(lambda emit, x, y, op=_op: emit(op, x, y))
 

@@ -223,7 +223,7 @@ class Attention(Node):
     s in that of the keys.
 
     spans: int32 [positions, 2], p sees the keys begin <= s < end. bias: float [heads or 1, positions, keys], -inf where
-    a key inside the span is not seen, or None. The first and last key of a span are seen.
+    a key inside the span is not seen, or None. Some head sees the first key of a span, and some the last.
     """
 
     heads: int = 1

@@ -1,7 +1,8 @@
 """Pass 2, planes and taps: what each ATen operator does to planes.
 
-Layout operators run again on the codes. Convolutions and matrix products become `Linear` nodes. Element by element
-operators are in `fastgen.sampling.elementwise`, the registry in `fastgen.sampling.rules`.
+Layout operators run again on the codes. Convolutions and matrix products become `Linear` nodes, embeddings of the
+image `Embedding` nodes. The registry is in `fastgen.sampling.rules`, and other operators have files of their own, which
+CONTRIBUTING.md lists.
 """
 
 from __future__ import annotations
@@ -291,7 +292,10 @@ def _rows_of_condition(
     return tracer.codes(rows)[sample, index]
 
 
-def _affine(tracer: Tracer, codes: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+_Affine = tuple[np.ndarray, np.ndarray, np.ndarray]  # code, factor, offset
+
+
+def _affine(tracer: Tracer, codes: Tensor) -> _Affine:
     """Flat codes as code * factor + offset: codes of the image or of conditions; 0 where there is only the offset."""
     graph = tracer.graph
     origin, factor, offset = codes.numpy().copy(), np.ones(len(codes)), np.zeros(len(codes))
@@ -306,7 +310,7 @@ def _affine(tracer: Tracer, codes: Tensor) -> tuple[np.ndarray, np.ndarray, np.n
             offset[here] = node.data[channel[here], y[here], x[here]]
         elif isinstance(node, Pointwise) and node.op in ("add", "sub", "mul", "copy"):
             places = (sample[here], channel[here], y[here], x[here])
-            operands = [_affine_operand(tracer, o, node, places) for o in node.operands]
+            operands = [_affine_operand(tracer, o, places) for o in node.operands]
             for values, found in zip((origin, factor, offset), _combined(node.op, *operands), strict=True):
                 values[here] = found
         else:
@@ -314,10 +318,7 @@ def _affine(tracer: Tracer, codes: Tensor) -> tuple[np.ndarray, np.ndarray, np.n
     return origin, factor, offset
 
 
-Affine = tuple[np.ndarray, np.ndarray, np.ndarray]
-
-
-def _affine_operand(tracer: Tracer, operand: Ref | float, node: Pointwise, places: tuple[np.ndarray, ...]) -> Affine:
+def _affine_operand(tracer: Tracer, operand: Ref | float, places: tuple[np.ndarray, ...]) -> _Affine:
     """Of an operand of a node, at some elements (sample, channel, y, x)."""
     sample, channel, y, x = places
     if not isinstance(operand, Ref):
@@ -326,7 +327,7 @@ def _affine_operand(tracer: Tracer, operand: Ref | float, node: Pointwise, place
     return _affine(tracer, torch.from_numpy(codes))
 
 
-def _combined(op: str, a: Affine, b: Affine | None = None) -> Affine:
+def _combined(op: str, a: _Affine, b: _Affine | None = None) -> _Affine:
     if op == "copy" or b is None:
         return a
     if op == "mul":

@@ -125,9 +125,9 @@ class Attention:
         score[h, s] = scale * query[p, h] . keys[s, h] + bias[h, p, s]
         acc[0, h * width + c] = sum over s of softmax_s(score[h, s]) * values[s, h, c]
 
-    over the keys spans[p, 0] <= s < spans[p, 1], none of them: zero. Query, keys and values are read in place, the
+    over the keys spans[p, 0] <= s < spans[p, 1]; zero where none is seen. Query, keys and values are read in place, the
     query `heads * depth` channels at the step's position, keys as many and values `heads * width` at position s of
-    their planes, in raster order; they are as large, and have all their rows.
+    their planes, in raster order. These two planes have one size, and keep all their rows.
 
     spans: int32 [positions, 2]. bias: float32 [heads or 1, positions, keys], -inf for keys that are not seen, or None.
     """

@@ -75,7 +75,8 @@ class Sampler:
     of row and pixel steps (`plan`, printable).  Weights are taken as they are then; make a new sampler when they
     change.
 
-    Memory: the weights of products once, packed (`weight_bytes`), and during `sample` the planes of a batch
+    Memory: the weights of products once, packed (`weight_bytes`), biases and masks of attention [heads, positions,
+    keys] unless each position sees all keys from one to another, and during `sample` the planes of a batch
     (`plan.cache_bytes` for each of its samples; Triton keeps those of two batch sizes); rows of fewer than 16 channels
     or columns are padded to 16. Where the CPU filters rows of r taps with fewer multiplications
     (`fastgen.sampling.executors.winograd`), their weights are r + 1 float32 in place of r.
@@ -160,8 +161,8 @@ class Sampler:
 
     @property
     def flops(self) -> int:
-        """Floating point operations that the products of a sample take, two per multiply-add; `plan.flops` are those
-        of the convolutions as the model has them.
+        """Floating point operations that products and attention of a sample take, two per multiply-add; `plan.flops`
+        are those of the model as it is.
         """
         return self._executor.flops
 

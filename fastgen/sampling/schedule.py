@@ -9,7 +9,7 @@ different strides come together, it is the latest of them.  From the reach follo
 
 * the causality proof: the parameters of group g at (y, x) must have a reach before (0, 0, g);
 * the stage: what depends on finished rows alone is computed for a whole row (`Stage.ROW`), the rest pixel by pixel
-  (`Stage.PIXEL`), between two draws;
+  (`Stage.PIXEL`), between two draws, and so is what reads itself in its own row (`Node.sequential`);
 * the lags: at time (y, x) a step computes the position of its plane that lies at pixel (y - lag_y, x - lag_x).
 """
 

@@ -453,6 +453,3 @@ def _copy(tracer: Tracer, func: Any, named: dict[str, Any]) -> Tensor:
     if known is not None:
         tracer.set_scores(result, known)
     return result
-
-
-# Probabilities times values.

@@ -58,11 +58,8 @@ class Tape:
         rest, expected = range(2, tensor.dim() + 1), torch.arange(TRACE_BATCH).to(found)
         parts = len(tensor) // TRACE_BATCH
         if torch.equal(found, expected.repeat_interleave(parts)[:, None].expand_as(found)):
-            return self._call(torch.ops.aten.view.default, tensor, [TRACE_BATCH, parts, *tensor.shape[1:]]), [
-                0,
-                1,
-                *rest,
-            ]
+            split = self._call(torch.ops.aten.view.default, tensor, [TRACE_BATCH, parts, *tensor.shape[1:]])
+            return split, [0, 1, *rest]
         if torch.equal(found, expected.repeat(parts)[:, None].expand_as(found)):
             split = self._call(torch.ops.aten.view.default, tensor, [parts, TRACE_BATCH, *tensor.shape[1:]])
             return self._call(torch.ops.aten.transpose.int, split, 0, 1), [1, 0, *rest]

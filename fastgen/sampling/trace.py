@@ -142,9 +142,9 @@ class Tracer(TorchDispatchMode):
         found = self._scores.get(storage_key(tensor))
         return None if found is None else found[0]
 
-    def set_scores(self, tensor: Tensor, scores: scores.Known) -> None:
-        self._scores = {k: known for k, known in self._scores.items() if not known[1].expired()}
-        self._scores[storage_key(tensor)] = scores, StorageWeakRef(tensor.untyped_storage())
+    def set_scores(self, tensor: Tensor, known: scores.Known) -> None:
+        self._scores = {k: kept for k, kept in self._scores.items() if not kept[1].expired()}
+        self._scores[storage_key(tensor)] = known, StorageWeakRef(tensor.untyped_storage())
 
     def _outside_codes(self, tensor: Tensor) -> Tensor:
         """Codes of a tensor that does not depend on the image: its elements form a new plane; zeros are zeros."""
@@ -167,11 +167,9 @@ class Tracer(TorchDispatchMode):
             first, *others = value.chunk(TRACE_BATCH)
             if all(torch.equal(first, other) for other in others):  # the same for every sample
                 codes = self._constant_codes(first)
-                return (
-                    codes.expand(tensor.shape)
-                    if len(first) == 1
-                    else codes.repeat(TRACE_BATCH, *[1] * (first.dim() - 1))
-                )
+                if len(first) == 1:
+                    return codes.expand(tensor.shape)
+                return codes.repeat(TRACE_BATCH, *[1] * (first.dim() - 1))
         return self._constant_codes(value)
 
     def _constant_codes(self, value: Tensor) -> Tensor:

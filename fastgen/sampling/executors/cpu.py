@@ -54,7 +54,7 @@ class CpuExecutor:
 
     @property
     def flops(self) -> int:
-        """Floating point operations of the products, per sample (two per multiply-add)."""
+        """Floating point operations of products and attention, per sample (two per multiply-add)."""
         return self._tables.flops
 
     @property
