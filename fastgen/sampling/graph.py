@@ -245,6 +245,7 @@ class Graph:
         self.batch = batch
         self.nodes: list[Node] = []
         self._shapes = np.empty((64, 4), dtype=np.int64)  # (start, channels, height, width) of the nodes, and room
+        self._given = np.ones(65, dtype=bool)  # from plane -1 on
         self._next = 1
         self.output: Ref | None = None
 
@@ -255,7 +256,9 @@ class Graph:
         self._next += node.samples * node.channels * node.height * node.width
         if node.id == len(self._shapes):
             self._shapes = np.concatenate([self._shapes, np.empty_like(self._shapes)])
+            self._given = np.concatenate([self._given, self._given[1:]])
         self._shapes[node.id] = (node.start, node.channels, node.height, node.width)
+        self._given[node.id + 1] = node.given
         self.nodes.append(node)
         return node
 
@@ -270,11 +273,15 @@ class Graph:
         return torch.arange(node.start, node.start + int(np.prod(size))).view(size)
 
     def planes(self, codes: np.ndarray) -> np.ndarray:
-        """The plane of each code; -1 where it is 0."""
+        """The plane of each code; -1 where it names none."""
         return np.searchsorted(self._shapes[: len(self.nodes), 0], codes, side="right") - 1
 
+    def given(self, planes: np.ndarray) -> np.ndarray:
+        """Which planes do not depend on the image: constants, conditions, and -1, which is none."""
+        return self._given[planes + 1]
+
     def decode(self, codes: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """codes -> (plane, sample, channel, y, x); plane -1 where the code is 0."""
+        """codes -> (plane, sample, channel, y, x); plane -1 where the code names none."""
         shapes = self._shapes[: len(self.nodes)]
         plane = self.planes(codes)
         start, channels, height, width = shapes[np.maximum(plane, 0)].transpose(-1, *range(codes.ndim))

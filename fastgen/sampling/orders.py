@@ -116,13 +116,13 @@ def arrangements(tracer: Tracer, tensors: Sequence[Tensor], shape: Sequence[int]
 
 def depends(tracer: Tracer, codes: Tensor) -> bool:
     """Whether elements depend on the image."""
-    return not all(p < 0 or tracer.graph.nodes[p].given for p in np.unique(tracer.graph.planes(codes.numpy())))
+    return not tracer.graph.given(tracer.graph.planes(codes.numpy())).all()
 
 
 def appended(tracer: Tracer, tensors: Sequence[Tensor]) -> int:
     """How many of the last tokens [N, C, tokens] depend on the image in no channel, where others do."""
-    given = np.array([True, *(n.given for n in tracer.graph.nodes)])  # from plane -1 on
-    later = np.any([~given[1 + tracer.graph.planes(t.numpy())].all((0, 1)) for t in tensors], axis=0)
+    graph = tracer.graph
+    later = np.any([~graph.given(graph.planes(t.numpy())).all((0, 1)) for t in tensors], axis=0)
     return int(np.argmax(later[::-1]))
 
 
@@ -163,7 +163,7 @@ def rasters(tracer: Tracer, tensors: Sequence[Tensor], pieces: bool) -> Iterator
 def _plane_order(tracer: Tracer, flat: Tensor) -> Tensor:
     """The indices [N, C, h, w] that put flat codes into the order (sample, channel, y, x) of their planes."""
     plane, sample, channel, y, x = tracer.graph.decode(flat.numpy())
-    if (plane < 0).any() or all(tracer.graph.nodes[p].given for p in np.unique(plane)):
+    if (plane < 0).any() or tracer.graph.given(plane).all():
         raise LayoutError
     order = np.lexsort((x, y, channel, plane, sample))
     codes = flat.numpy()[order]
@@ -228,7 +228,7 @@ def feature_maps(tracer: Tracer, rows: Tensor, several: bool = True) -> list[tup
 def _places_apart(tracer: Tracer, rows: Tensor) -> list[Tensor]:
     """Indices of rows that are at different positions: of the first row at each, of the second, and so on."""
     plane, sample, _, y, x = tracer.graph.decode(rows[:, 0].numpy())
-    if (plane < 0).any() or any(tracer.graph.nodes[p].given for p in np.unique(plane)):
+    if tracer.graph.given(plane).any():
         return []
     place = (sample * (1 + y.max()) + y) * (1 + x.max()) + x
     turn = occurrence(place)

@@ -42,13 +42,13 @@ def _are_tokens(tracer: Tracer, tensors: Sequence[Tensor], pieces: bool) -> bool
     single = tensors[0].shape[2:] == (1, 1)
     if not pieces and not single:
         return False
-    given = np.array([True, *(n.given for n in tracer.graph.nodes)])  # from plane -1 on
     for codes in tensors:
         plane, _, channel, y, x = tracer.graph.decode(codes[0].numpy())
-        if single and len(np.unique(np.stack([y, x])[:, ~given[1 + plane]], axis=1).T) > 1:
+        dependent = ~tracer.graph.given(plane)
+        if single and len(np.unique(np.stack([y, x])[:, dependent], axis=1).T) > 1:
             return True
         where = np.broadcast_to(np.arange(len(plane))[:, None, None], plane.shape)
-        found = np.stack([where, plane, channel])[:, ~given[1 + plane]]
+        found = np.stack([where, plane, channel])[:, dependent]
         if np.unique(found[:2], axis=1).shape != np.unique(found, axis=1)[:2].shape:
             return True
     return False
@@ -93,15 +93,11 @@ def pointwise_4d(
     """
     refs = [tracer.recognise(o, pieces) if isinstance(o, Tensor) else o for o in operands]
     channels, height, width = size or next(o.shape[1:] for o in operands if isinstance(o, Tensor))
-    frames = [r for r in refs if isinstance(r, Ref) and _depends_on_image(tracer, r)]
+    frames = [r for r in refs if isinstance(r, Ref) and not tracer.graph.given(r.plane).all()]
     sy, sx = (max((f.stride[axis] for f in frames), default=1) for axis in (0, 1))
     stride = (math.lcm(sy, multiple[0]) if height == 1 else sy, math.lcm(sx, multiple[1]) if width == 1 else sx)
     at_stride = [tracer.graph.at_stride(r, stride, (height, width)) if isinstance(r, Ref) else r for r in refs]
     return tracer.add(Pointwise(tracer.module, channels, height, width, stride=stride, op=op, operands=at_stride))
-
-
-def _depends_on_image(tracer: Tracer, ref: Ref) -> bool:
-    return not all(tracer.graph.nodes[p].given for p in np.unique(ref.plane[ref.plane >= 0]))
 
 
 def rebuilt(tracer: Tracer, codes: Tensor) -> Tensor:
@@ -181,7 +177,7 @@ def pieced(tracer: Tracer, codes: Tensor) -> Ref:
         if not nodes[p].given and (np.ma.ptp(of_each, axis=(0, 2, 3)) > 0).any():
             raise LayoutError
     row, column = np.ogrid[: codes.shape[2], : codes.shape[3]]
-    given = np.array([n.given for n in nodes])[plane]
+    given = tracer.graph.given(plane)
     views = np.stack([plane, np.where(given, 0, y - row), np.where(given, 0, x - column)])
     constant = np.array([isinstance(n, Constant) for n in nodes])[plane]
     views[:, constant] = -2

@@ -187,7 +187,7 @@ def _heads_apart(tracer: Tracer, query: Tensor, keys: Tensor) -> tuple[Tensor, T
     heads share their keys.
     """
     plane, _, _, y, x = tracer.graph.decode(query[0, :, 0].numpy())
-    if (plane < 0).any() or any(tracer.graph.nodes[p].given for p in np.unique(plane)):
+    if tracer.graph.given(plane).any():
         return query, keys
     place = y * (1 + x.max()) + x
     count = len(np.unique(place))
