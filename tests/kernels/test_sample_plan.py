@@ -74,7 +74,7 @@ def mixture() -> nn.Module:
 
 
 def recurrent() -> nn.Module:
-    return models.PixelRNN(image_shape=(1, 3, 4), levels=5, num_filters=4, num_blocks=2, num_features=4)
+    return models.PixelRNN(image_shape=(1, 3, 3), levels=5, num_filters=4, num_blocks=1, num_features=4)
 
 
 def make(build: Callable[[], nn.Module]) -> nn.Module:
@@ -173,12 +173,11 @@ def test_attention_equals_the_cpu(name, device):
 def test_attention_in_other_batches_changes_no_bit(name, device):
     network, given = attention(name, (3, 3))
     whole = sampler(network, device, **given)
-    images = whole.sample(3, seed=4)
-    parameters = parameters_of_last_row(whole, 3)
-    for first, last in [(2, 3), (0, 2)]:
-        part = sampler(network, device, **given)
-        assert torch.equal(part.sample(last - first, seed=4, start=first), images[first:last])
-        assert torch.equal(parameters_of_last_row(part, last - first), parameters[first:last])
+    images = whole.sample(2, seed=4)
+    parameters = parameters_of_last_row(whole, 2)
+    alone = sampler(network, device, **given)
+    assert torch.equal(alone.sample(1, seed=4, start=1), images[1:])
+    assert torch.equal(parameters_of_last_row(alone, 1), parameters[1:])
 
 
 def attending_step(heads: int, depth: int, width: int, biased: bool, stage: Stage) -> Plan:
