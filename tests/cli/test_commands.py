@@ -38,9 +38,10 @@ def checkpoint(folder: Path, **options: object) -> str:
     [
         "gated_pixelcnn --num-blocks 2 --kernel-size 3",
         "pixelcnnpp --num-blocks 1 --num-mixtures 2",
+        "pixelrnn --num-blocks 1 --num-features 4",
         "pixelsnail --num-blocks 1 --num-layers 1 --key-dim 4 --value-dim 6 --num-heads 2",
     ],
-    ids=["gated_pixelcnn", "pixelcnnpp", "pixelsnail"],
+    ids=["gated_pixelcnn", "pixelcnnpp", "pixelrnn", "pixelsnail"],
 )
 def test_train_then_resume_then_eval_and_sample(model: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train = f"train {model} --data digits --num-filters 4 --out run --quiet".split()

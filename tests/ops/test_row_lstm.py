@@ -102,3 +102,8 @@ def test_layer_masks_its_input():
     assert seen[:, 1, 1:3].all()  # all colours of the row above
     with pytest.raises(ValueError, match="mask_type"):
         nn.RowLSTM(6, 3, mask_type="C")
+
+
+def test_layer_in_double():
+    layer = nn.RowLSTM(2, 3, dtype=torch.float64)
+    assert layer(torch.zeros(1, 2, 3, 4, dtype=torch.float64)).dtype == torch.float64
