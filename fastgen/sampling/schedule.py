@@ -118,11 +118,9 @@ def _shifts(graph: Graph, ref: Ref) -> Keys:
 
 
 def _source_keys(graph: Graph, ref: Ref, reach: list[Keys]) -> Keys:
-    """Reach of each channel of a frame; never, of planes that follow: recurrent layers read them at earlier positions,
-    where they reach less far.
-    """
+    """Reach of each channel of a frame."""
     keys = np.full(len(ref.plane), _NEVER, dtype=np.int64)
-    for plane in np.unique(ref.plane[(ref.plane >= 0) & (ref.plane < len(reach))]):
+    for plane in np.unique(ref.plane[ref.plane >= 0]):
         here = ref.plane == plane
         keys[here] = reach[plane][ref.channel[here]]
     return np.where(keys > _NEVER, keys + _shifts(graph, ref), _NEVER)
@@ -164,8 +162,17 @@ def _parts(graph: Graph, groups: list[Group]) -> list[list[Part]]:
     downward = sum(_rows_down_of(graph, n) for n in graph.nodes)
     always = key(-1 - downward - _rows_down(graph, graph.output), 0, 0)
     group_of = np.concatenate([np.full(len(g.colours), i, dtype=np.int64) for i, g in enumerate(groups)])
+    reach = [np.full(n.channels, _NEVER, dtype=np.int64) for n in graph.nodes]
+    while True:  # until what recurrent layers read of planes that follow is settled
+        before = [*reach]
+        parts = _parts_by(graph, group_of, always, reach)
+        if not any(map(_recurrent, graph.nodes)) or all(map(np.array_equal, before, reach)):
+            return parts
+
+
+def _parts_by(graph: Graph, group_of: Keys, always: int, reach: list[Keys]) -> list[list[Part]]:
+    """reach: becomes that of all nodes; so far known of those that follow their readers."""
     parts: list[list[Part]] = []
-    reach: list[Keys] = []
     for node in graph.nodes:
         phases: list[tuple[int, int] | None] = [None]
         if isinstance(node, Image):
@@ -184,9 +191,26 @@ def _parts(graph: Graph, groups: list[Group]) -> list[list[Part]]:
             keys = [np.max([_source_keys(graph, r, reach) for r in node.sources()], axis=0)]
         if not node.given:
             keys = [np.where(k == _NEVER, always, k) for k in keys]
+        if _recurrent(node):
+            keys = [np.maximum(k, max(always, _not_before(node, reach, int(group_of[-1])))) for k in keys]
         parts.append([Part(p, k, np.zeros(node.channels, dtype=bool)) for p, k in zip(phases, keys, strict=True)])
-        reach.append(np.max(keys, axis=0))
+        reach[node.id] = np.max(keys, axis=0)
     return parts
+
+
+def _recurrent(node: Node) -> bool:
+    """Whether it reads planes that follow, at positions that come before."""
+    return any((ref.plane >= node.id).any() for ref in node.sources())
+
+
+def _not_before(node: Node, reach: list[Keys], last: int) -> int:
+    """The first key that is computed at the same pixel as planes that follow. What is computed ahead of them does not
+    find the position before.
+    """
+    read = [(ref, p) for ref in node.sources() for p in np.unique(ref.plane) if p >= node.id]
+    latest = max(reach[p][ref.channel[ref.plane == p]].max() for ref, p in read)
+    dy, dx, group = (int(v) for v in unkey(np.array(latest)))
+    return key(dy, dx - (group != last), last)
 
 
 def _rows_down(graph: Graph, ref: Ref) -> int:

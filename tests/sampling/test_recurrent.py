@@ -65,6 +65,28 @@ class Above(Tokens):
         return self.out(h).permute(0, 3, 1, 2)
 
 
+class Farther(Tokens):
+    """Along each row of what is two rows or two pixels away; one gate knows only the former, others only the latter."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        above, left = self.embedding(x).chunk(2, dim=3)
+        above, left = F.pad(above, (0, 0, 0, 0, 2, 0))[:, :-2], F.pad(left, (0, 0, 2, 0))[:, :, :-2]
+        with torch.no_grad():
+            self.layer.weight_ih_l0[0, 3:] = 0
+            self.layer.weight_ih_l0[1:, :3] = 0
+        h = self.layer(torch.cat([above, left], 3).flatten(0, 1))[0].unflatten(0, x.shape[:2])
+        return self.out(h).permute(0, 3, 1, 2)
+
+
+class FarAbove(Tokens):
+    """Down each column of what is three rows above."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        columns = F.pad(self.embedding(x), (0, 0, 0, 0, 3, 0))[:, :-3].transpose(1, 2)
+        h = self.layer(columns.flatten(0, 1))[0].unflatten(0, columns.shape[:2])
+        return self.out(h).permute(0, 3, 2, 1)
+
+
 LAYERS = {
     "lstm": lambda: nn.LSTM(6, 7, batch_first=True),
     "two lstms": lambda: nn.LSTM(6, 7, num_layers=2, dropout=0.5),
@@ -105,6 +127,15 @@ def test_along_rows_and_columns(layer, network, shape, backend):
     model = make(network, layer)
     images = Sampler(model, shape, **GIVEN, backend=backend).sample(3)
     assert torch.equal(images, naive_sample(model, 3, image_shape=shape, **GIVEN))
+
+
+@BACKENDS
+@pytest.mark.parametrize("network", [Farther, FarAbove])
+@pytest.mark.parametrize("layer", ["lstm", "gru", "tanh"])
+def test_no_state_is_computed_ahead_of_the_one_before(layer, network, backend):
+    model = make(network, layer)
+    images = Sampler(model, (8, 4), **GIVEN, backend=backend).sample(6)
+    assert torch.equal(images, naive_sample(model, 6, image_shape=(8, 4), **GIVEN))
 
 
 def test_states_that_come_last_can_be_used():
