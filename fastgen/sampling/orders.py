@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgen.sampling.graph import LayoutError, Ref
+from fastgen.sampling.graph import Image, LayoutError, Ref
 
 if TYPE_CHECKING:
     from fastgen.sampling.trace import Tracer
@@ -137,7 +137,7 @@ def rasters(tracer: Tracer, tensors: Sequence[Tensor], pieces: bool) -> Iterator
 
     Planes among them tell the width and, where tokens lie in front of the image's, the place in the row: that of the
     token, or the next one, where tokens are shifted. Then come squares: where zeros leave a choice, they are the
-    likelier.
+    likelier, if they are not larger than the image.
     """
     count = tensors[0].shape[2]
     found = []
@@ -156,7 +156,11 @@ def rasters(tracer: Tracer, tensors: Sequence[Tensor], pieces: bool) -> Iterator
             else:
                 before = [int(first[0]), (int(first[0]) + 1) % node.width]
                 found += [(node.width, b) for b in sorted(before, key=lambda b: (b + count) % node.width != 0)]
-    squares = sorted((w for w in range(1, count + 1) if count % w == 0), key=lambda w: abs(w - count // w))
+    image = next(n for n in tracer.graph.nodes if isinstance(n, Image))
+    squares = sorted(
+        (w for w in range(1, count + 1) if count % w == 0),
+        key=lambda w: (w > image.width or count // w > image.height, abs(w - count // w)),
+    )
     yield from dict.fromkeys([*found, *((w, 0) for w in squares)])
 
 

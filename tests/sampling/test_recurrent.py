@@ -138,6 +138,21 @@ def test_no_state_is_computed_ahead_of_the_one_before(layer, network, backend):
     assert torch.equal(images, naive_sample(model, 6, image_shape=(8, 4), **GIVEN))
 
 
+@pytest.mark.parametrize("layer", ["lstm", "gru", "tanh"])
+def test_tokens_of_zeros_are_an_image(layer):
+    class Left(Tokens):
+        """Knows the pixels on the left: of a single column nothing, not even where they are."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            left = F.pad(self.embedding(x), (0, 0, 1, 0))[:, :, :-1]
+            h = self.layer(left.flatten(1, 2))[0]
+            return self.out(h).transpose(1, 2).unflatten(2, x.shape[1:])
+
+    network = make(Left, layer)
+    images = Sampler(network, (4, 1), **GIVEN).sample(3)
+    assert torch.equal(images, naive_sample(network, 3, image_shape=(4, 1), **GIVEN))
+
+
 def test_states_that_come_last_can_be_used():
     class Last(Tokens):
         """What is left of a row is known to the next."""
