@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastgen.sampling.graph import LayoutError, Linear, Pointwise, Ref, taps_of
+from fastgen.sampling.graph import Image, LayoutError, Linear, Pointwise, Ref, taps_of
 from fastgen.sampling.lowering import spatial
 from fastgen.sampling.orders import Order, rasters
 from fastgen.sampling.planes import pointwise_4d
@@ -172,6 +172,7 @@ def _order(tracer: Tracer, codes: Tensor) -> tuple[Order, list[Offset]]:
     """
     samples, (count, length) = tracer.graph.batch, codes.shape[:2]
     each, rows = count // samples, codes.flatten(0, 1)
+    image = next(n for n in tracer.graph.nodes if isinstance(n, Image))
     for pieces in (False, True):
         found: list[tuple[Tensor, list[Offset]]] = []
         index = torch.arange(count * length)
@@ -182,6 +183,7 @@ def _order(tracer: Tracer, codes: Tensor) -> tuple[Order, list[Offset]]:
         elif count == each * samples:
             found.append((index.view(samples, each, length), [(0, -1)]))
             found.append((index.view(samples, each, length).transpose(1, 2), [(-1, 0)]))
+        found.sort(key=lambda f: f[0].shape[1] > image.height or f[0].shape[2] > image.width)  # zeros leave a choice
         for order, offsets in found:
             with contextlib.suppress(LayoutError):
                 tracer.recognise(rows[order].permute(0, 3, 1, 2).contiguous(), pieces)

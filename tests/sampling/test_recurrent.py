@@ -139,6 +139,13 @@ def test_no_state_is_computed_ahead_of_the_one_before(layer, network, backend):
 
 
 @pytest.mark.parametrize("layer", ["lstm", "gru", "tanh"])
+def test_columns_of_zeros_lie_in_a_row(layer):
+    model = make(FarAbove, layer)
+    images = Sampler(model, (1, 4), **GIVEN).sample(3)
+    assert torch.equal(images, naive_sample(model, 3, image_shape=(1, 4), **GIVEN))
+
+
+@pytest.mark.parametrize("layer", ["lstm", "gru", "tanh"])
 def test_tokens_of_zeros_are_an_image(layer):
     class Left(Tokens):
         """Knows the pixels on the left: of a single column nothing, not even where they are."""
