@@ -160,7 +160,7 @@ NAN = {"output.bias": torch.full((5,), math.nan)}
         (lambda path: path.write_bytes(b"PK\x03\x04 something else"), "not a readable safetensors file"),
         (lambda path: safetensors.torch.save_file({"a": torch.ones(2)}, path), "not a fastgen checkpoint"),
         (lambda path: rewrite(path, {"format": 2}), "expected checkpoint format 1, found .*'format': 2"),
-        (lambda path: rewrite(path, {"model": "pixelrnn"}), "unknown model 'pixelrnn'"),
+        (lambda path: rewrite(path, {"model": "pixelvae"}), "unknown model 'pixelvae'"),
         (lambda path: rewrite(path, {"config": {"num_filters": -1}}), "num_filters: expected .* got -1"),
         (lambda path: rewrite(path, {"config": {"depth": 1}}), "unexpected keyword argument 'depth'"),
         (lambda path: rewrite(path, {"config": None}), "does not fit"),
