@@ -7,23 +7,32 @@ shares its storage, hence its codes.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor
 
 if TYPE_CHECKING:
     from fastgen.sampling.trace import Tracer
 
+F = TypeVar("F", bound=Callable[..., Any])
 Rule = Callable[["Tracer", Any, tuple, dict, list[Tensor]], None]
 _RULES: dict[str, Rule] = {}
 
 
-def rule(*names: str) -> Callable[[Rule], Rule]:
-    def add(function: Rule) -> Rule:
-        _RULES.update(dict.fromkeys(names, function))
-        return function
+def adding_to(rules: dict[str, F]) -> Callable[..., Callable[[F], F]]:
+    """A decorator that enters functions under the names that it is given."""
 
-    return add
+    def named(*names: str) -> Callable[[F], F]:
+        def add(function: F) -> F:
+            rules.update(dict.fromkeys(names, function))
+            return function
+
+        return add
+
+    return named
+
+
+rule = adding_to(_RULES)
 
 
 def supported() -> list[str]:

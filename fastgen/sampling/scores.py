@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastgen.sampling.elementwise import named_arguments
 from fastgen.sampling.graph import LayoutError
+from fastgen.sampling.rules import adding_to
 
 if TYPE_CHECKING:
     from fastgen.sampling.trace import Tracer
@@ -227,12 +228,7 @@ Rule = Callable[["Tracer", Any, dict[str, Any]], Any]
 _RULES: dict[str, Rule] = {}
 
 
-def rule(*names: str) -> Callable[[Rule], Rule]:
-    def add(function: Rule) -> Rule:
-        _RULES.update(dict.fromkeys(names, function))
-        return function
-
-    return add
+rule = adding_to(_RULES)
 
 
 def known_of(tracer: Tracer, tensor: Any) -> Scores:
