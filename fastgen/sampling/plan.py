@@ -192,6 +192,11 @@ class Step:
         """Multiply-adds of the product per position."""
         return sum(t.count for t in self.taps) * self.groups * self.width
 
+    @property
+    def all_macs(self) -> float:
+        """Multiply-adds per position, those of attention on average."""
+        return self.macs if self.attention is None else self.attention.macs
+
 
 @dataclass(frozen=True)
 class Draw:
@@ -281,12 +286,7 @@ class Plan:
     @property
     def flops(self) -> int:
         """Useful floating point operations of products and attention, per sample (two per multiply-add)."""
-        return sum(round(2 * self.macs(s) * self.positions(s)) for s in self.steps)
-
-    @staticmethod
-    def macs(step: Step) -> float:
-        """Multiply-adds of a step per position, of attention on average."""
-        return step.macs if step.attention is None else step.attention.macs
+        return sum(round(2 * s.all_macs * self.positions(s)) for s in self.steps)
 
     def positions(self, step: Step) -> int:
         """How many positions of its frame a step computes."""
@@ -327,7 +327,7 @@ class Plan:
             stage = "row  " if s.stage == Stage.ROW else f"pixel {s.rank}"
             ops = " ".join("attention" if i.op == "acc" and s.attention else i.op for i in s.program)
             stores = " ".join(f"{t.plane}[{t.channel}:{t.channel + s.width}]" for t in s.stores)
-            lines.append(f"  {stage:7s} lag ({s.lag_y}, {s.lag_x})  {stores}  {round(self.macs(s))}  {ops}  {s.name}")
+            lines.append(f"  {stage:7s} lag ({s.lag_y}, {s.lag_x})  {stores}  {round(s.all_macs)}  {ops}  {s.name}")
         return "\n".join(lines)
 
 

@@ -187,7 +187,7 @@ class PlanTables:
         self.taps += [(self._address(step, t), t.count) for t in taps]
         self.weights.append(packed)
         self.num_weights += packed.numel()
-        macs = plan.macs(step) if filters is None else filters.macs
+        macs = step.all_macs if filters is None else filters.macs
         macs = macs / step.width if equal else macs
         self.flops += round(2 * macs * plan.positions(step))
         if step.bias is not None:
