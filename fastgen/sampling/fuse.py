@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from fastgen.sampling.graph import Attention, Constant, Graph, Image, Linear, Node, Pointwise, Ref, Tap, taps_of
+from fastgen.sampling.graph import Attention, Constant, Graph, Linear, Node, Pointwise, Ref, Tap, taps_of
 
 STORED = -1
 
@@ -96,7 +96,7 @@ def _windows(graph: Graph, readers: list[int], plane: int) -> set[tuple[int, int
     """The windows (dy, dx, height, width) in which a plane is read element by element; None if a product, attention or
     a frame of another stride reads it.
     """
-    image = next(n for n in graph.nodes if isinstance(n, Image))
+    image = graph.image
     assert graph.output is not None
     views: list[tuple[Ref, Node]] = [(graph.output, image)]
     for reader in (graph.nodes[r] for r in readers if r != STORED):
@@ -142,7 +142,7 @@ def _follow(ref: Ref, plane: int, dy: int, dx: int) -> Ref:
 def settle_output(graph: Graph) -> None:
     """Make the output one whole plane, channel by channel in place."""
     assert graph.output is not None
-    image = next(n for n in graph.nodes if isinstance(n, Image))
+    image = graph.image
     out = graph.output
     node = graph.nodes[max(int(out.plane[0]), 0)]
     count = len(out.plane)

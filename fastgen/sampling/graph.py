@@ -249,6 +249,10 @@ class Graph:
         self._next = 1
         self.output: Ref | None = None
 
+    @property
+    def image(self) -> Image:
+        return next(n for n in self.nodes if isinstance(n, Image))
+
     def add(self, node: Node) -> Node:
         node.id = len(self.nodes)
         node.start = self._next

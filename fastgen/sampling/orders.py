@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgen.sampling.graph import Image, LayoutError, Ref
+from fastgen.sampling.graph import LayoutError, Ref
 
 if TYPE_CHECKING:
     from fastgen.sampling.trace import Tracer
@@ -85,10 +85,10 @@ def orders(tracer: Tracer, tensors: Sequence[Tensor], shape: Sequence[int], piec
     for tensor in tensors:  # in the order of one operand's planes
         with contextlib.suppress(LayoutError):
             yield Order(_plane_order(tracer, tensor.reshape(-1)))
-    yield from map(Order, arrangements(tracer, tensors, shape, pieces))
+    yield from map(Order, _arrangements(tracer, tensors, shape, pieces))
 
 
-def arrangements(tracer: Tracer, tensors: Sequence[Tensor], shape: Sequence[int], pieces: bool) -> Iterator[Tensor]:
+def _arrangements(tracer: Tracer, tensors: Sequence[Tensor], shape: Sequence[int], pieces: bool) -> Iterator[Tensor]:
     """Indices [N, C, h, w] of the elements of tensors of a shape in the layouts that feature maps are kept in: channels
     last, positions in one dimension, or together with the samples in one. The likeliest come first.
     """
@@ -111,7 +111,7 @@ def arrangements(tracer: Tracer, tensors: Sequence[Tensor], shape: Sequence[int]
             last = appended(tracer, codes)
             tokens, codes = tokens.roll(last, 2), [c.roll(last, 2) for c in codes]
         for width, before in rasters(tracer, codes, pieces):
-            yield in_rows(tokens, width, before)
+            yield _in_rows(tokens, width, before)
 
 
 def depends(tracer: Tracer, codes: Tensor) -> bool:
@@ -126,7 +126,7 @@ def appended(tracer: Tracer, tensors: Sequence[Tensor]) -> int:
     return int(np.argmax(later[::-1]))
 
 
-def in_rows(tokens: Tensor, width: int, before: int) -> Tensor:
+def _in_rows(tokens: Tensor, width: int, before: int) -> Tensor:
     """[..., tokens] -> [..., h, width], -1 in `before` places in front of the first, and behind the last."""
     after = -(before + tokens.shape[-1]) % width
     return F.pad(tokens, (before, after), value=-1).unflatten(-1, (-1, width))
@@ -156,7 +156,7 @@ def rasters(tracer: Tracer, tensors: Sequence[Tensor], pieces: bool) -> Iterator
             else:
                 before = [int(first[0]), (int(first[0]) + 1) % node.width]
                 found += [(node.width, b) for b in sorted(before, key=lambda b: (b + count) % node.width != 0)]
-    image = next(n for n in tracer.graph.nodes if isinstance(n, Image))
+    image = tracer.graph.image
     squares = sorted(
         (w for w in range(1, count + 1) if count % w == 0),
         key=lambda w: (w > image.width or count // w > image.height, abs(w - count // w)),
@@ -172,15 +172,15 @@ def _plane_order(tracer: Tracer, flat: Tensor) -> Tensor:
     order = np.lexsort((x, y, channel, plane, sample))
     codes = flat.numpy()[order]
     if (codes[1:] == codes[:-1]).any():  # repeated channels: a key for several heads
-        order = np.lexsort((x, y, channel, plane, occurrence(flat.numpy()), sample))
-    rows, columns = at_places(y[order], x[order], tracer.graph.batch)
+        order = np.lexsort((x, y, channel, plane, _occurrence(flat.numpy()), sample))
+    rows, columns = _at_places(y[order], x[order], tracer.graph.batch)
     each = torch.from_numpy(order).view(tracer.graph.batch, -1, len(rows))
     result = torch.full((*each.shape[:2], int(rows.max()) + 1, int(columns.max()) + 1), -1)
     result[:, :, rows, columns] = each
     return result
 
 
-def at_places(y: np.ndarray, x: np.ndarray, batch: int) -> tuple[np.ndarray, np.ndarray]:
+def _at_places(y: np.ndarray, x: np.ndarray, batch: int) -> tuple[np.ndarray, np.ndarray]:
     """Rows and columns of a grid for elements whose places repeat themselves, at least once for each sample."""
     width = int(x.max()) + 1
     places = y * width + x
@@ -194,7 +194,7 @@ def at_places(y: np.ndarray, x: np.ndarray, batch: int) -> tuple[np.ndarray, np.
     return rows, columns
 
 
-def occurrence(values: np.ndarray) -> np.ndarray:
+def _occurrence(values: np.ndarray) -> np.ndarray:
     """How many equal values come before each."""
     order = np.argsort(values, kind="stable")
     ordered = values[order]
@@ -235,7 +235,7 @@ def _places_apart(tracer: Tracer, rows: Tensor) -> list[Tensor]:
     if tracer.graph.given(plane).any():
         return []
     place = (sample * (1 + y.max()) + y) * (1 + x.max()) + x
-    turn = occurrence(place)
+    turn = _occurrence(place)
     return [torch.from_numpy(np.flatnonzero(turn == i)) for i in range(1 + turn.max())]
 
 
@@ -253,7 +253,7 @@ def _raster_orders(tracer: Tracer, rows: Tensor, pieces: bool) -> Iterator[Order
             sample[order], np.repeat(np.arange(batch), len(rows) // batch)
         ):
             with contextlib.suppress(LayoutError):
-                at = at_places(y[order], x[order], batch)
+                at = _at_places(y[order], x[order], batch)
                 if len(at[0]) * batch == len(rows):
                     result = torch.full((batch, int(at[0].max()) + 1, int(at[1].max()) + 1), -1)
                     result[:, at[0], at[1]] = torch.from_numpy(order).view(batch, -1)
@@ -261,4 +261,4 @@ def _raster_orders(tracer: Tracer, rows: Tensor, pieces: bool) -> Iterator[Order
                     break
     if len(rows) % batch == 0:
         index, codes = torch.arange(len(rows)).view(batch, -1), rows.view(batch, -1, rows.shape[1]).transpose(1, 2)
-        yield from (Order(in_rows(index, *raster)) for raster in rasters(tracer, [codes], pieces))
+        yield from (Order(_in_rows(index, *raster)) for raster in rasters(tracer, [codes], pieces))

@@ -32,7 +32,7 @@ def compile_graph(graph: Graph, head: Head) -> tuple[Plan, list[Tensor]]:
         NotCausal: see `schedule`.
         ValueError: the number of output channels does not fit the head.
     """
-    colours = next(n.channels for n in graph.nodes if isinstance(n, Image))
+    colours = graph.image.channels
     assert graph.output is not None
     needed = head.num_params(colours)
     if len(graph.output.plane) != needed:
@@ -85,7 +85,7 @@ class _Packer:
             for part in self.times.parts[node.id] if type(node) not in kinds else ():
                 for start, stop in self._runs(node.id, part):
                     self._add_steps(node.id, part, start, stop)
-        image = next(n for n in self.graph.nodes if isinstance(n, Image))
+        image = self.graph.image
         output = self.graph.output
         assert output is not None
         params = self.index[int(output.plane[0])]

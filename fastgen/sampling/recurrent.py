@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastgen.sampling.graph import Image, LayoutError, Linear, Pointwise, Ref, taps_of
+from fastgen.sampling.graph import LayoutError, Linear, Pointwise, Ref, taps_of
 from fastgen.sampling.lowering import spatial
 from fastgen.sampling.orders import Order, rasters
 from fastgen.sampling.planes import pointwise_4d
@@ -172,7 +172,7 @@ def _order(tracer: Tracer, codes: Tensor) -> tuple[Order, list[Offset]]:
     """
     samples, (count, length) = tracer.graph.batch, codes.shape[:2]
     each, rows = count // samples, codes.flatten(0, 1)
-    image = next(n for n in tracer.graph.nodes if isinstance(n, Image))
+    image = tracer.graph.image
     for pieces in (False, True):
         found: list[tuple[Tensor, list[Offset]]] = []
         index = torch.arange(count * length)
