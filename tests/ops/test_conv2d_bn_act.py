@@ -32,6 +32,7 @@ class Case(NamedTuple):
         """input, weight, bias, running_mean, running_var, bn_weight, bn_bias."""
         x = torch.randn(self.shape, dtype=dtype)
         weight = torch.randn(self.out, self.shape[1] // self.options.get("groups", 1), *self.kernel, dtype=dtype)
+        weight /= weight[0].numel() ** 0.5  # so that the norm's variances are those of what it gets
         vectors = [torch.randn(self.out, dtype=dtype) for _ in range(4)]
         var = torch.rand(self.out, dtype=dtype) + 0.5
         return [x, weight, vectors[0] if bias else None, *((vectors[1], var, *vectors[2:]) if norm else (None,) * 4)]
