@@ -17,6 +17,7 @@
 #include "cpu/isa.h"
 #include "cpu/phase_plan.h"
 #include "cpu/tap_conv.h"
+#include "large_pages.h"
 
 FASTGEN_FOR_EACH_ISA(FASTGEN_DECLARE_TAP_CONV)
 FASTGEN_FOR_EACH_ISA(FASTGEN_DECLARE_CONV_TRANSPOSE2D_BN_ACT)
@@ -232,6 +233,7 @@ void run(const Plan& plan, int64_t batch, int64_t threads, uintptr_t input, cons
     call.activation = activation;
     call.parameter = static_cast<T>(parameter);
     call.output = pointer<E>(output);
+    advise_large_pages(output, batch * plan.shape.y.out_size * plan.shape.x.out_size * plan.out_channels() * sizeof(E));
     conv_kernels<E>().run(plan.get(), call, shift + line_up<T>(plan.out_channels()));
 }
 

@@ -10,13 +10,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils import parametrize
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from fastgen import ops
-from fastgen.ops.conv_block import is_transformed, is_unobserved
+from fastgen.ops.conv_block import activate, is_transformed, is_unobserved, wants_grad
 from fastgen.ops.packed_weights import kept
 
 
@@ -39,6 +40,38 @@ def _output_padding(input: Tensor, weight: Tensor, output_size: Sequence[int], o
     if any(more < 0 or more >= step for more, step in zip(extra, stride, strict=True)):
         raise ValueError(f"output_size must be within the stride of {least}, got {list(output_size)}")
     return extra[0], extra[1]
+
+
+def group_norm_act(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, *, num_groups: int, eps: float, **activation: Any
+) -> Tensor:
+    """`ops.group_norm_act`, of tensors of any number of dimensions."""
+    if input.dim() == 4:
+        return ops.group_norm_act(input, num_groups, weight, bias, eps=eps, **activation)
+    return _activate(F.group_norm(input, num_groups, weight, bias, eps), **activation)
+
+
+def instance_norm_act(
+    input: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float, **activation: Any
+) -> Tensor:
+    """The same of a group for each channel; PyTorch has errors of its own for what is no batch of images."""
+    if input.dim() == 4 and input.shape[2] * input.shape[3] > 1:
+        return ops.group_norm_act(input, input.shape[1], weight, bias, eps=eps, **activation)
+    return _activate(F.instance_norm(input, weight=weight, bias=bias, eps=eps), **activation)
+
+
+def _activate(x: Tensor, activation: str = "none", negative_slope: float = 0.01, alpha: float = 1.0) -> Tensor:
+    return activate(x, activation, alpha if activation == "elu" else negative_slope)
+
+
+def add_into(fresh: Tensor, other: Any) -> Tensor:
+    """``fresh + other``; in the memory of the first, which nobody else has, where the sum is such a tensor."""
+    alike = isinstance(other, Tensor) and other.dtype == fresh.dtype and other.shape == fresh.shape
+    if not alike or torch.compiler.is_compiling() or is_transformed() or not is_unobserved((fresh, other)):
+        return fresh + other
+    if fresh.is_inference() != other.is_inference() or wants_grad((fresh, other)):
+        return fresh + other
+    return fresh.add_(other)
 
 
 # Weights that are computed from others, constant in eval
@@ -83,6 +116,20 @@ def _may_keep(tensors: Sequence[Tensor]) -> bool:
     return not (torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors))
 
 
+def upsampling_weight(weight: Tensor, scale: tuple[int, int]) -> Tensor:
+    """Of the transposed convolution, in steps of `scale`, that is equal to a convolution of each pixel repeated so many
+    times: an output reads most pixels through several elements, whose sum is its weight.
+    """
+    return kept([weight], scale, lambda: _spread(weight, scale)) if _may_keep([weight]) else _spread(weight, scale)
+
+
+def _spread(weight: Tensor, scale: tuple[int, int]) -> Tensor:
+    flipped = weight.double().flip(2, 3).transpose(0, 1)
+    shifts = [(dy, dx) for dy in range(scale[0]) for dx in range(scale[1])]
+    parts = [F.pad(flipped, (dx, scale[1] - 1 - dx, dy, scale[0] - 1 - dy)) for dy, dx in shifts]
+    return torch.stack(parts).sum(0).to(weight.dtype)
+
+
 # Helpers of the rewritten code
 
 
@@ -97,6 +144,10 @@ def expect(value: Any, truth: bool) -> None:
     """Where the original raises an error otherwise."""
     if bool(value) is not truth:
         raise ValueError("a check in forward failed")
+
+
+def keep(path: str, name: str, value: Any) -> None:
+    """Stands for an attribute that is set; code that runs has the assignment itself."""
 
 
 def iadd(a: Any, b: Any) -> Any:

@@ -1,20 +1,38 @@
-"""Finds convolution, norm and activation in a row in a traced graph, and puts one fused call in their place."""
+"""Finds convolution, norm and activation in a row in a traced graph, and puts one fused call in their place.
+
+What a norm normalises by its input ends such a row and begins another, of norm and activation. A convolution after an
+upsampling that repeats pixels becomes a transposed one, which does not multiply the repeated ones again.
+"""
 
 from __future__ import annotations
 
-import inspect
+import operator
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
-from torch.nn.modules.conv import _ConvNd
-from torch.nn.utils import parametrizations, parametrize
+from torch import fx, nn
 
 from fastgen import ops
 from fastgen.acceleration import blocks
+from fastgen.acceleration.links import (
+    Link,
+    Skip,
+    TensorAt,
+    activation,
+    check_alike,
+    convolution,
+    even_padding,
+    input_norm,
+    input_of,
+    is_identity,
+    kind_of,
+    name_of,
+    norm,
+    silu_gate,
+    upsampling,
+)
 from fastgen.acceleration.report import Entry, Report
 from fastgen.acceleration.tracing import Trace, has_hooks
 from fastgen.acceleration.writes import written
@@ -22,45 +40,49 @@ from fastgen.ops.conv_sequence import BLOCK_TENSORS, conv_transpose2d_bn_act_seq
 from fastgen.ops.conv_transpose2d_bn_act_cpu import Options
 
 
-class _Skip(Exception):
-    """Why something is left alone."""
-
-
-class _TensorAt(NamedTuple):
-    """A parameter or buffer, or, where `module` is set, the weight that a convolution under a norm computes."""
-
-    path: str
-    values: tuple[Tensor, ...]
-    normed: bool = False
-
-
-@dataclass
-class _Link:
-    """A convolution, norm or activation: its name, tensors and options as the fused call takes them."""
-
-    path: str
-    what: str
-    tensors: list[_TensorAt | None] = field(default_factory=list)
-    options: dict[str, Any] = field(default_factory=dict)
-
-
 def fuse(trace: Trace, prefix: str) -> tuple[Report, set[str]]:
     """Rewrites the graph of the trace; also returns the paths of the modules that are no longer called."""
     report, bypassed = Report(), set()
+    _write_silu(trace)
     for node in list(trace.graph.nodes):
-        kind = _kind(node, trace)
+        kind = kind_of(node, trace)
         if kind is None:
             continue
         chain = _Chain(trace, node, prefix, report)
         try:
             chain.fuse(kind)
-        except _Skip as reason:
-            report.skipped.append(Entry(*_name(node, trace, prefix), str(reason)))
+        except Skip as reason:
+            report.skipped.append(Entry(*name_of(node, trace, prefix), str(reason)))
         else:
             bypassed |= chain.bypassed
+    if report.fused:
+        _add_in_place(trace)
     for run in _runs(trace.graph):
         _join(run, trace.graph)
     return report, bypassed
+
+
+_FUSED = (blocks.conv_transpose2d_bn_act, ops.conv2d_bn_act, blocks.group_norm_act, blocks.instance_norm_act)
+_ADDITIONS = (operator.add, torch.add, "add")
+
+
+def _add_in_place(trace: Trace) -> None:
+    """Sums are left where one of their terms is, if nobody else takes that: new memory costs more than the sum."""
+    for node in trace.graph.nodes:
+        if node.target not in _ADDITIONS or len(node.args) != 2 or node.kwargs:
+            continue
+        fresh = next((term for term in node.args if _is_fresh(term, trace) and len(term.users) == 1), None)
+        if fresh is not None and node.args[0] is not node.args[1]:
+            node.op, node.target = "call_function", blocks.add_into
+            node.args = (fresh, node.args[1] if fresh is node.args[0] else node.args[0])
+
+
+def _is_fresh(node: Any, trace: Trace) -> bool:
+    """Whether it is a tensor in memory of its own."""
+    if not isinstance(node, fx.Node):
+        return False
+    plain = node.op == "call_module" and type(trace.modules[str(node.target)]) is nn.Conv2d
+    return node.target in _FUSED or (plain and not has_hooks(trace.modules[str(node.target)]))
 
 
 def _runs(graph: fx.Graph) -> list[list[fx.Node]]:
@@ -89,6 +111,30 @@ def _join(run: list[fx.Node], graph: fx.Graph) -> None:
         graph.erase_node(node)
 
 
+def _write_silu(trace: Trace) -> None:
+    """x * sigmoid(x) as the function that it is."""
+    for node in list(trace.graph.nodes):
+        gate = silu_gate(node)
+        if gate is None or _written_between(gate, node, trace):
+            continue
+        with trace.graph.inserting_before(node):
+            silu = trace.graph.call_function(F.silu, gate.args)
+        silu.meta.update(node.meta)
+        node.replace_all_uses_with(silu)
+        trace.graph.erase_node(node)
+        trace.graph.erase_node(gate)
+
+
+def _written_between(first: fx.Node, last: fx.Node, trace: Trace) -> bool:
+    """Whether anything is written to by a node after the first and before the last."""
+    node = first.next
+    while node is not last:
+        if any(True for _ in written(node, trace)):
+            return True
+        node = node.next
+    return False
+
+
 class _Chain:
     """The nodes from a convolution to its activation, each the only user of the one before, or the first, in place."""
 
@@ -100,57 +146,106 @@ class _Chain:
 
     def fuse(self, kind: str) -> None:
         first = self.nodes[0]
-        conv, input, output_size = _convolution(first, self.trace)
-        conv.path = first_path = _name(first, self.trace, self.prefix)[0]
-        links = [conv, *self._followers()]
+        if kind == "norm":
+            link, input = input_norm(first, self.trace)
+            links = [link, *self._followers(activation)]
+            grouped = "num_groups" in link.options
+            function: Any = blocks.group_norm_act if grouped else blocks.instance_norm_act
+            self._replace(function, input, links)
+            return
+        link, input, output_size = convolution(first, self.trace)
+        links = [link, *self._followers(norm, activation)]
         if len(links) == 1 and kind == "conv2d" and self.leaves_norm:
-            raise _Skip("the norm after it is left alone, and takes it as it is")
-        if kind == "conv2d" and _is_a_product(conv.tensors[0]):
-            raise _Skip("a kernel of one element, where PyTorch is as fast")
-        _check_alike([tensor for link in links for tensor in link.tensors])
-        function = blocks.conv_transpose2d_bn_act if kind == "conv_transpose2d" else ops.conv2d_bn_act
-        options = {name: value for link in links for name, value in link.options.items()}
-        if output_size is not None:
-            options["output_size"] = output_size
-        with self.trace.graph.inserting_before(first):
+            raise Skip("the norm after it is left alone, and takes it as it is")
+        if kind == "conv_transpose2d":
+            options = {} if output_size is None else {"output_size": output_size}
+            self._replace(blocks.conv_transpose2d_bn_act, input, links, **options)
+        elif self._upsamples(input, link):
+            self._fuse_upsampling(input, links)
+        elif link.kernel == (1, 1) and not link.tensors[0].normed:
+            raise Skip("a kernel of one element, where PyTorch is as fast")
+        else:
+            self._replace(ops.conv2d_bn_act, input, links, how="in one pass, or PyTorch's where that is faster")
+
+    def _replace(
+        self, function: Any, input: Any, links: list[Link], how: str = "in one pass", scale: Any = None, **options: Any
+    ) -> fx.Node:
+        """Puts a call in the place of the nodes; with a `scale`, of weights for as many times more pixels."""
+        check_alike([tensor for link in links for tensor in link.tensors])
+        first, graph = self.nodes[0], self.trace.graph
+        options = {name: value for link in links for name, value in link.options.items()} | options
+        with graph.inserting_before(first):
             tensors = [self._fetch(tensor) for link in links for tensor in link.tensors]
-            fused = self.trace.graph.call_function(function, (input, *tensors), options)
+            if scale is not None:
+                tensors[0] = graph.call_function(blocks.upsampling_weight, (tensors[0], scale))
+            fused = graph.call_function(function, (input, *tensors), options)
+        what = " + ".join(link.what for link in links)
+        self.report.fused.append(Entry(name_of(first, self.trace, self.prefix)[0], what, how))
         for node in self.nodes:
             node.replace_all_uses_with(fused, lambda user: user not in self.nodes)
         for node in reversed(self.nodes):
-            if node.op == "call_module":
-                self.bypassed.add(str(node.target))
-            self.trace.graph.erase_node(node)
-        how = "in one pass" if kind == "conv_transpose2d" else "in one pass, or PyTorch's where that is faster"
-        self.report.fused.append(Entry(first_path, " + ".join(link.what for link in links), how))
+            self._erase(node)
+        return fused
 
-    def _followers(self) -> list[_Link]:
+    def _erase(self, node: fx.Node) -> None:
+        if node.op == "call_module":
+            self.bypassed.add(str(node.target))
+        self.trace.graph.erase_node(node)
+
+    # Upsampling
+
+    def _upsamples(self, input: Any, conv: Link) -> bool:
+        """Whether a convolution may read what comes before an upsampling, instead of its result."""
+        if upsampling(input, self.trace) is None or _written_between(input, self.nodes[0], self.trace):
+            return False
+        padding, options = even_padding(conv), conv.options
+        plain = (options["groups"], options["stride"], options["dilation"]) == (1, (1, 1), (1, 1))
+        return plain and padding is not None and all(p < k for p, k in zip(padding, conv.kernel, strict=True))
+
+    def _fuse_upsampling(self, up: fx.Node, links: list[Link]) -> None:
+        input, scale = upsampling(up, self.trace)  # type: ignore[misc]
+        kernel, padding, graph = links[0].kernel, even_padding(links[0]), self.trace.graph
+        assert padding is not None
+        if kernel == (1, 1):  # each pixel alone: repeated afterwards
+            fused = self._replace(ops.conv2d_bn_act, input, links, how="before the upsampling")
+            with graph.inserting_after(fused):
+                repeated = graph.call_function(F.interpolate, (fused,), {"scale_factor": scale})
+            fused.replace_all_uses_with(repeated, lambda user: user is not repeated)
+        else:
+            given = {"stride": scale, "output_padding": (0, 0)}
+            given["padding"] = tuple(k - 1 - p for k, p in zip(kernel, padding, strict=True))
+            how = "in one pass, as a transposed convolution of what was upsampled"
+            self._replace(blocks.conv_transpose2d_bn_act, input, links, how, scale, **given)
+        if not up.users:
+            self._erase(up)
+
+    def _followers(self, *matches: Callable[[fx.Node, Trace], Link | None]) -> list[Link]:
         """The norm and the activation, as far as they may be fused."""
         links = []
-        for match in (_norm, _activation):
+        for match in matches:
             self._pass_identities()
             try:
                 link = self._next(match)
-            except _Skip as reason:
+            except Skip as reason:
                 user = next(iter(self.nodes[-1].users))
-                self.report.skipped.append(Entry(*_name(user, self.trace, self.prefix), str(reason)))
-                self.leaves_norm = match is _norm
+                self.report.skipped.append(Entry(*name_of(user, self.trace, self.prefix), str(reason)))
+                self.leaves_norm = match is norm
                 break
             links += [link] if link else []
         return links
 
-    def _next(self, match: Callable[[fx.Node, Trace], _Link | None]) -> _Link | None:
+    def _next(self, match: Callable[[fx.Node, Trace], Link | None]) -> Link | None:
         last = self.nodes[-1]
         first = next((node for node in self.trace.graph.nodes if node in last.users), None)
         if first is None:
             return None
         if len(last.users) > 1 and last not in written(first, self.trace):  # in place, all others see what it does
             if any(_matches(match, user, self.trace) for user in last.users):
-                raise _Skip("what it takes is used elsewhere too")
+                raise Skip("what it takes is used elsewhere too")
             return None
         link = match(first, self.trace)
         if link is not None:
-            if _input(first) is not last:
+            if input_of(first) is not last:
                 return None
             self.nodes.append(first)
         return link
@@ -162,242 +257,15 @@ class _Chain:
                 return
             self.nodes.append(user)
 
-    def _fetch(self, tensor: _TensorAt | None) -> fx.Node | None:
+    def _fetch(self, tensor: TensorAt | None) -> fx.Node | None:
         if tensor is None:
             return None
         node = self.trace.graph.create_node("get_attr", tensor.path)
         return self.trace.graph.call_function(blocks.normed_weight, (node,)) if tensor.normed else node
 
 
-def _matches(match: Callable[[fx.Node, Trace], _Link | None], node: fx.Node, trace: Trace) -> bool:
+def _matches(match: Callable[[fx.Node, Trace], Link | None], node: fx.Node, trace: Trace) -> bool:
     try:
         return match(node, trace) is not None
-    except _Skip:
+    except Skip:
         return True
-
-
-# Convolutions
-
-_LAYERS: dict[Any, str] = {nn.Conv2d: "conv2d", nn.ConvTranspose2d: "conv_transpose2d"}
-_FUNCTIONS: dict[Any, str] = {F.conv2d: "conv2d", F.conv_transpose2d: "conv_transpose2d"}
-_PARAMETERS = {
-    "conv2d": {"stride": 1, "padding": 0, "dilation": 1, "groups": 1},
-    "conv_transpose2d": {"stride": 1, "padding": 0, "output_padding": 0, "groups": 1, "dilation": 1},
-}
-_OTHER_FUNCTIONS = (F.conv1d, F.conv3d, F.conv_transpose1d, F.conv_transpose3d)
-
-
-def _kind(node: fx.Node, trace: Trace) -> str | None:
-    """The kind of convolution that a node is; "other" if it is of a kind that is left alone."""
-    if node.op == "call_module":
-        module = trace.modules[str(node.target)]
-        other = "other" if isinstance(module, _ConvNd) else None
-        return _LAYERS.get(parametrize.type_before_parametrizations(module), other)
-    if node.op != "call_function":
-        return None
-    return _FUNCTIONS.get(node.target, "other" if node.target in _OTHER_FUNCTIONS else None)
-
-
-def _convolution(node: fx.Node, trace: Trace) -> tuple[_Link, Any, Any]:
-    """The convolution, its input and its output size."""
-    kind = _kind(node, trace)
-    what = _what(node, trace)
-    if kind is None or kind == "other":
-        raise _Skip("not a plain two-dimensional convolution")
-    if node.op == "call_function":
-        return *_functional(node, trace, kind, what), None
-    path = str(node.target)
-    module: Any = trace.modules[path]
-    weight = _layer_weight(module, path)
-    if module.padding_mode != "zeros":
-        raise _Skip(f"padding_mode is {module.padding_mode!r}")
-    options = {name: getattr(module, name) for name in _PARAMETERS[kind]}
-    arguments = _bind(lambda input, output_size=None: None, node)
-    link = _Link(path, what, [weight, _parameter(module, path, "bias")], options)
-    return link, arguments["input"], arguments["output_size"]
-
-
-def _layer_weight(module: torch.nn.Module, path: str) -> _TensorAt:
-    _check_mode(module)
-    if parametrize.is_parametrized(module):
-        lists: Any = module.parametrizations
-        steps = [step for name in lists for step in lists[name]]
-        if set(lists) != {"weight"} or not all(type(step) in _CONSTANT for step in steps):
-            raise _Skip("parametrised by something other than weight_norm or spectral_norm")
-        if any(step.training for step in steps):
-            raise _Skip("its spectral norm is in training mode")
-    hook = blocks.norm_hook(module)
-    hooks = has_hooks(module) and (hook is None or module._forward_hooks or module._backward_hooks)
-    if hooks or "forward" in module.__dict__:
-        raise _Skip("has hooks")
-    if hook is not None or parametrize.is_parametrized(module):
-        return _TensorAt(path, tuple(blocks.norm_sources(module)), normed=True)
-    weight = _parameter(module, path, "weight")
-    if weight is None:
-        raise _Skip("its weight is no parameter")
-    return weight
-
-
-_CONSTANT = (parametrizations._WeightNorm, parametrizations._SpectralNorm)
-
-
-def _functional(node: fx.Node, trace: Trace, kind: str, what: str) -> tuple[_Link, Any]:
-    names = ["input", "weight", "bias", *_PARAMETERS[kind]]
-    arguments = {"bias": None, **_PARAMETERS[kind], **dict(zip(names, node.args, strict=False)), **node.kwargs}
-    options = {name: _pair(arguments[name]) if name != "groups" else arguments[name] for name in _PARAMETERS[kind]}
-    if any(isinstance(value, fx.Node) for value in options.values()):
-        raise _Skip("its options are computed")
-    weight, bias = _own_tensor(arguments["weight"], trace), _own_tensor(arguments["bias"], trace)
-    if weight is None:
-        raise _Skip("it has no weight")
-    owner, _, _ = weight.path.rpartition(".")
-    _check_mode(trace.modules[owner])
-    return _Link(weight.path, what, [weight, bias], options), arguments["input"]
-
-
-def _pair(value: Any) -> Any:
-    if isinstance(value, int):
-        return (value, value)
-    value = tuple(value) if isinstance(value, list | tuple) else value
-    if isinstance(value, tuple) and any(isinstance(v, fx.Node) for v in value):
-        raise _Skip("its options are computed")
-    return value * 2 if isinstance(value, tuple) and len(value) == 1 else value
-
-
-# Norms
-
-
-def _norm(node: fx.Node, trace: Trace) -> _Link | None:
-    names = ("running_mean", "running_var", "weight", "bias")
-    if node.op == "call_function" and node.target in (F.batch_norm, F.instance_norm):
-        arguments = _bind(node.target, node)
-        if arguments.get("training", arguments.get("use_input_stats")) is not False:
-            raise _Skip("it normalises by its batch")
-        tensors = [_own_tensor(arguments[name], trace) for name in names]
-        eps = arguments["eps"]
-    elif node.op == "call_module" and isinstance(trace.modules[str(node.target)], nn.modules.batchnorm._NormBase):
-        path = str(node.target)
-        module: Any = trace.modules[path]
-        if type(module) not in (nn.BatchNorm2d, nn.InstanceNorm2d):
-            raise _Skip("not a plain two-dimensional norm")
-        _check_mode(module)
-        if has_hooks(module) or "forward" in module.__dict__:
-            raise _Skip("has hooks")
-        if type(module) is nn.InstanceNorm2d and not module.track_running_stats:
-            raise _Skip("it normalises by its input")
-        tensors, eps = [_parameter(module, path, name) for name in names], module.eps
-    else:
-        return None
-    if tensors[0] is None or tensors[1] is None:
-        raise _Skip("it has no running statistics and normalises by its batch")
-    return _Link("", _what(node, trace), tensors, {"eps": eps})
-
-
-# Activations
-
-_ACTIVATIONS: dict[Any, tuple[str, str | None, float]] = {
-    **dict.fromkeys((nn.ReLU, F.relu, F.relu_, torch.relu, torch.relu_, "relu", "relu_"), ("relu", None, 0.0)),
-    **dict.fromkeys((nn.Tanh, torch.tanh, torch.tanh_, "tanh", "tanh_"), ("tanh", None, 0.0)),
-    **dict.fromkeys((nn.Sigmoid, torch.sigmoid, torch.sigmoid_, "sigmoid", "sigmoid_"), ("sigmoid", None, 0.0)),
-    **dict.fromkeys((nn.LeakyReLU, F.leaky_relu, F.leaky_relu_), ("leaky_relu", "negative_slope", 0.01)),
-    **dict.fromkeys((nn.ELU, F.elu, F.elu_), ("elu", "alpha", 1.0)),
-}
-
-
-def _activation(node: fx.Node, trace: Trace) -> _Link | None:
-    module = trace.modules[str(node.target)] if node.op == "call_module" else None
-    key: Any = node.target if module is None else type(module)
-    if node.op not in ("call_module", "call_function", "call_method") or key not in _ACTIVATIONS:
-        if module is not None and type(module).__module__ == "torch.nn.modules.activation":
-            raise _Skip("no fused form of this activation")
-        return None
-    name, option, default = _ACTIVATIONS[key]
-    options: dict[str, Any] = {"activation": name}
-    if module is not None:
-        if has_hooks(module) or "forward" in module.__dict__:
-            raise _Skip("has hooks")
-        _check_mode(module)
-    if option is not None:
-        given = node.args[1] if len(node.args) > 1 else node.kwargs.get(option, default)
-        options[option] = given if module is None else getattr(module, option)
-        if not isinstance(options[option], int | float):
-            raise _Skip(f"its {option} is computed")
-    return _Link("", _what(node, trace), [], options)
-
-
-_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
-
-
-def is_identity(node: fx.Node, trace: Trace) -> bool:
-    """Dropout and the like in eval."""
-    if node.op == "call_module":
-        module = trace.modules[str(node.target)]
-        passes = type(module) is nn.Identity or (type(module) in _DROPOUTS and not module.training)
-        return passes and not has_hooks(module) and "forward" not in module.__dict__
-    if node.op == "call_function" and node.target in (F.dropout, F.dropout2d):
-        arguments = _bind(node.target, node)
-        return arguments["training"] is False and isinstance(arguments["p"], int | float)
-    return False
-
-
-# What they share
-
-
-def _check_mode(module: torch.nn.Module) -> None:
-    if module.training:
-        norm = isinstance(module, nn.modules.batchnorm._NormBase)
-        raise _Skip("in training mode" + (": it normalises by its batch" if norm else ""))
-
-
-def _check_alike(tensors: list[_TensorAt | None]) -> None:
-    values = [value for tensor in tensors if tensor is not None for value in tensor.values]
-    if any(torch.nn.parameter.is_lazy(value) for value in values):
-        raise _Skip("not initialised yet")
-    kinds = {(value.dtype, value.device) for value in values}
-    if len(kinds) > 1 or not values[0].is_floating_point():
-        raise _Skip(
-            "its tensors are not of one floating dtype and device: " + ", ".join(map(str, sorted(kinds, key=str)))
-        )
-
-
-def _parameter(module: torch.nn.Module, path: str, name: str) -> _TensorAt | None:
-    value = getattr(module, name)
-    return None if value is None else _TensorAt(f"{path}.{name}".lstrip("."), (value,))
-
-
-def _own_tensor(node: Any, trace: Trace) -> _TensorAt | None:
-    if node is None:
-        return None
-    if not isinstance(node, fx.Node) or node.op != "get_attr":
-        raise _Skip("its weights are computed in forward")
-    owner, _, name = str(node.target).rpartition(".")
-    return _TensorAt(str(node.target), (getattr(trace.modules[owner], name),))
-
-
-def _bind(function: Any, node: fx.Node) -> dict[str, Any]:
-    bound = inspect.signature(function).bind(*node.args, **node.kwargs)
-    bound.apply_defaults()
-    return bound.arguments
-
-
-def _is_a_product(weight: _TensorAt | None) -> bool:
-    return weight is not None and not weight.normed and tuple(weight.values[0].shape[2:]) == (1, 1)
-
-
-def _input(node: fx.Node) -> Any:
-    return node.args[0] if node.args else node.kwargs.get("input")
-
-
-def _what(node: fx.Node, trace: Trace) -> str:
-    if node.op == "call_module":
-        return parametrize.type_before_parametrizations(trace.modules[str(node.target)]).__name__
-    return node.target if isinstance(node.target, str) else node.target.__name__
-
-
-def _name(node: fx.Node, trace: Trace, prefix: str) -> tuple[str, str]:
-    """Where and what, for the report; a function is where its weight is, else where it is called."""
-    path = str(node.target) if node.op == "call_module" else node.meta["caller"]
-    for argument in node.args[1:2]:
-        if node.op == "call_function" and isinstance(argument, fx.Node) and argument.op == "get_attr":
-            path = str(argument.target)
-    return ".".join(filter(None, (prefix, path))).removesuffix(".weight"), _what(node, trace)

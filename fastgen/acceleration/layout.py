@@ -16,7 +16,7 @@ from torch import fx, nn
 
 from fastgen import ops
 from fastgen.acceleration import blocks
-from fastgen.acceleration.chains import is_identity
+from fastgen.acceleration.links import is_identity
 from fastgen.acceleration.tracing import Trace
 from fastgen.acceleration.writes import IN_PLACE, written
 from fastgen.ops.conv_sequence import conv_transpose2d_bn_act_sequence
@@ -44,9 +44,13 @@ _LAYERS = (
     *(nn.GroupNorm, nn.PixelShuffle, nn.Identity, nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d),
     *_ACTIVATIONS,
 )
-_BLOCKS = {blocks.conv_transpose2d_bn_act, conv_transpose2d_bn_act_sequence, ops.conv2d_bn_act}
+_BLOCKS = {
+    *(blocks.conv_transpose2d_bn_act, conv_transpose2d_bn_act_sequence, ops.conv2d_bn_act),
+    *(blocks.group_norm_act, blocks.instance_norm_act),
+}
 _NEW = {  # return new memory
     *_BLOCKS,
+    blocks.add_into,
     *(operator.add, operator.sub, operator.mul, operator.truediv, operator.neg, F.conv2d, F.conv_transpose2d),
     *(torch.add, torch.sub, torch.mul, torch.div, torch.cat, torch.concat, torch.tanh, torch.sigmoid, torch.relu),
     *(F.batch_norm, F.instance_norm, F.pad, F.interpolate, F.avg_pool2d, F.gelu, F.softplus, F.tanh, F.sigmoid),

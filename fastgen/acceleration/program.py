@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from fastgen import backends
+from fastgen.acceleration import blocks
 from fastgen.acceleration.states import guarded, state, unchanged
 from fastgen.acceleration.tracing import HOOKS, arguments
 
@@ -45,8 +46,12 @@ def _with_direct_paths(text: str, graph: fx.Graph, root: torch.nn.Module) -> str
 
     That is Python code, called for each name in a path; for one image it takes as long as a small layer.
     """
-    places = {}
+    places, kept = {}, {}
     for node in graph.nodes:
+        if node.target is blocks.keep:
+            path, name, value = node.args
+            members = "".join(f"._modules[{part!r}]" for part in path.split(".") if part)
+            kept[f"    {node.name}"] = f"self{members}.{name}", value.name
         if node.op != "get_attr":
             continue
         *path, name = str(node.target).split(".")
@@ -68,6 +73,9 @@ def _with_direct_paths(text: str, graph: fx.Graph, root: torch.nn.Module) -> str
                     at[here] = f"{prefix}{len(at)}"
                     lines.append(f"    {at[here]} = {at[tuple(path[:i])]}._modules[{part!r}]")
             line = f"{assigned} = {at[tuple(path)]}{member}"
+        elif assigned in kept:
+            attribute, value = kept[assigned]
+            line = f"    {attribute} = {value};{line.partition(';')[2]}"
         lines.append(line)
     return "\n".join(lines)
 
@@ -145,17 +153,22 @@ class Program:
         parameters = inspect.signature(type(root).forward).parameters
         self.positional = sum(parameters[name].kind is not inspect.Parameter.KEYWORD_ONLY for name in self.defaults)
         self.states: list[tuple[torch.nn.Module, dict[str, Any]]] = []
+        self.changing: list[tuple[torch.nn.Module, dict[str, Any]]] = []  # of modules that get further attributes
         self.guards: list[_Guard] = []
         self.told = False
         self._seen: Any = None
         self._compile()
 
-    def watch(self, paths: Iterable[str]) -> None:
-        """From now on the modules there must stay as they are."""
+    def watch(self, paths: Iterable[str], kept: Iterable[tuple[str, str]] = ()) -> None:
+        """From now on the modules there must stay as they are, but for the attributes that the code itself sets."""
         places = sorted({place for path in paths for place in _places(path)})
         self._seen = None  # it refers to the states
-        self.states = [(module, state(module)) for module in map(self.root.get_submodule, places)]
-        self.guards = [_Guard.of(place, *was) for place, was in zip(places, self.states, strict=True)]
+        self.states, self.changing = [], []
+        for place in places:
+            module, names = self.root.get_submodule(place), {name for path, name in kept if path == place}
+            before = {name: value for name, value in state(module).items() if name not in names}
+            (self.changing if names else self.states).append((module, before))
+            self.guards.append(_Guard.of(place, module, before))
         self._look()
 
     def _look(self) -> None:
@@ -216,7 +229,8 @@ class Program:
         if torch.nn.modules.module._has_any_global_hook():
             return False
         still = self._seen is not None and self._seen.still()
-        return (still or all(unchanged(module, before) for module, before in self.states)) and self._kinds_hold()
+        to_see = self.changing if still else self.states + self.changing
+        return all(unchanged(module, before) for module, before in to_see) and self._kinds_hold()
 
     def _holds_compiled(self) -> bool:
         """`_holds` for ``torch.compile``, which makes guards of what it sees compared."""

@@ -54,11 +54,11 @@ def accelerate(module: nn.Module) -> nn.Module:
     result = _copy(module)
     report = Report()
     programs = list(_programs(result, report))
-    for program, _ in programs:
+    for program, *_ in programs:
         program.root.__dict__["forward"] = program.forward
     result.fastgen_report = report  # type: ignore[assignment]
-    for program, watched in programs:
-        program.watch(watched)
+    for program, watched, kept in programs:
+        program.watch(watched, kept)
     return result
 
 
@@ -78,8 +78,11 @@ def _copy(module: nn.Module) -> nn.Module:
     return result
 
 
-def _programs(root: nn.Module, report: Report) -> Iterator[tuple[Program, set[str]]]:
-    """Programs for the root and every container in it, for each may be called alone, with the paths to watch."""
+_Watched = tuple[Program, set[str], set[tuple[str, str]]]  # paths, and attributes there that may change
+
+
+def _programs(root: nn.Module, report: Report) -> Iterator[_Watched]:
+    """Programs for the root and every container in it, for each may be called alone, with what to watch."""
     reasons: dict[str, str] = {}
     for path, part in root.named_modules():
         if not is_torch_layer(part) and any(_may_convolve(inner) for inner in part.modules()):
@@ -109,10 +112,11 @@ def _has_kernels(module: nn.Module) -> bool:
     return any(not is_lazy(weight) and weight.dim() >= 4 for weight in module.parameters(recurse=False))
 
 
-def _program(part: nn.Module, path: str, report: Report, reasons: dict[str, str]) -> Iterator[tuple[Program, set[str]]]:
+def _program(part: nn.Module, path: str, report: Report, reasons: dict[str, str]) -> Iterator[_Watched]:
     sources: dict[tuple[str, ...], Source] = {}
     kinds: dict[tuple[str, str], Any] = {}
     watched: set[str] = {""}
+    kept: set[tuple[str, str]] = set()
     try:
         choices = variants(part)
     except Untraceable as reason:
@@ -131,5 +135,6 @@ def _program(part: nn.Module, path: str, report: Report, reasons: dict[str, str]
             sources[names] = Source.of(traced.graph, part)
             watched |= traced.inlined | traced.read | bypassed
             kinds |= traced.kinds
+            kept |= traced.kept
     if sources:
-        yield Program(part, sources, kinds), watched
+        yield Program(part, sources, kinds), watched, kept

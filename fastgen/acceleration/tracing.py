@@ -13,6 +13,7 @@ import copy
 import dis
 import functools
 import inspect
+import operator
 import random
 import sys
 import threading
@@ -61,7 +62,8 @@ class Trace:
 
     `inlined` holds the paths of the submodules whose forward is part of the graph, `opaque` those that are one node and
     why, `read` those that the forward took something from. `kinds` are the dtypes and devices of parameters and buffers
-    that it decided by, by the path of the tensor and the name.
+    that it decided by, by the path of the tensor and the name. `kept` are the attributes, path and name, that it keeps
+    the shape of a tensor in.
     """
 
     graph: fx.Graph
@@ -70,6 +72,7 @@ class Trace:
     opaque: dict[str, str] = field(default_factory=dict)
     read: set[str] = field(default_factory=set)
     kinds: dict[tuple[str, str], Any] = field(default_factory=dict)
+    kept: set[tuple[str, str]] = field(default_factory=set)
 
 
 def trace(module: torch.nn.Module, tensors: Sequence[str]) -> Trace:
@@ -97,7 +100,7 @@ def trace(module: torch.nn.Module, tensors: Sequence[str]) -> Trace:
     modules = dict(skeleton.named_modules())
     read = {path for path, part in modules.items() if part in tracer.read and not _is_within(path, tracer.opaque)}
     read |= {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
-    return Trace(graph, modules, tracer.inlined, tracer.opaque, read, tracer.kinds)
+    return Trace(graph, modules, tracer.inlined, tracer.opaque, read, tracer.kinds, tracer.kept)
 
 
 def _record_in_all_modes(module: torch.nn.Module, tensors: Sequence[str]) -> tuple[_Tracer, fx.Graph]:
@@ -129,10 +132,12 @@ def _record(
 ) -> tuple[_Tracer, fx.Graph]:
     gradients, inference, autocast = mode
     tracer = _Tracer(tensors, opaque)
+    attributes = {part: dict(part.__dict__) for part in before}
     with torch.inference_mode(inference), torch.set_grad_enabled(gradients), _autocast(autocast):
         tracer.ambient = _ambient()
         with _recorded_factories(tracer), _Recorder(tracer):
             graph = tracer.trace(module)
+            _record_kept_shapes(tracer, graph, attributes)
     for part, was in before.items():
         if not unchanged(part, was) or len(part.__dict__) > len(was):
             new = ", ".join(name for name in part.__dict__ if name not in was)
@@ -140,6 +145,45 @@ def _record(
     if any(_writes_to_own_tensor(node) for node in graph.nodes):
         raise fx.proxy.TraceError("it changes its parameters or buffers")
     return tracer, graph
+
+
+def _record_kept_shapes(tracer: _Tracer, graph: fx.Graph, attributes: dict[torch.nn.Module, dict[str, Any]]) -> None:
+    """As in ``self.last_z_shape = z.shape``, where no method of the module looks at it: the forward has not, either."""
+    (output,) = [node for node in graph.nodes if node.op == "output"]
+    kinds = {type(part) for part in attributes if not is_torch_layer(part)}
+    read = {name for kind in kinds for name in _names_read(kind)}
+    for path, part in tracer.root.named_modules():
+        was = attributes[part]
+        for name, value in list(part.__dict__.items()):
+            if value is was.get(name) or not isinstance(value, fx.Proxy) or name in read:
+                continue
+            with graph.inserting_before(output):
+                if not _is_shape(value.node):
+                    continue
+                graph.call_function(blocks.keep, (path, name, value.node)).meta["caller"] = path
+            tracer.kept.add((path, name))
+            if name in was:
+                part.__dict__[name] = was[name]
+            else:
+                del part.__dict__[name]
+
+
+def _is_shape(node: fx.Node) -> bool:
+    if node.op == "call_method":
+        return node.target == "size" and len(node.args) == 1 and not node.kwargs
+    return node.target is getattr and node.args[1] == "shape"
+
+
+@functools.cache
+def _names_read(kind: type) -> set[str]:
+    """The attributes that code of a class loads, of whatever."""
+    functions = [value for base in kind.__mro__[:-2] for value in vars(base).values() if hasattr(value, "__code__")]
+    codes, names = [function.__code__ for function in functions], set()
+    while codes:
+        code = codes.pop()
+        names |= {step.argval for step in dis.get_instructions(code) if step.opname in ("LOAD_ATTR", "LOAD_METHOD")}
+        codes += [inner for inner in code.co_consts if isinstance(inner, type(code))]
+    return names
 
 
 def _difference(graph: fx.Graph, other: fx.Graph) -> Iterator[str]:
@@ -264,6 +308,19 @@ class _Symbol(fx.Proxy):
         self.tracer.create_proxy("call_function", blocks.expect, (self, truth), {})
         return truth
 
+    def _known_size(self) -> int:
+        """Of a number of channels, which the layer before decides, where Python code asks for an integer or a float."""
+        size = _channels(self.node, self.tracer.root)  # type: ignore[attr-defined]
+        if size is None:
+            raise fx.proxy.TraceError("it makes a number of a size, which is not recorded")
+        return size
+
+    def __int__(self) -> int:
+        return self._known_size()
+
+    def __float__(self) -> float:
+        return float(self._known_size())
+
     def _refuse_parts(self) -> None:
         """Of a module that is one node, as nothing shows whether they are those of a tensor."""
         if not isinstance(self, Attribute) and self.node.target is blocks.tensor:
@@ -289,6 +346,29 @@ class _Symbol(fx.Proxy):
 
     __ifloordiv__ = __imod__ = __ipow__ = __iand__ = __ior__ = __ixor__ = __imatmul__ = _refuse_in_place
     __ilshift__ = __irshift__ = _refuse_in_place
+
+
+_CHANNELS: dict[type, str] = {
+    **dict.fromkeys((torch.nn.Conv2d, torch.nn.ConvTranspose2d), "out_channels"),
+    **{torch.nn.BatchNorm2d: "num_features", torch.nn.GroupNorm: "num_channels"},
+}
+
+
+def _channels(node: fx.Node, root: torch.nn.Module) -> int | None:
+    """The number that ``x.shape[1]``, or ``x.size(1)`` or ``x.size()[1]``, is of the result of a layer."""
+    if node.target == "size" and node.args[1:] == (1,):
+        source: Any = node.args[0]
+    elif node.target is operator.getitem and node.args[1] == 1:
+        shape: Any = node.args[0]
+        if not (shape.target == "size" and len(shape.args) == 1) and not (
+            shape.target is getattr and shape.args[1] == "shape"
+        ):
+            return None
+        source = shape.args[0]
+    else:
+        return None
+    layer = root.get_submodule(str(source.target)) if source.op == "call_module" else None
+    return getattr(layer, _CHANNELS[type(layer)]) if type(layer) in _CHANNELS else None
 
 
 class _Attribute(_Symbol, Attribute):
@@ -386,6 +466,7 @@ class _Tracer(fx.Tracer):
         self.opaque: dict[str, str] = {}
         self.read: set[torch.nn.Module] = set()
         self.kinds: dict[tuple[str, str], Any] = {}
+        self.kept: set[tuple[str, str]] = set()
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return _Symbol(node, self)

@@ -69,7 +69,7 @@ def kept(tensors: Sequence[Tensor | None], option: Any, compute: Callable[[], An
     if entry is None or entry[0] != state:
         if len(entries) >= _MAX_COMPUTED:
             entries.clear()
-        with torch.no_grad():
+        with torch.no_grad(), torch.inference_mode(False):  # so that the result has a version counter, too
             entry = entries[key] = (state, compute())
     return entry[1]
 
