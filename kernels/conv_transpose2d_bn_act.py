@@ -25,6 +25,7 @@ from fastgen.kernels.tap_gemm import (
     activate,
     channels_last,
     empty_sums,
+    normal_cdf,
     normalise,
     packed,
     tap_gemm,
@@ -78,6 +79,12 @@ def _derivative(x, ACTIVATION: tl.constexpr, parameter):
     elif ACTIVATION == "sigmoid":
         e = exp(-tl.abs(x))
         return e / ((1.0 + e) * (1.0 + e))
+    elif ACTIVATION == "silu":
+        e = exp(-tl.abs(x))
+        y = tl.where(x < 0, e, 1.0) / (1.0 + e)
+        return y * (1.0 + x * (1.0 - y))
+    elif ACTIVATION == "gelu":
+        return normal_cdf(x) + x * exp(-0.5 * x * x) * 0.3989422804014327
     else:
         return x * 0.0 + 1.0
 

@@ -70,7 +70,19 @@ def activate(x, ACTIVATION: tl.constexpr, parameter):
         x = tanh(x)
     elif ACTIVATION == "sigmoid":
         x = 1.0 / (1.0 + exp(-x))
+    elif ACTIVATION == "silu":
+        e = exp(-tl.abs(x))
+        # `exp` ends above 0, which would make -inf of the NaN that PyTorch has at -inf.
+        x = tl.where(x < -104.0, x * 0.0, x * tl.where(x < 0, e, 1.0) / (1.0 + e))
+    elif ACTIVATION == "gelu":
+        x = x * normal_cdf(x)
     return x
+
+
+@triton.jit
+def normal_cdf(x):
+    """The distribution function of the standard normal."""
+    return 0.5 + 0.5 * tl.erf(x * 0.7071067811865476)
 
 
 @triton.jit

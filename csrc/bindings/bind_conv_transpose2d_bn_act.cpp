@@ -606,7 +606,9 @@ void bind_conv_transpose2d_bn_act(pybind11::module_& module) {
         .value("leaky_relu", Activation::leaky_relu)
         .value("elu", Activation::elu)
         .value("tanh", Activation::tanh)
-        .value("sigmoid", Activation::sigmoid);
+        .value("sigmoid", Activation::sigmoid)
+        .value("silu", Activation::silu)
+        .value("gelu", Activation::gelu);
     module.def("worthwhile_threads", &worthwhile_threads, py::arg("positions"), py::arg("weights"), py::arg("threads"),
                "at most `threads`, where each of the positions meets all of the weights");
     module.def("fingerprint", &fingerprint, py::arg("data"), py::arg("bytes"));

@@ -2,10 +2,11 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 namespace fastgen {
 
-enum class Activation : int32_t { none, relu, leaky_relu, elu, tanh, sigmoid };
+enum class Activation : int32_t { none, relu, leaky_relu, elu, tanh, sigmoid, silu, gelu };
 
 }  // namespace fastgen
 
@@ -35,7 +36,27 @@ FASTGEN_INLINE void with_activation(Activation activation, const Body& body) {
             return body(ActivationTag<Activation::tanh>{});
         case Activation::sigmoid:
             return body(ActivationTag<Activation::sigmoid>{});
+        case Activation::silu:
+            return body(ActivationTag<Activation::silu>{});
+        case Activation::gelu:
+            return body(ActivationTag<Activation::gelu>{});
     }
+}
+
+// x sigmoid(x). Where that is subnormal, a sigmoid of 0 is as good: x times it is nearly 0, and NaN at -inf.
+FASTGEN_INLINE Vec<float> silu(Vec<float> x) {
+    const Vec<float> one = broadcast(1.0f), e = exp_flushed(-abs(x));
+    return x * where(x < Vec<float>{}, e, one) / (one + e);
+}
+
+FASTGEN_INLINE Vec<double> silu(Vec<double> x) { return x * sigmoid(x); }
+
+// The distribution function of the standard normal.
+template <class V>
+FASTGEN_INLINE V normal_cdf(V x) {
+    using T = std::decay_t<decltype(x[0])>;
+    const V half = V{} + T(0.5);
+    return fma(half, erf(x * T(0.70710678118654752)), half);
 }
 
 // `parameter` is the negative slope of a leaky ReLU and the alpha of an ELU.
@@ -51,6 +72,8 @@ FASTGEN_INLINE V activate(V x, V parameter) {
     }
     if constexpr (A == Activation::tanh) return tanh(x);
     if constexpr (A == Activation::sigmoid) return sigmoid(x);
+    if constexpr (A == Activation::silu) return silu(x);
+    if constexpr (A == Activation::gelu) return x * normal_cdf(x);
     return x;
 }
 
@@ -67,6 +90,15 @@ FASTGEN_INLINE V activation_gradient(V x, V parameter) {
     if constexpr (A == Activation::sigmoid) {
         const V y = sigmoid(x);
         return y * (one - y);
+    }
+    if constexpr (A == Activation::silu) {
+        const V y = sigmoid(x);
+        return y * fma(x, one - y, one);
+    }
+    if constexpr (A == Activation::gelu) {
+        using T = std::decay_t<decltype(x[0])>;
+        const V density = exp(x * x * T(-0.5)) * T(0.39894228040143268);
+        return fma(x, density, normal_cdf(x));
     }
     return one;
 }

@@ -14,8 +14,8 @@ class ConvTransposeBNAct(torch.nn.Sequential):
 
     It is the `Sequential(ConvTranspose2d, BatchNorm2d, activation)` that it replaces, computed at once: same members,
     same initialisation, and the state dicts load both ways ("0.weight", "1.running_mean", ...).  A member that was
-    replaced by one of another class, or that has hooks (spectral norm in the old way), makes the layer run its members
-    in turn.
+    replaced by one of another class (or by an approximate GELU), or that has hooks (spectral norm in the old way),
+    makes the layer run its members in turn.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, bias, dilation: as in
@@ -103,16 +103,20 @@ _ACTIVATIONS = {
     "elu": torch.nn.ELU,
     "tanh": torch.nn.Tanh,
     "sigmoid": torch.nn.Sigmoid,
+    "silu": torch.nn.SiLU,
+    "gelu": torch.nn.GELU,
 }
 _NAMES = {module: name for name, module in _ACTIVATIONS.items()}
 
 
 def _is_fusible(members: Iterable[torch.nn.Module]) -> bool:
-    """Whether the members are as they were made: the classes alone, and no hooks."""
+    """Whether the members are as they were made: the classes alone, a GELU that is not approximate, and no hooks."""
     members = list(members)
     kinds = [type(member) for member in members]
     wanted = [torch.nn.ConvTranspose2d, *([torch.nn.BatchNorm2d] if torch.nn.BatchNorm2d in kinds else [])]
     fits = kinds == wanted or (kinds[:-1] == wanted and kinds[-1] in _NAMES)
+    if any(getattr(member, "approximate", "none") != "none" for member in members):
+        return False
     return fits and not any(member._forward_hooks or member._forward_pre_hooks for member in members)
 
 

@@ -26,6 +26,7 @@ from fastgen.ops.conv_block import (
     is_transformed,
     is_unobserved,
     pair,
+    signature,
     wants_grad,
 )
 from fastgen.ops.packed_weights import kept, packed_weight
@@ -77,7 +78,8 @@ def conv2d_bn_act(
         bn_weight, bn_bias: [Cout] or None, scale and shift of the BatchNorm.
         stride, padding, groups, dilation: as in `torch.nn.functional.conv2d`, with "same" and "valid".
         eps: as in `torch.nn.functional.batch_norm`.
-        activation: "none", "relu", "leaky_relu" (with negative_slope), "elu" (with alpha), "tanh" or "sigmoid".
+        activation: "none", "relu", "leaky_relu" (with negative_slope), "elu" (with alpha), "tanh", "sigmoid", "silu" or
+            "gelu" (with the error function).
 
     Returns:
         [N, Cout, H', W'], channels-last in memory where no gradient is wanted; contiguous if the input is and the
@@ -104,7 +106,7 @@ def conv2d_bn_act(
     tensors = (input, weight, bias, running_mean, running_var, bn_weight, bn_bias)
     compiling = torch.compiler.is_compiling()
     if not compiling and isinstance(input, Tensor) and goes_straight(tensors):
-        call = _served.get(_signature(tensors, options))
+        call = _served.get(signature(tensors, options))
         if call is not None:
             return call(*tensors)
     args = (*tensors, *options)
@@ -205,20 +207,12 @@ def _forward(input: Tensor, weight: Tensor, *rest: Any) -> Tensor:
         call = _folded(input, weight, options)
     if len(_served) >= _MAX_SERVED:
         _served.clear()
-    _served[_signature(tensors, options)] = call
+    _served[signature(tensors, options)] = call
     return call(*tensors)
 
 
 _MAX_SERVED = 4096
 _served: dict[tuple[Any, ...], Callable[..., Tensor]] = {}  # what serves calls like one that was checked before
-
-
-def _signature(tensors: Sequence[Tensor | None], options: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Everything that checks and preparations look at, but type, device and layout."""
-    first = tensors[0]
-    assert first is not None
-    shapes = [None if tensor is None else tensor.shape for tensor in tensors]
-    return (first.dtype, first.stride(), *shapes, options, torch.get_num_threads(), backends.native_cpu().isa())
 
 
 def _is_native_better(input: Tensor, weight: Tensor, options: Options) -> bool:
@@ -334,6 +328,10 @@ def _activate_in_place(x: Tensor, activation: str, parameter: float) -> Tensor:
         return F.leaky_relu_(x, parameter)
     if activation == "elu":
         return F.elu_(x, parameter)
+    if activation == "silu":
+        return F.silu(x, inplace=True)
+    if activation == "gelu":
+        return torch.ops.aten.gelu_(x)
     return x if activation == "none" else getattr(torch, activation + "_")(x)
 
 

@@ -1,8 +1,9 @@
-"""What `conv_transpose2d_bn_act` and `conv2d_bn_act` share: activations, checks, the short way past the dispatcher."""
+"""What convolutions and norms with activations share: these, checks, the short way past the dispatcher."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from fastgen import backends
 _dispatch_modes, _is_tracing = torch._C._len_torch_dispatch_stack, torch._C._is_tracing
 _transform = torch._C._functorch.peek_interpreter_stack
 _PLAIN, _STRIDED = (Tensor, torch.nn.Parameter), torch.strided
-ACTIVATIONS = ("none", "relu", "leaky_relu", "elu", "tanh", "sigmoid")
+ACTIVATIONS = ("none", "relu", "leaky_relu", "elu", "tanh", "sigmoid", "silu", "gelu")
 
 
 def activate(x: Tensor, activation: str, parameter: float) -> Tensor:
@@ -22,7 +23,7 @@ def activate(x: Tensor, activation: str, parameter: float) -> Tensor:
         return F.leaky_relu(x, parameter)
     if activation == "elu":
         return F.elu(x, parameter)
-    return x if activation == "none" else getattr(torch, activation)(x)
+    return x if activation == "none" else getattr(F, activation)(x)
 
 
 def pair(name: str, value: int | Sequence[int]) -> tuple[int, int]:
@@ -105,6 +106,14 @@ def goes_straight(tensors: Sequence[Tensor | None]) -> bool:
         and not torch.is_autocast_enabled("cpu")
         and not is_transformed()
     )
+
+
+def signature(tensors: Sequence[Tensor | None], options: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Of a call that goes straight everything that checks and preparations look at, but type, device and layout."""
+    first = tensors[0]
+    assert first is not None
+    shapes = [None if tensor is None else tensor.shape for tensor in tensors]
+    return (first.dtype, first.stride(), *shapes, options, torch.get_num_threads(), backends.native_cpu().isa())
 
 
 def is_transformed() -> bool:

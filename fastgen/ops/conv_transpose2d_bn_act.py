@@ -6,6 +6,7 @@ Networks", ICLR 2016, section 3.  S. Ioffe, C. Szegedy, "Batch Normalization", I
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -63,7 +64,8 @@ def conv_transpose2d_bn_act(
         stride, padding, output_padding, groups, dilation: as in `torch.nn.functional.conv_transpose2d`.
         training, momentum, eps: as in `torch.nn.functional.batch_norm`: `training` normalises by the batch and
             updates the running statistics.  It has no effect without a BatchNorm.
-        activation: "none", "relu", "leaky_relu" (with negative_slope), "elu" (with alpha), "tanh" or "sigmoid".
+        activation: "none", "relu", "leaky_relu" (with negative_slope), "elu" (with alpha), "tanh", "sigmoid", "silu" or
+            "gelu" (with the error function).
 
     Returns:
         [N, Cout, H', W'] with ``H' = (H - 1) * stride - 2 * padding + dilation * (kh - 1) + output_padding + 1``,
@@ -322,6 +324,12 @@ def _activation_gradient(x: Tensor, activation: str, parameter: float) -> Tensor
         return torch.where(x > 0, one, parameter * x.exp())
     if activation == "none":
         return one
+    if activation == "silu":
+        y = x.sigmoid()
+        return y * (1 + x * (1 - y))
+    if activation == "gelu":
+        density = (-x * x / 2).exp() / math.sqrt(2 * math.pi)
+        return (1 + (x * math.sqrt(0.5)).erf()) / 2 + x * density
     y = activate(x, activation, parameter)
     return 1 - y * y if activation == "tanh" else y * (1 - y)
 

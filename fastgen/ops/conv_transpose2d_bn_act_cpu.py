@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from fastgen import backends
+from fastgen.ops.conv_block import signature
 from fastgen.ops.packed_weights import packed_weight
 
 CPU = torch.device("cpu")  # whatever the default device is
@@ -81,7 +82,7 @@ def forward(input: Tensor, weight: Tensor, *rest: Any) -> Tensor:
         if len(_served) >= _MAX_SERVED:
             _served.clear()
         sizes = input.shape, input.stride(), input.dtype
-        call = _served[_signature(tensors, options)] = Inference(*sizes, weight, tensors[3] is not None, options)
+        call = _served[signature(tensors, options)] = Inference(*sizes, weight, tensors[3] is not None, options)
     return call(*tensors)
 
 
@@ -128,15 +129,7 @@ _served: dict[tuple[Any, ...], Inference] = {}
 
 def served(tensors: Sequence[Tensor | None], options: tuple[Any, ...]) -> Inference | None:
     """What serves a call with these options, if one like it was checked before."""
-    return _served.get(_signature(tensors, options))
-
-
-def _signature(tensors: Sequence[Tensor | None], options: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Everything that checks and preparations look at, but type, device and layout."""
-    first = tensors[0]
-    assert first is not None
-    shapes = [None if tensor is None else tensor.shape for tensor in tensors]
-    return (first.dtype, first.stride(), *shapes, options, torch.get_num_threads(), backends.native_cpu().isa())
+    return _served.get(signature(tensors, options))
 
 
 def saving(input: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:

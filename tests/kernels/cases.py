@@ -162,6 +162,8 @@ CASES: dict[str, Case] = {
     **named("256 to 128 bf16 channels-last", transposed(256, 128, 8, BFLOAT, "elu", torch.channels_last)),
     **named("128 to 64 fp32", transposed(128, 64, 8, FLOAT, "leaky_relu")),
     **named("64 to 3 fp16", transposed(64, 3, 8, HALF, "tanh")),
+    **named("128 to 64 silu", transposed(128, 64, 8, BFLOAT, "silu")),
+    **named("128 to 64 gelu", transposed(128, 64, 8, FLOAT, "gelu")),
 }
 
 PLANS: dict[str, Callable[[], None]] = {

@@ -9,7 +9,7 @@ from torch.library import opcheck
 from fastgen import backends, ops
 from fastgen.kernels import conv_transpose2d_bn_act as kernel
 from fastgen.ops.conv_transpose2d_bn_act import _backward_reference, _saving_reference
-from tests.ops.test_conv_transpose2d_bn_act import ACTIVATIONS, CASES
+from tests.ops.test_conv_transpose2d_bn_act import ACTIVATIONS, CASES, EXTREMES, Case
 
 NAMES = [
     "one of all", "k4s2p1", "k3s2p1op1", "k4s1p0 of 1x1", "stride above kernel", "sides differ", "padding crops",
@@ -72,6 +72,14 @@ def test_nan_stays_nan(activation, device):
     inferred = kernel.forward(*moved(tensors, device), *options(SMALL, activation=activation)).cpu()
     assert torch.equal(inferred.isnan(), _saving_reference(*tensors, *options(SMALL, activation=activation))[0].isnan())
     assert 0 < inferred.isnan().sum() < inferred.numel()
+
+
+@activations
+def test_extremes(activation, device):
+    x, weight = EXTREMES.view(-1, 1, 1, 1), torch.ones(1, 1, 1, 1)
+    rest = options(Case(tuple(x.shape), 1, (1, 1)), activation=activation)
+    actual = kernel.forward(x.to(device), weight.to(device), *[None] * 5, *rest).cpu()
+    torch.testing.assert_close(actual, ACTIVATIONS[activation](x.double()).float(), equal_nan=True)
 
 
 # kernel, stride, padding, output padding, input size, channels: few of them are computed in one pass over the image

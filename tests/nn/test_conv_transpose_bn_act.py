@@ -17,6 +17,8 @@ ACTIVATIONS = {
     "elu": torch.nn.ELU(0.5),
     "tanh": torch.nn.Tanh(),
     "sigmoid": torch.nn.Sigmoid(),
+    "silu": torch.nn.SiLU(),
+    "gelu": torch.nn.GELU(),
 }
 
 
@@ -56,6 +58,14 @@ def train_and_compare(layer, plain, steps=3):
 @pytest.mark.parametrize("batch_norm", [True, False], ids=["norm", "no norm"])
 def test_trains_as_the_sequential(activation, batch_norm):
     train_and_compare(*pair(activation, batch_norm))
+
+
+def test_approximate_gelu_is_not_the_exact_one():
+    layer, plain = pair("gelu")
+    for model in (layer, plain):
+        model[2].approximate = "tanh"
+    x = torch.randn(2, 5, 4, 4, dtype=torch.float64)
+    torch.testing.assert_close(layer(x), plain(x), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("momentum", [None, 0.3])
@@ -175,7 +185,7 @@ def test_compiles():
 
 
 def test_errors():
-    with pytest.raises(ValueError, match=r"activation must be one of none, relu.*got 'gelu'"):
-        nn.ConvTransposeBNAct(3, 6, 3, activation="gelu")
+    with pytest.raises(ValueError, match=r"activation must be one of none, relu.*got 'mish'"):
+        nn.ConvTransposeBNAct(3, 6, 3, activation="mish")
     with pytest.raises(ValueError, match="more than one value per channel"):
         nn.ConvTransposeBNAct(3, 6, 1)(torch.ones(1, 3, 1, 1))

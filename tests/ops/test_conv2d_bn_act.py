@@ -75,6 +75,8 @@ ACTIVATIONS = {
     "elu": lambda x: F.elu(x, 1.7),
     "tanh": torch.tanh,
     "sigmoid": torch.sigmoid,
+    "silu": F.silu,
+    "gelu": F.gelu,
 }
 
 all_cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
@@ -434,7 +436,7 @@ ERRORS = {
     "padding name": ({"padding": "full"}, ValueError, "padding must be 'same', 'valid', an integer or two, got 'full'"),
     "same, stride": ({"padding": "same", "stride": 2}, ValueError, r"padding 'same' needs stride 1, got \(2, 2\)"),
     "no output": ({"dilation": 3}, ValueError, "output would be -1 x 0: the kernel is larger"),
-    "activation": ({"activation": "gelu"}, ValueError, "activation must be one of none, relu.*; got 'gelu'"),
+    "activation": ({"activation": "mish"}, ValueError, "activation must be one of none, relu.*; got 'mish'"),
 }
 
 

@@ -113,6 +113,8 @@ ACTIVATIONS = {
     "elu": lambda x: F.elu(x, 1.7),
     "tanh": torch.tanh,
     "sigmoid": torch.sigmoid,
+    "silu": F.silu,
+    "gelu": F.gelu,
 }
 
 all_cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
@@ -466,6 +468,18 @@ def test_nan_stays_nan():
         assert output.isnan().sum() == 4 * case.out
 
 
+EXTREMES = torch.tensor([-torch.inf, -1e30, -104.0, -89.0, -14.0, -1e-30, 0.0, 1e-30, 14.0, 89.0, 1e30, torch.inf])
+
+
+@all_activations
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_activations_of_extremes(activation, dtype):
+    x, weight = EXTREMES.to(dtype).view(-1, 1, 1, 1), torch.ones(1, 1, 1, 1, dtype=dtype)
+    case = Case(tuple(x.shape), 1, (1, 1))
+    expected = ACTIVATIONS[activation](x.double()).to(dtype)
+    torch.testing.assert_close(native(case, [x, weight, *[None] * 5], activation), expected, equal_nan=True)
+
+
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_empty_batch(backend):
     case = Case((0, 4, 5, 6), 6, (4, 4), {"stride": 2})
@@ -721,13 +735,14 @@ def test_gradients_of_activations(activation, training, norm):
 @training_modes
 @pytest.mark.parametrize("name", ["k3s2p1op1", "groups", "dilation, stride"])
 @pytest.mark.parametrize("norm", [True, False], ids=["norm", "no norm"])
-def test_gradcheck(name, training, norm):
+@pytest.mark.parametrize("activation", ["tanh", "silu", "gelu"])
+def test_gradcheck(name, activation, training, norm):
     case = CASES[name]
     copies, trained = leaves_of(case.tensors(torch.float64, norm=norm))
 
     def function(*_):
         fresh = [copies[0], copies[1], copies[2], *(t if t is None else t.clone() for t in copies[3:5]), *copies[5:]]
-        return native(case, fresh, "tanh", training=training)
+        return native(case, fresh, activation, training=training)
 
     assert torch.autograd.gradcheck(function, trained, fast_mode=True)
 
@@ -908,7 +923,7 @@ ERRORS = {
     "padding": ({"padding": -1}, ValueError, "padding must be at least 0"),
     "no output": ({"padding": 4}, ValueError, "output would be -1 x 0: padding"),
     "output_padding": ({"output_padding": 1}, ValueError, "output_padding must be less than stride or dilation"),
-    "activation": ({"activation": "gelu"}, ValueError, "activation must be one of none, relu.*; got 'gelu'"),
+    "activation": ({"activation": "mish"}, ValueError, "activation must be one of none, relu.*; got 'mish'"),
     "one value": (
         {"input": torch.ones(1, 4, 1, 1), "weight": torch.ones(4, 6, 1, 1), "bn_weight": ones, "training": True},
         ValueError,
