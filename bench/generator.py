@@ -88,23 +88,25 @@ def make(kind: Callable[..., Any], *sizes: int) -> Any:
 
 
 def joined(config: Config, side: int) -> int:
-    """Pairs of an input and an output position of an axis that a kernel element joins."""
+    """Pairs of an input and an output position of an axis that a kernel element joins, of a transposed convolution."""
     return round((useful_flops(config, Layer(1, 1, 1, side)) / 2) ** 0.5)
 
 
 def flops(network: nn.Module, *calls: Sequence[Tensor]) -> int:
-    """Of the transposed convolutions, without padding."""
+    """Of the convolutions, transposed or not, without padding."""
     total = 0
 
-    def count(conv: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+    def count(conv: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
         nonlocal total
         config = Config(conv.kernel_size[0], conv.stride[0], conv.padding[0])
-        batch, channels, height, width = args[0].shape
-        total += 2 * batch * channels * output.shape[1] * joined(config, height) * joined(config, width)
+        # The inputs that an ordinary convolution joins to outputs are what a transposed one joins the other way.
+        smaller, other = (args[0], output) if isinstance(conv, nn.ConvTranspose2d) else (output, args[0])
+        batch, channels, height, width = smaller.shape
+        total += 2 * batch * channels * other.shape[1] * joined(config, height) * joined(config, width)
 
     hooked = copy.deepcopy(network)
     for module in hooked.modules():
-        if isinstance(module, nn.ConvTranspose2d):
+        if isinstance(module, nn.ConvTranspose2d | nn.Conv2d):
             module.register_forward_hook(count)
     for inputs in calls:
         infer(hooked, *inputs)

@@ -162,7 +162,7 @@ class _Chain:
             self._replace(blocks.conv_transpose2d_bn_act, input, links, **options)
         elif self._upsamples(input, link):
             self._fuse_upsampling(input, links)
-        elif link.kernel == (1, 1) and not link.tensors[0].normed:
+        elif link.kernel == (1, 1) and not (link.tensors[0] and link.tensors[0].normed):
             raise Skip("a kernel of one element, where PyTorch is as fast")
         else:
             self._replace(ops.conv2d_bn_act, input, links, how="in one pass, or PyTorch's where that is faster")

@@ -49,9 +49,9 @@ def _with_direct_paths(text: str, graph: fx.Graph, root: torch.nn.Module) -> str
     places, kept = {}, {}
     for node in graph.nodes:
         if node.target is blocks.keep:
-            path, name, value = node.args
-            members = "".join(f"._modules[{part!r}]" for part in path.split(".") if part)
-            kept[f"    {node.name}"] = f"self{members}.{name}", value.name
+            owner, attribute, value = node.args
+            steps = "".join(f"._modules[{part!r}]" for part in owner.split(".") if part)
+            kept[f"    {node.name}"] = f"self{steps}.{attribute}", value.name
         if node.op != "get_attr":
             continue
         *path, name = str(node.target).split(".")

@@ -150,7 +150,7 @@ def _record(
 def _record_kept_shapes(tracer: _Tracer, graph: fx.Graph, attributes: dict[torch.nn.Module, dict[str, Any]]) -> None:
     """As in ``self.last_z_shape = z.shape``, where no method of the module looks at it: the forward has not, either."""
     (output,) = [node for node in graph.nodes if node.op == "output"]
-    kinds = {type(part) for part in attributes if not is_torch_layer(part)}
+    kinds: set[type] = {type(part) for part in attributes if not is_torch_layer(part)}
     read = {name for kind in kinds for name in _names_read(kind)}
     for path, part in tracer.root.named_modules():
         was = attributes[part]

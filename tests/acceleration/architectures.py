@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from bench.decoder import LatentDecoder
+
 from .networks import z
 
 
@@ -309,97 +311,6 @@ def vqvae_decoder(width=8):
     return nn.Sequential(first, Residual(width), Residual(width), nn.ReLU(True), up, nn.ReLU(), last)
 
 
-class LatentBlock(nn.Module):
-    def __init__(self, inner, outer, embedding=0):
-        super().__init__()
-        self.inner, self.outer = inner, outer
-        self.norm1, self.conv1 = nn.GroupNorm(4, inner, eps=1e-6), nn.Conv2d(inner, outer, 3, 1, 1)
-        self.temb_proj = nn.Linear(embedding, outer) if embedding else None
-        self.norm2, self.dropout, self.conv2 = nn.GroupNorm(4, outer), nn.Dropout(0.1), nn.Conv2d(outer, outer, 3, 1, 1)
-        if inner != outer:
-            self.nin_shortcut = nn.Conv2d(inner, outer, 1)
-
-    def forward(self, x, temb):
-        h = self.norm1(x)
-        h = h * torch.sigmoid(h)
-        h = self.conv1(h)
-        if temb is not None:
-            h = h + self.temb_proj(temb * torch.sigmoid(temb))[:, :, None, None]
-        h = self.norm2(h)
-        h = h * torch.sigmoid(h)
-        h = self.conv2(self.dropout(h))
-        if self.inner != self.outer:
-            x = self.nin_shortcut(x)
-        return x + h
-
-
-class LatentAttention(nn.Module):
-    def __init__(self, width):
-        super().__init__()
-        self.norm = nn.GroupNorm(4, width)
-        self.q, self.k, self.v, self.proj_out = (nn.Conv2d(width, width, 1) for _ in range(4))
-
-    def forward(self, x):
-        h_ = self.norm(x)
-        q, k, v = self.q(h_), self.k(h_), self.v(h_)
-        b, c, h, w = q.shape
-        q, k = q.reshape(b, c, h * w).permute(0, 2, 1), k.reshape(b, c, h * w)
-        w_ = F.softmax(torch.bmm(q, k) * (int(c) ** (-0.5)), dim=2).permute(0, 2, 1)
-        h_ = torch.bmm(v.reshape(b, c, h * w), w_).reshape(b, c, h, w)
-        return x + self.proj_out(h_)
-
-
-class LatentUpsample(nn.Module):
-    def __init__(self, width):
-        super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, 1, 1)
-
-    def forward(self, x):
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-
-
-class LatentDecoder(nn.Module):
-    """Of VQGAN and latent diffusion: group norms, swish, attention by 1x1 convolutions, upsampling by repetition."""
-
-    def __init__(self, width=8, multiples=(1, 2), blocks=1):
-        super().__init__()
-        inner = width * multiples[-1]
-        self.conv_in, self.mid, self.up = nn.Conv2d(4, inner, 3, 1, 1), nn.Module(), nn.ModuleList()
-        self.mid.block_1, self.mid.attn_1 = LatentBlock(inner, inner), LatentAttention(inner)
-        self.mid.block_2 = LatentBlock(inner, inner)
-        for level in reversed(range(len(multiples))):
-            up = nn.Module()
-            up.block, up.attn = nn.ModuleList(), nn.ModuleList()
-            for _ in range(blocks + 1):
-                up.block.append(LatentBlock(inner, width * multiples[level]))
-                inner = width * multiples[level]
-                if level == len(multiples) - 1:
-                    up.attn.append(LatentAttention(inner))
-            if level:
-                up.upsample = LatentUpsample(inner)
-            self.up.insert(0, up)
-        self.norm_out, self.conv_out = nn.GroupNorm(4, inner), nn.Conv2d(inner, 3, 3, 1, 1)
-        self.give_pre_end = False
-
-    def forward(self, z):
-        self.last_z_shape = z.shape
-        temb = None
-        h = self.mid.block_1(self.conv_in(z), temb)
-        h = self.mid.block_2(self.mid.attn_1(h), temb)
-        for level in reversed(range(len(self.up))):
-            for i, block in enumerate(self.up[level].block):
-                h = block(h, temb)
-                if len(self.up[level].attn) > 0:
-                    h = self.up[level].attn[i](h)
-            if level != 0:
-                h = self.up[level].upsample(h)
-        if self.give_pre_end:
-            return h
-        h = self.norm_out(h)
-        h = h * torch.sigmoid(h)
-        return self.conv_out(h)
-
-
 def running(norm):
     return functools.partial(norm, affine=True, track_running_stats=True)
 
@@ -418,6 +329,6 @@ ARCHITECTURES = {
     "stylegan": lambda: (StyleGAN(), (z(6),)),
     "sagan": lambda: (sagan(), (z(6, 1, 1),)),
     "srgan": lambda: (SRResNet(), (z(3, 9, 7),)),
-    "latent": lambda: (LatentDecoder(), (z(4, 4, 3),)),
+    "latent": lambda: (LatentDecoder(8, (1, 2), latent=4, size=4, attention=4, blocks=1, groups=4), (z(4, 4, 3),)),
     "vqvae": lambda: (vqvae_decoder(), (z(5, 4, 5),)),
 }

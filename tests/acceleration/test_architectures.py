@@ -93,7 +93,7 @@ def test_training_mode_of_parts(name):
         results = [(run(network, inputs), network.state_dict()), (run(fast, inputs), fast.state_dict())]
         torch.testing.assert_close(results[1], results[0], rtol=1e-9, atol=1e-9)
         assert [module.training for module in fast.modules()] == [module.training for module in network.modules()]
-        if any(isinstance(module, nn.Dropout) for module in chosen):
+        if any(isinstance(module, nn.Dropout) and module.p > 0 for module in chosen):
             assert not torch.equal(fast(*inputs), fast(*inputs))
 
 
