@@ -200,6 +200,8 @@ class _Chain:
             return False
         padding, options = even_padding(conv), conv.options
         plain = (options["groups"], options["stride"], options["dilation"]) == (1, (1, 1), (1, 1))
+        if any(value.device.type != "cpu" for tensor in conv.tensors[:1] if tensor for value in tensor.values):
+            return False  # cuDNN's convolutions may be faster than ours by more than what they multiply in vain
         return plain and padding is not None and all(p < k for p, k in zip(padding, conv.kernel, strict=True))
 
     def _fuse_upsampling(self, up: fx.Node, links: list[Link]) -> None:
