@@ -45,8 +45,9 @@ FASTGEN_INLINE void with_activation(Activation activation, const Body& body) {
 
 // x sigmoid(x). Where that is subnormal, a sigmoid of 0 is as good: x times it is nearly 0, and NaN at -inf.
 FASTGEN_INLINE Vec<float> silu(Vec<float> x) {
-    const Vec<float> one = broadcast(1.0f), e = exp_flushed(-abs(x));
-    return x * where(x < Vec<float>{}, e, one) / (one + e);
+    const Vec<int32_t> bits = (Vec<int32_t>)x;
+    const Vec<float> one = broadcast(1.0f), e = exp_flushed((Vec<float>)(bits | ~0x7fffffff));
+    return x * where(bits < 0, e, one) / (one + e);
 }
 
 FASTGEN_INLINE Vec<double> silu(Vec<double> x) { return x * sigmoid(x); }

@@ -18,6 +18,10 @@ FASTGEN_INLINE float to_float(BFloat16 x) {
 }
 
 FASTGEN_INLINE Vec<float> load(const BFloat16* p) {
+#if defined(__AVX2__) && !defined(__AVX512F__)  // GCC 12 widens the halves of the vector apart
+    const __m256i words = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(words, 16));
+#endif
     HalfVec halves;
     __builtin_memcpy(&halves, p, sizeof halves);
     return reinterpret_cast<Vec<float>>(__builtin_convertvector(halves, Vec<int32_t>) << 16);

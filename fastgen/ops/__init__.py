@@ -5,6 +5,7 @@ from __future__ import annotations
 from fastgen.ops import philox
 from fastgen.ops.conv2d_bn_act import conv2d_bn_act
 from fastgen.ops.conv_transpose2d_bn_act import conv_transpose2d_bn_act
+from fastgen.ops.group_norm_act import group_norm_act
 from fastgen.ops.logistic_mixture_nll import logistic_mixture_nll
 from fastgen.ops.masked_conv2d import conv_mask, masked_conv2d
 from fastgen.ops.normal import normal
@@ -15,6 +16,7 @@ __all__ = [
     "conv2d_bn_act",
     "conv_mask",
     "conv_transpose2d_bn_act",
+    "group_norm_act",
     "logistic_mixture_nll",
     "masked_conv2d",
     "normal",

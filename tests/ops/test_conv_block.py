@@ -24,6 +24,10 @@ def conv2d(*tensors):
     return ops.conv2d_bn_act(*tensors, padding=1, activation="leaky_relu")
 
 
+def group_norm(*tensors):
+    return ops.group_norm_act(tensors[0], 5, *tensors[1:], activation="silu")
+
+
 def sequence(x, *tensors):
     return conv_transpose2d_bn_act_sequence(x, tensors, (PLAIN, PLAIN))
 
@@ -47,6 +51,7 @@ def calls():
         return {
             "masked_conv2d": (masked, (x, kernel, torch.randn(10))),
             "conv2d_bn_act": (conv2d, (x, kernel, *norm(10))),
+            "group_norm_act": (group_norm, (x, *torch.randn(2, 10))),
             "conv2d_bn_act, folded": (conv2d, (small, torch.randn(10, 4, 3, 3), *norm(10))),
             "conv_transpose2d_bn_act": (ops.conv_transpose2d_bn_act, (x, kernel, *norm(10))),
             "sequence": (sequence, (x, kernel, *norm(10), kernel.flip(0), *norm(10))),
