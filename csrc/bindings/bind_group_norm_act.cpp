@@ -7,6 +7,7 @@
 
 #include "cpu/group_norm_act.h"
 #include "cpu/isa.h"
+#include "large_pages.h"
 
 FASTGEN_FOR_EACH_ISA(FASTGEN_DECLARE_GROUP_NORM_ACT)
 
@@ -68,6 +69,7 @@ void run(const Sizes& shape, int64_t groups, int64_t threads, uintptr_t input, S
     job.activation = activation;
     job.parameter = static_cast<SumOf<E>>(parameter);
     job.output = pointer<E>(output);
+    advise_large_pages(output, shape[0] * shape[1] * shape[2] * shape[3] * sizeof(E));
     kernels<E>().run(job, pointer<double>(scratch));
 }
 
