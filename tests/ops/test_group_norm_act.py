@@ -214,6 +214,12 @@ def test_what_is_not_a_number(activation, value):
     assert actual.isnan().sum() == actual[1, 8:16].numel()
 
 
+def test_more_memory_than_the_allocator_keeps():
+    x = torch.randn(1, 2, 2000, 2100)
+    actual = fused([x, None, None], 1, "relu")
+    torch.testing.assert_close(actual, plain([x, None, None], 1, "relu"))
+
+
 def test_empty_batch():
     for backend in ("reference", "cpu"):
         with fastgen.backend(backend):
