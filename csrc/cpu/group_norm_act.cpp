@@ -16,6 +16,7 @@
 #include <omp.h>
 
 #include <cmath>
+#include <type_traits>
 
 #include "conv_products.h"
 #include "integers.h"
@@ -261,16 +262,16 @@ struct Norm {
         };
         for (int64_t left = elements; left > 0; left -= pitch, from += pitch, to += pitch) {
             const int64_t length = min_of(pitch, left);
-            int64_t j = 0;
-            for (; j + 2 * kLanes<T> <= length; j += 2 * kLanes<T>) {
-                const Vec<T> a = value(load(from + j), j), b = value(load(from + j + kLanes<T>), j + kLanes<T>);
-                store(to + j, a);
-                store(to + j + kLanes<T>, b);
+            const int64_t whole = length - length % kLanes<T>;
+            // Rounding has a loop of its own, so that more vectors are on their way at a time.
+            T* line = std::is_same_v<E, T> ? reinterpret_cast<T*>(to) : reinterpret_cast<T*>(own.means);
+            for (int64_t j = 0; j < whole; j += kLanes<T>) store(line + j, value(load(from + j), j));
+            if constexpr (!std::is_same_v<E, T>) {
+                for (int64_t j = 0; j < whole; j += kLanes<T>) store(to + j, load(line + j));
             }
-            for (; j + kLanes<T> <= length; j += kLanes<T>) store(to + j, value(load(from + j), j));
-            if (j == length) continue;
-            const int lanes = static_cast<int>(length - j);
-            store_n(to + j, value(load_n(from + j, lanes), j), lanes);
+            if (whole == length) continue;
+            const int lanes = static_cast<int>(length - whole);
+            store_n(to + whole, value(load_n(from + whole, lanes), whole), lanes);
         }
     }
 

@@ -67,8 +67,10 @@ def group_norm_act(
         [N, C, H, W], channels-last in memory where no gradient is wanted.
 
     Where no gradient is wanted, float32, float64 and bfloat16 run natively on the CPU: the input is read twice, the
-    second time with the activation, and nothing else is stored.  Where a gradient is wanted it is plain PyTorch, and
-    derivatives are of any order; so it is in other dtypes, under autocast and on other devices.
+    second time with the activation, and nothing else is stored.  Inputs in another layout than channels-last are copied
+    to it on the way; PyTorch's instance norm of a small contiguous map is faster, but leaves it contiguous.  Where a
+    gradient is wanted it is plain PyTorch, and derivatives are of any order; so it is in other dtypes, under autocast
+    and on other devices.
 
     A group of one element is normalised to 0, where `torch.nn.functional.group_norm` refuses a batch of one such group.
 
