@@ -154,7 +154,7 @@ def build(kind: Callable[..., Any], sizes: Sequence[int], batch: int, with_compi
 
     network = make(kind, *sizes)
     inputs = network.inputs(batch)
-    rows = tuple(x.contiguous(memory_format=torch.channels_last) for x in inputs)
+    rows = tuple(x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x for x in inputs)
     exact = infer(copy.deepcopy(network).double(), *(x.double() for x in inputs))
     providers, skipped = {}, {}
 

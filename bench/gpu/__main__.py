@@ -90,8 +90,8 @@ def plan(python: Path, facts: Facts, results: Path, rehearse: bool, commit: str)
     small = [*kernel_tests(), "-k", SMALL]
     executors = ["tests/sampling", "-m", "gpu", "-k", "executors and gated"]
     stages = [
-        [suite(20, "ceilings")],
-        [Part("build", [*build, "-e", "."], 80, environment={"FASTGEN_CUDA": "1", "FASTGEN_CUDA_ARCHS": archs})],
+        [suite(15, "ceilings")],
+        [Part("build", [*build, "-e", "."], 65, environment={"FASTGEN_CUDA": "1", "FASTGEN_CUDA_ARCHS": archs})],
         [
             tests("gpu tests of sampling", 80, *gpu, "-m", "gpu", "tests/sampling"),
             tests(
@@ -101,9 +101,10 @@ def plan(python: Path, facts: Facts, results: Path, rehearse: bool, commit: str)
         ],
         [suite(65, "sampling-cuda", needs=["gpu tests of sampling"])],
         [suite(65, "sampling-triton", needs=["gpu tests of sampling"])],
+        [suite(40, "sampling-codes-triton", needs=["gpu tests of sampling"])],
         # A generator has many tiles to compile and to time.
-        *([suite(40 if name == "generator" else 20, name, needs=[proof])] for name, proof in proofs.items()),
-        [suite(50, "generator", needs=[proofs["generator"]], compile=True)],
+        *([suite(35 if name == "generator" else 20, name, needs=[proof])] for name, proof in proofs.items()),
+        [suite(40, "generator", needs=[proofs["generator"]], compile=True)],
         [suite(35, *list(proofs)[1:], needs=proofs.values(), compile=True)],
         [
             watched("memcheck executors", memcheck, *executors),

@@ -12,12 +12,10 @@ from __future__ import annotations
 import argparse
 import copy
 import datetime
-import hashlib
 import json
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,53 +24,18 @@ import torch
 from torch import Tensor
 
 from bench import generator, logistic_mixture_nll, masked_conv2d, reparameterize
+from bench.gpu import samplers
+from bench.gpu.place import Check, Place, Row, reason
 from bench.harness import environment, gpu, measure, report, rows
 from bench.harness.case import Case, Provider, Work
 from bench.harness.ceilings import Ceilings
-from bench.sampling import plain_forward, timed
+from bench.sampling import timed
 
 SECONDS = 3.0  # for all providers of a case, without warm-up
 REHEARSAL_SECONDS = 0.05
-NAIVE_PIXELS = 4  # of the naive loop that are run
-CHECKED_IMAGES = 4
 SHARE = 64  # of the sizes of ceilings, in a rehearsal
 
-Row = dict[str, Any]
 Call = Callable[[], Any]
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where to measure, and how much.
-
-    compile: torch.compile takes part.
-    """
-
-    device: str = "cuda"
-    tiny: bool = False
-    compile: bool = False
-
-    @property
-    def modes(self) -> Sequence[str]:
-        return ("compile",) if self.compile else ("eager", "graph")
-
-    def compiled(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """By torch.compile, at the first call."""
-        if self.device == "cuda":
-            return torch.compile(function, mode="max-autotune", dynamic=False)
-        return torch.compile(function, backend="eager", dynamic=False)
-
-
-@dataclass(frozen=True)
-class Check:
-    """Something that is true or not; `run` returns what was found, JSON values."""
-
-    name: str
-    run: Callable[[], Row]
-
-
-def reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".strip()[:400]
 
 
 def peers(place: Place, mode: str, calls: dict[str, Call], flops: float, bytes: float) -> Work:
@@ -210,125 +173,16 @@ def generator_cases(place: Place) -> Iterator[Case]:
             yield Case(name, {"batch": batch}, partial(build, batch, mode), dtype="bfloat16")
 
 
-# Of fastgen's samplers: the name in rows -> precision of weights, of float32 products.
-VARIANTS = {"": ("fp32", "highest"), " tf32": ("fp32", "high"), " bf16 weights": ("bf16", "highest")}
-
-
-class Subject:
-    """PixelCNN++ at its published size, 53,659,080 parameters, with random weights, and its samplers."""
-
-    def __init__(self, backend: str, place: Place):
-        from fastgen import models
-
-        small = {"image_shape": (3, 4, 5), "num_filters": 4, "num_blocks": 1, "num_mixtures": 2}
-        self.backend, self.place = backend, place
-        self.batches = (1, 3) if place.tiny else (1, 256)
-        torch.manual_seed(0)
-        self.model = models.PixelCNNpp(**(small if place.tiny else {})).eval()
-        self.on_cpu = copy.deepcopy(self.model)
-        self.model.to(place.device)
-        self.samplers: dict[str, tuple[Any, float]] = {}  # by precision: sampler, seconds to make it
-
-    def sampler(self, precision: str) -> tuple[Any, float]:
-        import fastgen
-
-        if precision not in self.samplers:
-            options = {"backend": self.backend, "max_batch": self.batches[-1], "precision": precision}
-            self.samplers[precision] = timed(partial(fastgen.Sampler, self.model, **options))
-        return self.samplers[precision]
-
-    def naive(self, batch: int) -> None:
-        """The first pixels of the loop: a forward pass of the whole batch for each, and its draw."""
-        from fastgen.sampling.subject import make_subject
-
-        subject = make_subject(self.model, None, None, None)
-        head = subject.head
-        images = torch.zeros(batch, *subject.image_shape, dtype=torch.uint8)
-        for x in range(NAIVE_PIXELS):
-            for group in head.groups(len(images[0])):
-                params = subject.head.encode(images).to(self.place.device)
-                params = plain_forward(self.model, params)[:, group.params, 0, x].cpu()
-                uniforms = torch.rand(batch, head.num_uniforms(len(images[0])))[:, group.uniforms]
-                images[:, group.colours, 0, x] = head.draw(params, uniforms, 1.0)
-
-    def build(self, batch: int) -> Work:
-        channels, height, width = self.model.image_shape
-        images = torch.randint(256, (batch, channels, height, width), dtype=torch.uint8)
-        encoded = self.model.head.encode(images).to(self.place.device)
-        note = (
-            f"extrapolated: the first {NAIVE_PIXELS} of {height * width} pixels were drawn, with PyTorch's kernels and "
-            "PyTorch's default precision (convolutions in TF32)"
-        )
-        scale = height * width / NAIVE_PIXELS
-        providers = {
-            "naive": Provider(partial(self.naive, batch), True, scale, note),
-            "forward": Provider(partial(plain_forward, self.model, encoded), True, note="scores, draws nothing"),
-        }
-        skipped, flops, bytes = {}, 0.0, images.numel()
-        for variant, (precision, products) in VARIANTS.items():
-            name = f"fastgen {self.backend}{variant}"
-            try:
-                sampler, seconds = self.sampler(precision)
-                draw = partial(with_products, products, sampler.sample, batch)
-                _, first = timed(draw)
-            except Exception as error:  # no such executor, or one that fails: the peers are measured all the same
-                skipped[name] = reason(error)
-                continue
-            if not flops:
-                flops, bytes = sampler.plan.flops * batch, bytes + sampler.weight_bytes
-            extra = {
-                "compile_s": seconds,
-                "first_call_s": first,
-                "workspace_bytes": sampler.plan.cache_bytes * batch,
-                "weight_bytes": sampler.weight_bytes,
-                "executed_mflop_per_sample": sampler.flops / 1e6,
-            }
-            providers[name] = Provider(draw, extra=extra)
-        return Work(providers, flops, bytes, skipped)
-
-    def check(self, precision: str) -> Row:
-        """The same images as on the CPU, but for ties; the hash is to be compared with that of other executors."""
-        import fastgen
-
-        sampler, _ = self.sampler(precision)
-        images = sampler.sample(CHECKED_IMAGES)
-        expected = fastgen.Sampler(self.on_cpu, backend="cpu", precision=precision).sample(CHECKED_IMAGES)
-        found = fastgen.audit(self.on_cpu, images, precision=precision)
-        return {
-            "ok": found.ok,
-            "backend": self.backend,
-            "precision": precision,
-            "images": CHECKED_IMAGES,
-            "sha256": hashlib.sha256(images.numpy().tobytes()).hexdigest(),
-            "images_equal_to_cpu": int((images == expected).flatten(1).all(1).sum()),
-            "audit": {"mismatches": found.mismatches, "ties": found.ties, "elements": found.elements},
-        }
-
-
-def with_products(precision: str, call: Callable[..., Any], *arguments: Any) -> Any:
-    """`call` with float32 products of a precision, see `torch.set_float32_matmul_precision`."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision(precision)
-    try:
-        return call(*arguments)
-    finally:
-        torch.set_float32_matmul_precision(before)
-
-
-def sampling_cases(backend: str, place: Place) -> Iterator[Case | Check]:
-    subject = Subject(backend, place)
-    for batch in reversed(subject.batches):
-        yield Case(f"PixelCNN++, batch {batch}", {"batch": batch}, partial(subject.build, batch))
-    for precision in subject.samplers:
-        yield Check(f"PixelCNN++, images of {backend}, {precision}", partial(subject.check, precision))
-
-
 SUITES: dict[str, Callable[[Place], Iterator[Case | Check]]] = {
     "reparameterize": reparameterize_cases,
     "logistic_mixture_nll": logistic_mixture_nll_cases,
     "masked_conv2d": masked_conv2d_cases,
     "generator": generator_cases,
-    **{f"sampling-{backend}": partial(sampling_cases, backend) for backend in ("cuda", "triton", "cpu")},
+    **{
+        f"sampling-{backend}": partial(samplers.cases, samplers.Pixels, backend)
+        for backend in ("cuda", "triton", "cpu")
+    },
+    **{f"sampling-codes-{backend}": partial(samplers.cases, samplers.Codes, backend) for backend in ("triton", "cpu")},
 }
 
 

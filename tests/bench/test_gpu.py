@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bench.gpu import __main__ as command
-from bench.gpu import suites
+from bench.gpu import samplers, suites
 from bench.gpu.python import choose
 from bench.gpu.runner import Part, run, seconds_of
 from bench.harness import rows
@@ -140,15 +140,16 @@ def test_suites_on_the_cpu(compile, tmp_path, capsys):
 
 
 def test_sampling_on_the_cpu(tmp_path, capsys):
-    found = measured(tmp_path / "rows", "ceilings", "sampling-cpu", "sampling-cuda")
+    found = measured(tmp_path / "rows", "ceilings", "sampling-cpu", "sampling-codes-cpu", "sampling-cuda")
     checks = [row["check"] for row in found if "check" in row]
-    assert [(check["backend"], check["precision"]) for check in checks] == [("cpu", "fp32"), ("cpu", "bf16")]
-    assert all(check["ok"] and check["images_equal_to_cpu"] == suites.CHECKED_IMAGES for check in checks)
-    for variant in suites.VARIANTS:
+    assert [(check["backend"], check["precision"]) for check in checks] == [("cpu", "fp32"), ("cpu", "bf16")] * 2
+    assert all(check["ok"] and check["images_equal_to_cpu"] == samplers.CHECKED_IMAGES for check in checks)
+    for variant in samplers.VARIANTS:
         measurements = [row for row in found if row.get("provider") == f"fastgen cpu{variant}" and "median_s" in row]
-        assert len(measurements) == 2
+        assert len(measurements) == 4
+    assert {"naive", "forward", "cached"} <= {row.get("provider") for row in found}
     unavailable = [row for row in found if "unavailable" in row]
-    assert {row["provider"] for row in unavailable} == {f"fastgen cuda{variant}" for variant in suites.VARIANTS}
+    assert {row["provider"] for row in unavailable} == {f"fastgen cuda{variant}" for variant in samplers.VARIANTS}
     assert all("cuda" in row["unavailable"] for row in unavailable)
 
 
