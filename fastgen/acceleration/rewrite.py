@@ -23,13 +23,15 @@ def accelerate(module: nn.Module) -> nn.Module:
     The copy is of the same class, with the same members, parameters, state dict and methods; only the forward of what
     could be traced is replaced, by code that calls `fastgen.ops.conv_transpose2d_bn_act` or `conv2d_bn_act` for a
     convolution and the BatchNorm or InstanceNorm with running statistics and the activation that follow it (each of
-    them optional). Modules, functions and methods are recognised alike, through any number of containers. Weights may
-    be changed afterwards (optimiser, ``load_state_dict``, ``.to()``); packed and folded weights follow.
+    them optional), and `group_norm_act` for a group or instance norm without and its activation. On the CPU a
+    convolution after an upsampling that repeats pixels reads what was upsampled. Modules, functions and methods are
+    recognised alike, through any number of containers. Weights may be changed afterwards (optimiser,
+    ``load_state_dict``, ``.to()``); packed and folded weights follow.
 
-    Left alone is whatever is not known to be equal: norms on batch statistics, dropout in training mode, hooks, weights
-    that are computed in forward, intermediate results that are used elsewhere. What cannot be traced (control flow on
-    data, ``no_grad`` inside, another result where gradients or autocast are on) keeps its own forward, its submodules
-    are looked at one by one.
+    Left alone is whatever is not known to be equal: norms by statistics of the batch, dropout in training mode, hooks,
+    weights that are computed in forward, intermediate results that are used elsewhere. What cannot be traced (control
+    flow on data, ``no_grad`` inside, another result where gradients or autocast are on) keeps its own forward, its
+    submodules are looked at one by one.
 
     Where the copy is no longer what it was, the forward of the class runs: after ``.train()``, until ``.eval()``, and
     for good where a hook, a member or an attribute of a module that takes part was added or changed, be it a value deep

@@ -176,12 +176,14 @@ def _is_shape(node: fx.Node) -> bool:
 
 @functools.cache
 def _names_read(kind: type) -> set[str]:
-    """The attributes that code of a class loads, of whatever."""
-    functions = [value for base in kind.__mro__[:-2] for value in vars(base).values() if hasattr(value, "__code__")]
-    codes, names = [function.__code__ for function in functions], set()
+    """The attributes that code of a class may load, of whatever: it names them, or has their names as strings."""
+    members = [vars(base).values() for base in kind.__mro__ if base not in (torch.nn.Module, object)]
+    functions = [getattr(value, "fget", getattr(value, "__func__", value)) for values in members for value in values]
+    codes, names = [function.__code__ for function in functions if hasattr(function, "__code__")], set()
     while codes:
         code = codes.pop()
         names |= {step.argval for step in dis.get_instructions(code) if step.opname in ("LOAD_ATTR", "LOAD_METHOD")}
+        names |= {constant for constant in code.co_consts if isinstance(constant, str)}
         codes += [inner for inner in code.co_consts if isinstance(inner, type(code))]
     return names
 
