@@ -17,7 +17,8 @@ inline void advise_large_pages(uintptr_t data, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
     const uintptr_t begin = (data + kLargePage - 1) / kLargePage * kLargePage;
     const uintptr_t end = (data + bytes) / kLargePage * kLargePage;
-    if (bytes > 0 && begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // may be refused
+    if (bytes > 0 && begin < end)
+        madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // may be refused
 #else
     (void)data, (void)bytes;
 #endif
