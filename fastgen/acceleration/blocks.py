@@ -6,6 +6,7 @@ The blocks take tensors, never modules, so that weights keep their place in the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -45,8 +46,8 @@ def _output_padding(input: Tensor, weight: Tensor, output_size: Sequence[int], o
 def group_norm_act(
     input: Tensor, weight: Tensor | None, bias: Tensor | None, *, num_groups: int, eps: float, **activation: Any
 ) -> Tensor:
-    """`ops.group_norm_act`, of tensors of any number of dimensions."""
-    if input.dim() == 4:
+    """`ops.group_norm_act`; and what that refuses: other than images, scales of another dtype, single numbers."""
+    if input.dim() == 4 and _is_one_dtype(input, weight, bias) and math.prod(input.shape[1:]) > num_groups:
         return ops.group_norm_act(input, num_groups, weight, bias, eps=eps, **activation)
     return _activate(F.group_norm(input, num_groups, weight, bias, eps), **activation)
 
@@ -55,9 +56,13 @@ def instance_norm_act(
     input: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float, **activation: Any
 ) -> Tensor:
     """The same of a group for each channel; PyTorch has errors of its own for what is no batch of images."""
-    if input.dim() == 4 and input.shape[2] * input.shape[3] > 1:
+    if input.dim() == 4 and _is_one_dtype(input, weight, bias) and input.shape[2] * input.shape[3] > 1:
         return ops.group_norm_act(input, input.shape[1], weight, bias, eps=eps, **activation)
     return _activate(F.instance_norm(input, weight=weight, bias=bias, eps=eps), **activation)
+
+
+def _is_one_dtype(input: Tensor, *others: Tensor | None) -> bool:
+    return all(other is None or other.dtype == input.dtype for other in others)
 
 
 def _activate(x: Tensor, activation: str = "none", negative_slope: float = 0.01, alpha: float = 1.0) -> Tensor:

@@ -163,7 +163,7 @@ class Program:
         """From now on the modules there must stay as they are, but for the attributes that the code itself sets."""
         places = sorted({place for path in paths for place in _places(path)})
         self._seen = None  # it refers to the states
-        self.states, self.changing = [], []
+        self.states, self.changing, self.guards = [], [], []
         for place in places:
             module, names = self.root.get_submodule(place), {name for path, name in kept if path == place}
             before = {name: value for name, value in state(module).items() if name not in names}

@@ -256,11 +256,19 @@ def test_group_norms_of_other_than_images(shape):
     torch.testing.assert_close(fastgen.accelerate(network)(*inputs), network(*inputs))
 
 
-def test_instance_norms_of_one_pixel():
-    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.InstanceNorm2d(4)).eval()
+@pytest.mark.parametrize("norm", [nn.InstanceNorm2d(4), nn.GroupNorm(4, 4)])
+def test_norms_of_one_pixel(norm):
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), norm).eval()
     for module in (network, fastgen.accelerate(network)):
-        with pytest.raises(ValueError, match="more than 1 spatial element"):
-            module(z(3, 3, 3))
+        with pytest.raises(ValueError, match=r"more than 1 (spatial element|value per channel)"):
+            module(z(3, 3, 3, n=1))
+
+
+@torch.no_grad()
+def test_norms_in_float32_of_bfloat16():
+    network = nn.Sequential(nn.Conv2d(8, 8, 3).bfloat16(), nn.GroupNorm(2, 8), nn.SiLU()).eval()
+    x = z(8, 6, 6).bfloat16()
+    torch.testing.assert_close(fastgen.accelerate(network)(x), network(x), rtol=2e-2, atol=2e-2)
 
 
 @torch.no_grad()
