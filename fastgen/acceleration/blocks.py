@@ -71,7 +71,9 @@ def _activate(x: Tensor, activation: str = "none", negative_slope: float = 0.01,
 
 def add_into(fresh: Tensor, other: Any) -> Tensor:
     """``fresh + other``; in the memory of the first, which nobody else has, where the sum is such a tensor."""
-    alike = isinstance(other, Tensor) and other.dtype == fresh.dtype and other.shape == fresh.shape
+    if not isinstance(other, Tensor):
+        return fresh + other
+    alike = other.dtype == fresh.dtype and other.shape == fresh.shape
     if not alike or torch.compiler.is_compiling() or is_transformed() or not is_unobserved((fresh, other)):
         return fresh + other
     if fresh.is_inference() != other.is_inference() or wants_grad((fresh, other)):

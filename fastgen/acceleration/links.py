@@ -22,7 +22,7 @@ class Skip(Exception):
 
 
 class TensorAt(NamedTuple):
-    """A parameter or buffer, or, where `module` is set, the weight that a convolution under a norm computes."""
+    """A parameter or buffer, or, where `normed` is set, the weight that a convolution under a norm computes."""
 
     path: str
     values: tuple[Tensor, ...]

@@ -56,7 +56,7 @@ def assert_as_exact(network, fast, inputs):
     exact_network, exact_inputs = double(network, inputs)
     for a, b, truth in zip(*map(tree_leaves, (ours, theirs, run(exact_network, exact_inputs))), strict=True):
         error, bound = [(x.double() - truth).square().mean().sqrt() for x in (a, b)]
-        assert error <= 2 * bound + 1e-7 * truth.abs().max()
+        assert error <= 2 * bound + 2**-22 * truth.abs().max()  # of so few numbers one error may happen to be small
     assert_same_layout(ours, theirs)
 
 
