@@ -153,7 +153,7 @@ def test_batches_change_no_bit(name: str, count: int, max_batch: int) -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_the_kernel_draws_models(name: str) -> None:
     model, labels = make_model(name)
-    options = {"seed": 2**63 + 1, "start": 5, "labels": labels}
+    options = {"seed": 2**63 + 1, "start": 5, "labels": None if labels is None else labels[:4]}
     images = host_sampler(model, watch=Watch.KERNEL, size=3, share=2).sample(4, **options)
     assert_same(images, Sampler(model, backend="cpu").sample(4, **options), model, **options)
 
