@@ -113,8 +113,8 @@ class Inference:
         if not self.scratch:
             return output
         packed = packed_weight(weight, self.plan, self.threads)
-        dense = [_dense(tensor) for tensor in tensors]
-        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in dense]
+        tensors = tuple(dense(tensor) for tensor in tensors)
+        addresses = [address(tensor) for tensor in tensors]
         scratch = torch.empty(self.scratch, dtype=self.sums, device=CPU)
         self.function(
             self.plan, self.shape[0], self.threads, input.data_ptr(), self.strides, packed.data_ptr(), addresses,
@@ -211,7 +211,7 @@ class Block:
     def call(self, name: str, *args: Any) -> Any:
         """Tensors go as addresses; one that is missing or empty as 0."""
         function = getattr(backends.native_cpu(), f"{name}_{self.type}")
-        return function(*(_address(arg) if arg is None or isinstance(arg, Tensor) else arg for arg in args))
+        return function(*(address(arg) if arg is None or isinstance(arg, Tensor) else arg for arg in args))
 
     def forward_plan(self, batch_norm: bool) -> Any:
         # Minimal filtering rounds the transformed inputs and weights, too. In bfloat16 its error is 2.3 times that of
@@ -240,8 +240,8 @@ class Block:
     ) -> None:  # fmt: skip
         native, size = backends.native_cpu(), (self.output[0], self.threads)
         scratch = torch.empty(self.scratch_size(plan, strides), dtype=_sum_dtype(self.dtype), device=CPU)
-        tensors = [_dense(tensor) for tensor in tensors]
-        addresses = [_address(tensor) for tensor in tensors]
+        tensors = [dense(tensor) for tensor in tensors]
+        addresses = [address(tensor) for tensor in tensors]
         act = (eps, getattr(native.Activation, activation), parameter)
         self.call("conv_bn_act", plan, *size, image, strides, packed, addresses, *act, output, scratch)
 
@@ -253,8 +253,8 @@ class Block:
         self, name: str, conv: Tensor, more: Sequence[Tensor], norm: Tensors, options: Options, *results: Any
     ) -> None:
         """`norm`: mean, var, bn_weight, bn_bias."""
-        norm = [_dense(tensor) for tensor in norm]
-        addresses = [0, *(_address(tensor) for tensor in norm)]
+        norm = [dense(tensor) for tensor in norm]
+        addresses = [0, *(address(tensor) for tensor in norm)]
         kind = getattr(backends.native_cpu().Activation, options.activation)
         size, scratch = (self.positions, self.output[1]), self.channel_scratch()
         act = (options.eps, kind, options.parameter)
@@ -304,9 +304,9 @@ def dense_strides(shape: Sequence[int]) -> tuple[int, int, int, int]:
     return height * width * channels, 1, width * channels, channels
 
 
-def _dense(tensor: Tensor | None) -> Tensor | None:
+def dense(tensor: Tensor | None) -> Tensor | None:
     return tensor if tensor is None or tensor.is_contiguous() else tensor.contiguous()
 
 
-def _address(tensor: Tensor | None) -> int:
+def address(tensor: Tensor | None) -> int:
     return 0 if tensor is None or tensor.numel() == 0 else tensor.data_ptr()

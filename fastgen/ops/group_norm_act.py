@@ -24,7 +24,7 @@ from fastgen.ops.conv_block import (
     signature,
     wants_grad,
 )
-from fastgen.ops.conv_transpose2d_bn_act_cpu import channels_last, dense_strides
+from fastgen.ops.conv_transpose2d_bn_act_cpu import address, channels_last, dense, dense_strides
 
 _THREAD_ELEMENTS = 16384  # below, waking a thread costs more than it saves
 
@@ -163,10 +163,10 @@ def _native(input: Tensor, options: Options) -> Callable[..., Tensor]:
 
     def call(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
         output = input.new_empty_strided(shape, output_strides)  # in half the time of torch.empty
-        weight, bias = _dense(weight), _dense(bias)
+        weight, bias = dense(weight), dense(bias)
         scratch = input.new_empty(size)
         function(
-            shape, groups, threads, input.data_ptr(), strides, _address(weight), _address(bias), *act,
+            shape, groups, threads, input.data_ptr(), strides, address(weight), address(bias), *act,
             output.data_ptr(), scratch.data_ptr(),
         )  # fmt: skip
         return output
@@ -176,14 +176,6 @@ def _native(input: Tensor, options: Options) -> Callable[..., Tensor]:
 
 def _worthwhile_threads(elements: int, threads: int) -> int:
     return max(1, min(threads, elements // _THREAD_ELEMENTS))
-
-
-def _dense(tensor: Tensor | None) -> Tensor | None:
-    return tensor if tensor is None or tensor.is_contiguous() else tensor.contiguous()
-
-
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 # Registration
