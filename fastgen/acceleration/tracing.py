@@ -149,23 +149,27 @@ def _record(
 
 def _record_kept_shapes(tracer: _Tracer, graph: fx.Graph, attributes: dict[torch.nn.Module, dict[str, Any]]) -> None:
     """As in ``self.last_z_shape = z.shape``, where no method of the module looks at it: the forward has not, either."""
+    found = [
+        (path, part, name, value)
+        for path, part in tracer.root.named_modules()
+        for name, value in part.__dict__.items()
+        if isinstance(value, fx.Proxy)
+    ]
+    if not found:
+        return
     (output,) = [node for node in graph.nodes if node.op == "output"]
     kinds: set[type] = {type(part) for part in attributes if not is_torch_layer(part)}
     read = {name for kind in kinds for name in _names_read(kind)}
-    for path, part in tracer.root.named_modules():
-        was = attributes[part]
-        for name, value in list(part.__dict__.items()):
-            if value is was.get(name) or not isinstance(value, fx.Proxy) or name in read:
+    for path, part, name, value in found:
+        with graph.inserting_before(output):
+            if name in read or not _is_shape(value.node):
                 continue
-            with graph.inserting_before(output):
-                if not _is_shape(value.node):
-                    continue
-                graph.call_function(blocks.keep, (path, name, value.node)).meta["caller"] = path
-            tracer.kept.add((path, name))
-            if name in was:
-                part.__dict__[name] = was[name]
-            else:
-                del part.__dict__[name]
+            graph.call_function(blocks.keep, (path, name, value.node)).meta["caller"] = path
+        tracer.kept.add((path, name))
+        if name in attributes[part]:
+            part.__dict__[name] = attributes[part][name]
+        else:
+            del part.__dict__[name]
 
 
 def _is_shape(node: fx.Node) -> bool:
@@ -174,7 +178,6 @@ def _is_shape(node: fx.Node) -> bool:
     return node.target is getattr and node.args[1] == "shape"
 
 
-@functools.cache
 def _names_read(kind: type) -> set[str]:
     """The attributes that code of a class may load, of whatever: it names them, or has their names as strings."""
     members = [vars(base).values() for base in kind.__mro__ if base not in (torch.nn.Module, object)]
