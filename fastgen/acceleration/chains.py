@@ -160,8 +160,8 @@ class _Chain:
         if kind == "conv_transpose2d":
             options = {} if output_size is None else {"output_size": output_size}
             self._replace(blocks.conv_transpose2d_bn_act, input, links, **options)
-        elif self._upsamples(input, link):
-            self._fuse_upsampling(input, links)
+        elif (found := self._upsampled(input, link)) is not None:
+            self._fuse_upsampling(input, links, *found)
         elif link.kernel == (1, 1) and not (link.tensors[0] and link.tensors[0].normed):
             raise Skip("a kernel of one element, where PyTorch is as fast")
         else:
@@ -194,27 +194,28 @@ class _Chain:
 
     # Upsampling
 
-    def _upsamples(self, input: Any, conv: Link) -> bool:
-        """Whether a convolution may read what comes before an upsampling, instead of its result."""
-        if upsampling(input, self.trace) is None or _written_between(input, self.nodes[0], self.trace):
-            return False
-        padding, options = even_padding(conv), conv.options
-        plain = (options["groups"], options["stride"], options["dilation"]) == (1, (1, 1), (1, 1))
+    def _upsampled(self, input: Any, conv: Link) -> tuple[fx.Node, tuple[int, int], tuple[int, int]] | None:
+        """What a convolution may read instead of the result of an upsampling, the scale of that, and the padding."""
+        found, padding, options = upsampling(input, self.trace), even_padding(conv), conv.options
+        if found is None or padding is None or _written_between(input, self.nodes[0], self.trace):
+            return None
         if any(value.device.type != "cpu" for tensor in conv.tensors[:1] if tensor for value in tensor.values):
-            return False  # cuDNN's convolutions may be faster than ours by more than what they multiply in vain
-        return plain and padding is not None and all(p < k for p, k in zip(padding, conv.kernel, strict=True))
+            return None  # cuDNN's convolutions may be faster than ours by more than what they multiply in vain
+        plain = (options["groups"], options["stride"], options["dilation"]) == (1, (1, 1), (1, 1))
+        fits = all(p < k for p, k in zip(padding, conv.kernel, strict=True))
+        return (*found, padding) if plain and fits else None
 
-    def _fuse_upsampling(self, up: fx.Node, links: list[Link]) -> None:
-        input, scale = upsampling(up, self.trace)  # type: ignore[misc]
-        kernel, padding, graph = links[0].kernel, even_padding(links[0]), self.trace.graph
-        assert padding is not None
+    def _fuse_upsampling(
+        self, up: fx.Node, links: list[Link], input: fx.Node, scale: tuple[int, int], padding: tuple[int, int]
+    ) -> None:
+        kernel, graph = links[0].kernel, self.trace.graph
         if kernel == (1, 1):  # each pixel alone: repeated afterwards
             fused = self._replace(ops.conv2d_bn_act, input, links, how="before the upsampling")
             with graph.inserting_after(fused):
                 repeated = graph.call_function(F.interpolate, (fused,), {"scale_factor": scale})
             fused.replace_all_uses_with(repeated, lambda user: user is not repeated)
         else:
-            given = {"stride": scale, "output_padding": (0, 0)}
+            given: dict[str, Any] = {"stride": scale, "output_padding": (0, 0)}
             given["padding"] = tuple(k - 1 - p for k, p in zip(kernel, padding, strict=True))
             how = "in one pass, as a transposed convolution of what was upsampled"
             self._replace(blocks.conv_transpose2d_bn_act, input, links, how, scale, **given)

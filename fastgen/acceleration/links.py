@@ -31,9 +31,8 @@ class TensorAt(NamedTuple):
 
 @dataclass
 class Link:
-    """A convolution, norm or activation: its name, tensors and options as the fused call takes them."""
+    """A convolution, norm or activation: its tensors and options as the fused call takes them."""
 
-    path: str
     what: str
     tensors: list[TensorAt | None] = field(default_factory=list)
     options: dict[str, Any] = field(default_factory=dict)
@@ -83,7 +82,7 @@ def convolution(node: fx.Node, trace: Trace) -> tuple[Link, Any, Any]:
         raise Skip(f"padding_mode is {module.padding_mode!r}")
     options = {name: getattr(module, name) for name in _PARAMETERS[kind]}
     arguments = _bind(lambda input, output_size=None: None, node)
-    link = Link(path, what, [weight, _parameter(module, path, "bias")], options, module.kernel_size)
+    link = Link(what, [weight, _parameter(module, path, "bias")], options, module.kernel_size)
     return link, arguments["input"], arguments["output_size"]
 
 
@@ -122,7 +121,7 @@ def _functional(node: fx.Node, trace: Trace, kind: str, what: str) -> tuple[Link
         raise Skip("it has no weight")
     owner, _, _ = weight.path.rpartition(".")
     _check_mode(trace.modules[owner])
-    return Link(weight.path, what, [weight, bias], options, tuple(weight.values[0].shape[2:])), arguments["input"]
+    return Link(what, [weight, bias], options, tuple(weight.values[0].shape[2:])), arguments["input"]
 
 
 def _pair(value: Any) -> Any:
@@ -145,7 +144,7 @@ def _uses_statistics(node: fx.Node) -> bool:
 
 def input_norm(node: fx.Node, trace: Trace) -> tuple[Link, Any]:
     """A norm by the groups or channels of each image, and its input."""
-    path, options = "", {}
+    options: dict[str, Any] = {}
     if node.op == "call_module":
         path = str(node.target)
         module: Any = trace.modules[path]
@@ -166,7 +165,7 @@ def input_norm(node: fx.Node, trace: Trace) -> tuple[Link, Any]:
             options["num_groups"] = arguments["num_groups"]
     if not isinstance(options.get("num_groups", 1), int) or not isinstance(eps, int | float):
         raise Skip("its options are computed")
-    return Link(path, what_is(node, trace), tensors, {**options, "eps": eps}), input
+    return Link(what_is(node, trace), tensors, {**options, "eps": eps}), input
 
 
 def norm(node: fx.Node, trace: Trace) -> Link | None:
@@ -193,7 +192,7 @@ def norm(node: fx.Node, trace: Trace) -> Link | None:
         return None
     if tensors[0] is None or tensors[1] is None:
         raise Skip("it has no running statistics and normalises by its batch")
-    return Link("", what_is(node, trace), tensors, {"eps": eps})
+    return Link(what_is(node, trace), tensors, {"eps": eps})
 
 
 # Activations
@@ -229,7 +228,7 @@ def activation(node: fx.Node, trace: Trace) -> Link | None:
         options[option] = given if module is None else getattr(module, option)
         if not isinstance(options[option], int | float):
             raise Skip(f"its {option} is computed")
-    return Link("", what_is(node, trace), [], options)
+    return Link(what_is(node, trace), [], options)
 
 
 def _approximation(node: fx.Node, module: Any) -> Any:
