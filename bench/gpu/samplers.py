@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
@@ -22,7 +23,7 @@ CHECKED_IMAGES = 4
 VARIANTS = {"": ("fp32", "highest"), " tf32": ("fp32", "high"), " bf16 weights": ("bf16", "highest")}
 
 
-class Subject:
+class Subject(ABC):
     """A model with random weights, and its samplers of all precisions; `given` is what these are told of it."""
 
     name: str
@@ -38,12 +39,12 @@ class Subject:
         self.model.to(place.device)
         self.samplers: dict[str, tuple[Any, float]] = {}  # by precision: sampler, seconds to make it
 
-    def make(self) -> nn.Module:
-        raise NotImplementedError
+    @abstractmethod
+    def make(self) -> nn.Module: ...
 
+    @abstractmethod
     def peers(self, batch: int) -> tuple[dict[str, Provider], int]:
         """What people do without fastgen, and the bytes of images that it takes."""
-        raise NotImplementedError
 
     def sampler(self, precision: str) -> tuple[Any, float]:
         import fastgen
