@@ -51,12 +51,20 @@ for namespace, names in {
         setattr(namespace, name, poisoned(getattr(namespace, name)))
 
 
-@pytest.fixture(autouse=True)
-def _fixed_start() -> None:
-    torch.set_num_threads(1)
+def seed() -> None:
     torch.manual_seed(0)
     np.random.seed(0)  # noqa: NPY002  (what third-party code draws from)
     random.seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _fixed_start() -> None:
+    torch.set_num_threads(1)
+    seed()
+
+
+def pytest_collectstart() -> None:
+    seed()  # parameters of tests may be networks, which are made when their file is imported
 
 
 @pytest.fixture

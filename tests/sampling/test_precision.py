@@ -87,4 +87,4 @@ def test_weights_alone_are_rounded(network: torch.nn.Module) -> None:
         found = network(x)
     for a, b, plain in zip(tree_leaves(found), tree_leaves(rounded(x)), tree_leaves(network(x)), strict=True):
         torch.testing.assert_close(a, b)
-        assert (a - plain).abs().max() > 1e-4
+        assert (a - plain).abs().max() > 1e-5  # float32 alone differs by 1e-7
