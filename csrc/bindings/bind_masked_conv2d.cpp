@@ -1,4 +1,4 @@
-// fastgen._cpu.masked_conv2d_*: masked convolution of float32 and float64 tensors.
+// fastgen._cpu.masked_conv2d_*: masked and shifted convolutions of float32 and float64 tensors.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -45,14 +45,30 @@ T* pointer(uintptr_t address) {
     return reinterpret_cast<T*>(address);
 }
 
-MaskedConv2d make(const std::array<int64_t, 4>& input, int64_t out_channels, const std::array<int64_t, 2>& kernel,
-                  bool own_color, int64_t colors, int64_t splits, int64_t threads) {
-    if (kernel[0] / 2 + splits > kMaskedConv2dMaxTaps) {
-        throw std::invalid_argument("kernel height / 2 + splits must be at most " +
+MaskedConv2d checked(const MaskedConv2d& conv) {
+    if (conv.above + conv.splits > kMaskedConv2dMaxTaps) {
+        throw std::invalid_argument("rows above the own one, and splits, must be at most " +
                                     std::to_string(kMaskedConv2dMaxTaps));
     }
-    return {input[0],  input[1],  out_channels, input[2], input[3], kernel[0],
-            kernel[1], own_color, colors,       splits,   threads};
+    return conv;
+}
+
+using Sizes = std::array<int64_t, 4>;
+using Kernel = std::array<int64_t, 2>;
+
+MaskedConv2d make_masked(const Sizes& input, int64_t out_channels, const Kernel& kernel, bool own_color, int64_t colors,
+                         int64_t splits, int64_t threads) {
+    const int64_t above = kernel[0] / 2, left = kernel[1] / 2;
+    return checked({input[0], input[1], out_channels, input[2], input[3], kernel[0], kernel[1], above, left, left + 1,
+                    own_color, colors, splits, threads});
+}
+
+// Over a window whose last row is the pixel's own, of which `left` columns lie to the left.
+MaskedConv2d make_shifted(const Sizes& input, int64_t out_channels, const Kernel& kernel, int64_t left,
+                          int64_t threads) {
+    if (left < 0 || left >= kernel[1]) throw std::invalid_argument("left must be a column of the kernel");
+    return checked({input[0], input[1], out_channels, input[2], input[3], kernel[0], kernel[1], kernel[0] - 1, left,
+                    kernel[1], true, 1, 1, threads});
 }
 
 template <class T>
@@ -102,9 +118,11 @@ void define(pybind11::module_& module, const std::string& dtype) {
 
 void bind_masked_conv2d(pybind11::module_& module) {
     namespace py = pybind11;
-    py::class_<MaskedConv2d>(module, "MaskedConv2d", "Sizes and mask of one call.")
-        .def(py::init(&make), py::arg("input"), py::arg("out_channels"), py::arg("kernel"), py::arg("own_color"),
-             py::arg("colors"), py::arg("splits"), py::arg("threads"));
+    py::class_<MaskedConv2d>(module, "MaskedConv2d", "Sizes and open taps of one call.")
+        .def(py::init(&make_masked), py::arg("input"), py::arg("out_channels"), py::arg("kernel"), py::arg("own_color"),
+             py::arg("colors"), py::arg("splits"), py::arg("threads"))
+        .def_static("shifted", &make_shifted, py::arg("input"), py::arg("out_channels"), py::arg("kernel"),
+                    py::arg("left"), py::arg("threads"));
     define<float>(module, "float32");
     define<double>(module, "float64");
 }

@@ -1,18 +1,18 @@
 // fastgen: per-isa
-// Masked convolution on the tap-GEMM.
+// Convolutions that see no later row on the tap-GEMM: masked ones, and those over a window that ends with the own row.
 //
 //     out[n, y, x, o]      = bias[o] + sum over open taps (dy, dx), i of  w[o, i, dy, dx] * in[n, y + dy, x + dx, i]
 //     grad_in[n, y, x, i]  =           sum over open taps (dy, dx), o of  w[o, i, dy, dx] * grad[n, y - dy, x - dx, o]
 //     grad_w[o, i, dy, dx] =           sum over n, y, x of                in[n, y + dy, x + dx, i] * grad[n, y, x, o]
 //
-// In reading order the open taps are the first ones of the kernel: taps t = 0 .. centre - 1 whole, tap centre (the
-// pixel itself) between some colour groups. The gradient of the input is the same convolution with the taps in
-// reverse order, u = centre - t.
+// In reading order the open taps are the first ones of the kernel: rows above the own row whole, and of the own row some
+// or all. All are open for all channels but the last one, which in a mask is the pixel itself and open between some
+// colour groups. The gradient of the input is the same convolution with the taps in reverse order.
 //
 // Idea: an image row is copied into a small ring of zero-padded channels-last rows, whatever the layout of the
 // source. There the taps of one kernel row are contiguous, so that a whole kernel row is one tap of the GEMM with K =
-// kernel_w * channels. Only open taps are multiplied, and of the centre tap only the colour groups that some column
-// of the panel needs. Kernels of 3x3 take seven products where these are ten (masked_conv2d_ring.h).
+// kernel_w * channels. Only open taps are multiplied, and of the last one only the colour groups that some column
+// of the panel needs. Kernels of 3x3, 2x3 and 2x2 take fewer products (masked_conv2d_ring.h).
 //
 // The weight gradient is the same product transposed: rows are (tap, input channel), the sum runs over positions.
 // Positions are cut into a few chunks that depend on the shape alone; their sums are added in order, so threads do
@@ -44,14 +44,21 @@ struct RowConvolution {
     T* scratch;
     Filtered how = filtered(conv);
 
-    static constexpr int64_t kAhead =
-        3;  // rows fetched together with the one that is needed: four use planes' cache lines better
+    // Rows fetched together with the one that is needed: four use planes' cache lines better.
+    static constexpr int64_t kAhead = 3;
+    // Rows at a time: of so many positions, as long as the input of their products stays in the second-level cache, and
+    // the weights beside it.
+    static constexpr int64_t kBlockPositions = 32, kBlockBytes = 256 * 1024, kPanelBytes = 128 * 1024;
 
-    FASTGEN_INLINE int64_t direct_depth() const { return (centre(conv) + 1) * in; }
+    FASTGEN_INLINE int64_t direct_depth() const { return open_taps(conv) * in; }
     FASTGEN_INLINE int64_t depth() const { return lines_of(conv) * in; }
     FASTGEN_INLINE int64_t panels() const { return panels_of<T>(out); }
-    FASTGEN_INLINE int64_t first_tap() const { return reverse ? 0 : -1; }  // of a filtered centre row
-    FASTGEN_INLINE int64_t ring_rows() const { return pad_h(conv) + 1 + kAhead; }
+    FASTGEN_INLINE int64_t block_rows() const {
+        const int64_t positions = how.rows ? pairs_of(conv) : conv.width;
+        const int64_t fitting = kBlockBytes / (positions * depth() * int64_t(sizeof(T)));
+        return max_of(1, min_of(min_of(fitting, ceil_div(kBlockPositions, positions)), conv.height));
+    }
+    FASTGEN_INLINE int64_t ring_rows() const { return conv.above + block_rows() + kAhead; }
     FASTGEN_INLINE int64_t ring_size() const { return aligned<T>(Ring<T>::size(conv, in, ring_rows())); }
     // Of a filtered row: U1 + U2, and U1 - U2.
     FASTGEN_INLINE int64_t sums_size() const { return how.rows ? pairs_of(conv) * panels() * kPanel<T> : 0; }
@@ -62,31 +69,36 @@ struct RowConvolution {
         if (!how.rows) return pack_direct(panel, packed);
         pack_direct(panel, direct);
         const auto line = [&](T* lines, int64_t i) { return lines + i * in * kPanel<T>; };
-        for (int64_t d = 1; d <= pad_h(conv); ++d) {
-            filter_lines(line(direct, kernel_row(d)), line(packed, (d - 1) * kPoints));
+        for (int64_t d = 1; d <= conv.above; ++d) {
+            filter_lines(how.rows, line(direct, kernel_row(d)), line(packed, (d - 1) * products_of(how.rows)));
         }
-        const T* first = line(direct, reverse ? 0 : pad_h(conv) * conv.kernel_w);
-        T* to = line(packed, pad_h(conv) * kPoints);
-        for (int64_t i = 0; i < in * kPanel<T>; i += kLanes<T>) {
-            const Vec<T> g0 = load(first + i), g1 = load(first + in * kPanel<T> + i);
-            store(to + i, g0);
-            if (how.centre) store(line(to, 1) + i, g0 + g1);
-            store(line(to, how.centre ? 2 : 1) + i, g1);
-        }
+        const T* own = line(direct, own_taps_at());
+        T* to = line(packed, own_line(conv));
+        if (how.own)
+            filter_lines(how.own, own, to);
+        else
+            copy(own, conv.own_taps * in * kPanel<T>, to);
     }
 
-    // Of direct weights, the first line of the row of the kernel that reads a row at distance d.
+    // Of direct weights, the first line of the row of the kernel that reads a row at distance d, and of the own row.
     FASTGEN_INLINE int64_t kernel_row(int64_t d) const {
-        return reverse ? d * conv.kernel_w - pad_w(conv) : (pad_h(conv) - d) * conv.kernel_w;
+        return reverse ? conv.own_taps + (d - 1) * conv.kernel_w : (conv.above - d) * conv.kernel_w;
     }
+    FASTGEN_INLINE int64_t own_taps_at() const { return reverse ? 0 : conv.above * conv.kernel_w; }
 
-    // A row of three taps as weights of the points.
-    void filter_lines(const T* taps, T* points) const {
+    // A row of two or three taps as weights of the points.
+    void filter_lines(int64_t taps, const T* from, T* points) const {
         const int64_t line = in * kPanel<T>;
         const Vec<T> half = broadcast(T(0.5));
         for (int64_t i = 0; i < line; i += kLanes<T>) {
-            const Vec<T> g0 = load(taps + i), g1 = load(taps + line + i), g2 = load(taps + 2 * line + i);
+            const Vec<T> g0 = load(from + i), g1 = load(from + line + i);
             store(points + i, g0);
+            if (taps == 2) {
+                store(points + line + i, g0 + g1);
+                store(points + 2 * line + i, g1);
+                continue;
+            }
+            const Vec<T> g2 = load(from + 2 * line + i);
             store(points + line + i, half * ((g0 + g2) + g1));
             store(points + 2 * line + i, half * ((g0 + g2) - g1));
             store(points + 3 * line + i, g2);
@@ -94,7 +106,7 @@ struct RowConvolution {
     }
 
     void pack_direct(int64_t panel, T* packed) const {
-        const int64_t taps = centre(conv) + 1, area = conv.kernel_h * conv.kernel_w;
+        const int64_t taps = open_taps(conv), area = conv.kernel_h * conv.kernel_w;
         const int64_t column = panel * kPanel<T>, columns = min_of(kPanel<T>, out - column);
         const int64_t channel_step = (reverse ? conv.in_channels : 1) * area,
                       column_step = (reverse ? 1 : conv.in_channels) * area;
@@ -115,8 +127,8 @@ struct RowConvolution {
         }
     }
 
-    // What the centre tap of a panel covers; panels that agree share a call.
-    FASTGEN_INLINE int64_t centre_bound(int64_t panel) const {
+    // What the last open tap of a panel covers; panels that agree share a call.
+    FASTGEN_INLINE int64_t last_bound(int64_t panel) const {
         return reverse ? panel_first_reader<T>(conv, panel) : panel_inputs<T>(conv, panel);
     }
 
@@ -140,40 +152,46 @@ struct RowConvolution {
 
     // The rows of the image that those at distance 1, 2, ... from row y are.
     FASTGEN_INLINE int64_t rows_beside(int64_t y) const {
-        return min_of(pad_h(conv), reverse ? conv.height - 1 - y : y);
+        return min_of(conv.above, reverse ? conv.height - 1 - y : y);
     }
     FASTGEN_INLINE int64_t row_beside(int64_t y, int64_t d) const { return reverse ? y + d : y - d; }
 
-    // The centre row as it is, for positions x, x + step, ...; its weights are the lines from `line` on.
-    FASTGEN_INLINE void add_centre(Product& product, const Ring<T>& ring, int64_t y, int64_t x, int64_t step,
-                                   int64_t line, int64_t bound) const {
-        const int64_t pw = pad_w(conv);
-        if (!reverse) return product.add(ring.at(y, 0) + (x - pw) * in, step * in, line, 0, pw * in + bound);
+    // The own row as it is, for positions x, x + step, ...; its weights are the lines from `line` on.
+    FASTGEN_INLINE void add_own_row(Product& product, const Ring<T>& ring, int64_t y, int64_t x, int64_t step,
+                                    int64_t line, int64_t bound) const {
+        const T* from = ring.own_row(y) + x * in;
+        const int64_t whole = (conv.own_taps - 1) * in;  // of the taps that colours do not cut
+        if (!reverse) return product.add(from, step * in, line, 0, whole + bound);
         const int64_t part = in / conv.splits;
         for (int64_t split = 0; split < conv.splits; ++split) {
-            product.add(ring.at(y, 0) + x * in, step * in, line, split * part + bound, part - bound);
+            product.add(from, step * in, line, split * part + bound, part - bound);
         }
-        product.add(ring.at(y, 0) + (x + 1) * in, step * in, line + 1, 0, pw * in);
+        product.add(from + in, step * in, line + 1, 0, whole);
     }
 
-    // One output row: the taps of each kernel row that lies inside the image.
-    void row(Ring<T>& ring, const T* packed, T* sums, int64_t n, int64_t y) const {
+    // Some output rows of an image, all of them by a few panels at a time: of a small map one row alone would take its
+    // weights from memory faster than that gives them.
+    void rows(Ring<T>& ring, const T* packed, T* sums, int64_t n, int64_t y0, int64_t y1) const {
         if (reverse)
-            ring.advance(n, y, min_of(y + pad_h(conv), conv.height - 1), kAhead);
+            ring.advance(n, y0, min_of(y1 - 1 + conv.above, conv.height - 1), kAhead);
         else
-            ring.advance(n, max_of(y - pad_h(conv), 0), y, kAhead);
+            ring.advance(n, max_of(y0 - conv.above, 0), y1 - 1, kAhead);
+        const int64_t most =
+            y1 - y0 == 1 ? panels() : max_of(1, kPanelBytes / (depth() * kPanel<T> * int64_t(sizeof(T))));
         for (int64_t panel = 0; panel < panels();) {
-            const int64_t bound = centre_bound(panel);
+            const int64_t bound = last_bound(panel);
             int64_t end = panel + 1;
-            while (end < panels() && centre_bound(end) == bound) ++end;
+            while (end < min_of(panels(), panel + most) && last_bound(end) == bound) ++end;
             const int64_t column = panel * kPanel<T>, cols = min_of(end * kPanel<T>, out) - column;
             const T* lines = packed + panel * depth() * kPanel<T>;
-            T* to = target + (n * conv.height + y) * conv.width * out + column;
             const T* init = bias ? bias + column : nullptr;
-            if (how.rows)
-                filtered_row(ring, lines, sums, y, bound, cols, init, to);
-            else
-                direct_row(ring, lines, y, bound, cols, init, to);
+            for (int64_t y = y0; y < y1; ++y) {
+                T* to = target + (n * conv.height + y) * conv.width * out + column;
+                if (how.rows)
+                    filtered_row(ring, lines, sums, y, bound, cols, init, to);
+                else
+                    direct_row(ring, lines, y, bound, cols, init, to);
+            }
             panel = end;
         }
     }
@@ -188,7 +206,7 @@ struct RowConvolution {
             }
         };
         if (!reverse) add_rows();
-        add_centre(product, ring, y, 0, 1, reverse ? 0 : pad_h(conv) * conv.kernel_w, bound);
+        add_own_row(product, ring, y, 0, 1, own_taps_at(), bound);
         if (reverse) add_rows();
         product.run(conv.width, cols, init, 0, to, out);
     }
@@ -196,29 +214,32 @@ struct RowConvolution {
     // In pairs of positions: the sums U1 and U2 first, from which the others start.
     void filtered_row(const Ring<T>& ring, const T* lines, T* sums, int64_t y, int64_t bound, int64_t cols,
                       const T* init, T* to) const {
-        const int64_t pairs = pairs_of(conv), stride = panels() * kPanel<T>, own = pad_h(conv) * kPoints;
+        const int64_t pairs = pairs_of(conv), stride = panels() * kPanel<T>, own = own_line(conv);
         const auto products = [&](int64_t point) {
             Product product(*this, lines);
-            for (int64_t d = rows_beside(y); d >= 1; --d) {
-                product.add(ring.line(row_beside(y, d), point), in, (d - 1) * kPoints + point, 0, in);
+            for (int64_t d = rows_beside(y); d >= 1 && has_point(how.rows, point); --d) {
+                const auto [from, step] = ring.above(row_beside(y, d), point);
+                const int64_t line = (d - 1) * products_of(how.rows) + product_of(how.rows, point);
+                product.add(from, step, line, 0, in);
             }
-            if (point == 0 && how.centre) product.add(ring.line(y, kPoints), in, own, 0, in);
-            if (point == 1 && how.centre) product.add(ring.at(y, 0) + (first_tap() + 1) * in, 2 * in, own + 1, 0, in);
-            if (point == 3 && how.centre) product.add(ring.line(y, kPoints + 1), in, own + 2, 0, in);
-            if (point == 0 && !how.centre) add_centre(product, ring, y, 0, 2, own, bound);
-            if (point == 3 && !how.centre) add_centre(product, ring, y, 1, 2, own, bound);
+            if (has_point(how.own, point)) {
+                const auto [from, step] = ring.own(y, point);
+                product.add(from, step, own + product_of(how.own, point), 0, in);
+            } else if (!how.own && (point == 0 || point == 3)) {
+                add_own_row(product, ring, y, point == 3, 2, own, bound);
+            }
             return product;
         };
         T* added = sums;
         T* subtracted = sums + sums_size();
         const T *first = init, *second = init;  // what U0 and U3 start from
         int64_t first_stride = 0;
-        if (rows_beside(y) > 0 || how.centre) {
+        if (rows_beside(y) > 0 || how.own) {
             products(1).run(pairs, cols, init, 0, added, stride);
             first = second = added;
             first_stride = stride;
         }
-        if (rows_beside(y) > 0) {
+        if ((rows_beside(y) > 0 && has_point(how.rows, 2)) || has_point(how.own, 2)) {
             products(2).run(pairs, cols, nullptr, 0, subtracted, stride);
             for (int64_t j = 0; j < pairs; ++j) {
                 for (int64_t i = j * stride; i < j * stride + aligned<T>(cols); i += kLanes<T>) {
@@ -234,9 +255,9 @@ struct RowConvolution {
     }
 
     void run() const {
-        const int64_t rows = conv.batch * conv.height;
-        // Small pieces keep threads busy to the end, but each fetches pad_h rows anew.
-        const int64_t piece = ceil_div(rows, conv.threads * 8 * (1 + kAhead)) * (1 + kAhead);
+        const int64_t all = conv.batch * conv.height;
+        // Small pieces keep threads busy to the end, but each fetches the rows above it anew.
+        const int64_t piece = ceil_div(all, conv.threads * 8 * (1 + kAhead)) * (1 + kAhead);
         T* packed = scratch + conv.threads * thread_size();
 #pragma omp parallel num_threads(conv.threads)
         {
@@ -245,12 +266,15 @@ struct RowConvolution {
 #pragma omp for schedule(static)
             for (int64_t panel = 0; panel < panels(); ++panel)
                 pack_panel(panel, packed + panel * depth() * kPanel<T>, sums + 2 * sums_size());
-            Ring<T> ring(source, conv, in, ring_rows(), first_tap(), own);
+            Ring<T> ring(source, conv, in, ring_rows(), reverse, own);
 #pragma omp for schedule(dynamic)
-            for (int64_t first = 0; first < rows; first += piece) {
+            for (int64_t first = 0; first < all; first += piece) {
                 ring.restart();
-                for (int64_t r = first; r < min_of(first + piece, rows); ++r)
-                    row(ring, packed, sums, r / conv.height, r % conv.height);
+                for (int64_t r = first, end; r < min_of(first + piece, all); r = end) {
+                    const int64_t n = r / conv.height, y = r % conv.height;
+                    end = min_of(min_of(r + block_rows(), first + piece), (n + 1) * conv.height);
+                    rows(ring, packed, sums, n, y, y + end - r);
+                }
             }
         }
     }
@@ -310,13 +334,13 @@ struct WeightGradient {
         return max_of(1, min_of(min_of(wanted, kMaxChunks), blocks()));
     }
     FASTGEN_INLINE int64_t ring_size() const {
-        return aligned<T>(Ring<T>::size(conv, conv.in_channels, block_rows() + pad_h(conv)));
+        return aligned<T>(Ring<T>::size(conv, conv.in_channels, block_rows() + conv.above));
     }
     FASTGEN_INLINE int64_t panel_stride() const { return block_rows() * conv.width * kPanel<T>; }
     FASTGEN_INLINE int64_t pair_stride() const { return how.rows ? block_rows() * pairs_of(conv) * kPanel<T> : 0; }
     // Panels of positions, and where the convolution is filtered of the sums and differences of pairs.
     FASTGEN_INLINE int64_t block_size() const {
-        return max_of(panels() * (panel_stride() + 2 * pair_stride()), (centre(conv) + 1) * kPanel<T>);
+        return max_of(panels() * (panel_stride() + 2 * pair_stride()), open_taps(conv) * kPanel<T>);
     }
     FASTGEN_INLINE T* pairs_at(T* grads, int64_t which, int64_t panel) const {
         return grads + panels() * panel_stride() + (which * panels() + panel) * pair_stride();
@@ -382,9 +406,9 @@ struct WeightGradient {
     // Adds the products of rows y0..y1-1 of image n to a partial sum, or starts it.
     void block(Ring<T>& ring, T* grads, T* sum, bool start, int64_t n, int64_t y0, int64_t y1, int64_t p0,
                int64_t p1) const {
-        const int64_t ph = pad_h(conv), pw = pad_w(conv), kw = conv.kernel_w, in = conv.in_channels;
+        const int64_t above = conv.above, kw = conv.kernel_w, in = conv.in_channels;
         const int64_t width = conv.width, pairs = pairs_of(conv);
-        ring.advance(n, max_of(y0 - ph, 0), y1 - 1, 0);
+        ring.advance(n, max_of(y0 - above, 0), y1 - 1, 0);
         fetch_grad(grads, n, y0, y1, p0, p1);
         if (how.rows) make_pairs(grads, y1 - y0, p0, p1);
 
@@ -398,34 +422,36 @@ struct WeightGradient {
         const auto as_they_are = [&](int64_t line, int64_t rows, int64_t panel) -> Product {
             return {line, rows, width, in, grads + panel * panel_stride(), panel_stride(), 1, width};
         };
-        for (int64_t d = ph; d >= 1; --d) {
+        for (int64_t d = above; d >= 1; --d) {
             const int64_t first = max_of(y0, d), count = p1 - p0;
             if (!how.rows) {
-                multiply(as_they_are((ph - d) * kw, kw * in, p0), y0, first, y1, sum, start, p0, count,
+                multiply(as_they_are((above - d) * kw, kw * in, p0), y0, first, y1, sum, start, p0, count,
                          [&](int64_t y) { return ring.row(y - d); });
                 continue;
             }
             for (int64_t point = 0; point < kPoints; ++point) {
-                multiply(of_point(point, (d - 1) * kPoints + point, in, p0), y0, first, y1, sum, start, p0, count,
-                         [&](int64_t y) { return ring.line(y - d, point); });
+                if (!has_point(how.rows, point)) continue;
+                const int64_t line = (d - 1) * products_of(how.rows) + product_of(how.rows, point);
+                multiply(of_point(point, line, ring.above(y0, point).step, p0), y0, first, y1, sum, start, p0, count,
+                         [&](int64_t y) { return ring.above(y - d, point).first; });
             }
         }
-        const int64_t own = how.rows ? ph * kPoints : ph * kw;
-        if (how.centre) {
-            const int64_t count = p1 - p0;
-            multiply(of_point(0, own, in, p0), y0, y0, y1, sum, start, p0, count,
-                     [&](int64_t y) { return ring.line(y, kPoints); });
-            multiply(of_point(1, own + 1, 2 * in, p0), y0, y0, y1, sum, start, p0, count,
-                     [&](int64_t y) { return ring.at(y, 0); });
-            multiply(of_point(3, own + 2, in, p0), y0, y0, y1, sum, start, p0, count,
-                     [&](int64_t y) { return ring.line(y, kPoints + 1); });
+        const int64_t own = own_line(conv);
+        if (how.own) {
+            for (int64_t point = 0; point < kPoints; ++point) {
+                if (!has_point(how.own, point)) continue;
+                const int64_t line = own + product_of(how.own, point);
+                multiply(of_point(point, line, ring.own(y0, point).step, p0), y0, y0, y1, sum, start, p0, p1 - p0,
+                         [&](int64_t y) { return ring.own(y, point).first; });
+            }
         } else {
             for (int64_t panel = p0; panel < p1;) {
                 const int64_t bound = panel_inputs<T>(conv, panel);
                 int64_t end = panel + 1;
                 while (end < p1 && panel_inputs<T>(conv, end) == bound) ++end;
-                multiply(as_they_are(own, pw * in + bound, panel), y0, y0, y1, sum, start, panel, end - panel,
-                         [&](int64_t y) { return ring.row(y); });
+                const int64_t rows = (conv.own_taps - 1) * in + bound;
+                multiply(as_they_are(own, rows, panel), y0, y0, y1, sum, start, panel, end - panel,
+                         [&](int64_t y) { return ring.own_row(y); });
                 panel = end;
             }
         }
@@ -463,36 +489,40 @@ struct WeightGradient {
         }
     }
 
-    // The gradients of the weights of input channel i, tap by tap [centre + 1][kPanel], whatever the mask.
+    // The gradients of the weights of input channel i, open tap by open tap [kPanel], whatever colours hide.
     void taps_of(int64_t i, int64_t panel, T* taps) const {
-        constexpr int64_t line = kPanel<T>;
-        const int64_t in = conv.in_channels, ph = pad_h(conv), kw = conv.kernel_w;
-        if (!how.rows) {
-            for (int64_t t = 0; t <= centre(conv); ++t) total(t * in + i, panel, taps + t * line);
-            return;
+        const int64_t above = conv.above, kw = conv.kernel_w;
+        if (!how.rows) return totals(0, open_taps(conv), i, panel, taps);
+        for (int64_t d = 1; d <= above; ++d) {
+            taps_of_points(how.rows, (d - 1) * products_of(how.rows), i, panel, taps + (above - d) * kw * kPanel<T>);
         }
-        T points[kPoints * line];
+        T* own = taps + above * kw * kPanel<T>;
+        if (how.own)
+            taps_of_points(how.own, own_line(conv), i, panel, own);
+        else
+            totals(own_line(conv), conv.own_taps, i, panel, own);
+    }
+
+    FASTGEN_INLINE void totals(int64_t line, int64_t count, int64_t i, int64_t panel, T* to) const {
+        for (int64_t t = 0; t < count; ++t) total((line + t) * conv.in_channels + i, panel, to + t * kPanel<T>);
+    }
+
+    void taps_of_points(int64_t taps, int64_t line, int64_t i, int64_t panel, T* to) const {
+        constexpr int64_t step = kPanel<T>;
+        T points[kPoints * step];
+        totals(line, products_of(taps), i, panel, points);
         const Vec<T> half = broadcast(T(0.5));
-        for (int64_t d = 1; d <= ph; ++d) {
-            for (int64_t p = 0; p < kPoints; ++p) total(((d - 1) * kPoints + p) * in + i, panel, points + p * line);
-            T* to = taps + (ph - d) * kw * line;
-            for (int64_t j = 0; j < line; j += kLanes<T>) {
-                const Vec<T> p1 = load(points + line + j), p2 = load(points + 2 * line + j), both = half * (p1 + p2);
-                store(to + j, load(points + j) + both);
-                store(to + line + j, half * (p1 - p2));
-                store(to + 2 * line + j, load(points + 3 * line + j) + both);
+        for (int64_t j = 0; j < step; j += kLanes<T>) {
+            const Vec<T> p0 = load(points + j), p1 = load(points + step + j), p2 = load(points + 2 * step + j);
+            if (taps == 2) {
+                store(to + j, p0 + p1);
+                store(to + step + j, p2 + p1);
+                continue;
             }
-        }
-        const int64_t own = ph * kPoints;
-        T* to = taps + ph * kw * line;
-        total(own * in + i, panel, to);
-        total((own + 1) * in + i, panel, to + line);
-        if (!how.centre) return;
-        total((own + 2) * in + i, panel, points);
-        for (int64_t j = 0; j < line; j += kLanes<T>) {
-            const Vec<T> both = load(to + line + j);
-            store(to + j, load(to + j) + both);
-            store(to + line + j, load(points + j) + both);
+            const Vec<T> both = half * (p1 + p2);
+            store(to + j, p0 + both);
+            store(to + step + j, half * (p1 - p2));
+            store(to + 2 * step + j, load(points + 3 * step + j) + both);
         }
     }
 
@@ -505,14 +535,14 @@ struct WeightGradient {
         for (int64_t i = 0; i < in; ++i) {
             T* to = grad_weight + (column * in + i) * area;
             taps_of(i, panel, taps);
-            for (int64_t t = 0; t <= centre(conv); ++t) {
+            for (int64_t t = 0; t < open_taps(conv); ++t) {
                 for (int64_t j = 0; j < columns; ++j) {
-                    const bool open = t < centre(conv) || i < inputs[j];
+                    const bool open = t + 1 < open_taps(conv) || i < inputs[j];
                     to[j * in * area + t] = open ? taps[t * kPanel<T> + j] : T(0);
                 }
             }
             for (int64_t j = 0; j < columns; ++j) {
-                for (int64_t t = centre(conv) + 1; t < area; ++t) to[j * in * area + t] = T(0);
+                for (int64_t t = open_taps(conv); t < area; ++t) to[j * in * area + t] = T(0);
             }
         }
         if (grad_bias) {
@@ -527,7 +557,7 @@ struct WeightGradient {
 #pragma omp parallel num_threads(conv.threads)
         {
             T* own = scratch + omp_get_thread_num() * thread_size();
-            Ring<T> ring(input, conv, conv.in_channels, block_rows() + pad_h(conv), -1, own);
+            Ring<T> ring(input, conv, conv.in_channels, block_rows() + conv.above, false, own);
             T* grads = own + ring_size();
             for (int64_t i = 0; i < block_size(); ++i)
                 grads[i] = T(0);  // of the last panel, some columns are never written

@@ -1,4 +1,5 @@
-// Masked convolution, forward and backward; the formulas are in masked_conv2d.cpp.
+// Convolutions of which a pixel's output sees no later row, forward and backward: masked ones, and those whose window
+// ends with the pixel's own row. The formulas are in masked_conv2d.cpp.
 #pragma once
 
 #include <cstdint>
@@ -9,8 +10,10 @@ namespace fastgen {
 
 struct MaskedConv2d {
     int64_t batch, in_channels, out_channels, height, width;
-    int64_t kernel_h, kernel_w;  // odd
-    bool own_color;              // type B: the centre tap reads its own colour group
+    int64_t kernel_h, kernel_w;  // of the weight in memory; what follows says which of its taps are open
+    int64_t above, left;         // the row and the column of the kernel that are the pixel's own
+    int64_t own_taps;            // open ones in the pixel's own row: left + 1 of a mask, kernel_w of a window
+    bool own_color;              // the last open tap reads its own colour group: type B of a mask, any window
     int64_t colors, splits;      // splits divides out_channels
     int64_t threads;
 };
@@ -20,7 +23,7 @@ struct MaskedConv2dScratch {
     int64_t forward, input_gradient, weight_gradient;
 };
 
-// The limit on kernel_h / 2 + splits.
+// The limit on above + splits.
 inline constexpr int kMaskedConv2dMaxTaps = 128;
 
 }  // namespace fastgen

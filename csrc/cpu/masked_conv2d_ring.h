@@ -1,19 +1,20 @@
 // What masked_conv2d.cpp and its weight gradient share: the geometry of the mask, and the ring of image rows, as they
 // are and as minimal filtering wants them.
 //
-// Kernels of 3x3 are filtered in pairs of positions x = 2j and 2j + 1 (minimal_filter.h). Above the centre row
+// Kernels with one row above the pixel's own are filtered in pairs of positions x = 2j and 2j + 1 (minimal_filter.h),
+// row by row. A row of three taps takes four products for six, where its first tap reads l columns to the left:
 //
-//     points     d0 - d2,  d1 + d2,                d2 - d1,                d3 - d1      of  d_i = in[2j - 1 + i]
+//     points     d0 - d2,  d1 + d2,                d2 - d1,                d3 - d1      of  d_i = in[2j - l + i]
 //     weights    g0,       (g0 + g1 + g2) / 2,     (g0 - g1 + g2) / 2,     g2
 //
-// four products stand for six, and in the centre row, where colours do not cut it, three for four:
+// and one of two taps, which the pixel's own row is in a mask of 3x3, three for four:
 //
-//     points     d0 - d1,  d1,                                             d2 - d1      from the first tap on
+//     points     d0 - d1,  d1,                                             d2 - d1
 //     weights    g0,       g0 + g1,                                        g1
 //
 // With the sums U of products with points 0 to 3 over channels and kernel rows, out[2j] = U0 + (U1 + U2) and
 // out[2j + 1] = U3 + (U1 - U2). The sums for the weights' gradient take out[2j], out[2j] + out[2j + 1], out[2j] -
-// out[2j + 1] and out[2j + 1] in the place of weights. No position depends, not even by rounding, on what its mask hides.
+// out[2j + 1] and out[2j + 1] in the place of weights. No position depends, not even by rounding, on what it does not see.
 #pragma once
 
 #include "image.h"
@@ -25,20 +26,21 @@
 
 namespace fastgen::FASTGEN_ISA {
 
-FASTGEN_INLINE int64_t pad_h(const MaskedConv2d& conv) { return conv.kernel_h / 2; }
-FASTGEN_INLINE int64_t pad_w(const MaskedConv2d& conv) { return conv.kernel_w / 2; }
+// Columns to the right that rows above, and that the pixel's own row reaches.
+FASTGEN_INLINE int64_t right(const MaskedConv2d& conv) { return conv.kernel_w - 1 - conv.left; }
+FASTGEN_INLINE int64_t own_right(const MaskedConv2d& conv) { return conv.own_taps - 1 - conv.left; }
 
-// The centre tap's place in reading order: the number of taps that are wholly open.
-FASTGEN_INLINE int64_t centre(const MaskedConv2d& conv) { return pad_h(conv) * conv.kernel_w + pad_w(conv); }
+// In reading order the first ones of the kernel; of the last one colours may hide channels.
+FASTGEN_INLINE int64_t open_taps(const MaskedConv2d& conv) { return conv.above * conv.kernel_w + conv.own_taps; }
 
-// Through the centre tap, output channel o reads the input channels below this.
+// Through the last open tap, output channel o reads the input channels below this.
 FASTGEN_INLINE int64_t readable_inputs(const MaskedConv2d& conv, int64_t o) {
     const int64_t part = conv.out_channels / conv.splits;
     const int64_t color = o % part * conv.colors / part;
     return min_of(conv.in_channels, ceil_div((color + conv.own_color) * conv.in_channels, conv.colors));
 }
 
-// Through the centre tap, input channel i reaches the output channels from this on, in each of the splits.
+// Through the last open tap, input channel i reaches the output channels from this on, in each of the splits.
 FASTGEN_INLINE int64_t first_reader(const MaskedConv2d& conv, int64_t i) {
     const int64_t part = conv.out_channels / conv.splits;
     const int64_t color = i * conv.colors / conv.in_channels;
@@ -63,40 +65,54 @@ FASTGEN_INLINE int64_t panel_first_reader(const MaskedConv2d& conv, int64_t pane
     return first_reader(conv, panel * kPanel<T>);
 }
 
-// Whether a convolution is filtered, and its centre row with it. The batch has no say in it, and so changes no bit.
-// Errors grow by a third: more than twice those of plain PyTorch with one image row or with taller kernels.
+// The taps of a filtered row: three or two; none where rows are multiplied as they are.
 struct Filtered {
-    bool rows, centre;
+    int64_t rows, own;  // of the rows above, of the pixel's own row
 };
 
+// The batch has no say in it, and so changes no bit. Errors grow by a third: more than twice those of plain PyTorch with
+// one image row or with taller kernels. Colours that cut the own row leave it as it is.
 FASTGEN_INLINE Filtered filtered(const MaskedConv2d& conv) {
     constexpr int64_t kLeastWidth = 6, kLeastChannels = 32;  // from there on making the points costs less than it saves
-    const bool rows = conv.kernel_h == 3 && conv.kernel_w == 3 && conv.height > 1 && conv.width >= kLeastWidth &&
-                      min_of(conv.in_channels, conv.out_channels) >= kLeastChannels;
-    return {rows, rows && conv.own_color && conv.colors == 1};
+    const bool rows = conv.above == 1 && (conv.kernel_w == 3 || conv.kernel_w == 2) && conv.height > 1 &&
+                      conv.width >= kLeastWidth && min_of(conv.in_channels, conv.out_channels) >= kLeastChannels;
+    if (!rows) return {0, 0};
+    return {conv.kernel_w, conv.own_color && conv.colors == 1 ? conv.own_taps : 0};
 }
 
 FASTGEN_INLINE int64_t pairs_of(const MaskedConv2d& conv) { return ceil_div(conv.width, 2); }
 
-// Lines of channels that take part in the products of a kernel: those of a filtered one belong to the points of its
-// rows, nearest to the centre first, and then to the centre row.
+// Of a filtered row of `taps`: its products, their order, and the lines of points that the ring keeps for them (of two
+// taps, point 1 is a pixel as it is).
+FASTGEN_INLINE int64_t products_of(int64_t taps) { return taps == 3 ? kPoints : 3; }
+FASTGEN_INLINE bool has_point(int64_t taps, int64_t point) { return taps == 3 || (taps == 2 && point != 2); }
+FASTGEN_INLINE int64_t product_of(int64_t taps, int64_t point) { return taps == 2 && point == 3 ? 2 : point; }
+FASTGEN_INLINE int64_t kept_lines(int64_t taps) { return taps == 3 ? kPoints : taps; }
+FASTGEN_INLINE int64_t kept_line(int64_t taps, int64_t point) { return taps == 2 && point == 3 ? 1 : point; }
+
+// Of weights and their gradients: lines of channels, those of the rows nearest to the pixel's own first, then its own.
+// An own row that is not filtered has a line for each tap.
+FASTGEN_INLINE int64_t own_line(const MaskedConv2d& conv) {
+    return conv.above * (filtered(conv).rows ? products_of(filtered(conv).rows) : conv.kernel_w);
+}
 FASTGEN_INLINE int64_t lines_of(const MaskedConv2d& conv) {
-    return filtered(conv).rows ? kPoints * pad_h(conv) + 3 : centre(conv) + 1;
+    return own_line(conv) + (filtered(conv).own ? products_of(filtered(conv).own) : conv.own_taps);
 }
 
-// The zero-padded rows [pad + width + pad][channels] of one image that are in use: row y is in slot y % rows. Where the
-// convolution is filtered, a row's points follow as lines [pairs][channels]: four, and the centre row's first and last.
+// The zero-padded rows of one image that are in use: row y is in slot y % rows, as [positions][channels] from the first
+// that a tap reads. Where the convolution is filtered, a row's points follow as lines [pairs][channels]: of a row above,
+// and of the pixel's own row where that has fewer taps.
 template <class T>
 class Ring {
 public:
-    // first_tap: of the centre row, -1, or 0 where taps are reversed.
-    Ring(const Image<T>& source, const MaskedConv2d& conv, int64_t channels, int64_t rows, int64_t first_tap, T* slots)
+    Ring(const Image<T>& source, const MaskedConv2d& conv, int64_t channels, int64_t rows, bool reverse, T* slots)
         : source_(source),
           conv_(conv),
           how_(filtered(conv)),
           channels_(channels),
           rows_(rows),
-          first_tap_(first_tap),
+          before_(reverse ? right(conv) : conv.left),
+          own_before_(reverse ? own_right(conv) : conv.left),
           line_(aligned<T>(pairs_of(conv) * channels)),
           lines_at_(row_size(conv, channels)),
           slot_(slot_size(conv, channels)),
@@ -109,10 +125,22 @@ public:
     }
 
     FASTGEN_INLINE T* row(int64_t y) const { return slots_ + y % rows_ * slot_; }
-    FASTGEN_INLINE T* at(int64_t y, int64_t c) const { return row(y) + pad_w(conv_) * channels_ + c; }
-    FASTGEN_INLINE T* line(int64_t y, int64_t i) const { return row(y) + lines_at_ + i * line_; }
+    FASTGEN_INLINE T* at(int64_t y, int64_t c) const { return row(y) + before_ * channels_ + c; }
+    FASTGEN_INLINE T* own_row(int64_t y) const { return row(y) + (before_ - own_before_) * channels_; }
     FASTGEN_INLINE int64_t step() const { return channels_; }
     FASTGEN_INLINE int64_t run() const { return channels_; }
+
+    // A point of the pairs of row y, and how far one pair is from the next: of a row above, of the pixel's own row.
+    struct Points {
+        const T* first;
+        int64_t step;
+    };
+    FASTGEN_INLINE Points above(int64_t y, int64_t point) const {
+        return points(row(y), row(y) + lines_at_, how_.rows, point);
+    }
+    FASTGEN_INLINE Points own(int64_t y, int64_t point) const {
+        return points(own_row(y), row(y) + own_lines_at(), how_.own, point);
+    }
 
     // The next rows are of another place.
     void restart() { image_ = -1; }
@@ -133,32 +161,55 @@ public:
 private:
     static FASTGEN_INLINE int64_t row_size(const MaskedConv2d& conv, int64_t channels) {
         const bool pairs = filtered(conv).rows;
-        const int64_t positions = conv.width + 2 * pad_w(conv) + (pairs ? conv.width % 2 : 0);
+        const int64_t positions = conv.width + conv.kernel_w - 1 + (pairs ? conv.width % 2 : 0);
         return pairs ? aligned<T>(positions * channels) : positions * channels;
     }
     static FASTGEN_INLINE int64_t slot_size(const MaskedConv2d& conv, int64_t channels) {
-        const int64_t lines = filtered(conv).rows ? kPoints + 2 : 0;
+        const Filtered how = filtered(conv);
+        const int64_t lines = kept_lines(how.rows) + (how.own == how.rows ? 0 : kept_lines(how.own));
         return row_size(conv, channels) + lines * aligned<T>(pairs_of(conv) * channels);
+    }
+    FASTGEN_INLINE int64_t own_lines_at() const {
+        return lines_at_ + (how_.own == how_.rows ? 0 : kept_lines(how_.rows)) * line_;
+    }
+    FASTGEN_INLINE Points points(const T* row, const T* lines, int64_t taps, int64_t point) const {
+        if (taps == 2 && point == 1) return {row + channels_, 2 * channels_};
+        return {lines + kept_line(taps, point) * line_, channels_};
     }
 
     void make_points(int64_t y) const {
-        const T* from = at(y, 0) - channels_;
-        T* first = line(y, 0);
-        for (int64_t j = 0; j < pairs_of(conv_); ++j, from += 2 * channels_, first += channels_) {
+        if (how_.rows == 3)
+            make_lines<3>(row(y), row(y) + lines_at_, row(y) + own_lines_at());
+        else
+            make_lines<2>(row(y), row(y) + lines_at_, row(y) + own_lines_at());
+    }
+
+    // Of a row above, and where an own row has fewer taps of that, too: both are made of the same inputs.
+    template <int kTaps>
+    void make_lines(const T* from, T* to, T* own) const {
+        const bool both = how_.own == 2 && kTaps == 3, later = own_before_ < before_;
+        for (int64_t j = 0; j < pairs_of(conv_); ++j, from += 2 * channels_, to += channels_, own += channels_) {
             for (int64_t c = 0; c < channels_; c += kLanes<T>) {
                 const int64_t count = min_of(kLanes<T>, channels_ - c);
-                Vec<T> d[kPoints];
-                for (int64_t i = 0; i < kPoints; ++i) d[i] = some(from + i * channels_ + c, count);
-                if (how_.centre) {
-                    const Vec<T> d0 = first_tap_ < 0 ? d[0] : d[1], d1 = first_tap_ < 0 ? d[1] : d[2],
-                                 d2 = first_tap_ < 0 ? d[2] : d[3];
-                    keep(first + kPoints * line_ + c, d0 - d1, count);
-                    keep(first + (kPoints + 1) * line_ + c, d2 - d1, count);
+                Vec<T> d[kTaps + 1];
+                for (int64_t i = 0; i <= kTaps; ++i) d[i] = some(from + i * channels_ + c, count);
+                if constexpr (kTaps == 3) {
+                    if (both) {
+                        const Vec<T> d0 = later ? d[1] : d[0], d1 = later ? d[2] : d[1], d2 = later ? d[3] : d[2];
+                        keep_pair(own + c, d0, d1, d2, count);
+                    }
+                    input_points<true>(d, 1);
+                    for (int64_t i = 0; i < kPoints; ++i) keep(to + i * line_ + c, d[i], count);
+                } else {
+                    keep_pair(to + c, d[0], d[1], d[2], count);
                 }
-                input_points<true>(d, 1);
-                for (int64_t i = 0; i < kPoints; ++i) keep(first + i * line_ + c, d[i], count);
             }
         }
+    }
+
+    FASTGEN_INLINE void keep_pair(T* to, Vec<T> d0, Vec<T> d1, Vec<T> d2, int64_t count) const {
+        keep(to, d0 - d1, count);
+        keep(to + line_, d2 - d1, count);
     }
 
     static FASTGEN_INLINE Vec<T> some(const T* from, int64_t count) {
@@ -174,7 +225,8 @@ private:
     const Image<T>& source_;
     const MaskedConv2d& conv_;
     const Filtered how_;
-    const int64_t channels_, rows_, first_tap_;
+    const int64_t channels_, rows_;
+    const int64_t before_, own_before_;     // columns before a pixel that a row above, and its own row reads
     const int64_t line_, lines_at_, slot_;  // elements
     T* const slots_;
     int64_t image_ = -1, next_ = 0;  // the rows before `next_` of this image have been fetched

@@ -11,6 +11,7 @@ from fastgen.ops.masked_conv2d import conv_mask, masked_conv2d
 from fastgen.ops.normal import normal
 from fastgen.ops.reparameterize import reparameterize
 from fastgen.ops.row_lstm import row_lstm
+from fastgen.ops.shifted_conv2d import shifted_conv2d
 
 __all__ = [
     "conv2d_bn_act",
@@ -23,4 +24,5 @@ __all__ = [
     "philox",
     "reparameterize",
     "row_lstm",
+    "shifted_conv2d",
 ]

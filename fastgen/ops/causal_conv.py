@@ -1,0 +1,277 @@
+"""What masked_conv2d and shifted_conv2d share: autograd, checks of tensors, native calls, registration.
+
+An operator ``X(input, weight, bias, *options)`` of this kind has stride 1, keeps the size of the image, and comes with
+``X_input_grad(grad, weight, *options)`` and ``X_weight_grad(grad, input, kernel, *options)``.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastgen import backends
+from fastgen.ops.conv_block import is_transformed, is_unobserved, wants_grad
+
+_MIN_THREAD_WORK = 1_000_000  # multiply-adds: below, waking a thread costs more than it saves
+_FUNCTIONS = ("forward", "input_gradient", "weight_gradient")  # in the order of their scratch sizes
+
+_library = torch.library.Library("fastgen", "FRAGMENT")
+_operators: dict[str, Operator] = {}
+
+
+class Operator(NamedTuple):
+    """How an operator differs from the others of its kind.
+
+    Attributes:
+        name: of the operator and its public function.
+        options: their declarations in its schema.
+        check: of the shape of a weight and the options; raises ValueError.
+        reference: the operator in plain PyTorch.
+        input_grad, weight_grad: its derivatives in plain PyTorch, weight_grad of the bias as well.
+        native: from the native module, sizes of the input, output channels, kernel, threads and the options, what
+            `csrc/cpu/masked_conv2d.h` takes.
+        why_not_native: of the kernel's sizes and the options; None where it takes them.
+        triton: names of the launchers of all three in a module of `fastgen.kernels`, or none.
+    """
+
+    name: str
+    options: str
+    check: Callable[..., None]
+    reference: Callable[..., Tensor]
+    input_grad: Callable[..., Tensor]
+    weight_grad: Callable[..., tuple[Tensor, Tensor]]
+    native: Callable[..., Any]
+    why_not_native: Callable[..., str | None]
+    triton: tuple[str, ...] = ()
+
+    def __call__(self, input: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
+        _check(self, input, weight, bias, *options)
+        args = (input, weight, bias, *options)
+        if is_transformed():
+            return self.reference(*args)
+        autocast = torch.is_autocast_enabled(input.device.type)
+        if torch.compiler.is_compiling():
+            return self.reference(*args) if autocast else _CausalConv2d.apply(self.name, *args)
+        function = backends.select(self.name, *args)
+        if function is _functions[self.name]:
+            return self.reference(*args)
+        tensors = (input, weight, bias)
+        if not wants_grad(tensors) and is_unobserved(tensors):
+            return function(*args)
+        return _CausalConv2d.apply(self.name, *args)
+
+
+_functions: dict[str, Callable[..., Tensor]] = {}  # references, as they are registered
+
+
+class _CausalConv2d(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, name: str, input: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
+        ctx.save_for_backward(input, weight)
+        ctx.name, ctx.options = name, options
+        return getattr(torch.ops.fastgen, name)(input, weight, bias, *options)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        input, weight = ctx.saved_tensors
+        for_input, for_weight, for_bias = ctx.needs_input_grad[1:4]
+        grad_input = grad_weight = grad_bias = None
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # create_graph=True
+            input_grad: Any = _operators[ctx.name].input_grad
+            weight_grad: Any = _operators[ctx.name].weight_grad
+        else:
+            input_grad = getattr(torch.ops.fastgen, f"{ctx.name}_input_grad")
+            weight_grad = getattr(torch.ops.fastgen, f"{ctx.name}_weight_grad")
+        if for_input:
+            grad_input = input_grad(grad, weight, *ctx.options)
+        if for_weight:
+            grad_weight, grad_bias = weight_grad(grad, input, weight.shape[2:], *ctx.options)
+        elif for_bias:
+            grad_bias = grad.sum((0, 2, 3))
+        return None, grad_input, grad_weight, grad_bias if for_bias else None, *(None for _ in ctx.options)
+
+
+# Checks, shared by the real and the fake implementations
+
+
+def _check(operator: Operator, input: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> None:
+    for name, value in (("input", input), ("weight", weight), ("bias", bias)):
+        if not isinstance(value, Tensor) and not (name == "bias" and value is None):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    operator.check(weight.shape, *options)
+    if input.dim() != 4 or 0 in input.shape[1:]:
+        raise ValueError(f"input must be [N, Cin, H, W] without empty dimensions but N, got {list(input.shape)}")
+    if input.shape[1] != weight.shape[1]:
+        raise ValueError(f"input must have {weight.shape[1]} channels as the weight has, got {input.shape[1]}")
+    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
+        raise ValueError(f"bias must be [{weight.shape[0]}], got {list(bias.shape)}")
+    _check_same(input, weight, bias)
+
+
+def _check_input_grad(operator: Operator, grad: Tensor, weight: Tensor, *options: Any) -> None:
+    operator.check(weight.shape, *options)
+    if grad.dim() != 4 or grad.shape[1] != weight.shape[0] or 0 in grad.shape[1:]:
+        raise ValueError(f"grad must be [N, {weight.shape[0]}, H, W], got {list(grad.shape)}")
+    _check_same(grad, weight, None)
+
+
+def _check_weight_grad(operator: Operator, grad: Tensor, input: Tensor, kernel: Sequence[int], *options: Any) -> None:
+    if grad.dim() != 4 or input.dim() != 4 or input.shape[0] != grad.shape[0] or input.shape[2:] != grad.shape[2:]:
+        raise ValueError(f"grad and input must be [N, C, H, W], got {list(grad.shape)} and {list(input.shape)}")
+    operator.check((grad.shape[1], input.shape[1], *kernel), *options)
+    _check_same(grad, input, None)
+
+
+def _check_same(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """One floating dtype (autocast may still bring different ones together) and one device."""
+    autocast = torch.is_autocast_enabled(input.device.type)
+    for name, value in (("weight", weight), ("bias", bias)):
+        if value is None:
+            continue
+        if value.device != input.device:
+            raise ValueError(f"{name} must be on the device of the input, {input.device}, got {value.device}")
+        if value.dtype != input.dtype and not autocast:
+            raise TypeError(f"{name} must have the dtype of the input, {input.dtype}, got {value.dtype}")
+    if not input.dtype.is_floating_point:
+        raise TypeError(f"input must be of a floating dtype, got {input.dtype}")
+
+
+def check_weight(shape: Sequence[int]) -> None:
+    if len(shape) != 4 or 0 in shape:
+        raise ValueError(f"weight must be [Cout, Cin, kh, kw] without empty dimensions, got {list(shape)}")
+
+
+# Native implementations
+
+
+def _run(
+    operator: Operator, function: str, image: Tensor, weight_shape: Sequence[int], options: Sequence[Any], *args: Any
+) -> None:
+    """Calls a function of csrc/cpu/masked_conv2d.h; `image` is a tensor of the batch's size and dtype."""
+    native = backends.native_cpu()
+    out_channels, in_channels, *kernel = weight_shape
+    batch, _, height, width = image.shape
+    work = batch * height * width * out_channels * in_channels * kernel[0] * kernel[1] // 2
+    threads = max(1, min(torch.get_num_threads(), work // _MIN_THREAD_WORK))
+    conv = operator.native(native, (batch, in_channels, height, width), out_channels, kernel, threads, *options)
+    dtype = str(image.dtype).removeprefix("torch.")
+    sizes = getattr(native, f"masked_conv2d_scratch_{dtype}")(conv)
+    scratch = image.new_empty(sizes[_FUNCTIONS.index(function)])
+    getattr(native, f"masked_conv2d_{function}_{dtype}")(conv, *args, scratch.data_ptr())
+
+
+def _forward_cpu(operator: Operator, input: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
+    weight = weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
+    output = _channels_last(input, weight.shape[0])
+    pointers = (weight.data_ptr(), 0 if bias is None else bias.data_ptr(), output.data_ptr())
+    _run(operator, "forward", input, weight.shape, options, input.data_ptr(), input.stride(), *pointers)
+    return output
+
+
+def _input_grad_cpu(operator: Operator, grad: Tensor, weight: Tensor, *options: Any) -> Tensor:
+    weight = weight.contiguous()
+    result = _channels_last(grad, weight.shape[1])
+    pointers = (weight.data_ptr(), result.data_ptr())
+    _run(operator, "input_gradient", grad, weight.shape, options, grad.data_ptr(), grad.stride(), *pointers)
+    return result
+
+
+def _weight_grad_cpu(
+    operator: Operator, grad: Tensor, input: Tensor, kernel: Sequence[int], *options: Any
+) -> tuple[Tensor, Tensor]:
+    shape = (grad.shape[1], input.shape[1], *kernel)
+    if grad.numel() == 0:
+        return grad.new_zeros(shape), grad.new_zeros(shape[0])
+    weight, bias = grad.new_empty(shape), grad.new_empty(shape[0])
+    images = (input.data_ptr(), input.stride(), grad.data_ptr(), grad.stride())
+    _run(operator, "weight_gradient", grad, shape, options, *images, weight.data_ptr(), bias.data_ptr())
+    return weight, bias
+
+
+def _channels_last(like: Tensor, channels: int) -> Tensor:
+    shape = (like.shape[0], channels, *like.shape[2:])
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+
+
+def _why_not_cpu(operator: Operator, *args: Any) -> str | None:
+    """Of the arguments of any of the three."""
+    first, second, third = args[:3]
+    kernel = third if isinstance(third, (list, tuple)) else second.shape[2:]  # only weight_grad has no weight
+    options = args[-operator.options.count(",") - 1 :]
+    if first.dtype not in (torch.float32, torch.float64):
+        return f"it takes float32 and float64, got {first.dtype}"
+    if torch.is_autocast_enabled(first.device.type):
+        return "autocast is on"
+    if first.layout is not torch.strided:
+        return f"it takes strided tensors, got {first.layout}"
+    return operator.why_not_native(kernel, *options)
+
+
+# Registration
+
+_SCHEMAS = {
+    "": "(Tensor input, Tensor weight, Tensor? bias, {}) -> Tensor",
+    "_input_grad": "(Tensor grad, Tensor weight, {}) -> Tensor",
+    "_weight_grad": "(Tensor grad, Tensor input, SymInt[2] kernel, {}) -> (Tensor, Tensor)",
+}
+
+
+def _like_native(tensor: Tensor) -> Tensor:
+    return tensor.contiguous(memory_format=torch.channels_last)
+
+
+def _weight_grad_empty(grad: Tensor, input: Tensor, kernel: Sequence[int], *_: Any) -> tuple[Tensor, Tensor]:
+    return grad.new_empty((grad.shape[1], input.shape[1], *kernel)), grad.new_empty(grad.shape[1])
+
+
+def register(operator: Operator) -> None:
+    """Defines the operator and its two derivatives, with all their implementations."""
+    _operators[operator.name] = operator
+    _functions[operator.name] = lambda *args: _like_native(operator.reference(*args))
+    implementations = (
+        (_check, _functions[operator.name], _forward_cpu, lambda x, weight, *_: _channels_last(x, weight.shape[0])),
+        (
+            _check_input_grad,
+            lambda *args: _like_native(operator.input_grad(*args)),
+            _input_grad_cpu,
+            lambda grad, weight, *_: _channels_last(grad, weight.shape[1]),
+        ),
+        (_check_weight_grad, operator.weight_grad, _weight_grad_cpu, _weight_grad_empty),
+    )
+    for index, (suffix, schema) in enumerate(_SCHEMAS.items()):
+        check, reference, cpu, empty = implementations[index]
+        name = operator.name + suffix
+        backends.register(name, "reference", reference)
+        backends.register(
+            name, "cpu", functools.partial(cpu, operator), why_not=functools.partial(_why_not_cpu, operator)
+        )
+        if operator.triton:
+            launcher = backends.triton_kernel(operator.name, operator.triton[index])
+            backends.register(name, "triton", launcher, why_not=_why_not_triton)
+        _define(name, schema.format(operator.options), functools.partial(check, operator), empty)
+
+
+def _define(name: str, schema: str, check: Callable[..., None], empty: Callable[..., Any]) -> None:
+    """One check for the real and the fake implementation; `empty` allocates what the fake one returns."""
+
+    def real(*args: Any) -> Any:
+        check(*args)
+        return backends.select(name, *args)(*args)
+
+    def fake(*args: Any) -> Any:
+        check(*args)
+        return empty(*args)
+
+    _library.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
+    _library.impl(name, real, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastgen::{name}", fake, lib=_library)
+
+
+def _why_not_triton(*args: Any) -> str | None:
+    autocast = torch.is_autocast_enabled(args[0].device.type)
+    return "autocast is on" if autocast else backends.why_not_triton(args[0])
