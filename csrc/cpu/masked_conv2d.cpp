@@ -509,7 +509,7 @@ struct WeightGradient {
 
     void taps_of_points(int64_t taps, int64_t line, int64_t i, int64_t panel, T* to) const {
         constexpr int64_t step = kPanel<T>;
-        T points[kPoints * step];
+        T points[kPoints * step] = {};
         totals(line, products_of(taps), i, panel, points);
         const Vec<T> half = broadcast(T(0.5));
         for (int64_t j = 0; j < step; j += kLanes<T>) {

@@ -82,13 +82,10 @@ FASTGEN_INLINE Filtered filtered(const MaskedConv2d& conv) {
 
 FASTGEN_INLINE int64_t pairs_of(const MaskedConv2d& conv) { return ceil_div(conv.width, 2); }
 
-// Of a filtered row of `taps`: its products, their order, and the lines of points that the ring keeps for them (of two
-// taps, point 1 is a pixel as it is).
-FASTGEN_INLINE int64_t products_of(int64_t taps) { return taps == 3 ? kPoints : 3; }
+// Of a filtered row of `taps`: its products and their order.
+FASTGEN_INLINE int64_t products_of(int64_t taps) { return taps == 3 ? kPoints : taps == 2 ? 3 : 0; }
 FASTGEN_INLINE bool has_point(int64_t taps, int64_t point) { return taps == 3 || (taps == 2 && point != 2); }
 FASTGEN_INLINE int64_t product_of(int64_t taps, int64_t point) { return taps == 2 && point == 3 ? 2 : point; }
-FASTGEN_INLINE int64_t kept_lines(int64_t taps) { return taps == 3 ? kPoints : taps; }
-FASTGEN_INLINE int64_t kept_line(int64_t taps, int64_t point) { return taps == 2 && point == 3 ? 1 : point; }
 
 // Of weights and their gradients: lines of channels, those of the rows nearest to the pixel's own first, then its own.
 // An own row that is not filtered has a line for each tap.
@@ -113,7 +110,8 @@ public:
           rows_(rows),
           before_(reverse ? right(conv) : conv.left),
           own_before_(reverse ? own_right(conv) : conv.left),
-          line_(aligned<T>(pairs_of(conv) * channels)),
+          pair_(pair_size(channels)),
+          line_(pairs_of(conv) * pair_),
           lines_at_(row_size(conv, channels)),
           slot_(slot_size(conv, channels)),
           slots_(slots) {
@@ -135,11 +133,9 @@ public:
         const T* first;
         int64_t step;
     };
-    FASTGEN_INLINE Points above(int64_t y, int64_t point) const {
-        return points(row(y), row(y) + lines_at_, how_.rows, point);
-    }
+    FASTGEN_INLINE Points above(int64_t y, int64_t point) const { return points(row(y) + lines_at_, how_.rows, point); }
     FASTGEN_INLINE Points own(int64_t y, int64_t point) const {
-        return points(own_row(y), row(y) + own_lines_at(), how_.own, point);
+        return points(row(y) + own_lines_at(), how_.own, point);
     }
 
     // The next rows are of another place.
@@ -164,17 +160,21 @@ private:
         const int64_t positions = conv.width + conv.kernel_w - 1 + (pairs ? conv.width % 2 : 0);
         return pairs ? aligned<T>(positions * channels) : positions * channels;
     }
+    // An odd number of cache lines: the weights' gradient reads one channel of many pairs, which must not share few sets
+    // of the cache.
+    static FASTGEN_INLINE int64_t pair_size(int64_t channels) {
+        return aligned<T>(channels) + (panels_of<T>(channels) % 2 ? 0 : kPanel<T>);
+    }
     static FASTGEN_INLINE int64_t slot_size(const MaskedConv2d& conv, int64_t channels) {
         const Filtered how = filtered(conv);
-        const int64_t lines = kept_lines(how.rows) + (how.own == how.rows ? 0 : kept_lines(how.own));
-        return row_size(conv, channels) + lines * aligned<T>(pairs_of(conv) * channels);
+        const int64_t lines = products_of(how.rows) + (how.own == how.rows ? 0 : products_of(how.own));
+        return row_size(conv, channels) + lines * pairs_of(conv) * pair_size(channels);
     }
     FASTGEN_INLINE int64_t own_lines_at() const {
-        return lines_at_ + (how_.own == how_.rows ? 0 : kept_lines(how_.rows)) * line_;
+        return lines_at_ + (how_.own == how_.rows ? 0 : products_of(how_.rows)) * line_;
     }
-    FASTGEN_INLINE Points points(const T* row, const T* lines, int64_t taps, int64_t point) const {
-        if (taps == 2 && point == 1) return {row + channels_, 2 * channels_};
-        return {lines + kept_line(taps, point) * line_, channels_};
+    FASTGEN_INLINE Points points(const T* lines, int64_t taps, int64_t point) const {
+        return {lines + product_of(taps, point) * line_, pair_};
     }
 
     void make_points(int64_t y) const {
@@ -188,7 +188,7 @@ private:
     template <int kTaps>
     void make_lines(const T* from, T* to, T* own) const {
         const bool both = how_.own == 2 && kTaps == 3, later = own_before_ < before_;
-        for (int64_t j = 0; j < pairs_of(conv_); ++j, from += 2 * channels_, to += channels_, own += channels_) {
+        for (int64_t j = 0; j < pairs_of(conv_); ++j, from += 2 * channels_, to += pair_, own += pair_) {
             for (int64_t c = 0; c < channels_; c += kLanes<T>) {
                 const int64_t count = min_of(kLanes<T>, channels_ - c);
                 Vec<T> d[kTaps + 1];
@@ -209,7 +209,8 @@ private:
 
     FASTGEN_INLINE void keep_pair(T* to, Vec<T> d0, Vec<T> d1, Vec<T> d2, int64_t count) const {
         keep(to, d0 - d1, count);
-        keep(to + line_, d2 - d1, count);
+        keep(to + line_, d1, count);
+        keep(to + 2 * line_, d2 - d1, count);
     }
 
     static FASTGEN_INLINE Vec<T> some(const T* from, int64_t count) {
@@ -226,8 +227,8 @@ private:
     const MaskedConv2d& conv_;
     const Filtered how_;
     const int64_t channels_, rows_;
-    const int64_t before_, own_before_;     // columns before a pixel that a row above, and its own row reads
-    const int64_t line_, lines_at_, slot_;  // elements
+    const int64_t before_, own_before_;            // columns before a pixel that a row above, and its own row reads
+    const int64_t pair_, line_, lines_at_, slot_;  // elements
     T* const slots_;
     int64_t image_ = -1, next_ = 0;  // the rows before `next_` of this image have been fetched
 };

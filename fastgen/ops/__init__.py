@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fastgen.ops import philox
+from fastgen.ops.concat_elu import concat_elu
 from fastgen.ops.conv2d_bn_act import conv2d_bn_act
 from fastgen.ops.conv_transpose2d_bn_act import conv_transpose2d_bn_act
 from fastgen.ops.group_norm_act import group_norm_act
@@ -14,6 +15,7 @@ from fastgen.ops.row_lstm import row_lstm
 from fastgen.ops.shifted_conv2d import shifted_conv2d
 
 __all__ = [
+    "concat_elu",
     "conv2d_bn_act",
     "conv_mask",
     "conv_transpose2d_bn_act",

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fastgen import ops
 from fastgen.models.autoregressive.base import AutoregressiveModel
 from fastgen.sampling.subject import evaluating
 
@@ -97,13 +98,15 @@ class Convolution(WeightNormed):
         self, inputs: int, outputs: int, window: Window = POINT, *, stride: int = 1, init_scale: float = 1.0
     ) -> None:
         super().__init__((outputs, inputs, window.rows, window.columns), 0, init_scale)
-        self.padding = (window.left, window.right, window.rows - 1, 0)
+        self.window = window
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
-        if any(self.padding):
-            x = F.pad(x, self.padding)
-        return F.conv2d(x, self.weight(), self.bias, self.stride)
+        window = self.window
+        if window == POINT or self.stride > 1:
+            x = F.pad(x, (window.left, window.right, window.rows - 1, 0))
+            return F.conv2d(x, self.weight(), self.bias, self.stride)
+        return ops.shifted_conv2d(x, self.weight(), self.bias, left=window.left)
 
 
 class GatedResidual(torch.nn.Module):

@@ -1,0 +1,240 @@
+"""ELU of features and of their negatives, with dropout: the activation of PixelCNN++.
+
+W. Shang, K. Sohn, D. Almeida, H. Lee, "Understanding and Improving Convolutional Neural Networks via Concatenated
+Rectified Linear Units", ICML 2016, section 2.1, with the ELU of D.-A. Clevert, T. Unterthiner, S. Hochreiter, "Fast and
+Accurate Deep Network Learning by Exponential Linear Units", ICLR 2016, in the place of the rectifier, as in T. Salimans,
+A. Karpathy, X. Chen, D. P. Kingma, "PixelCNN++", ICLR 2017.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastgen import backends
+from fastgen.ops import philox
+from fastgen.ops.conv_block import check_same, is_transformed, is_unobserved, wants_grad
+
+_THREAD_ELEMENTS = 1 << 14  # inputs: below, waking a thread costs more than it saves
+_MAX_DROPOUT = 8192  # of csrc/cpu/concat_elu.h
+_HALVES = 1 << 16
+
+
+def concat_elu(*inputs: Tensor, negate: bool = True, dropout: float = 0.0, seed: int = 0) -> Tensor:
+    """``dropout(elu(cat([*inputs, *(-input for input in inputs)], dim=1)))`` in one pass, and one back.
+
+    Args:
+        inputs: one or more [N, Ci, H, W] of one dtype, any strides.
+        negate: whether there are the negatives; without them it is ``dropout(elu(cat(inputs, dim=1)))``.
+        dropout: share of the outputs that is set to zero, 0 <= dropout < 1, rounded to a multiple of 2^-16; the others
+            are divided by one minus it.
+        seed: 0..2^63-1; which outputs are dropped is a function of the seed, the index in the batch, the position and the
+            channel (`philox` says which), and is found anew in the backward pass.
+
+    Returns:
+        [N, 2 * sum of Ci, H, W] (without negate, half of that), channels-last in memory where the native kernel
+        computed it.
+
+    float32 and float64 run natively on the CPU, other dtypes and devices, autocast and all within `torch.func` or
+    forward-mode differentiation in plain PyTorch; so does a backward pass that is itself to be differentiated.
+
+    Raises:
+        TypeError: an argument is not a tensor or the dtypes differ.
+        ValueError: a shape, dropout or seed is not as above.
+    """
+    _check(inputs, negate, dropout, seed)
+    args = (negate, float(dropout), seed)
+    if is_transformed() or torch.compiler.is_compiling():
+        return concat_elu_reference(inputs, *args)
+    function = backends.select("concat_elu", inputs[0], *inputs[1:], dropout=dropout)
+    if function is _reference:
+        return concat_elu_reference(inputs, *args)
+    if not wants_grad(inputs) and is_unobserved(inputs):
+        return _forward(inputs, *args)
+    return _ConcatElu.apply(*args, *inputs)
+
+
+def concat_elu_reference(inputs: Sequence[Tensor], negate: bool, dropout: float, seed: int) -> Tensor:
+    """The definition, in plain PyTorch."""
+    y = F.elu(torch.cat([*inputs, *(-x for x in inputs)] if negate else list(inputs), dim=1))
+    dropped = _dropped(dropout)
+    if not dropped:
+        return y
+    n, features, height, width = y.shape
+    blocks = 8 * math.ceil(features / 64)
+    sample, pixel = torch.arange(n, device=y.device)[:, None, None], torch.arange(height * width, device=y.device)
+    words = philox.uint32(seed, torch.arange(blocks, device=y.device), pixel[:, None], sample)  # [N, HW, blocks, 4]
+    halves = torch.stack([words & 0xFFFF, words >> 16], dim=4).unflatten(3, (2, 2))
+    halves = halves.movedim(3, 2).flatten(2)[..., :features]  # numbers 0 and 1 of all blocks come before 2 and 3
+    kept = (halves >= dropped).transpose(1, 2).view(y.shape)
+    return y * kept * _scale(dropped)
+
+
+def _dropped(dropout: float) -> int:
+    """Of 65536 equal values of 16 bits, those with which an output is dropped."""
+    return round(dropout * _HALVES)
+
+
+def _scale(dropped: int) -> float:
+    return _HALVES / (_HALVES - dropped)
+
+
+class _ConcatElu(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, negate: bool, dropout: float, seed: int, *inputs: Tensor) -> Tensor:
+        ctx.save_for_backward(*inputs)
+        ctx.options = (negate, dropout, seed)
+        return torch.ops.fastgen.concat_elu(inputs, negate, dropout, seed)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        inputs = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph=True
+            y = concat_elu_reference(inputs, *ctx.options)
+            grads: Sequence[Tensor] = torch.autograd.grad(y, inputs, grad, create_graph=True)
+        else:
+            grads = torch.ops.fastgen.concat_elu_grad(grad, inputs, *ctx.options)
+        return None, None, None, *grads
+
+
+# Checks, shared by the real and the fake implementations
+
+
+def _check(inputs: Sequence[Tensor], negate: bool, dropout: float, seed: int) -> None:
+    if not inputs:
+        raise ValueError("inputs: expected at least one tensor, got none")
+    for i, x in enumerate(inputs):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"inputs[{i}] must be a tensor, got {type(x).__name__}")
+        if x.dim() != 4 or 0 in x.shape[1:]:
+            raise ValueError(f"inputs[{i}] must be [N, C, H, W] without empty dimensions but N, got {list(x.shape)}")
+        if (x.shape[0], *x.shape[2:]) != (inputs[0].shape[0], *inputs[0].shape[2:]):
+            first, shape = list(inputs[0].shape), list(x.shape)
+            raise ValueError(f"inputs must agree in all but their channels, got {first} and {shape}")
+    check_same(inputs[0], {f"inputs[{i}]": x for i, x in enumerate(inputs)})
+    if not 0 <= dropout < 1 or _dropped(dropout) == _HALVES:
+        raise ValueError(f"dropout must be at least 0 and below 1, got {dropout}")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed must be from 0 to 2^63 - 1, got {seed}")
+
+
+def _check_grad(grad: Tensor, inputs: Sequence[Tensor], negate: bool, dropout: float, seed: int) -> None:
+    _check(inputs, negate, dropout, seed)
+    shape = _output_shape(inputs, negate)
+    if tuple(grad.shape) != shape:
+        raise ValueError(f"grad must be {list(shape)}, got {list(grad.shape)}")
+    check_same(inputs[0], {"grad": grad})
+
+
+def _output_shape(inputs: Sequence[Tensor], negate: bool) -> tuple[int, ...]:
+    channels = sum(x.shape[1] for x in inputs) * (2 if negate else 1)
+    return (inputs[0].shape[0], channels, *inputs[0].shape[2:])
+
+
+# Implementations
+
+
+def _job(inputs: Sequence[Tensor], negate: bool, dropout: float, seed: int) -> tuple[Any, ...]:
+    """The native arguments in front of the outputs; the inputs are channels-last."""
+    n, _, height, width = inputs[0].shape
+    dropped = _dropped(dropout)
+    work = sum(x.numel() for x in inputs)
+    threads = max(1, min(torch.get_num_threads(), work // _THREAD_ELEMENTS))
+    pointers, channels = [x.data_ptr() for x in inputs], [x.shape[1] for x in inputs]
+    return n, height * width, pointers, channels, negate, dropped, _scale(dropped), seed, threads
+
+
+def _native(function: str, dtype: torch.dtype) -> Any:
+    return getattr(backends.native_cpu(), f"{function}_{str(dtype).removeprefix('torch.')}")
+
+
+def _forward(inputs: Sequence[Tensor], negate: bool, dropout: float, seed: int) -> Tensor:
+    inputs = [_channels_last(x) for x in inputs]
+    output = _empty(inputs[0], _output_shape(inputs, negate))
+    _native("concat_elu", output.dtype)(*_job(inputs, negate, dropout, seed), output.data_ptr())
+    return output
+
+
+def _backward(grad: Tensor, inputs: Sequence[Tensor], negate: bool, dropout: float, seed: int) -> list[Tensor]:
+    inputs, grad = [_channels_last(x) for x in inputs], _channels_last(grad)
+    grads = [_empty(x, x.shape) for x in inputs]
+    job = _job(inputs, negate, dropout, seed)
+    _native("concat_elu_gradient", grad.dtype)(*job, grad.data_ptr(), [x.data_ptr() for x in grads])
+    return grads
+
+
+def _reference(inputs: Sequence[Tensor], negate: bool, dropout: float, seed: int) -> Tensor:
+    return _channels_last(concat_elu_reference(inputs, negate, dropout, seed))
+
+
+def _backward_reference(
+    grad: Tensor, inputs: Sequence[Tensor], negate: bool, dropout: float, seed: int
+) -> list[Tensor]:
+    with torch.enable_grad():
+        leaves = [x.detach().requires_grad_() for x in inputs]
+        y = concat_elu_reference(leaves, negate, dropout, seed)
+        return [_channels_last(x) for x in torch.autograd.grad(y, leaves, grad)]
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _empty(like: Tensor, shape: Sequence[int]) -> Tensor:
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+
+
+def _why_not(first: Tensor, *others: Tensor, dropout: float) -> str | None:
+    if first.dtype not in (torch.float32, torch.float64):
+        return f"it takes float32 and float64, got {first.dtype}"
+    if torch.is_autocast_enabled(first.device.type):
+        return "autocast is on"
+    if any(x.layout is not torch.strided for x in (first, *others)):
+        return "it takes strided tensors"
+    if dropout and 2 * sum(x.shape[1] for x in (first, *others)) > _MAX_DROPOUT:
+        return f"with dropout it takes at most {_MAX_DROPOUT} output channels"
+    return None
+
+
+# Registration
+
+_library = torch.library.Library("fastgen", "FRAGMENT")
+
+
+def _real(inputs: Sequence[Tensor], negate: bool, dropout: float, seed: int) -> Tensor:
+    _check(inputs, negate, dropout, seed)
+    return backends.select("concat_elu", *inputs, dropout=dropout)(inputs, negate, dropout, seed)
+
+
+def _fake(inputs: Sequence[Tensor], negate: bool, dropout: float, seed: int) -> Tensor:
+    _check(inputs, negate, dropout, seed)
+    return _empty(inputs[0], _output_shape(inputs, negate))
+
+
+def _real_grad(grad: Tensor, inputs: Sequence[Tensor], negate: bool, dropout: float, seed: int) -> list[Tensor]:
+    _check_grad(grad, inputs, negate, dropout, seed)
+    return backends.select("concat_elu_grad", *inputs, dropout=dropout)(grad, inputs, negate, dropout, seed)
+
+
+def _fake_grad(grad: Tensor, inputs: Sequence[Tensor], negate: bool, dropout: float, seed: int) -> list[Tensor]:
+    _check_grad(grad, inputs, negate, dropout, seed)
+    return [_empty(x, x.shape) for x in inputs]
+
+
+for _name, _schema, _functions, _operator, _shape_only in (
+    ("concat_elu", "(Tensor[] inputs, {}) -> Tensor", (_reference, _forward), _real, _fake),
+    (
+        "concat_elu_grad", "(Tensor grad, Tensor[] inputs, {}) -> Tensor[]",
+        (_backward_reference, _backward), _real_grad, _fake_grad,
+    ),
+):  # fmt: skip
+    backends.register(_name, "reference", _functions[0])
+    backends.register(_name, "cpu", _functions[1], why_not=_why_not)
+    _library.define(_name + _schema.format("bool negate, float dropout, int seed"), tags=torch.Tag.pt2_compliant_tag)
+    _library.impl(_name, _operator, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastgen::{_name}", _shape_only, lib=_library)
