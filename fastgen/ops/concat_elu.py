@@ -25,7 +25,7 @@ _MAX_DROPOUT = 8192  # of csrc/cpu/concat_elu.h
 _HALVES = 1 << 16
 
 
-def concat_elu(*inputs: Tensor, negate: bool = True, dropout: float = 0.0, seed: int = 0) -> Tensor:
+def concat_elu(*inputs: Tensor, negate: bool = True, dropout: float = 0.0, seed: int | None = None) -> Tensor:
     """``dropout(elu(cat([*inputs, *(-input for input in inputs)], dim=1)))`` in one pass, and one back.
 
     Args:
@@ -34,7 +34,8 @@ def concat_elu(*inputs: Tensor, negate: bool = True, dropout: float = 0.0, seed:
         dropout: share of the outputs that is set to zero, 0 <= dropout < 1, rounded to a multiple of 2^-16; the others
             are divided by one minus it.
         seed: 0..2^63-1; which outputs are dropped is a function of the seed, the index in the batch, the position and the
-            channel (`philox` says which), and is found anew in the backward pass.
+            channel (`philox` says which), and is found anew in the backward pass.  None: PyTorch's default generator
+            decides, which natively gives the seed.
 
     Returns:
         [N, 2 * sum of Ci, H, W] (without negate, half of that), channels-last in memory where the native kernel
@@ -47,14 +48,21 @@ def concat_elu(*inputs: Tensor, negate: bool = True, dropout: float = 0.0, seed:
         TypeError: an argument is not a tensor or the dtypes differ.
         ValueError: a shape, dropout or seed is not as above.
     """
-    _check(inputs, negate, dropout, seed)
-    args = (negate, float(dropout), seed)
-    if is_transformed() or torch.compiler.is_compiling():
+    _check(inputs, negate, dropout, seed or 0)
+    plain = (
+        is_transformed()
+        or torch.compiler.is_compiling()
+        or backends.select("concat_elu", *inputs, dropout=dropout) is _reference
+    )
+    unobserved = is_unobserved(inputs)
+    if seed is None and dropout:
+        if plain or not unobserved:  # a tracer would take the seed for a constant
+            return F.dropout(concat_elu(*inputs, negate=negate), dropout)
+        seed = int(torch.randint(2**63 - 1, ()))
+    args = (negate, float(dropout), seed or 0)
+    if plain:
         return concat_elu_reference(inputs, *args)
-    function = backends.select("concat_elu", inputs[0], *inputs[1:], dropout=dropout)
-    if function is _reference:
-        return concat_elu_reference(inputs, *args)
-    if not wants_grad(inputs) and is_unobserved(inputs):
+    if unobserved and not wants_grad(inputs):
         return _forward(inputs, *args)
     return _ConcatElu.apply(*args, *inputs)
 

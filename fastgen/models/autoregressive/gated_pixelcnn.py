@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgen import nn, ops
+from fastgen import nn
 from fastgen.models.autoregressive.base import AutoregressiveModel, odd, positive
 
 FIRST_KERNEL_SIZE = 7
@@ -41,7 +41,7 @@ class GatedLayer(torch.nn.Module):
     ) -> None:
         super().__init__()
         k, p = kernel_size, num_filters
-        self.vertical = torch.nn.Conv2d(in_channels, 2 * p, (k // 2 + 1, k))  # holds the weights; see forward
+        self.vertical = nn.ShiftedConv2d(in_channels, 2 * p, (k // 2 + 1, k), left=k // 2)
         self.vertical_to_horizontal = torch.nn.Conv2d(2 * p, 2 * p, 1)
         self.horizontal = nn.MaskedConv2d(in_channels, 2 * p, (1, k), mask_type=mask_type, colors=colors, splits=2)
         self.output = nn.MaskedConv2d(p, p, 1, mask_type="B", colors=colors)
@@ -49,7 +49,7 @@ class GatedLayer(torch.nn.Module):
         self.residual = mask_type == "B"
 
     def forward(self, v: Tensor, h: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-        v = ops.shifted_conv2d(v, self.vertical.weight, self.vertical.bias, left=self.vertical.kernel_size[1] // 2)
+        v = self.vertical(v)
         x = self.horizontal(h) + self.vertical_to_horizontal(v)
         if self.label_bias is not None:
             bias_v, bias_h = self.label_bias(labels)[:, :, None, None].chunk(2, dim=1)  # equation 4, [N, 2p, 1, 1] each

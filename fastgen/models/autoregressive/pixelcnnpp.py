@@ -20,7 +20,6 @@ from fastgen.models.autoregressive.weight_normed import (
     WeightNormed,
     WeightNormedModel,
     Window,
-    concat_elu,
     dropout_share,
     shift_down,
     shift_right,
@@ -71,7 +70,7 @@ class Block(torch.nn.Module):
     def __init__(self, p: int, *, mirrored: bool, num_classes: int | None, dropout: float) -> None:
         super().__init__()
         skips = int(mirrored)
-        layer = functools.partial(GatedResidual, p, activation=concat_elu, num_classes=num_classes, dropout=dropout)
+        layer = functools.partial(GatedResidual, p, negate=True, num_classes=num_classes, dropout=dropout)
         self.vertical = layer(VERTICAL, skip_channels=skips * p)
         self.horizontal = layer(HORIZONTAL, skip_channels=(1 + skips) * p)
 

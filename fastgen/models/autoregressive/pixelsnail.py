@@ -164,7 +164,7 @@ class PixelSNAIL(WeightNormedModel):
         if key_dim % num_heads or value_dim % num_heads:
             raise ValueError(f"num_heads: expected a divisor of {key_dim=} and {value_dim=}, got {num_heads}")
         colors, p = self.image_shape[0], num_filters
-        layer = functools.partial(GatedResidual, activation=F.elu, num_classes=num_classes, dropout=dropout)
+        layer = functools.partial(GatedResidual, negate=False, num_classes=num_classes, dropout=dropout)
         attention = {"key_dim": key_dim, "value_dim": value_dim, "num_heads": num_heads}
         self.input = InputLayer(colors, p)
         self.blocks = torch.nn.ModuleList(Block(colors, p, layer, num_layers, **attention) for _ in range(num_blocks))

@@ -4,7 +4,6 @@ gated residual layers of them, and the initialisation from data.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -35,11 +34,6 @@ class Window(NamedTuple):
 POINT = Window(1, 1, left=0)
 VERTICAL = Window(2, 3, left=1)  # the papers' "down shifted" convolution: this row and the one above
 HORIZONTAL = Window(2, 2, left=1)  # "down right shifted": nothing to the right
-
-
-def concat_elu(*x: Tensor) -> Tensor:
-    """ELU of the features of all arguments, and of their negatives: C channels -> 2C."""
-    return F.elu(torch.cat([*x, *(-each for each in x)], dim=1))
 
 
 def shift_down(x: Tensor) -> Tensor:
@@ -98,22 +92,22 @@ class Convolution(WeightNormed):
         self, inputs: int, outputs: int, window: Window = POINT, *, stride: int = 1, init_scale: float = 1.0
     ) -> None:
         super().__init__((outputs, inputs, window.rows, window.columns), 0, init_scale)
-        self.window = window
+        self.padding = (window.left, window.right, window.rows - 1, 0)
         self.stride = stride
 
     def forward(self, x: Tensor) -> Tensor:
-        window = self.window
-        if window == POINT or self.stride > 1:
-            x = F.pad(x, (window.left, window.right, window.rows - 1, 0))
-            return F.conv2d(x, self.weight(), self.bias, self.stride)
-        return ops.shifted_conv2d(x, self.weight(), self.bias, left=window.left)
+        if any(self.padding):
+            if self.stride == 1:
+                return ops.shifted_conv2d(x, self.weight(), self.bias, left=self.padding[0])
+            x = F.pad(x, self.padding)
+        return F.conv2d(x, self.weight(), self.bias, self.stride)
 
 
 class GatedResidual(torch.nn.Module):
     """A residual layer with a gate, which may also read another feature map: [N, C, H, W] -> the same shape.
 
-    Salimans et al. 2017 (PixelCNN++), sections 2.3 and 2.4. ``skip_channels`` are those of the other feature map, or of
-    all others together where the activation takes several.
+    Salimans et al. 2017 (PixelCNN++), sections 2.3 and 2.4. The activations are ELU, of the features and, with
+    ``negate``, of their negatives.  ``skip_channels`` are those of the other feature map, or of all others together.
     """
 
     def __init__(
@@ -121,14 +115,14 @@ class GatedResidual(torch.nn.Module):
         channels: int,
         window: Window = POINT,
         *,
-        activation: Callable[..., Tensor],
+        negate: bool,
         skip_channels: int = 0,
         num_classes: int | None,
         dropout: float,
     ) -> None:
         super().__init__()
-        width = activation(torch.zeros(1, 1)).shape[1]  # the channels that become of one
-        self.activation = activation
+        width = 2 if negate else 1  # the channels that become of one
+        self.negate = negate
         self.conv = Convolution(width * channels, channels, window)
         self.skip = Convolution(width * skip_channels, channels) if skip_channels else None
         self.output = Convolution(width * channels, 2 * channels, window, init_scale=0.1)
@@ -138,10 +132,10 @@ class GatedResidual(torch.nn.Module):
         self.dropout = dropout
 
     def forward(self, x: Tensor, skips: tuple[Tensor, ...], labels: Tensor | None) -> Tensor:
-        y = self.conv(self.activation(x))
+        y = self.conv(ops.concat_elu(x, negate=self.negate))
         if self.skip is not None:
-            y = y + self.skip(self.activation(*skips))
-        y = self.output(F.dropout(self.activation(y), self.dropout, self.training))
+            y = y + self.skip(ops.concat_elu(*skips, negate=self.negate))
+        y = self.output(ops.concat_elu(y, negate=self.negate, dropout=self.dropout if self.training else 0.0))
         if self.label_bias is not None:
             y = y + self.label_bias(labels)[:, :, None, None]
         a, b = y.chunk(2, dim=1)
