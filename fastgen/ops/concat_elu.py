@@ -1,9 +1,9 @@
 """ELU of features and of their negatives, with dropout: the activation of PixelCNN++.
 
 W. Shang, K. Sohn, D. Almeida, H. Lee, "Understanding and Improving Convolutional Neural Networks via Concatenated
-Rectified Linear Units", ICML 2016, section 2.1, with the ELU of D.-A. Clevert, T. Unterthiner, S. Hochreiter, "Fast and
-Accurate Deep Network Learning by Exponential Linear Units", ICLR 2016, in the place of the rectifier, as in T. Salimans,
-A. Karpathy, X. Chen, D. P. Kingma, "PixelCNN++", ICLR 2017.
+Rectified Linear Units", ICML 2016, section 2.1; with ELU (D.-A. Clevert, T. Unterthiner, S. Hochreiter, "Fast and
+Accurate Deep Network Learning by Exponential Linear Units", ICLR 2016) in T. Salimans, A. Karpathy, X. Chen, D. P.
+Kingma, "PixelCNN++", ICLR 2017.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ def concat_elu(*inputs: Tensor, negate: bool = True, dropout: float = 0.0, seed:
         negate: whether there are the negatives; without them it is ``dropout(elu(cat(inputs, dim=1)))``.
         dropout: share of the outputs that is set to zero, 0 <= dropout < 1, rounded to a multiple of 2^-16; the others
             are divided by one minus it.
-        seed: 0..2^63-1; which outputs are dropped is a function of the seed, the index in the batch, the position and the
-            channel (`philox` says which), and is found anew in the backward pass.  None: PyTorch's default generator
-            decides, which natively gives the seed.
+        seed: 0..2^63-1; which outputs are dropped is a function of the seed, the index in the batch, the position and
+            the channel (`philox` says which), and is found anew in the backward pass.  None: PyTorch's default
+            generator decides, which natively gives the seed.
 
     Returns:
         [N, 2 * sum of Ci, H, W] (without negate, half of that), channels-last in memory where the native kernel
@@ -49,38 +49,40 @@ def concat_elu(*inputs: Tensor, negate: bool = True, dropout: float = 0.0, seed:
         ValueError: a shape, dropout or seed is not as above.
     """
     _check(inputs, negate, dropout, seed or 0)
-    plain = (
-        is_transformed()
-        or torch.compiler.is_compiling()
-        or backends.select("concat_elu", *inputs, dropout=dropout) is _reference
-    )
-    unobserved = is_unobserved(inputs)
+    plain = is_transformed() or torch.compiler.is_compiling()  # compilers fuse it themselves
+    plain = plain or backends.select("concat_elu", *inputs, dropout=dropout) is _reference
     if seed is None and dropout:
-        if plain or not unobserved:  # a tracer would take the seed for a constant
+        if plain or not is_unobserved(inputs):  # a tracer would take the seed for a constant
             return F.dropout(concat_elu(*inputs, negate=negate), dropout)
         seed = int(torch.randint(2**63 - 1, ()))
     args = (negate, float(dropout), seed or 0)
     if plain:
         return concat_elu_reference(inputs, *args)
-    if unobserved and not wants_grad(inputs):
+    if not wants_grad(inputs) and is_unobserved(inputs):
         return _forward(inputs, *args)
     return _ConcatElu.apply(*args, *inputs)
 
 
 def concat_elu_reference(inputs: Sequence[Tensor], negate: bool, dropout: float, seed: int) -> Tensor:
     """The definition, in plain PyTorch."""
-    y = F.elu(torch.cat([*inputs, *(-x for x in inputs)] if negate else list(inputs), dim=1))
-    dropped = _dropped(dropout)
-    if not dropped:
-        return y
-    n, features, height, width = y.shape
+    y = F.elu(_both(inputs, negate))
+    return y * _kept(y, dropout, seed) if dropout else y
+
+
+def _both(inputs: Sequence[Tensor], negate: bool) -> Tensor:
+    return torch.cat([*inputs, *(-x for x in inputs)] if negate else list(inputs), dim=1)
+
+
+def _kept(like: Tensor, dropout: float, seed: int) -> Tensor:
+    """What dropout multiplies an output by, [N, F, H, W]."""
+    n, features, height, width = like.shape
     blocks = 8 * math.ceil(features / 64)
-    sample, pixel = torch.arange(n, device=y.device)[:, None, None], torch.arange(height * width, device=y.device)
-    words = philox.uint32(seed, torch.arange(blocks, device=y.device), pixel[:, None], sample)  # [N, HW, blocks, 4]
+    sample, pixel, block = (torch.arange(size, device=like.device) for size in (n, height * width, blocks))
+    words = philox.uint32(seed, block, pixel[:, None], sample[:, None, None])  # [N, HW, blocks, 4]
     halves = torch.stack([words & 0xFFFF, words >> 16], dim=4).unflatten(3, (2, 2))
     halves = halves.movedim(3, 2).flatten(2)[..., :features]  # numbers 0 and 1 of all blocks come before 2 and 3
-    kept = (halves >= dropped).transpose(1, 2).view(y.shape)
-    return y * kept * _scale(dropped)
+    dropped = _dropped(dropout)
+    return (halves >= dropped).transpose(1, 2).view(like.shape) * like.new_tensor(_scale(dropped))
 
 
 def _dropped(dropout: float) -> int:
@@ -183,10 +185,14 @@ def _reference(inputs: Sequence[Tensor], negate: bool, dropout: float, seed: int
 def _backward_reference(
     grad: Tensor, inputs: Sequence[Tensor], negate: bool, dropout: float, seed: int
 ) -> list[Tensor]:
-    with torch.enable_grad():
-        leaves = [x.detach().requires_grad_() for x in inputs]
-        y = concat_elu_reference(leaves, negate, dropout, seed)
-        return [_channels_last(x) for x in torch.autograd.grad(y, leaves, grad)]
+    both = _both(inputs, negate)
+    grad = torch.where(both > 0, grad, grad * both.clamp(max=0).exp())
+    if dropout:
+        grad = grad * _kept(grad, dropout, seed)
+    if negate:
+        of_inputs, of_negatives = grad.chunk(2, dim=1)
+        grad = of_inputs - of_negatives
+    return [_channels_last(x) for x in grad.split([x.shape[1] for x in inputs], dim=1)]
 
 
 def _channels_last(x: Tensor) -> Tensor:

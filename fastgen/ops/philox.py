@@ -15,6 +15,9 @@ colour channel c of pixel (y, x)
 pixel (y, x)                                                   0, 1, 2 (one channel: lane 1)
 normals: element e of draw s of    ``e // 4``      s           Box-Muller on the lane pairs (0, 1) and (2, 3); a latent
 a sample                                                       is draw 0
+dropout: feature f of F of pixel   ``y * W + x``   ``q % B``   ``2 * (q // B) + f % 4 // 2``; of its halves of 16 bits
+(y, x), quad ``q = f // 4``,                                   the low one where f is even
+``B = 8 * ceil(F / 64)``
 =================================  ==============  ==========  =======================================================
 """
 
