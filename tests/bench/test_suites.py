@@ -17,6 +17,7 @@ from bench import (
     masked_conv2d,
     reparameterize,
     sampling,
+    training,
     vae,
 )
 from bench.harness import gate, rows
@@ -32,6 +33,7 @@ SUITES = [
     masked_conv2d,
     reparameterize,
     sampling,
+    training,
     vae,
 ]
 
