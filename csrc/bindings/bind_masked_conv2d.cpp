@@ -7,6 +7,7 @@
 
 #include "cpu/isa.h"
 #include "cpu/masked_conv2d.h"
+#include "large_pages.h"
 
 FASTGEN_FOR_EACH_ISA(FASTGEN_DECLARE_MASKED_CONV2D)
 
@@ -80,6 +81,7 @@ std::array<int64_t, 3> scratch(const MaskedConv2d& conv) {
 template <class T>
 void forward(const MaskedConv2d& conv, uintptr_t input, const Strides& strides, uintptr_t weight, uintptr_t bias,
              uintptr_t output, uintptr_t scratch) {
+    advise_large_pages(output, conv.batch * conv.height * conv.width * conv.out_channels * sizeof(T));
     kernels<T>().forward(conv, image<T>(input, strides), pointer<T>(weight), pointer<T>(bias), pointer<T>(output),
                          pointer<T>(scratch));
 }
@@ -87,6 +89,7 @@ void forward(const MaskedConv2d& conv, uintptr_t input, const Strides& strides, 
 template <class T>
 void input_gradient(const MaskedConv2d& conv, uintptr_t grad, const Strides& strides, uintptr_t weight,
                     uintptr_t grad_input, uintptr_t scratch) {
+    advise_large_pages(grad_input, conv.batch * conv.height * conv.width * conv.in_channels * sizeof(T));
     kernels<T>().input_gradient(conv, image<T>(grad, strides), pointer<T>(weight), pointer<T>(grad_input),
                                 pointer<T>(scratch));
 }

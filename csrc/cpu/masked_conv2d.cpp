@@ -48,6 +48,7 @@ struct RowConvolution {
     static constexpr int64_t kAhead = 3;
     // Rows at a time: of so many positions, as long as the input of their products stays in the second-level cache, and
     // the weights beside it.
+    static constexpr int64_t kPositions = 64;  // at a time, of images that are read in place
     static constexpr int64_t kBlockPositions = 32, kBlockBytes = 256 * 1024, kPanelBytes = 128 * 1024;
 
     FASTGEN_INLINE int64_t direct_depth() const { return open_taps(conv) * in; }
@@ -132,6 +133,28 @@ struct RowConvolution {
         return reverse ? panel_first_reader<T>(conv, panel) : panel_inputs<T>(conv, panel);
     }
 
+    // Neighbouring panels whose last tap covers the same channels; output channels `column`, ...
+    struct Panels {
+        const T* lines;
+        int64_t column, cols, bound;
+        const T* init;
+    };
+
+    // Calls function(panels) for all; `few`: so many at a time that their weights stay in the second-level cache.
+    template <class Function>
+    void for_panels(const T* packed, bool few, Function function) const {
+        const int64_t bytes = depth() * kPanel<T> * int64_t(sizeof(T));
+        const int64_t most = few ? max_of(1, kPanelBytes / bytes) : panels();
+        for (int64_t panel = 0; panel < panels();) {
+            const int64_t bound = last_bound(panel), column = panel * kPanel<T>;
+            int64_t end = panel + 1;
+            while (end < min_of(panels(), panel + most) && last_bound(end) == bound) ++end;
+            function(Panels{packed + panel * depth() * kPanel<T>, column, min_of(end * kPanel<T>, out) - column, bound,
+                            bias ? bias + column : nullptr});
+            panel = end;
+        }
+    }
+
     // The operands of a product of some positions of row y with the panels from `panel` on, and these from `lines` on.
     struct Product {
         Product(const RowConvolution& conv, const T* lines) : conv(conv), lines(lines) {}  // leaves taps as they are
@@ -156,10 +179,9 @@ struct RowConvolution {
     }
     FASTGEN_INLINE int64_t row_beside(int64_t y, int64_t d) const { return reverse ? y + d : y - d; }
 
-    // The own row as it is, for positions x, x + step, ...; its weights are the lines from `line` on.
-    FASTGEN_INLINE void add_own_row(Product& product, const Ring<T>& ring, int64_t y, int64_t x, int64_t step,
-                                    int64_t line, int64_t bound) const {
-        const T* from = ring.own_row(y) + x * in;
+    // The own row as it is: `from` on for the first position, every `step` positions; its weights are the lines from
+    // `line` on.
+    FASTGEN_INLINE void add_own_row(Product& product, const T* from, int64_t step, int64_t line, int64_t bound) const {
         const int64_t whole = (conv.own_taps - 1) * in;  // of the taps that colours do not cut
         if (!reverse) return product.add(from, step * in, line, 0, whole + bound);
         const int64_t part = in / conv.splits;
@@ -176,29 +198,33 @@ struct RowConvolution {
             ring.advance(n, y0, min_of(y1 - 1 + conv.above, conv.height - 1), kAhead);
         else
             ring.advance(n, max_of(y0 - conv.above, 0), y1 - 1, kAhead);
-        const int64_t most =
-            y1 - y0 == 1 ? panels() : max_of(1, kPanelBytes / (depth() * kPanel<T> * int64_t(sizeof(T))));
-        for (int64_t panel = 0; panel < panels();) {
-            const int64_t bound = last_bound(panel);
-            int64_t end = panel + 1;
-            while (end < min_of(panels(), panel + most) && last_bound(end) == bound) ++end;
-            const int64_t column = panel * kPanel<T>, cols = min_of(end * kPanel<T>, out) - column;
-            const T* lines = packed + panel * depth() * kPanel<T>;
-            const T* init = bias ? bias + column : nullptr;
+        for_panels(packed, y1 - y0 > 1, [&](const Panels& some) {
             for (int64_t y = y0; y < y1; ++y) {
-                T* to = target + (n * conv.height + y) * conv.width * out + column;
+                T* to = target + (n * conv.height + y) * conv.width * out + some.column;
                 if (how.rows)
-                    filtered_row(ring, lines, sums, y, bound, cols, init, to);
+                    filtered_row(ring, some, sums, y, to);
                 else
-                    direct_row(ring, lines, y, bound, cols, init, to);
+                    direct_row(ring, some, y, to);
             }
-            panel = end;
-        }
+        });
     }
 
-    void direct_row(const Ring<T>& ring, const T* lines, int64_t y, int64_t bound, int64_t cols, const T* init,
-                    T* to) const {
-        Product product(*this, lines);
+    // Kernels of one element read channels-last images in place.
+    FASTGEN_INLINE bool in_place() const {
+        return conv.kernel_h == 1 && conv.kernel_w == 1 && source.c == 1 && source.w == in &&
+               source.h == conv.width * in && source.n == conv.height * source.h;
+    }
+
+    void positions(const T* packed, int64_t first, int64_t last) const {
+        for_panels(packed, true, [&](const Panels& some) {
+            Product product(*this, some.lines);
+            add_own_row(product, source.data + first * in, 1, 0, some.bound);
+            product.run(last - first, some.cols, some.init, 0, target + first * out + some.column, out);
+        });
+    }
+
+    void direct_row(const Ring<T>& ring, const Panels& some, int64_t y, T* to) const {
+        Product product(*this, some.lines);
         const auto add_rows = [&] {
             for (int64_t i = 1; i <= rows_beside(y); ++i) {
                 const int64_t d = reverse ? i : rows_beside(y) + 1 - i;  // in the order of the taps
@@ -206,17 +232,18 @@ struct RowConvolution {
             }
         };
         if (!reverse) add_rows();
-        add_own_row(product, ring, y, 0, 1, own_taps_at(), bound);
+        add_own_row(product, ring.own_row(y), 1, own_taps_at(), some.bound);
         if (reverse) add_rows();
-        product.run(conv.width, cols, init, 0, to, out);
+        product.run(conv.width, some.cols, some.init, 0, to, out);
     }
 
     // In pairs of positions: the sums U1 and U2 first, from which the others start.
-    void filtered_row(const Ring<T>& ring, const T* lines, T* sums, int64_t y, int64_t bound, int64_t cols,
-                      const T* init, T* to) const {
+    void filtered_row(const Ring<T>& ring, const Panels& some, T* sums, int64_t y, T* to) const {
+        const int64_t cols = some.cols;
+        const T* init = some.init;
         const int64_t pairs = pairs_of(conv), stride = panels() * kPanel<T>, own = own_line(conv);
         const auto products = [&](int64_t point) {
-            Product product(*this, lines);
+            Product product(*this, some.lines);
             for (int64_t d = rows_beside(y); d >= 1 && has_point(how.rows, point); --d) {
                 const auto [from, step] = ring.above(row_beside(y, d), point);
                 const int64_t line = (d - 1) * products_of(how.rows) + product_of(how.rows, point);
@@ -226,7 +253,7 @@ struct RowConvolution {
                 const auto [from, step] = ring.own(y, point);
                 product.add(from, step, own + product_of(how.own, point), 0, in);
             } else if (!how.own && (point == 0 || point == 3)) {
-                add_own_row(product, ring, y, point == 3, 2, own, bound);
+                add_own_row(product, ring.own_row(y) + (point == 3 ? in : 0), 2, own, some.bound);
             }
             return product;
         };
@@ -266,9 +293,14 @@ struct RowConvolution {
 #pragma omp for schedule(static)
             for (int64_t panel = 0; panel < panels(); ++panel)
                 pack_panel(panel, packed + panel * depth() * kPanel<T>, sums + 2 * sums_size());
+            if (in_place()) {
+#pragma omp for schedule(static)
+                for (int64_t first = 0; first < all * conv.width; first += kPositions)
+                    positions(packed, first, min_of(first + kPositions, all * conv.width));
+            }
             Ring<T> ring(source, conv, in, ring_rows(), reverse, own);
 #pragma omp for schedule(dynamic)
-            for (int64_t first = 0; first < all; first += piece) {
+            for (int64_t first = in_place() ? all : 0; first < all; first += piece) {
                 ring.restart();
                 for (int64_t r = first, end; r < min_of(first + piece, all); r = end) {
                     const int64_t n = r / conv.height, y = r % conv.height;

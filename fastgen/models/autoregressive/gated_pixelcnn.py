@@ -42,7 +42,7 @@ class GatedLayer(torch.nn.Module):
         super().__init__()
         k, p = kernel_size, num_filters
         self.vertical = nn.ShiftedConv2d(in_channels, 2 * p, (k // 2 + 1, k), left=k // 2)
-        self.vertical_to_horizontal = torch.nn.Conv2d(2 * p, 2 * p, 1)
+        self.vertical_to_horizontal = nn.ShiftedConv2d(2 * p, 2 * p, 1, left=0)
         self.horizontal = nn.MaskedConv2d(in_channels, 2 * p, (1, k), mask_type=mask_type, colors=colors, splits=2)
         self.output = nn.MaskedConv2d(p, p, 1, mask_type="B", colors=colors)
         self.label_bias = None if num_classes is None else torch.nn.Embedding(num_classes, 4 * p)
