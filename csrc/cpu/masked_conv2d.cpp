@@ -351,7 +351,7 @@ struct WeightGradient {
     T* scratch;
     Filtered how = filtered(conv);
 
-    static constexpr int64_t kBlockPositions = 256;  // of a product: they amortise loading and storing the tile
+    static constexpr int64_t kBlockPositions = 128;  // of a product: they amortise loading and storing the tile
     static constexpr int64_t kMaxChunks = 8;         // partial sums: enough for threads and accuracy, little to add up
     static constexpr int64_t kChunkPositions = 1024;
 
