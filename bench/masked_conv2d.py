@@ -8,7 +8,6 @@ channels_last.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.harness.case import Case, Provider, Work
+from bench.harness.case import Case, Work
+from bench.harness.layers import competitors
 
 TESTS = ("tests/ops/test_masked_conv2d.py",)
 
@@ -73,12 +73,6 @@ def masked_weights(x: Tensor, weight: Tensor, bias: Tensor, mask: Tensor) -> Ten
     return F.conv2d(x, weight * mask, bias, padding=(mask.shape[2] // 2, mask.shape[3] // 2))
 
 
-def backward(forward: Callable[..., Tensor], inputs: tuple[Tensor, ...], grad: Tensor) -> tuple[Tensor, ...]:
-    """Forward pass and the gradients of all inputs that want one."""
-    wanted = [tensor for tensor in inputs if tensor.requires_grad]
-    return torch.autograd.grad(forward(*inputs), wanted, grad)
-
-
 def build(size: Size, train: bool, with_compile: bool) -> Work:
     """Inputs and providers of one size; `train` adds the backward pass."""
     from fastgen import ops
@@ -91,42 +85,16 @@ def build(size: Size, train: bool, with_compile: bool) -> Work:
     mask = ops.conv_mask(weight.shape, size.mask_type, size.colors, 1)
     input_grad = size.inputs > 3  # the first layer reads the image, which needs no gradient
 
-    def provider(forward: Callable[..., Tensor], memory_format: torch.memory_format, baseline: bool) -> Provider:
-        layout = partial(torch.Tensor.contiguous, memory_format=memory_format)
-        inputs = (layout(x).clone(), layout(weight).clone(), bias.clone())
-        if not train:
-            return Provider(partial(without_grad, forward, inputs), baseline)
-        for tensor in inputs[0 if input_grad else 1 :]:
-            tensor.requires_grad_()
-        return Provider(partial(backward, forward, inputs, layout(grad)), baseline)
-
     dense = partial(masked_weights, mask=mask)
     fast = partial(ops.masked_conv2d, mask_type=size.mask_type, colors=size.colors)
-    skipped = {}
-    providers = {
-        "contiguous": provider(dense, torch.contiguous_format, True),
-        "channels_last": provider(dense, torch.channels_last, True),
-    }
-    if with_compile:
-        try:
-            providers["compile"] = provider(torch.compile(dense, dynamic=False), torch.channels_last, True)
-            providers["compile"].call()
-        except Exception as error:  # whatever the compiler's stack raises: it is not what is measured
-            providers.pop("compile", None)
-            skipped["compile"] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
-    providers["fastgen"] = provider(fast, torch.channels_last, False)
-    providers["fastgen contiguous"] = provider(fast, torch.contiguous_format, False)
+    with_grad = (input_grad, True, True)
+    providers, skipped = competitors(dense, fast, (x, weight, bias), with_grad, grad if train else None, with_compile)
 
     products = (2 + input_grad) if train else 1
     tensors = x.numel() + grad.numel() + int(mask.sum()) + bias.numel()
     if train:  # forward as above; then read x, weight and the output's gradient, write the gradients
         tensors += x.numel() * (1 + input_grad) + grad.numel() + 2 * int(mask.sum()) + bias.numel()
     return Work(providers, products * useful_flops(mask, size.batch, size.height, size.width), 4 * tensors, skipped)
-
-
-def without_grad(forward: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> Tensor:
-    with torch.no_grad():
-        return forward(*inputs)
 
 
 def cases(quick: bool) -> list[Case]:

@@ -8,6 +8,7 @@ import torch
 from bench import __main__ as command
 from bench import (
     code_prior,
+    concat_elu,
     conv_transpose2d_bn_act,
     crowded,
     decoder,
@@ -17,6 +18,7 @@ from bench import (
     masked_conv2d,
     reparameterize,
     sampling,
+    shifted_conv2d,
     training,
     vae,
 )
@@ -24,6 +26,7 @@ from bench.harness import gate, rows
 
 SUITES = [
     code_prior,
+    concat_elu,
     conv_transpose2d_bn_act,
     crowded,
     decoder,
@@ -33,9 +36,23 @@ SUITES = [
     masked_conv2d,
     reparameterize,
     sampling,
+    shifted_conv2d,
     training,
     vae,
 ]
+
+
+@pytest.mark.parametrize(("side", "kernel", "left"), [(4, (2, 3), 1), (1, (3, 5), 2), (5, (2, 2), 1), (3, (1, 4), 0)])
+def test_useful_flops_of_windows_by_counting(side, kernel, left):
+    size = shifted_conv2d.Size(2, 3, 5, side, kernel, left)
+    inside = sum(
+        y - dy >= 0 and 0 <= x + dx - left < side
+        for y in range(side)
+        for x in range(side)
+        for dy in range(kernel[0])
+        for dx in range(kernel[1])
+    )
+    assert shifted_conv2d.useful_flops(size) == 2 * 2 * 3 * 5 * inside
 
 
 @pytest.mark.parametrize(("height", "width", "kernel"), [(4, 5, 3), (1, 1, 3), (3, 2, 7), (6, 6, 1)])
