@@ -6,6 +6,7 @@ from fastgen.ops import philox
 from fastgen.ops.concat_elu import concat_elu
 from fastgen.ops.conv2d_bn_act import conv2d_bn_act
 from fastgen.ops.conv_transpose2d_bn_act import conv_transpose2d_bn_act
+from fastgen.ops.gated_unit import gated_unit
 from fastgen.ops.group_norm_act import group_norm_act
 from fastgen.ops.logistic_mixture_nll import logistic_mixture_nll
 from fastgen.ops.masked_conv2d import conv_mask, masked_conv2d
@@ -19,6 +20,7 @@ __all__ = [
     "conv2d_bn_act",
     "conv_mask",
     "conv_transpose2d_bn_act",
+    "gated_unit",
     "group_norm_act",
     "logistic_mixture_nll",
     "masked_conv2d",

@@ -8,16 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgen import nn
+from fastgen import nn, ops
 from fastgen.models.autoregressive.base import AutoregressiveModel, odd, positive
 
 FIRST_KERNEL_SIZE = 7
-
-
-def gate(x: Tensor) -> Tensor:
-    """Equation 2: [N, 2p, H, W] -> [N, p, H, W], tanh of the first half times sigmoid of the second."""
-    a, b = x.chunk(2, dim=1)
-    return torch.tanh(a) * torch.sigmoid(b)
 
 
 class GatedLayer(torch.nn.Module):
@@ -54,8 +48,8 @@ class GatedLayer(torch.nn.Module):
         if self.label_bias is not None:
             bias_v, bias_h = self.label_bias(labels)[:, :, None, None].chunk(2, dim=1)  # equation 4, [N, 2p, 1, 1] each
             v, x = v + bias_v, x + bias_h
-        x = self.output(gate(x))
-        return gate(v), h + x if self.residual else x
+        x = self.output(ops.gated_unit(x))  # equation 2
+        return ops.gated_unit(v), h + x if self.residual else x
 
 
 class GatedPixelCNN(AutoregressiveModel):

@@ -138,8 +138,7 @@ class GatedResidual(torch.nn.Module):
         y = self.output(ops.concat_elu(y, negate=self.negate, dropout=self.dropout if self.training else 0.0))
         if self.label_bias is not None:
             y = y + self.label_bias(labels)[:, :, None, None]
-        a, b = y.chunk(2, dim=1)
-        return x + a * torch.sigmoid(b)
+        return ops.gated_unit(y, x, activation="none")
 
 
 class WeightNormedModel(AutoregressiveModel):
