@@ -207,10 +207,11 @@ def _native(module: str) -> ModuleType:
 
 
 def _device_type(args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:
-    """Device type of the first tensor; cpu where there is none."""
+    """Device type of the first tensor, which may be in a list; cpu where there is none."""
     for value in (*args, *kwargs.values()):
-        if isinstance(value, torch.Tensor):
-            return value.device.type
+        first = value[0] if isinstance(value, (list, tuple)) and value else value
+        if isinstance(first, torch.Tensor):
+            return first.device.type
     return "cpu"
 
 

@@ -15,11 +15,12 @@ from torch import Tensor
 
 from fastgen import backends
 from fastgen.ops.conv_block import is_transformed, is_unobserved, wants_grad
+from fastgen.ops.feature_maps import address, channels_last, dense, native, to_channels_last
+from fastgen.ops.registration import Implementation, define
 
 _MIN_THREAD_WORK = 1_000_000  # multiply-adds: below, waking a thread costs more than it saves
 _FUNCTIONS = ("forward", "input_gradient", "weight_gradient")  # in the order of their scratch sizes
 
-_library = torch.library.Library("fastgen", "FRAGMENT")
 _operators: dict[str, Operator] = {}
 
 
@@ -152,30 +153,29 @@ def _run(
     operator: Operator, function: str, image: Tensor, weight_shape: Sequence[int], options: Sequence[Any], *args: Any
 ) -> None:
     """Calls a function of csrc/cpu/masked_conv2d.h; `image` is a tensor of the batch's size and dtype."""
-    native = backends.native_cpu()
     out_channels, in_channels, *kernel = weight_shape
     batch, _, height, width = image.shape
     work = batch * height * width * out_channels * in_channels * kernel[0] * kernel[1] // 2
     threads = max(1, min(torch.get_num_threads(), work // _MIN_THREAD_WORK))
-    conv = operator.native(native, (batch, in_channels, height, width), out_channels, kernel, threads, *options)
-    dtype = str(image.dtype).removeprefix("torch.")
-    sizes = getattr(native, f"masked_conv2d_scratch_{dtype}")(conv)
+    conv = operator.native(
+        backends.native_cpu(), (batch, in_channels, height, width), out_channels, kernel, threads, *options
+    )
+    sizes = native("masked_conv2d_scratch", image.dtype)(conv)
     scratch = image.new_empty(sizes[_FUNCTIONS.index(function)])
-    getattr(native, f"masked_conv2d_{function}_{dtype}")(conv, *args, scratch.data_ptr())
+    native(f"masked_conv2d_{function}", image.dtype)(conv, *args, scratch.data_ptr())
 
 
 def _forward_cpu(operator: Operator, input: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> Tensor:
-    weight = weight.contiguous()
-    bias = None if bias is None else bias.contiguous()
-    output = _channels_last(input, weight.shape[0])
-    pointers = (weight.data_ptr(), 0 if bias is None else bias.data_ptr(), output.data_ptr())
+    weight, bias = weight.contiguous(), dense(bias)
+    output = _forward_empty(input, weight)
+    pointers = (weight.data_ptr(), address(bias), output.data_ptr())
     _run(operator, "forward", input, weight.shape, options, input.data_ptr(), input.stride(), *pointers)
     return output
 
 
 def _input_grad_cpu(operator: Operator, grad: Tensor, weight: Tensor, *options: Any) -> Tensor:
     weight = weight.contiguous()
-    result = _channels_last(grad, weight.shape[1])
+    result = _input_grad_empty(grad, weight)
     pointers = (weight.data_ptr(), result.data_ptr())
     _run(operator, "input_gradient", grad, weight.shape, options, grad.data_ptr(), grad.stride(), *pointers)
     return result
@@ -191,11 +191,6 @@ def _weight_grad_cpu(
     images = (input.data_ptr(), input.stride(), grad.data_ptr(), grad.stride())
     _run(operator, "weight_gradient", grad, shape, options, *images, weight.data_ptr(), bias.data_ptr())
     return weight, bias
-
-
-def _channels_last(like: Tensor, channels: int) -> Tensor:
-    shape = (like.shape[0], channels, *like.shape[2:])
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
 
 
 def _why_not_cpu(operator: Operator, *args: Any) -> str | None:
@@ -221,8 +216,12 @@ _SCHEMAS = {
 }
 
 
-def _like_native(tensor: Tensor) -> Tensor:
-    return tensor.contiguous(memory_format=torch.channels_last)
+def _forward_empty(input: Tensor, weight: Tensor, *_: Any) -> Tensor:
+    return channels_last(input, (input.shape[0], weight.shape[0], *input.shape[2:]))
+
+
+def _input_grad_empty(grad: Tensor, weight: Tensor, *_: Any) -> Tensor:
+    return channels_last(grad, (grad.shape[0], weight.shape[1], *grad.shape[2:]))
 
 
 def _weight_grad_empty(grad: Tensor, input: Tensor, kernel: Sequence[int], *_: Any) -> tuple[Tensor, Tensor]:
@@ -232,44 +231,28 @@ def _weight_grad_empty(grad: Tensor, input: Tensor, kernel: Sequence[int], *_: A
 def register(operator: Operator) -> None:
     """Defines the operator and its two derivatives, with all their implementations."""
     _operators[operator.name] = operator
-    _functions[operator.name] = lambda *args: _like_native(operator.reference(*args))
-    implementations = (
-        (_check, _functions[operator.name], _forward_cpu, lambda x, weight, *_: _channels_last(x, weight.shape[0])),
+    _functions[operator.name] = lambda *args: to_channels_last(operator.reference(*args))
+    reference = _functions[operator.name]
+    calls = (
+        (_check, reference, _forward_cpu, _forward_empty),
         (
             _check_input_grad,
-            lambda *args: _like_native(operator.input_grad(*args)),
+            lambda *args: to_channels_last(operator.input_grad(*args)),
             _input_grad_cpu,
-            lambda grad, weight, *_: _channels_last(grad, weight.shape[1]),
+            _input_grad_empty,
         ),
         (_check_weight_grad, operator.weight_grad, _weight_grad_cpu, _weight_grad_empty),
     )
     for index, (suffix, schema) in enumerate(_SCHEMAS.items()):
-        check, reference, cpu, empty = implementations[index]
-        name = operator.name + suffix
-        backends.register(name, "reference", reference)
-        backends.register(
-            name, "cpu", functools.partial(cpu, operator), why_not=functools.partial(_why_not_cpu, operator)
-        )
+        check, plain, cpu, empty = calls[index]
+        found: dict[str, Implementation] = {
+            "reference": (plain, None),
+            "cpu": (functools.partial(cpu, operator), functools.partial(_why_not_cpu, operator)),
+        }
         if operator.triton:
-            launcher = backends.triton_kernel(operator.name, operator.triton[index])
-            backends.register(name, "triton", launcher, why_not=_why_not_triton)
-        _define(name, schema.format(operator.options), functools.partial(check, operator), empty)
-
-
-def _define(name: str, schema: str, check: Callable[..., None], empty: Callable[..., Any]) -> None:
-    """One check for the real and the fake implementation; `empty` allocates what the fake one returns."""
-
-    def real(*args: Any) -> Any:
-        check(*args)
-        return backends.select(name, *args)(*args)
-
-    def fake(*args: Any) -> Any:
-        check(*args)
-        return empty(*args)
-
-    _library.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
-    _library.impl(name, real, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fastgen::{name}", fake, lib=_library)
+            found["triton"] = (backends.triton_kernel(operator.name, operator.triton[index]), _why_not_triton)
+        name, schema = operator.name + suffix, schema.format(operator.options)
+        define(name, schema, functools.partial(check, operator), empty, found)
 
 
 def _why_not_triton(*args: Any) -> str | None:

@@ -19,6 +19,8 @@ from torch import Tensor
 from fastgen import backends
 from fastgen.ops import philox
 from fastgen.ops.conv_block import check_same, is_transformed, is_unobserved, wants_grad
+from fastgen.ops.feature_maps import channels_last, native, to_channels_last
+from fastgen.ops.registration import define
 
 _THREAD_ELEMENTS = 1 << 14  # inputs: below, waking a thread costs more than it saves
 _MAX_DROPOUT = 8192  # of csrc/cpu/concat_elu.h
@@ -50,7 +52,7 @@ def concat_elu(*inputs: Tensor, negate: bool = True, dropout: float = 0.0, seed:
     """
     _check(inputs, negate, dropout, seed or 0)
     plain = is_transformed() or torch.compiler.is_compiling()  # compilers fuse it themselves
-    plain = plain or backends.select("concat_elu", *inputs, dropout=dropout) is _reference
+    plain = plain or backends.select("concat_elu", inputs, negate, dropout, seed) is _reference
     if seed is None and dropout:
         if plain or not is_unobserved(inputs):  # a tracer would take the seed for a constant
             return F.dropout(concat_elu(*inputs, negate=negate), dropout)
@@ -159,27 +161,23 @@ def _job(inputs: Sequence[Tensor], negate: bool, dropout: float, seed: int) -> t
     return n, height * width, pointers, channels, negate, dropped, _scale(dropped), seed, threads
 
 
-def _native(function: str, dtype: torch.dtype) -> Any:
-    return getattr(backends.native_cpu(), f"{function}_{str(dtype).removeprefix('torch.')}")
-
-
 def _forward(inputs: Sequence[Tensor], negate: bool, dropout: float, seed: int) -> Tensor:
-    inputs = [_channels_last(x) for x in inputs]
-    output = _empty(inputs[0], _output_shape(inputs, negate))
-    _native("concat_elu", output.dtype)(*_job(inputs, negate, dropout, seed), output.data_ptr())
+    inputs = [to_channels_last(x) for x in inputs]
+    output = channels_last(inputs[0], _output_shape(inputs, negate))
+    native("concat_elu", output.dtype)(*_job(inputs, negate, dropout, seed), output.data_ptr())
     return output
 
 
 def _backward(grad: Tensor, inputs: Sequence[Tensor], negate: bool, dropout: float, seed: int) -> list[Tensor]:
-    inputs, grad = [_channels_last(x) for x in inputs], _channels_last(grad)
-    grads = [_empty(x, x.shape) for x in inputs]
+    inputs, grad = [to_channels_last(x) for x in inputs], to_channels_last(grad)
+    grads = [channels_last(x, x.shape) for x in inputs]
     job = _job(inputs, negate, dropout, seed)
-    _native("concat_elu_gradient", grad.dtype)(*job, grad.data_ptr(), [x.data_ptr() for x in grads])
+    native("concat_elu_gradient", grad.dtype)(*job, grad.data_ptr(), [x.data_ptr() for x in grads])
     return grads
 
 
 def _reference(inputs: Sequence[Tensor], negate: bool, dropout: float, seed: int) -> Tensor:
-    return _channels_last(concat_elu_reference(inputs, negate, dropout, seed))
+    return to_channels_last(concat_elu_reference(inputs, negate, dropout, seed))
 
 
 def _backward_reference(
@@ -192,63 +190,42 @@ def _backward_reference(
     if negate:
         of_inputs, of_negatives = grad.chunk(2, dim=1)
         grad = of_inputs - of_negatives
-    return [_channels_last(x) for x in grad.split([x.shape[1] for x in inputs], dim=1)]
+    return [to_channels_last(x) for x in grad.split([x.shape[1] for x in inputs], dim=1)]
 
 
-def _channels_last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
-
-
-def _empty(like: Tensor, shape: Sequence[int]) -> Tensor:
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
-
-
-def _why_not(first: Tensor, *others: Tensor, dropout: float) -> str | None:
+def _why_not(*args: Any) -> str | None:
+    """Of the arguments of either operator."""
+    *_, inputs, negate, dropout, _ = args
+    first = inputs[0]
     if first.dtype not in (torch.float32, torch.float64):
         return f"it takes float32 and float64, got {first.dtype}"
     if torch.is_autocast_enabled(first.device.type):
         return "autocast is on"
-    if any(x.layout is not torch.strided for x in (first, *others)):
+    if any(x.layout is not torch.strided for x in inputs):
         return "it takes strided tensors"
-    if dropout and 2 * sum(x.shape[1] for x in (first, *others)) > _MAX_DROPOUT:
+    if dropout and _output_shape(inputs, negate)[1] > _MAX_DROPOUT:
         return f"with dropout it takes at most {_MAX_DROPOUT} output channels"
     return None
 
 
 # Registration
 
-_library = torch.library.Library("fastgen", "FRAGMENT")
+_OPTIONS = "bool negate, float dropout, int seed"
 
 
-def _real(inputs: Sequence[Tensor], negate: bool, dropout: float, seed: int) -> Tensor:
-    _check(inputs, negate, dropout, seed)
-    return backends.select("concat_elu", *inputs, dropout=dropout)(inputs, negate, dropout, seed)
+def _forward_empty(inputs: Sequence[Tensor], negate: bool, *_: Any) -> Tensor:
+    return channels_last(inputs[0], _output_shape(inputs, negate))
 
 
-def _fake(inputs: Sequence[Tensor], negate: bool, dropout: float, seed: int) -> Tensor:
-    _check(inputs, negate, dropout, seed)
-    return _empty(inputs[0], _output_shape(inputs, negate))
+def _grad_empty(grad: Tensor, inputs: Sequence[Tensor], *_: Any) -> list[Tensor]:
+    return [channels_last(x, x.shape) for x in inputs]
 
 
-def _real_grad(grad: Tensor, inputs: Sequence[Tensor], negate: bool, dropout: float, seed: int) -> list[Tensor]:
-    _check_grad(grad, inputs, negate, dropout, seed)
-    return backends.select("concat_elu_grad", *inputs, dropout=dropout)(grad, inputs, negate, dropout, seed)
-
-
-def _fake_grad(grad: Tensor, inputs: Sequence[Tensor], negate: bool, dropout: float, seed: int) -> list[Tensor]:
-    _check_grad(grad, inputs, negate, dropout, seed)
-    return [_empty(x, x.shape) for x in inputs]
-
-
-for _name, _schema, _functions, _operator, _shape_only in (
-    ("concat_elu", "(Tensor[] inputs, {}) -> Tensor", (_reference, _forward), _real, _fake),
-    (
-        "concat_elu_grad", "(Tensor grad, Tensor[] inputs, {}) -> Tensor[]",
-        (_backward_reference, _backward), _real_grad, _fake_grad,
-    ),
-):  # fmt: skip
-    backends.register(_name, "reference", _functions[0])
-    backends.register(_name, "cpu", _functions[1], why_not=_why_not)
-    _library.define(_name + _schema.format("bool negate, float dropout, int seed"), tags=torch.Tag.pt2_compliant_tag)
-    _library.impl(_name, _operator, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fastgen::{_name}", _shape_only, lib=_library)
+define(
+    "concat_elu", f"(Tensor[] inputs, {_OPTIONS}) -> Tensor", _check, _forward_empty,
+    {"reference": (_reference, None), "cpu": (_forward, _why_not)},
+)  # fmt: skip
+define(
+    "concat_elu_grad", f"(Tensor grad, Tensor[] inputs, {_OPTIONS}) -> Tensor[]", _check_grad, _grad_empty,
+    {"reference": (_backward_reference, None), "cpu": (_backward, _why_not)},
+)  # fmt: skip

@@ -29,6 +29,7 @@ from fastgen.ops.conv_block import (
     signature,
     wants_grad,
 )
+from fastgen.ops.feature_maps import channels_last
 from fastgen.ops.packed_weights import kept, packed_weight
 
 # Where PyTorch's convolution (oneDNN's) is faster than the kernels here, see bench/LOG.md. Elsewhere, too, it may be
@@ -346,7 +347,7 @@ def _real(*args: Any) -> Tensor:
 
 def _fake(*args: Any) -> Tensor:
     _check(*args)
-    return cpu.channels_last(args[0], _output_shape(args[0].shape, args[1].shape, Options(*args[7:])))
+    return channels_last(args[0], _output_shape(args[0].shape, args[1].shape, Options(*args[7:])))
 
 
 backends.register("conv2d_bn_act", "reference", conv2d_bn_act_reference)

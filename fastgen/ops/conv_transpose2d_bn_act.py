@@ -28,7 +28,9 @@ from fastgen.ops.conv_block import (
     pair,
     wants_grad,
 )
-from fastgen.ops.conv_transpose2d_bn_act_cpu import Options, channels_last, output_shape
+from fastgen.ops.conv_transpose2d_bn_act_cpu import Options, output_shape
+from fastgen.ops.feature_maps import channels_last
+from fastgen.ops.registration import Implementation, define
 
 
 def conv_transpose2d_bn_act(
@@ -341,13 +343,6 @@ _OPTIONS = "SymInt[2] stride, SymInt[2] padding, SymInt[2] output_padding, SymIn
 _SAVED = (
     "Tensor grad, Tensor input, Tensor weight, Tensor? bn_weight, Tensor? bn_bias, Tensor conv, Tensor mean, Tensor var"
 )
-_SCHEMAS = {
-    "conv_transpose2d_bn_act": f"({_TENSORS}, {_OPTIONS}) -> Tensor",
-    "conv_transpose2d_bn_act_saving": f"({_TENSORS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
-    "conv_transpose2d_bn_act_backward": f"({_SAVED}, {_OPTIONS}, bool[2] needs) -> "
-    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
-}
-_library = torch.library.Library("fastgen", "FRAGMENT")
 
 
 def _why_not_triton(*args: Any) -> str | None:
@@ -360,24 +355,8 @@ def _why_not_triton(*args: Any) -> str | None:
     return backends.why_not_triton(args[0])
 
 
-def _register(name: str, check: Any, reference: Any, native: Any, why_not: Any, triton: str, empty: Any) -> None:
-    """One check for the real and the fake implementation; `empty` allocates what the fake one returns."""
-
-    def real(*args: Any) -> Any:
-        check(*args)
-        return backends.select(name, *args)(*args)
-
-    def fake(*args: Any) -> Any:
-        check(*args)
-        return empty(*args)
-
-    backends.register(name, "reference", reference)
-    backends.register(name, "cpu", native, why_not=why_not)
-    kernel = backends.triton_kernel("conv_transpose2d_bn_act", triton)
-    backends.register(name, "triton", kernel, why_not=_why_not_triton)
-    _library.define(name + _SCHEMAS[name], tags=torch.Tag.pt2_compliant_tag)
-    _library.impl(name, real, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fastgen::{name}", fake, lib=_library)
+def _triton(function: str) -> Implementation:
+    return backends.triton_kernel("conv_transpose2d_bn_act", function), _why_not_triton
 
 
 def _forward_empty(input: Tensor, weight: Tensor, *rest: Any) -> Tensor:
@@ -405,12 +384,21 @@ def _check_backward(grad: Tensor, input: Tensor, weight: Tensor, *rest: Any) -> 
         raise ValueError(f"grad must be {list(shape)}, got {list(grad.shape)}")
 
 
-_register("conv_transpose2d_bn_act", _check, _forward_reference, cpu.forward, cpu.why_not, "forward", _forward_empty)
-_register(
-    "conv_transpose2d_bn_act_saving",
-    _check, _saving_reference, cpu.saving, cpu.why_not_training, "saving", _saving_empty,
+define(
+    "conv_transpose2d_bn_act", f"({_TENSORS}, {_OPTIONS}) -> Tensor", _check, _forward_empty,
+    {"reference": (_forward_reference, None), "cpu": (cpu.forward, cpu.why_not), "triton": _triton("forward")},
 )  # fmt: skip
-_register(
+define(
+    "conv_transpose2d_bn_act_saving", f"({_TENSORS}, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)",
+    _check, _saving_empty,
+    {"reference": (_saving_reference, None), "cpu": (cpu.saving, cpu.why_not_training), "triton": _triton("saving")},
+)  # fmt: skip
+define(
     "conv_transpose2d_bn_act_backward",
-    _check_backward, _backward_reference, cpu.backward, cpu.why_not_training, "backward", _backward_empty,
+    f"({_SAVED}, {_OPTIONS}, bool[2] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _check_backward, _backward_empty,
+    {
+        "reference": (_backward_reference, None), "cpu": (cpu.backward, cpu.why_not_training),
+        "triton": _triton("backward"),
+    },
 )  # fmt: skip

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fastgen import backends
 from fastgen.ops.conv_block import signature
+from fastgen.ops.feature_maps import address, channels_last, dense, dense_strides
 from fastgen.ops.packed_weights import packed_weight
 
 CPU = torch.device("cpu")  # whatever the default device is
@@ -44,10 +45,6 @@ def output_shape(input: Sequence[int], weight: Sequence[int], options: Options) 
         for i in range(2)
     )
     return input[0], weight[1] * options.groups, height, width
-
-
-def channels_last(like: Tensor, shape: Sequence[int]) -> Tensor:
-    return torch.empty(tuple(shape), dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
 
 
 def why_not(*args: Any) -> str | None:
@@ -296,17 +293,3 @@ def conv_plan(transposed: bool, *args: Any, minimal: bool = True) -> Any:
 
 def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype is torch.bfloat16 else dtype
-
-
-def dense_strides(shape: Sequence[int]) -> tuple[int, int, int, int]:
-    """Of [N, C, H, W], channels last."""
-    _, channels, height, width = shape
-    return height * width * channels, 1, width * channels, channels
-
-
-def dense(tensor: Tensor | None) -> Tensor | None:
-    return tensor if tensor is None or tensor.is_contiguous() else tensor.contiguous()
-
-
-def address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None or tensor.numel() == 0 else tensor.data_ptr()

@@ -7,7 +7,6 @@ PixelCNN Decoders", NIPS 2016, equation 2; without tanh, the gate of T. Salimans
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,6 +14,8 @@ from torch import Tensor
 
 from fastgen import backends
 from fastgen.ops.conv_block import check_same, is_transformed, is_unobserved, wants_grad
+from fastgen.ops.feature_maps import address, channels_last, native, to_channels_last
+from fastgen.ops.registration import define
 
 ACTIVATIONS = ("tanh", "none")
 _THREAD_ELEMENTS = 1 << 13  # outputs: below, waking a thread costs more than it saves
@@ -126,43 +127,31 @@ def _job(input: Tensor, activation: str) -> tuple[Any, ...]:
     return pixels, channels, activation == "tanh", threads, input.data_ptr()
 
 
-def _native(function: str, dtype: torch.dtype) -> Any:
-    return getattr(backends.native_cpu(), f"{function}_{str(dtype).removeprefix('torch.')}")
-
-
 def _forward(input: Tensor, residual: Tensor | None, activation: str) -> Tensor:
-    input = _channels_last(input)
-    residual = None if residual is None else _channels_last(residual)
-    output = _empty(input, _output_shape(input))
-    pointers = (0 if residual is None else residual.data_ptr(), output.data_ptr())
-    _native("gated_unit", input.dtype)(*_job(input, activation), *pointers)
+    input = to_channels_last(input)
+    residual = None if residual is None else to_channels_last(residual)
+    output = channels_last(input, _output_shape(input))
+    pointers = (address(residual), output.data_ptr())
+    native("gated_unit", input.dtype)(*_job(input, activation), *pointers)
     return output
 
 
 def _backward(grad: Tensor, input: Tensor, activation: str) -> Tensor:
-    grad, input = _channels_last(grad), _channels_last(input)
-    grad_input = _empty(input, input.shape)
-    _native("gated_unit_gradient", input.dtype)(*_job(input, activation), grad.data_ptr(), grad_input.data_ptr())
+    grad, input = to_channels_last(grad), to_channels_last(input)
+    grad_input = channels_last(input, input.shape)
+    native("gated_unit_gradient", input.dtype)(*_job(input, activation), grad.data_ptr(), grad_input.data_ptr())
     return grad_input
 
 
 def _reference(input: Tensor, residual: Tensor | None, activation: str) -> Tensor:
-    return _channels_last(gated_unit_reference(input, residual, activation))
+    return to_channels_last(gated_unit_reference(input, residual, activation))
 
 
 def _backward_reference(grad: Tensor, input: Tensor, activation: str) -> Tensor:
     a, b = input.chunk(2, dim=1)
     gate = torch.sigmoid(b)
     act, slope = (torch.tanh(a), 1 - torch.tanh(a).square()) if activation == "tanh" else (a, 1)
-    return _channels_last(torch.cat((grad * gate * slope, grad * act * gate * (1 - gate)), dim=1))
-
-
-def _channels_last(x: Tensor) -> Tensor:
-    return x.contiguous(memory_format=torch.channels_last)
-
-
-def _empty(like: Tensor, shape: Sequence[int]) -> Tensor:
-    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last)
+    return to_channels_last(torch.cat((grad * gate * slope, grad * act * gate * (1 - gate)), dim=1))
 
 
 def _why_not(first: Tensor, second: Tensor | None, activation: str) -> str | None:
@@ -178,41 +167,20 @@ def _why_not(first: Tensor, second: Tensor | None, activation: str) -> str | Non
 
 # Registration
 
-_library = torch.library.Library("fastgen", "FRAGMENT")
+
+def _forward_empty(input: Tensor, *_: Any) -> Tensor:
+    return channels_last(input, _output_shape(input))
 
 
-def _real(input: Tensor, residual: Tensor | None, activation: str) -> Tensor:
-    _check(input, residual, activation)
-    return backends.select("gated_unit", input, residual, activation)(input, residual, activation)
+def _grad_empty(grad: Tensor, input: Tensor, *_: Any) -> Tensor:
+    return channels_last(input, input.shape)
 
 
-def _fake(input: Tensor, residual: Tensor | None, activation: str) -> Tensor:
-    _check(input, residual, activation)
-    return _empty(input, _output_shape(input))
-
-
-def _real_grad(grad: Tensor, input: Tensor, activation: str) -> Tensor:
-    _check_grad(grad, input, activation)
-    return backends.select("gated_unit_grad", grad, input, activation)(grad, input, activation)
-
-
-def _fake_grad(grad: Tensor, input: Tensor, activation: str) -> Tensor:
-    _check_grad(grad, input, activation)
-    return _empty(input, input.shape)
-
-
-for _name, _schema, _functions, _operator, _shape_only in (
-    (
-        "gated_unit", "(Tensor input, Tensor? residual, str activation) -> Tensor",
-        (_reference, _forward), _real, _fake,
-    ),
-    (
-        "gated_unit_grad", "(Tensor grad, Tensor input, str activation) -> Tensor",
-        (_backward_reference, _backward), _real_grad, _fake_grad,
-    ),
-):  # fmt: skip
-    backends.register(_name, "reference", _functions[0])
-    backends.register(_name, "cpu", _functions[1], why_not=_why_not)
-    _library.define(_name + _schema, tags=torch.Tag.pt2_compliant_tag)
-    _library.impl(_name, _operator, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fastgen::{_name}", _shape_only, lib=_library)
+define(
+    "gated_unit", "(Tensor input, Tensor? residual, str activation) -> Tensor", _check, _forward_empty,
+    {"reference": (_reference, None), "cpu": (_forward, _why_not)},
+)  # fmt: skip
+define(
+    "gated_unit_grad", "(Tensor grad, Tensor input, str activation) -> Tensor", _check_grad, _grad_empty,
+    {"reference": (_backward_reference, None), "cpu": (_backward, _why_not)},
+)  # fmt: skip

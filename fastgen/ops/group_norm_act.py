@@ -24,7 +24,7 @@ from fastgen.ops.conv_block import (
     signature,
     wants_grad,
 )
-from fastgen.ops.conv_transpose2d_bn_act_cpu import address, channels_last, dense, dense_strides
+from fastgen.ops.feature_maps import address, channels_last, dense, dense_strides
 
 _THREAD_ELEMENTS = 16384  # below, waking a thread costs more than it saves
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastgen import backends
 from fastgen.ops.conv_block import is_transformed, is_unobserved, unwrapped
+from fastgen.ops.registration import define
 
 MIN_LOG_SCALE = -7.0  # smaller ones count as this
 _MIN_THREAD_PIXELS = 256  # below, waking a thread costs more than it saves
@@ -262,32 +263,6 @@ _triton, _triton_training, _triton_grad = (
 
 # Registration
 
-_SCHEMAS = {
-    "logistic_mixture_nll": "(Tensor params, Tensor images, int levels) -> Tensor",
-    "logistic_mixture_nll_grad": "(Tensor grad, Tensor params, Tensor images, int levels) -> Tensor",
-}
-_library = torch.library.Library("fastgen", "FRAGMENT")
-
-
-def _register(name: str, check: Any, reference: Any, cpu: Any, triton: Any, empty: Any) -> None:
-    """One check for the real and the fake implementation; `empty` allocates what the fake one returns."""
-
-    def real(*args: Any) -> Any:
-        check(*args)
-        _check_levels(*args[-2:])
-        return backends.select(name, *args)(*args)
-
-    def fake(*args: Any) -> Any:
-        check(*args)
-        return empty(*args)
-
-    backends.register(name, "reference", reference)
-    backends.register(name, "cpu", cpu, why_not=_why_not_cpu)
-    backends.register(name, "triton", triton, why_not=lambda *args: backends.why_not_triton(args[-3]))
-    _library.define(name + _SCHEMAS[name], tags=torch.Tag.pt2_compliant_tag)
-    _library.impl(name, real, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fastgen::{name}", fake, lib=_library)
-
 
 def _forward_empty(params: Tensor, images: Tensor, levels: int) -> Tensor:
     return params.new_empty((params.shape[0], *params.shape[2:]), dtype=_result_dtype(params))
@@ -297,5 +272,25 @@ def _grad_empty(grad: Tensor, params: Tensor, images: Tensor, levels: int) -> Te
     return torch.empty_like(params)
 
 
-_register("logistic_mixture_nll", _check, logistic_mixture_nll_reference, _forward_cpu, _triton, _forward_empty)
-_register("logistic_mixture_nll_grad", _check_grad, _grad_reference, _grad_cpu, _triton_grad, _grad_empty)
+def _check_values(*args: Any) -> None:
+    _check_levels(*args[-2:])
+
+
+def _why_not_triton(*args: Any) -> str | None:
+    return backends.why_not_triton(args[-3])
+
+
+define(
+    "logistic_mixture_nll", "(Tensor params, Tensor images, int levels) -> Tensor", _check, _forward_empty,
+    {
+        "reference": (logistic_mixture_nll_reference, None), "cpu": (_forward_cpu, _why_not_cpu),
+        "triton": (_triton, _why_not_triton),
+    },
+    check_values=_check_values,
+)  # fmt: skip
+define(
+    "logistic_mixture_nll_grad", "(Tensor grad, Tensor params, Tensor images, int levels) -> Tensor",
+    _check_grad, _grad_empty,
+    {"reference": (_grad_reference, None), "cpu": (_grad_cpu, _why_not_cpu), "triton": (_triton_grad, _why_not_triton)},
+    check_values=_check_values,
+)  # fmt: skip

@@ -17,6 +17,7 @@ from fastgen._arguments import signed
 from fastgen.ops import philox
 from fastgen.ops.conv_block import is_transformed, is_unobserved
 from fastgen.ops.normal import normals_reference
+from fastgen.ops.registration import define
 
 _dispatch_modes, _is_tracing = torch._C._len_torch_dispatch_stack, torch._C._is_tracing
 
@@ -304,30 +305,6 @@ _triton, _triton_grad = (backends.triton_kernel("reparameterize", name) for name
 # Registration
 
 _DRAWS = "SymInt seed, SymInt start, int draws"  # symbolic: a step of training has a seed of its own, but no graph
-_SCHEMAS = {
-    "reparameterize": f"(Tensor mu, Tensor logvar, {_DRAWS}) -> (Tensor, Tensor)",
-    "reparameterize_grad": f"(Tensor? grad_z, Tensor? grad_kl, Tensor mu, Tensor logvar, {_DRAWS}) -> (Tensor, Tensor)",
-}
-_library = torch.library.Library("fastgen", "FRAGMENT")
-
-
-def _register(name: str, check: Any, reference: Any, cpu: Any, triton: Any, empty: Any) -> None:
-    """One check for the real and the fake implementation; `empty` allocates what the fake one returns."""
-
-    def real(*args: Any) -> Any:
-        check(*args)
-        return backends.select(name, *args)(*args)
-
-    def fake(*args: Any) -> Any:
-        check(*args)
-        return empty(*args)
-
-    backends.register(name, "reference", reference)
-    backends.register(name, "cpu", cpu, why_not=_why_not_cpu)
-    backends.register(name, "triton", triton, why_not=lambda *args: backends.why_not_triton(args[-5]))
-    _library.define(name + _SCHEMAS[name], tags=torch.Tag.pt2_compliant_tag)
-    _library.impl(name, real, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fastgen::{name}", fake, lib=_library)
 
 
 def _forward_empty(mu: Tensor, logvar: Tensor, seed: int, start: int, draws: int) -> tuple[Tensor, Tensor]:
@@ -346,5 +323,20 @@ def _grad_empty(grad_z: Tensor | None, grad_kl: Tensor | None, mu: Tensor, *rest
     return mu.new_empty(mu.shape), mu.new_empty(mu.shape)
 
 
-_register("reparameterize", _check, reparameterize_reference, _forward_cpu, _triton, _forward_empty)
-_register("reparameterize_grad", _check_grad, _grad_reference, _grad_cpu, _triton_grad, _grad_empty)
+def _why_not_triton(*args: Any) -> str | None:
+    return backends.why_not_triton(args[-5])
+
+
+define(
+    "reparameterize", f"(Tensor mu, Tensor logvar, {_DRAWS}) -> (Tensor, Tensor)", _check, _forward_empty,
+    {
+        "reference": (reparameterize_reference, None), "cpu": (_forward_cpu, _why_not_cpu),
+        "triton": (_triton, _why_not_triton),
+    },
+)  # fmt: skip
+define(
+    "reparameterize_grad",
+    f"(Tensor? grad_z, Tensor? grad_kl, Tensor mu, Tensor logvar, {_DRAWS}) -> (Tensor, Tensor)",
+    _check_grad, _grad_empty,
+    {"reference": (_grad_reference, None), "cpu": (_grad_cpu, _why_not_cpu), "triton": (_triton_grad, _why_not_triton)},
+)  # fmt: skip
