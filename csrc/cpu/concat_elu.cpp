@@ -69,16 +69,6 @@ private:
     int16_t kept_[kConcatEluMaxDropout + kLanes<float>];
 };
 
-template <class T>
-FASTGEN_INLINE Vec<T> load_some(const T* from, int64_t count) {
-    return count == kLanes<T> ? load(from) : load_n(from, static_cast<int>(count));
-}
-
-template <class T>
-FASTGEN_INLINE void store_some(T* to, Vec<T> v, int64_t count) {
-    count == kLanes<T> ? store(to, v) : store_n(to, v, static_cast<int>(count));
-}
-
 // So many features of input `input` from element `at` on, which go to element `to` of the outputs, their negatives to
 // `negated`; they are features `feature` and `negated_feature` of their pixel.
 struct Some {

@@ -20,16 +20,6 @@ namespace fastgen::FASTGEN_ISA {
 namespace {
 
 template <class T>
-FASTGEN_INLINE Vec<T> load_some(const T* from, int64_t count) {
-    return count == kLanes<T> ? load(from) : load_n(from, static_cast<int>(count));
-}
-
-template <class T>
-FASTGEN_INLINE void store_some(T* to, Vec<T> v, int64_t count) {
-    count == kLanes<T> ? store(to, v) : store_n(to, v, static_cast<int>(count));
-}
-
-template <class T>
 using Bits = decltype(Vec<T>{} < Vec<T>{});
 
 template <class T>

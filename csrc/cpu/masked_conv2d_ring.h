@@ -192,14 +192,14 @@ private:
             for (int64_t c = 0; c < channels_; c += kLanes<T>) {
                 const int64_t count = min_of(kLanes<T>, channels_ - c);
                 Vec<T> d[kTaps + 1];
-                for (int64_t i = 0; i <= kTaps; ++i) d[i] = some(from + i * channels_ + c, count);
+                for (int64_t i = 0; i <= kTaps; ++i) d[i] = load_some<T>(from + i * channels_ + c, count);
                 if constexpr (kTaps == 3) {
                     if (both) {
                         const Vec<T> d0 = later ? d[1] : d[0], d1 = later ? d[2] : d[1], d2 = later ? d[3] : d[2];
                         keep_pair(own + c, d0, d1, d2, count);
                     }
                     input_points<true>(d, 1);
-                    for (int64_t i = 0; i < kPoints; ++i) keep(to + i * line_ + c, d[i], count);
+                    for (int64_t i = 0; i < kPoints; ++i) store_some<T>(to + i * line_ + c, d[i], count);
                 } else {
                     keep_pair(to + c, d[0], d[1], d[2], count);
                 }
@@ -208,19 +208,9 @@ private:
     }
 
     FASTGEN_INLINE void keep_pair(T* to, Vec<T> d0, Vec<T> d1, Vec<T> d2, int64_t count) const {
-        keep(to, d0 - d1, count);
-        keep(to + line_, d1, count);
-        keep(to + 2 * line_, d2 - d1, count);
-    }
-
-    static FASTGEN_INLINE Vec<T> some(const T* from, int64_t count) {
-        return count == kLanes<T> ? load(from) : load_n(from, static_cast<int>(count));
-    }
-    static FASTGEN_INLINE void keep(T* to, Vec<T> v, int64_t count) {
-        if (count == kLanes<T>)
-            store(to, v);
-        else
-            store_n(to, v, static_cast<int>(count));
+        store_some<T>(to, d0 - d1, count);
+        store_some<T>(to + line_, d1, count);
+        store_some<T>(to + 2 * line_, d2 - d1, count);
     }
 
     const Image<T>& source_;

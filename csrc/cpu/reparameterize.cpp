@@ -28,16 +28,6 @@ FASTGEN_INLINE Vec<T> load_numbers(const float* from) {
     }
 }
 
-template <class T>
-FASTGEN_INLINE Vec<T> load_some(const T* from, int count) {
-    return count == kLanes<T> ? load(from) : load_n(from, count);
-}
-
-template <class T>
-FASTGEN_INLINE void store_some(T* to, Vec<T> v, int count) {
-    count == kLanes<T> ? store(to, v) : store_n(to, v, count);
-}
-
 // Calls function(column, count, index of the partial sum) for each vector of `columns`, inlined for whole vectors.
 template <class T, class Function>
 FASTGEN_INLINE void for_each_vector(int64_t columns, Function function) {

@@ -203,4 +203,18 @@ FASTGEN_INLINE Vec<double> min(Vec<double> a, Vec<double> b) { return a < b ? a 
 
 #endif
 
+// A whole vector, or the first lanes of one.
+template <class T>
+FASTGEN_INLINE Vec<T> load_some(const T* from, int64_t count) {
+    return count == kLanes<T> ? load(from) : load_n(from, static_cast<int>(count));
+}
+
+template <class T>
+FASTGEN_INLINE void store_some(T* to, Vec<T> v, int64_t count) {
+    if (count == kLanes<T>)
+        store(to, v);
+    else
+        store_n(to, v, static_cast<int>(count));
+}
+
 }  // namespace fastgen::FASTGEN_ISA

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastgen import backends
-from fastgen.ops.conv_block import is_transformed, is_unobserved, wants_grad
+from fastgen.ops.conv_block import check_same, check_tensors, is_transformed, is_unobserved, wants_grad
 from fastgen.ops.feature_maps import address, channels_last, dense, native, to_channels_last
 from fastgen.ops.registration import Implementation, define
 
@@ -100,9 +100,7 @@ class _CausalConv2d(torch.autograd.Function):
 
 
 def _check(operator: Operator, input: Tensor, weight: Tensor, bias: Tensor | None, *options: Any) -> None:
-    for name, value in (("input", input), ("weight", weight), ("bias", bias)):
-        if not isinstance(value, Tensor) and not (name == "bias" and value is None):
-            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+    check_tensors(input, weight, {"bias": bias})
     operator.check(weight.shape, *options)
     if input.dim() != 4 or 0 in input.shape[1:]:
         raise ValueError(f"input must be [N, Cin, H, W] without empty dimensions but N, got {list(input.shape)}")
@@ -110,35 +108,21 @@ def _check(operator: Operator, input: Tensor, weight: Tensor, bias: Tensor | Non
         raise ValueError(f"input must have {weight.shape[1]} channels as the weight has, got {input.shape[1]}")
     if bias is not None and tuple(bias.shape) != (weight.shape[0],):
         raise ValueError(f"bias must be [{weight.shape[0]}], got {list(bias.shape)}")
-    _check_same(input, weight, bias)
+    check_same(input, {"weight": weight, "bias": bias})
 
 
 def _check_input_grad(operator: Operator, grad: Tensor, weight: Tensor, *options: Any) -> None:
     operator.check(weight.shape, *options)
     if grad.dim() != 4 or grad.shape[1] != weight.shape[0] or 0 in grad.shape[1:]:
         raise ValueError(f"grad must be [N, {weight.shape[0]}, H, W], got {list(grad.shape)}")
-    _check_same(grad, weight, None)
+    check_same(grad, {"weight": weight})
 
 
 def _check_weight_grad(operator: Operator, grad: Tensor, input: Tensor, kernel: Sequence[int], *options: Any) -> None:
     if grad.dim() != 4 or input.dim() != 4 or input.shape[0] != grad.shape[0] or input.shape[2:] != grad.shape[2:]:
         raise ValueError(f"grad and input must be [N, C, H, W], got {list(grad.shape)} and {list(input.shape)}")
     operator.check((grad.shape[1], input.shape[1], *kernel), *options)
-    _check_same(grad, input, None)
-
-
-def _check_same(input: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """One floating dtype (autocast may still bring different ones together) and one device."""
-    autocast = torch.is_autocast_enabled(input.device.type)
-    for name, value in (("weight", weight), ("bias", bias)):
-        if value is None:
-            continue
-        if value.device != input.device:
-            raise ValueError(f"{name} must be on the device of the input, {input.device}, got {value.device}")
-        if value.dtype != input.dtype and not autocast:
-            raise TypeError(f"{name} must have the dtype of the input, {input.dtype}, got {value.dtype}")
-    if not input.dtype.is_floating_point:
-        raise TypeError(f"input must be of a floating dtype, got {input.dtype}")
+    check_same(grad, {"input": input})
 
 
 def check_weight(shape: Sequence[int]) -> None:
