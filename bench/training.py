@@ -23,12 +23,7 @@ from torch import Tensor, nn
 
 from bench.harness.case import Case, Provider, Work
 
-TESTS = (
-    "tests/models",
-    "tests/ops/test_shifted_conv2d.py",
-    "tests/ops/test_masked_conv2d.py",
-    "tests/ops/test_concat_elu.py",
-)
+TESTS = ("tests/models", *(f"tests/ops/test_{op}.py" for op in ("shifted_conv2d", "concat_elu", "gated_unit")))
 
 
 @dataclass(frozen=True)
