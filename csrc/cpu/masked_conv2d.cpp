@@ -57,7 +57,7 @@ struct RowConvolution {
     FASTGEN_INLINE int64_t block_rows() const {
         const int64_t positions = how.rows ? pairs_of(conv) : conv.width;
         const int64_t fitting = kBlockBytes / (positions * depth() * int64_t(sizeof(T)));
-        return max_of(1, min_of(min_of(fitting, ceil_div(kBlockPositions, positions)), conv.height));
+        return max_of(1, min_of(min_of(fitting, ceil_div(kBlockPositions, positions)), conv.batch * conv.height));
     }
     FASTGEN_INLINE int64_t ring_rows() const { return conv.above + block_rows() + kAhead; }
     FASTGEN_INLINE int64_t ring_size() const { return aligned<T>(Ring<T>::size(conv, in, ring_rows())); }
@@ -173,11 +173,12 @@ struct RowConvolution {
         }
     };
 
-    // The rows of the image that those at distance 1, 2, ... from row y are.
-    FASTGEN_INLINE int64_t rows_beside(int64_t y) const {
+    // The rows at distance 1, 2, ... from row r of the batch that its image has.
+    FASTGEN_INLINE int64_t rows_beside(int64_t r) const {
+        const int64_t y = r % conv.height;
         return min_of(conv.above, reverse ? conv.height - 1 - y : y);
     }
-    FASTGEN_INLINE int64_t row_beside(int64_t y, int64_t d) const { return reverse ? y + d : y - d; }
+    FASTGEN_INLINE int64_t row_beside(int64_t r, int64_t d) const { return reverse ? r + d : r - d; }
 
     // The own row as it is: `from` on for the first position, every `step` positions; its weights are the lines from
     // `line` on.
@@ -191,20 +192,20 @@ struct RowConvolution {
         product.add(from + in, step * in, line + 1, 0, whole);
     }
 
-    // Some output rows of an image, all of them by a few panels at a time: of a small map one row alone would take its
+    // Rows first..last-1 of the batch, all of them by a few panels at a time: of a small map one row alone would take its
     // weights from memory faster than that gives them.
-    void rows(Ring<T>& ring, const T* packed, T* sums, int64_t n, int64_t y0, int64_t y1) const {
+    void rows(Ring<T>& ring, const T* packed, T* sums, int64_t first, int64_t last) const {
         if (reverse)
-            ring.advance(n, y0, min_of(y1 - 1 + conv.above, conv.height - 1), kAhead);
+            ring.advance(first, last - 1 + rows_beside(last - 1), kAhead);
         else
-            ring.advance(n, max_of(y0 - conv.above, 0), y1 - 1, kAhead);
-        for_panels(packed, y1 - y0 > 1, [&](const Panels& some) {
-            for (int64_t y = y0; y < y1; ++y) {
-                T* to = target + (n * conv.height + y) * conv.width * out + some.column;
+            ring.advance(first - rows_beside(first), last - 1, kAhead);
+        for_panels(packed, last - first > 1, [&](const Panels& some) {
+            for (int64_t r = first; r < last; ++r) {
+                T* to = target + r * conv.width * out + some.column;
                 if (how.rows)
-                    filtered_row(ring, some, sums, y, to);
+                    filtered_row(ring, some, sums, r, to);
                 else
-                    direct_row(ring, some, y, to);
+                    direct_row(ring, some, r, to);
             }
         });
     }
@@ -223,37 +224,37 @@ struct RowConvolution {
         });
     }
 
-    void direct_row(const Ring<T>& ring, const Panels& some, int64_t y, T* to) const {
+    void direct_row(const Ring<T>& ring, const Panels& some, int64_t r, T* to) const {
         Product product(*this, some.lines);
         const auto add_rows = [&] {
-            for (int64_t i = 1; i <= rows_beside(y); ++i) {
-                const int64_t d = reverse ? i : rows_beside(y) + 1 - i;  // in the order of the taps
-                product.add(ring.row(row_beside(y, d)), in, kernel_row(d), 0, conv.kernel_w * in);
+            for (int64_t i = 1; i <= rows_beside(r); ++i) {
+                const int64_t d = reverse ? i : rows_beside(r) + 1 - i;  // in the order of the taps
+                product.add(ring.row(row_beside(r, d)), in, kernel_row(d), 0, conv.kernel_w * in);
             }
         };
         if (!reverse) add_rows();
-        add_own_row(product, ring.own_row(y), 1, own_taps_at(), some.bound);
+        add_own_row(product, ring.own_row(r), 1, own_taps_at(), some.bound);
         if (reverse) add_rows();
         product.run(conv.width, some.cols, some.init, 0, to, out);
     }
 
     // In pairs of positions: the sums U1 and U2 first, from which the others start.
-    void filtered_row(const Ring<T>& ring, const Panels& some, T* sums, int64_t y, T* to) const {
+    void filtered_row(const Ring<T>& ring, const Panels& some, T* sums, int64_t r, T* to) const {
         const int64_t cols = some.cols;
         const T* init = some.init;
         const int64_t pairs = pairs_of(conv), stride = panels() * kPanel<T>, own = own_line(conv);
         const auto products = [&](int64_t point) {
             Product product(*this, some.lines);
-            for (int64_t d = rows_beside(y); d >= 1 && has_point(how.rows, point); --d) {
-                const auto [from, step] = ring.above(row_beside(y, d), point);
+            for (int64_t d = rows_beside(r); d >= 1 && has_point(how.rows, point); --d) {
+                const auto [from, step] = ring.above(row_beside(r, d), point);
                 const int64_t line = (d - 1) * products_of(how.rows) + product_of(how.rows, point);
                 product.add(from, step, line, 0, in);
             }
             if (has_point(how.own, point)) {
-                const auto [from, step] = ring.own(y, point);
+                const auto [from, step] = ring.own(r, point);
                 product.add(from, step, own + product_of(how.own, point), 0, in);
             } else if (!how.own && (point == 0 || point == 3)) {
-                add_own_row(product, ring.own_row(y) + (point == 3 ? in : 0), 2, own, some.bound);
+                add_own_row(product, ring.own_row(r) + (point == 3 ? in : 0), 2, own, some.bound);
             }
             return product;
         };
@@ -261,12 +262,12 @@ struct RowConvolution {
         T* subtracted = sums + sums_size();
         const T *first = init, *second = init;  // what U0 and U3 start from
         int64_t first_stride = 0;
-        if (rows_beside(y) > 0 || how.own) {
+        if (rows_beside(r) > 0 || how.own) {
             products(1).run(pairs, cols, init, 0, added, stride);
             first = second = added;
             first_stride = stride;
         }
-        if ((rows_beside(y) > 0 && has_point(how.rows, 2)) || has_point(how.own, 2)) {
+        if ((rows_beside(r) > 0 && has_point(how.rows, 2)) || has_point(how.own, 2)) {
             products(2).run(pairs, cols, nullptr, 0, subtracted, stride);
             for (int64_t j = 0; j < pairs; ++j) {
                 for (int64_t i = j * stride; i < j * stride + aligned<T>(cols); i += kLanes<T>) {
@@ -302,11 +303,9 @@ struct RowConvolution {
 #pragma omp for schedule(dynamic)
             for (int64_t first = in_place() ? all : 0; first < all; first += piece) {
                 ring.restart();
-                for (int64_t r = first, end; r < min_of(first + piece, all); r = end) {
-                    const int64_t n = r / conv.height, y = r % conv.height;
-                    end = min_of(min_of(r + block_rows(), first + piece), (n + 1) * conv.height);
-                    rows(ring, packed, sums, n, y, y + end - r);
-                }
+                const int64_t last = min_of(first + piece, all);
+                for (int64_t r = first; r < last; r += block_rows())
+                    rows(ring, packed, sums, r, min_of(r + block_rows(), last));
             }
         }
     }
@@ -328,14 +327,14 @@ RowConvolution<T> backward_of(const MaskedConv2d& conv, const Image<T>& grad, co
     return {conv, grad, true, conv.out_channels, conv.in_channels, weight, nullptr, grad_input, scratch};
 }
 
-// Rows y0 and up of the output's gradient as panels [panel][position][kPanel].
+// Rows of the output's gradient from `first` on as panels [panel][position][kPanel]; row 0 of the image is row `top`.
 template <class T>
 struct GradBlock {
     T* data;
-    int64_t width, panel_stride, y0;
+    int64_t width, panel_stride, top, first;
 
     FASTGEN_INLINE T* at(int64_t y, int64_t c) const {
-        return data + c / kPanel<T> * panel_stride + (y - y0) * width * kPanel<T> + c % kPanel<T>;
+        return data + c / kPanel<T> * panel_stride + (top + y - first) * width * kPanel<T> + c % kPanel<T>;
     }
     FASTGEN_INLINE int64_t step() const { return kPanel<T>; }
     FASTGEN_INLINE int64_t run() const { return kPanel<T>; }
@@ -358,9 +357,10 @@ struct WeightGradient {
     FASTGEN_INLINE int64_t depth() const { return lines_of(conv) * conv.in_channels; }
     FASTGEN_INLINE int64_t panels() const { return panels_of<T>(conv.out_channels); }
     FASTGEN_INLINE int64_t padded_out() const { return panels() * kPanel<T>; }
-    FASTGEN_INLINE int64_t block_rows() const { return max_of(1, min_of(conv.height, kBlockPositions / conv.width)); }
-    FASTGEN_INLINE int64_t blocks_per_image() const { return ceil_div(conv.height, block_rows()); }
-    FASTGEN_INLINE int64_t blocks() const { return conv.batch * blocks_per_image(); }
+    FASTGEN_INLINE int64_t block_rows() const {
+        return max_of(1, min_of(conv.batch * conv.height, kBlockPositions / conv.width));
+    }
+    FASTGEN_INLINE int64_t blocks() const { return ceil_div(conv.batch * conv.height, block_rows()); }
     FASTGEN_INLINE int64_t chunks() const {
         const int64_t wanted = ceil_div(conv.batch * conv.height * conv.width, kChunkPositions);
         return max_of(1, min_of(min_of(wanted, kMaxChunks), blocks()));
@@ -384,13 +384,17 @@ struct WeightGradient {
         return scratch + conv.threads * thread_size() + chunk * partial_size();
     }
 
-    // Rows y0..y1-1 of panels p0..p1-1.
-    void fetch_grad(T* grads, int64_t n, int64_t y0, int64_t y1, int64_t p0, int64_t p1) const {
+    // Rows r0..r1-1 of the batch, of panels p0..p1-1.
+    void fetch_grad(T* grads, int64_t r0, int64_t r1, int64_t p0, int64_t p1) const {
         Image<T> columns = grad;
         columns.data += p0 * kPanel<T> * grad.c;
         const int64_t count = min_of(p1 * kPanel<T>, conv.out_channels) - p0 * kPanel<T>;
-        fetch_rows(columns, n, y0, y1, conv.width, count,
-                   GradBlock<T>{grads + p0 * panel_stride(), conv.width, panel_stride(), y0});
+        for (int64_t r = r0; r < r1;) {
+            const int64_t n = r / conv.height, top = n * conv.height, end = min_of(r1, top + conv.height);
+            fetch_rows(columns, n, r - top, end - top, conv.width, count,
+                       GradBlock<T>{grads + p0 * panel_stride(), conv.width, panel_stride(), top, r0});
+            r = end;
+        }
     }
 
     void make_pairs(T* grads, int64_t rows, int64_t p0, int64_t p1) const {
@@ -420,29 +424,29 @@ struct WeightGradient {
         int64_t panel_stride, grad_step, grad_row;
     };
 
-    // `from(y)`: where the first position of row y is.
+    // Of rows r0..r1-1 those that have one d rows above; `from(r)`: where the first position of that is.
     template <class From>
-    void multiply(const Product& product, int64_t y0, int64_t first, int64_t y1, T* sum, bool start, int64_t panel,
+    void multiply(const Product& product, int64_t d, int64_t r0, int64_t r1, T* sum, bool start, int64_t panel,
                   int64_t count, const From& from) const {
         Tap<T> taps[kBlockPositions];
         int64_t num_taps = 0;
-        for (int64_t y = first; y < y1; ++y) {
-            taps[num_taps++] = {from(y), 1, product.step, product.positions,
-                                product.grads + (y - y0) * product.grad_row * kPanel<T>};
+        for (int64_t r = r0; r < r1; ++r) {
+            if (r % conv.height < d) continue;
+            taps[num_taps++] = {from(r - d), 1, product.step, product.positions,
+                                product.grads + (r - r0) * product.grad_row * kPanel<T>};
         }
         T* c = sum + product.line * conv.in_channels * padded_out() + panel * kPanel<T>;
         tap_gemm({taps, num_taps, product.panel_stride, product.grad_step * kPanel<T>, start ? nullptr : c,
                   padded_out(), c, padded_out(), product.rows, count * kPanel<T>});
     }
 
-    // Adds the products of rows y0..y1-1 of image n to a partial sum, or starts it.
-    void block(Ring<T>& ring, T* grads, T* sum, bool start, int64_t n, int64_t y0, int64_t y1, int64_t p0,
-               int64_t p1) const {
-        const int64_t above = conv.above, kw = conv.kernel_w, in = conv.in_channels;
+    // Adds the products of rows r0..r1-1 of the batch to a partial sum, or starts it.
+    void block(Ring<T>& ring, T* grads, T* sum, bool start, int64_t r0, int64_t r1, int64_t p0, int64_t p1) const {
+        const int64_t above = conv.above, kw = conv.kernel_w, in = conv.in_channels, count = p1 - p0;
         const int64_t width = conv.width, pairs = pairs_of(conv);
-        ring.advance(n, max_of(y0 - above, 0), y1 - 1, 0);
-        fetch_grad(grads, n, y0, y1, p0, p1);
-        if (how.rows) make_pairs(grads, y1 - y0, p0, p1);
+        ring.advance(r0 - min_of(r0 % conv.height, above), r1 - 1, 0);
+        fetch_grad(grads, r0, r1, p0, p1);
+        if (how.rows) make_pairs(grads, r1 - r0, p0, p1);
 
         // The gradients that a point takes: of the first of each pair, sums, differences, of the second.
         const auto of_point = [&](int64_t point, int64_t line, int64_t step, int64_t panel) -> Product {
@@ -455,17 +459,16 @@ struct WeightGradient {
             return {line, rows, width, in, grads + panel * panel_stride(), panel_stride(), 1, width};
         };
         for (int64_t d = above; d >= 1; --d) {
-            const int64_t first = max_of(y0, d), count = p1 - p0;
             if (!how.rows) {
-                multiply(as_they_are((above - d) * kw, kw * in, p0), y0, first, y1, sum, start, p0, count,
-                         [&](int64_t y) { return ring.row(y - d); });
+                multiply(as_they_are((above - d) * kw, kw * in, p0), d, r0, r1, sum, start, p0, count,
+                         [&](int64_t r) { return ring.row(r); });
                 continue;
             }
             for (int64_t point = 0; point < kPoints; ++point) {
                 if (!has_point(how.rows, point)) continue;
                 const int64_t line = (d - 1) * products_of(how.rows) + product_of(how.rows, point);
-                multiply(of_point(point, line, ring.above(y0, point).step, p0), y0, first, y1, sum, start, p0, count,
-                         [&](int64_t y) { return ring.above(y - d, point).first; });
+                multiply(of_point(point, line, ring.above(r0, point).step, p0), d, r0, r1, sum, start, p0, count,
+                         [&](int64_t r) { return ring.above(r, point).first; });
             }
         }
         const int64_t own = own_line(conv);
@@ -473,8 +476,8 @@ struct WeightGradient {
             for (int64_t point = 0; point < kPoints; ++point) {
                 if (!has_point(how.own, point)) continue;
                 const int64_t line = own + product_of(how.own, point);
-                multiply(of_point(point, line, ring.own(y0, point).step, p0), y0, y0, y1, sum, start, p0, p1 - p0,
-                         [&](int64_t y) { return ring.own(y, point).first; });
+                multiply(of_point(point, line, ring.own(r0, point).step, p0), 0, r0, r1, sum, start, p0, count,
+                         [&](int64_t r) { return ring.own(r, point).first; });
             }
         } else {
             for (int64_t panel = p0; panel < p1;) {
@@ -482,12 +485,12 @@ struct WeightGradient {
                 int64_t end = panel + 1;
                 while (end < p1 && panel_inputs<T>(conv, end) == bound) ++end;
                 const int64_t rows = (conv.own_taps - 1) * in + bound;
-                multiply(as_they_are(own, rows, panel), y0, y0, y1, sum, start, panel, end - panel,
-                         [&](int64_t y) { return ring.own_row(y); });
+                multiply(as_they_are(own, rows, panel), 0, r0, r1, sum, start, panel, end - panel,
+                         [&](int64_t r) { return ring.own_row(r); });
                 panel = end;
             }
         }
-        if (grad_bias) add_bias(grads, sum + depth() * padded_out(), start, (y1 - y0) * width, p0, p1);
+        if (grad_bias) add_bias(grads, sum + depth() * padded_out(), start, (r1 - r0) * width, p0, p1);
     }
 
     // Column sums, within a block in double: plain PyTorch's cascaded sums are accurate too.
@@ -507,8 +510,8 @@ struct WeightGradient {
         ring.restart();
         const int64_t first = blocks() * chunk / chunks(), last = blocks() * (chunk + 1) / chunks();
         for (int64_t i = first; i < last; ++i) {
-            const int64_t n = i / blocks_per_image(), y0 = i % blocks_per_image() * block_rows();
-            block(ring, grads, partial(chunk), i == first, n, y0, min_of(y0 + block_rows(), conv.height), p0, p1);
+            const int64_t row = i * block_rows(), end = min_of(row + block_rows(), conv.batch * conv.height);
+            block(ring, grads, partial(chunk), i == first, row, end, p0, p1);
         }
     }
 

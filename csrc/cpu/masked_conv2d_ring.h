@@ -96,9 +96,9 @@ FASTGEN_INLINE int64_t lines_of(const MaskedConv2d& conv) {
     return own_line(conv) + (filtered(conv).own ? products_of(filtered(conv).own) : conv.own_taps);
 }
 
-// The zero-padded rows of one image that are in use: row y is in slot y % rows, as [positions][channels] from the first
-// that a tap reads. Where the convolution is filtered, a row's points follow as lines [pairs][channels]: of a row above,
-// and of the pixel's own row where that has fewer taps.
+// The zero-padded rows that are in use, of all images one after the other: row r, which is row r % height of its image, is
+// in slot r % rows, as [positions][channels] from the first that a tap reads. Where the convolution is filtered, a row's
+// points follow as lines [pairs][channels]: of a row above, and of the pixel's own row where that has fewer taps.
 template <class T>
 class Ring {
 public:
@@ -123,10 +123,7 @@ public:
     }
 
     FASTGEN_INLINE T* row(int64_t y) const { return slots_ + y % rows_ * slot_; }
-    FASTGEN_INLINE T* at(int64_t y, int64_t c) const { return row(y) + before_ * channels_ + c; }
     FASTGEN_INLINE T* own_row(int64_t y) const { return row(y) + (before_ - own_before_) * channels_; }
-    FASTGEN_INLINE int64_t step() const { return channels_; }
-    FASTGEN_INLINE int64_t run() const { return channels_; }
 
     // A point of the pairs of row y, and how far one pair is from the next: of a row above, of the pixel's own row.
     struct Points {
@@ -139,22 +136,35 @@ public:
     }
 
     // The next rows are of another place.
-    void restart() { image_ = -1; }
+    void restart() { next_ = -1; }
 
-    // Makes rows first..last of image n available, and up to `ahead` more; calls go forward within an image.
-    void advance(int64_t n, int64_t first, int64_t last, int64_t ahead) {
-        if (n != image_) {
-            image_ = n;
-            next_ = first;
-        }
+    // Makes rows first..last available, and up to `ahead` more; calls go forward.
+    void advance(int64_t first, int64_t last, int64_t ahead) {
+        if (next_ < 0) next_ = first;
         if (next_ > last) return;
-        const int64_t end = min_of(last + 1 + ahead, conv_.height);
-        fetch_rows(source_, n, next_, end, conv_.width, channels_, *this);
-        for (int64_t y = next_; y < end && how_.rows; ++y) make_points(y);
-        next_ = end;
+        const int64_t end = min_of(last + 1 + ahead, conv_.batch * conv_.height);
+        while (next_ < end) {
+            const int64_t n = next_ / conv_.height, top = n * conv_.height;
+            const int64_t bottom = min_of(end, top + conv_.height);
+            fetch_rows(source_, n, next_ - top, bottom - top, conv_.width, channels_, OfImage{*this, top});
+            for (; next_ < bottom; ++next_) {
+                if (how_.rows) make_points(next_);
+            }
+        }
     }
 
 private:
+    // A target of fetch_rows: where the rows of an image go whose first one is row `top`.
+    struct OfImage {
+        const Ring& ring;
+        int64_t top;
+        FASTGEN_INLINE T* at(int64_t y, int64_t c) const {
+            return ring.row(top + y) + ring.before_ * ring.channels_ + c;
+        }
+        FASTGEN_INLINE int64_t step() const { return ring.channels_; }
+        FASTGEN_INLINE int64_t run() const { return ring.channels_; }
+    };
+
     static FASTGEN_INLINE int64_t row_size(const MaskedConv2d& conv, int64_t channels) {
         const bool pairs = filtered(conv).rows;
         const int64_t positions = conv.width + conv.kernel_w - 1 + (pairs ? conv.width % 2 : 0);
@@ -220,7 +230,7 @@ private:
     const int64_t before_, own_before_;            // columns before a pixel that a row above, and its own row reads
     const int64_t pair_, line_, lines_at_, slot_;  // elements
     T* const slots_;
-    int64_t image_ = -1, next_ = 0;  // the rows before `next_` of this image have been fetched
+    int64_t next_ = -1;  // the rows before it have been fetched
 };
 
 }  // namespace fastgen::FASTGEN_ISA
