@@ -283,9 +283,9 @@ struct RowConvolution {
     }
 
     void run() const {
-        const int64_t all = conv.batch * conv.height;
+        const int64_t all = conv.batch * conv.height, block = block_rows();
         // Small pieces keep threads busy to the end, but each fetches the rows above it anew.
-        const int64_t piece = ceil_div(all, conv.threads * 8 * (1 + kAhead)) * (1 + kAhead);
+        const int64_t unit = max_of(1 + kAhead, block), piece = ceil_div(all, conv.threads * 8 * unit) * unit;
         T* packed = scratch + conv.threads * thread_size();
 #pragma omp parallel num_threads(conv.threads)
         {
@@ -304,8 +304,7 @@ struct RowConvolution {
             for (int64_t first = in_place() ? all : 0; first < all; first += piece) {
                 ring.restart();
                 const int64_t last = min_of(first + piece, all);
-                for (int64_t r = first; r < last; r += block_rows())
-                    rows(ring, packed, sums, r, min_of(r + block_rows(), last));
+                for (int64_t r = first; r < last; r += block) rows(ring, packed, sums, r, min_of(r + block, last));
             }
         }
     }
@@ -349,40 +348,38 @@ struct WeightGradient {
     T* grad_bias;
     T* scratch;
     Filtered how = filtered(conv);
+    // Known once: their divisions would be most of what is done to a weight in the end.
+    int64_t block_rows = max_of(1, min_of(conv.batch* conv.height, kBlockPositions / conv.width));
+    int64_t chunks =
+        max_of(1, min_of(min_of(ceil_div(conv.batch* conv.height* conv.width, kChunkPositions), kMaxChunks), blocks()));
+    T* partials = scratch + conv.threads * thread_size();
 
     static constexpr int64_t kBlockPositions = 128;  // of a product: they amortise loading and storing the tile
     static constexpr int64_t kMaxChunks = 8;         // partial sums: enough for threads and accuracy, little to add up
     static constexpr int64_t kChunkPositions = 1024;
+    static constexpr int64_t kFinished = 8;  // input channels at a time: cache lines of weights, few of sums
 
     FASTGEN_INLINE int64_t depth() const { return lines_of(conv) * conv.in_channels; }
     FASTGEN_INLINE int64_t panels() const { return panels_of<T>(conv.out_channels); }
     FASTGEN_INLINE int64_t padded_out() const { return panels() * kPanel<T>; }
-    FASTGEN_INLINE int64_t block_rows() const {
-        return max_of(1, min_of(conv.batch * conv.height, kBlockPositions / conv.width));
-    }
-    FASTGEN_INLINE int64_t blocks() const { return ceil_div(conv.batch * conv.height, block_rows()); }
-    FASTGEN_INLINE int64_t chunks() const {
-        const int64_t wanted = ceil_div(conv.batch * conv.height * conv.width, kChunkPositions);
-        return max_of(1, min_of(min_of(wanted, kMaxChunks), blocks()));
-    }
+    FASTGEN_INLINE int64_t blocks() const { return ceil_div(conv.batch * conv.height, block_rows); }
     FASTGEN_INLINE int64_t ring_size() const {
-        return aligned<T>(Ring<T>::size(conv, conv.in_channels, block_rows() + conv.above));
+        return aligned<T>(Ring<T>::size(conv, conv.in_channels, block_rows + conv.above));
     }
-    FASTGEN_INLINE int64_t panel_stride() const { return block_rows() * conv.width * kPanel<T>; }
-    FASTGEN_INLINE int64_t pair_stride() const { return how.rows ? block_rows() * pairs_of(conv) * kPanel<T> : 0; }
+    FASTGEN_INLINE int64_t panel_stride() const { return block_rows * conv.width * kPanel<T>; }
+    FASTGEN_INLINE int64_t pair_stride() const { return how.rows ? block_rows * pairs_of(conv) * kPanel<T> : 0; }
     // Panels of positions, and where the convolution is filtered of the sums and differences of pairs.
     FASTGEN_INLINE int64_t block_size() const {
-        return max_of(panels() * (panel_stride() + 2 * pair_stride()), open_taps(conv) * kPanel<T>);
+        const int64_t finished = (kFinished * conv.kernel_h * conv.kernel_w + open_taps(conv)) * kPanel<T>;
+        return max_of(panels() * (panel_stride() + 2 * pair_stride()), finished);
     }
     FASTGEN_INLINE T* pairs_at(T* grads, int64_t which, int64_t panel) const {
         return grads + panels() * panel_stride() + (which * panels() + panel) * pair_stride();
     }
     FASTGEN_INLINE int64_t thread_size() const { return ring_size() + block_size(); }
     FASTGEN_INLINE int64_t partial_size() const { return (depth() + 1) * padded_out(); }  // the last row: the bias
-    FASTGEN_INLINE int64_t scratch_size() const { return conv.threads * thread_size() + chunks() * partial_size(); }
-    FASTGEN_INLINE T* partial(int64_t chunk) const {
-        return scratch + conv.threads * thread_size() + chunk * partial_size();
-    }
+    FASTGEN_INLINE int64_t scratch_size() const { return conv.threads * thread_size() + chunks * partial_size(); }
+    FASTGEN_INLINE T* partial(int64_t chunk) const { return partials + chunk * partial_size(); }
 
     // Rows r0..r1-1 of the batch, of panels p0..p1-1.
     void fetch_grad(T* grads, int64_t r0, int64_t r1, int64_t p0, int64_t p1) const {
@@ -508,9 +505,9 @@ struct WeightGradient {
 
     void chunk(int64_t chunk, Ring<T>& ring, T* grads, int64_t p0, int64_t p1) const {
         ring.restart();
-        const int64_t first = blocks() * chunk / chunks(), last = blocks() * (chunk + 1) / chunks();
+        const int64_t first = blocks() * chunk / chunks, last = blocks() * (chunk + 1) / chunks;
         for (int64_t i = first; i < last; ++i) {
-            const int64_t row = i * block_rows(), end = min_of(row + block_rows(), conv.batch * conv.height);
+            const int64_t row = i * block_rows, end = min_of(row + block_rows, conv.batch * conv.height);
             block(ring, grads, partial(chunk), i == first, row, end, p0, p1);
         }
     }
@@ -519,7 +516,7 @@ struct WeightGradient {
     FASTGEN_INLINE void total(int64_t row, int64_t panel, T* to) const {
         for (int64_t j = 0; j < kPanel<T>; j += kLanes<T>) {
             Vec<T> sum{};
-            for (int64_t s = 0; s < chunks(); ++s) sum += load(partial(s) + row * padded_out() + panel * kPanel<T> + j);
+            for (int64_t s = 0; s < chunks; ++s) sum += load(partial(s) + row * padded_out() + panel * kPanel<T> + j);
             store(to + j, sum);
         }
     }
@@ -561,48 +558,67 @@ struct WeightGradient {
         }
     }
 
-    // Writes output channels of one panel in PyTorch's layout; `taps` is room for those of one input channel.
-    void finish(int64_t panel, T* taps) const {
-        const int64_t in = conv.in_channels, area = conv.kernel_h * conv.kernel_w;
-        const int64_t column = panel * kPanel<T>, columns = min_of(kPanel<T>, conv.out_channels - column);
-        int64_t inputs[kPanel<T>];  // of output channel column + j
-        for (int64_t j = 0; j < columns; ++j) inputs[j] = readable_inputs(conv, column + j);
-        for (int64_t i = 0; i < in; ++i) {
-            T* to = grad_weight + (column * in + i) * area;
-            taps_of(i, panel, taps);
-            for (int64_t t = 0; t < open_taps(conv); ++t) {
-                for (int64_t j = 0; j < columns; ++j) {
-                    const bool open = t + 1 < open_taps(conv) || i < inputs[j];
-                    to[j * in * area + t] = open ? taps[t * kPanel<T> + j] : T(0);
+    // Writes input channels i0..i1-1, at most kFinished, in PyTorch's layout: panel by panel, as the sums lie in memory,
+    // and those channels of an output channel at once, as the weights do.
+    void finish(int64_t i0, int64_t i1, T* room) const {
+        const int64_t in = conv.in_channels, area = conv.kernel_h * conv.kernel_w, run = (i1 - i0) * area;
+        const int64_t whole = open_taps(conv) - 1;
+        const bool hides = conv.colors > 1 || !conv.own_color;  // the last tap, from some
+        T* taps = room + kPanel<T> * run;
+        for (int64_t j = 0; j < kPanel<T> * run; ++j) room[j] = T(0);
+        for (int64_t panel = 0; panel < panels(); ++panel) {
+            const int64_t column = panel * kPanel<T>, columns = min_of(kPanel<T>, conv.out_channels - column);
+            for (int64_t i = i0; i < i1; ++i) {
+                if (panel + 1 < panels()) prefetch_sums(i, panel + 1);
+                taps_of(i, panel, taps);
+                T* to = room + (i - i0) * area;
+                for (int64_t t = 0; t <= whole; ++t) {
+                    for (int64_t j = 0; j < columns; ++j) to[j * run + t] = taps[t * kPanel<T> + j];
+                }
+                for (int64_t j = 0; j < columns && hides; ++j) {
+                    if (i >= readable_inputs(conv, column + j)) to[j * run + whole] = T(0);
                 }
             }
             for (int64_t j = 0; j < columns; ++j) {
-                for (int64_t t = open_taps(conv); t < area; ++t) to[j * in * area + t] = T(0);
+                copy(room + j * run, run, grad_weight + ((column + j) * in + i0) * area);
             }
         }
-        if (grad_bias) {
-            total(depth(), panel, taps);
-            for (int64_t j = 0; j < columns; ++j) grad_bias[column + j] = taps[j];
+    }
+
+    FASTGEN_INLINE void prefetch_sums(int64_t i, int64_t panel) const {
+        for (int64_t line = 0; line < lines_of(conv); ++line) {
+            __builtin_prefetch(partials + (line * conv.in_channels + i) * padded_out() + panel * kPanel<T>);
+        }
+    }
+
+    void finish_bias(T* sums) const {
+        for (int64_t panel = 0; panel < panels(); ++panel) {
+            const int64_t column = panel * kPanel<T>;
+            total(depth(), panel, sums);
+            copy(sums, min_of(kPanel<T>, conv.out_channels - column), grad_bias + column);
         }
     }
 
     void run() const {
         // Where there are more threads than chunks, the panels of a chunk are shared out as well.
-        const int64_t groups = min_of(panels(), ceil_div(conv.threads, chunks()));
+        const int64_t groups = min_of(panels(), ceil_div(conv.threads, chunks));
 #pragma omp parallel num_threads(conv.threads)
         {
             T* own = scratch + omp_get_thread_num() * thread_size();
-            Ring<T> ring(input, conv, conv.in_channels, block_rows() + conv.above, false, own);
+            Ring<T> ring(input, conv, conv.in_channels, block_rows + conv.above, false, own);
             T* grads = own + ring_size();
             for (int64_t i = 0; i < block_size(); ++i)
                 grads[i] = T(0);  // of the last panel, some columns are never written
 #pragma omp for schedule(dynamic)
-            for (int64_t item = 0; item < chunks() * groups; ++item) {
+            for (int64_t item = 0; item < chunks * groups; ++item) {
                 const int64_t group = item % groups;
                 chunk(item / groups, ring, grads, panels() * group / groups, panels() * (group + 1) / groups);
             }
 #pragma omp for schedule(static)
-            for (int64_t panel = 0; panel < panels(); ++panel) finish(panel, grads);
+            for (int64_t i = 0; i < conv.in_channels; i += kFinished)
+                finish(i, min_of(i + kFinished, conv.in_channels), grads);
+#pragma omp single nowait
+            if (grad_bias) finish_bias(grads);
         }
     }
 };
