@@ -394,6 +394,15 @@ struct WeightGradient {
         }
     }
 
+    // Some of its columns are never written.
+    void clear_last_panel(T* grads) const {
+        const int64_t last = panels() - 1;
+        for (int64_t i = 0; i < panel_stride(); ++i) grads[last * panel_stride() + i] = T(0);
+        for (int64_t which = 0; which < 2; ++which) {
+            for (int64_t i = 0; i < pair_stride(); ++i) pairs_at(grads, which, last)[i] = T(0);
+        }
+    }
+
     void make_pairs(T* grads, int64_t rows, int64_t p0, int64_t p1) const {
         constexpr int64_t line = kPanel<T>;
         for (int64_t panel = p0; panel < p1; ++panel) {
@@ -607,8 +616,7 @@ struct WeightGradient {
             T* own = scratch + omp_get_thread_num() * thread_size();
             Ring<T> ring(input, conv, conv.in_channels, block_rows + conv.above, false, own);
             T* grads = own + ring_size();
-            for (int64_t i = 0; i < block_size(); ++i)
-                grads[i] = T(0);  // of the last panel, some columns are never written
+            if (conv.out_channels % kPanel<T>) clear_last_panel(grads);
 #pragma omp for schedule(dynamic)
             for (int64_t item = 0; item < chunks * groups; ++item) {
                 const int64_t group = item % groups;

@@ -115,7 +115,11 @@ public:
           lines_at_(row_size(conv, channels)),
           slot_(slot_size(conv, channels)),
           slots_(slots) {
-        for (int64_t i = 0; i < rows * slot_; ++i) slots[i] = T(0);
+        for (int64_t y = 0; y < rows; ++y) {  // what is outside the image; all else is written before it is read
+            const int64_t begin = before_ * channels, end = begin + conv.width * channels;
+            for (int64_t i = 0; i < begin; ++i) row(y)[i] = T(0);
+            for (int64_t i = end; i < lines_at_; ++i) row(y)[i] = T(0);
+        }
     }
 
     static FASTGEN_INLINE int64_t size(const MaskedConv2d& conv, int64_t channels, int64_t rows) {
