@@ -30,8 +30,7 @@ QUICK_CASES = {"5+3 2x4x4 dropout": (2, (5, 3), 4, 0.5)}
 
 
 def plain(*inputs: Tensor, dropout: float) -> Tensor:
-    x = torch.cat(inputs, dim=1)
-    return F.dropout(F.elu(torch.cat([x, -x], dim=1)), dropout)
+    return F.dropout(F.elu(torch.cat([*inputs, *(-x for x in inputs)], dim=1)), dropout)
 
 
 def build(batch: int, channels: tuple[int, ...], side: int, dropout: float, train: bool, with_compile: bool) -> Work:

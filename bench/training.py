@@ -2,28 +2,32 @@
 
 The peers are the same networks in plain PyTorch (`fastgen.backend("reference")`): `F.conv2d` of padded images or masked
 weights, ELU of a concatenation and `F.dropout`, the formula of the loss. "eager" is contiguous, "channels_last" has the
-format that convolutions on the CPU prefer, "compile" is `torch.compile` of the loss with operations in plain PyTorch.
+format that convolutions on the CPU prefer, "compile" is `torch.compile` of the network, in that format, too.
 Floating-point operations count open weights at every position, border included; a backward pass is two forward passes.
 Minimal filtering can go below that.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import functools
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.harness.case import Case, Provider, Work
 
-TESTS = ("tests/models", *(f"tests/ops/test_{op}.py" for op in ("shifted_conv2d", "concat_elu", "gated_unit")))
+OPERATIONS = ("masked_conv2d", "shifted_conv2d", "concat_elu", "gated_unit", "logistic_mixture_nll")
+TESTS = ("tests/models", *(f"tests/ops/test_{name}.py" for name in OPERATIONS))
 
 
 @dataclass(frozen=True)
@@ -96,38 +100,43 @@ def make(subject: Subject) -> Any:
     return models.get(subject.model)(**subject.config)
 
 
-def plain(log_prob: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """The function with operations that a compiler sees through: no operators of fastgen."""
+@functools.cache
+def reference(name: str) -> Callable[..., Tensor]:
+    """The convolution in plain PyTorch, as modules call it; a mask is made once, as users keep it in a buffer."""
+    module = sys.modules[f"fastgen.ops.{name}"]
+    if name == "shifted_conv2d":
+        return lambda x, weight, bias, *, left: module.shifted_conv2d_reference(x, weight, bias, left)
+    mask = functools.cache(torch.inference_mode(False)(module.conv_mask))  # scores and steps share it
+
+    def masked_conv2d(
+        x: Tensor, weight: Tensor, bias: Tensor | None, *, mask_type: str, colors: int, splits: int
+    ) -> Tensor:
+        closed = mask(weight.shape, mask_type, colors, splits)
+        return F.conv2d(x, weight * closed, bias, padding=(weight.shape[2] // 2, weight.shape[3] // 2))
+
+    return masked_conv2d
+
+
+@contextlib.contextmanager
+def plain_pytorch() -> Iterator[None]:
+    """Operations of fastgen are plain PyTorch, also to a compiler."""
+    import fastgen
     from fastgen import ops
 
-    def reference(name: str) -> Callable[..., Tensor]:
-        function = getattr(sys.modules[f"fastgen.ops.{name}"], f"{name}_reference")
-        return {
-            "masked_conv2d": lambda x, w, b, *, mask_type, colors, splits: function(x, w, b, mask_type, colors, splits),
-            "shifted_conv2d": lambda x, w, b, *, left: function(x, w, b, left),
-        }[name]
-
-    def call(images: Tensor) -> Tensor:
-        with mock.patch.multiple(ops, **replaced):
-            return log_prob(images)
-
     replaced = {name: reference(name) for name in ("masked_conv2d", "shifted_conv2d")}
-    return call
+    with fastgen.backend("reference"), mock.patch.multiple(ops, **replaced):
+        yield
 
 
-def score(model: Any, log_prob: Any, backend: str, images: Tensor) -> None:
-    import fastgen
-
-    with torch.inference_mode(), fastgen.backend(backend):
-        log_prob(images)
+def score(model: Any, peer: bool, images: Tensor) -> None:
+    with torch.inference_mode(), plain_pytorch() if peer else contextlib.nullcontext():
+        model.log_prob(images)
 
 
-def step(optimizer: torch.optim.Optimizer, log_prob: Any, backend: str, images: Tensor) -> None:
-    import fastgen
-
-    with fastgen.backend(backend):
+def step(model: Any, optimizer: torch.optim.Optimizer, peer: bool, images: Tensor) -> None:
+    with plain_pytorch() if peer else contextlib.nullcontext():
         optimizer.zero_grad()
-        (-log_prob(images).mean()).backward()
+        (-model.log_prob(images).mean()).backward()
         optimizer.step()
 
 
@@ -137,26 +146,27 @@ def build(subject: Subject, train: bool) -> Work:
     flops = forward_flops(model)
     providers, skipped = {}, {}
 
-    def add(name: str, network: Any, log_prob: Any, backend: str) -> None:
+    def add(name: str, network: Any) -> None:
+        peer = network is not model
         if train:
             optimizer = torch.optim.Adam(network.parameters(), lr=1e-5, fused=True)
-            call = partial(step, optimizer, log_prob, backend, images)
+            call = partial(step, network, optimizer, peer, images)
         else:
-            call = partial(score, network, log_prob, backend, images)
-        providers[name] = Provider(call, backend == "reference")
+            call = partial(score, network, peer, images)
+        providers[name] = Provider(call, peer)
 
-    for name, layout in (("eager", torch.contiguous_format), ("channels_last", torch.channels_last)):
-        network = copy.deepcopy(model).to(memory_format=layout)
-        add(name, network, network.log_prob, "reference")
+    add("eager", copy.deepcopy(model))
+    add("channels_last", copy.deepcopy(model).to(memory_format=torch.channels_last))
     if subject.with_compile:
-        network = copy.deepcopy(model)
-        add("compile", network, plain(torch.compile(network.log_prob, dynamic=False)), "reference")
+        network = copy.deepcopy(model).to(memory_format=torch.channels_last)
+        network.forward = torch.compile(network.forward, dynamic=False)
+        add("compile", network)
         try:
             providers["compile"].call()
         except Exception as error:  # whatever the compiler's stack raises: it is not what is measured
             del providers["compile"]
             skipped["compile"] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
-    add("fastgen", model, model.log_prob, "auto")
+    add("fastgen", model)
     weights = sum(p.numel() for p in model.parameters())
     traffic = 4 * weights * (9 if train else 1) + images.numel()  # Adam reads weight, gradient, moments, writes three
     return Work(providers, subject.batch * flops * (3 if train else 1), traffic, skipped)

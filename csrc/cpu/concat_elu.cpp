@@ -81,9 +81,9 @@ void for_each_vector(const ConcatElu<T>& job, Function function) {
     int64_t width = 0;
     for (int64_t i = 0; i < job.num_inputs; ++i) width += job.channels[i];
     const int64_t features = width * (job.negate ? 2 : 1), all = job.samples * job.pixels;
-    in_parallel(job.threads, [&](int64_t thread) {
+    in_parallel(job.threads, [&](int64_t thread, int64_t threads) {
         Dropout<T> dropout(job.seed, job.dropped, job.scale, features);
-        for (int64_t p = all * thread / job.threads; p < all * (thread + 1) / job.threads; ++p) {
+        for (int64_t p = all * thread / threads; p < all * (thread + 1) / threads; ++p) {
             dropout.draw(p / job.pixels, p % job.pixels);
             int64_t first = 0;
             for (int64_t i = 0; i < job.num_inputs; first += job.channels[i++]) {

@@ -63,10 +63,10 @@ struct Some {
 // each thread one of the function: stores might otherwise change them, as far as the compiler knows.
 template <class T, class Function>
 FASTGEN_INLINE void for_each_vector(const GatedUnit<T>& job, Function function) {
-    in_parallel(job.threads, [&](int64_t thread) {
+    in_parallel(job.threads, [&](int64_t thread, int64_t threads) {
         const Function run = function;
-        const int64_t channels = job.channels, end = job.pixels * (thread + 1) / job.threads;
-        for (int64_t p = job.pixels * thread / job.threads; p < end; ++p) {
+        const int64_t channels = job.channels, end = job.pixels * (thread + 1) / threads;
+        for (int64_t p = job.pixels * thread / threads; p < end; ++p) {
             Some some{2 * p * channels, (2 * p + 1) * channels, p * channels, kLanes<T>};
             int64_t left = channels;
             for (; left >= kLanes<T>; left -= kLanes<T>) {

@@ -48,8 +48,8 @@ struct RowConvolution {
     static constexpr int64_t kAhead = 3;
     // Rows at a time: of so many positions, as long as the input of their products stays in the second-level cache, and
     // the weights beside it.
-    static constexpr int64_t kPositions = 64;  // at a time, of images that are read in place
     static constexpr int64_t kBlockPositions = 32, kBlockBytes = 256 * 1024, kPanelBytes = 128 * 1024;
+    static constexpr int64_t kPositions = 64;  // at a time, of images that are read in place
 
     FASTGEN_INLINE int64_t direct_depth() const { return open_taps(conv) * in; }
     FASTGEN_INLINE int64_t depth() const { return lines_of(conv) * in; }
@@ -284,6 +284,7 @@ struct RowConvolution {
 
     void run() const {
         const int64_t all = conv.batch * conv.height, block = block_rows();
+        if (all == 0) return;
         // Small pieces keep threads busy to the end, but each fetches the rows above it anew.
         const int64_t unit = max_of(1 + kAhead, block), piece = ceil_div(all, conv.threads * 8 * unit) * unit;
         T* packed = scratch + conv.threads * thread_size();
@@ -352,7 +353,7 @@ struct WeightGradient {
     int64_t block_rows = max_of(1, min_of(conv.batch* conv.height, kBlockPositions / conv.width));
     int64_t chunks =
         max_of(1, min_of(min_of(ceil_div(conv.batch* conv.height* conv.width, kChunkPositions), kMaxChunks), blocks()));
-    T* partials = scratch + conv.threads * thread_size();
+    int64_t partials = conv.threads * thread_size();  // where in scratch they are
 
     static constexpr int64_t kBlockPositions = 128;  // of a product: they amortise loading and storing the tile
     static constexpr int64_t kMaxChunks = 8;         // partial sums: enough for threads and accuracy, little to add up
@@ -379,7 +380,7 @@ struct WeightGradient {
     FASTGEN_INLINE int64_t thread_size() const { return ring_size() + block_size(); }
     FASTGEN_INLINE int64_t partial_size() const { return (depth() + 1) * padded_out(); }  // the last row: the bias
     FASTGEN_INLINE int64_t scratch_size() const { return conv.threads * thread_size() + chunks * partial_size(); }
-    FASTGEN_INLINE T* partial(int64_t chunk) const { return partials + chunk * partial_size(); }
+    FASTGEN_INLINE T* partial(int64_t chunk) const { return scratch + partials + chunk * partial_size(); }
 
     // Rows r0..r1-1 of the batch, of panels p0..p1-1.
     void fetch_grad(T* grads, int64_t r0, int64_t r1, int64_t p0, int64_t p1) const {
@@ -398,9 +399,6 @@ struct WeightGradient {
     void clear_last_panel(T* grads) const {
         const int64_t last = panels() - 1;
         for (int64_t i = 0; i < panel_stride(); ++i) grads[last * panel_stride() + i] = T(0);
-        for (int64_t which = 0; which < 2; ++which) {
-            for (int64_t i = 0; i < pair_stride(); ++i) pairs_at(grads, which, last)[i] = T(0);
-        }
     }
 
     void make_pairs(T* grads, int64_t rows, int64_t p0, int64_t p1) const {
@@ -596,7 +594,7 @@ struct WeightGradient {
 
     FASTGEN_INLINE void prefetch_sums(int64_t i, int64_t panel) const {
         for (int64_t line = 0; line < lines_of(conv); ++line) {
-            __builtin_prefetch(partials + (line * conv.in_channels + i) * padded_out() + panel * kPanel<T>);
+            __builtin_prefetch(partial(0) + (line * conv.in_channels + i) * padded_out() + panel * kPanel<T>);
         }
     }
 

@@ -8,9 +8,9 @@ namespace fastgen::FASTGEN_ISA {
 void normal(uint64_t seed, uint32_t draw, int64_t start, int64_t rows, int64_t columns, float* to, int64_t threads) {
     const PhiloxKeys keys(seed);
     const NormalTiles tiles(rows, columns);
-    in_parallel(threads, [&](int thread) {
+    in_parallel(threads, [&](int64_t thread, int64_t team) {
         alignas(64) float numbers[kNormalTile];
-        tiles.for_each_of_thread(thread, threads, [&](const NormalTile& tile) {
+        tiles.for_each_of_thread(thread, team, [&](const NormalTile& tile) {
             tiles.normals(keys, tile, start, draw, numbers);
             for (int64_t row = 0; row < tile.rows; ++row) {
                 const auto bytes = static_cast<size_t>(tile.columns) * sizeof(float);

@@ -9,12 +9,13 @@ namespace fastgen::FASTGEN_ISA {
 
 inline constexpr int64_t kNormalTile = 1024;  // numbers of a tile, padding included; whole vectors of blocks
 
-// Calls function(thread) on each of so many threads; on one without the cost of a parallel region.
+// Calls function(thread, threads) on each of so many threads, or of as many as OpenMP gives; on one without the cost of a
+// parallel region.
 template <class Function>
 FASTGEN_INLINE void in_parallel(int64_t threads, Function function) {
-    if (threads == 1) return function(0);
+    if (threads == 1) return function(int64_t{0}, int64_t{1});
 #pragma omp parallel num_threads(threads)
-    function(omp_get_thread_num());
+    function(int64_t{omp_get_thread_num()}, int64_t{omp_get_num_threads()});
 }
 
 struct NormalTile {

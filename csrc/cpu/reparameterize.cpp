@@ -163,10 +163,10 @@ void forward(const Reparameterize& job, const T* mu, const T* logvar, T* z, T* k
     const NormalTiles tiles(job.rows, job.columns);
     // Rows one after the other, in memory and in a tile, are one: vectors are full, whatever the number of columns.
     const bool dense = tiles.pitch == job.columns && job.mu_row == job.columns && job.logvar_row == job.columns;
-    in_parallel(job.threads, [&](int thread) {
+    in_parallel(job.threads, [&](int64_t thread, int64_t threads) {
         alignas(64) float numbers[kPadded];
         alignas(64) T sigmas[kPadded], terms[kPadded];
-        tiles.for_each_of_thread(thread, job.threads, [&](const NormalTile& tile) {
+        tiles.for_each_of_thread(thread, threads, [&](const NormalTile& tile) {
             tiles.normals(keys, tile, job.start, 0, numbers);
             const int64_t runs = dense ? 1 : tile.rows, length = dense ? tile.rows * tile.columns : tile.columns;
             for (int64_t i = 0; i < runs; ++i) {
@@ -196,13 +196,13 @@ void backward(const Reparameterize& job, const T* mu, const T* logvar, const T* 
               int64_t grad_kl_row, T* grad_mu, T* grad_logvar) {
     const PhiloxKeys keys(job.seed);
     const NormalTiles tiles(job.rows, job.columns);
-    in_parallel(job.threads, [&](int thread) {
+    in_parallel(job.threads, [&](int64_t thread, int64_t threads) {
         alignas(64) float numbers[kPadded];
         alignas(64) T sums[kPadded], products[kPadded];
         if (!grad_z) {
             for (int64_t i = 0; i < kPadded; ++i) sums[i] = products[i] = 0;
         }
-        tiles.for_each_of_thread(thread, job.threads, [&](const NormalTile& tile) {
+        tiles.for_each_of_thread(thread, threads, [&](const NormalTile& tile) {
             for (int64_t draw = 0; grad_z && draw < job.draws; ++draw) {
                 tiles.normals(keys, tile, job.start, static_cast<uint32_t>(draw), numbers);
                 for (int64_t i = 0; i < tile.rows; ++i) {

@@ -10,7 +10,8 @@ class ShiftedConv2d(torch.nn.Conv2d):
     """`ops.shifted_conv2d` as a layer: [N, in_channels, H, W] -> [N, out_channels, H, W].
 
     Stride 1, zero-padded to the size of the input; the window's last row is the pixel's own.  Parameters, their shapes
-    and their initialisation are those of `torch.nn.Conv2d`, so state dicts load both ways.
+    and their initialisation are those of `torch.nn.Conv2d`, so state dicts load both ways; its attribute ``padding`` is
+    zero, for it has no word for zeros that are not the same on all sides.
 
     Args:
         in_channels, out_channels, bias: as in `torch.nn.Conv2d`.

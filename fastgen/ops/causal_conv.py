@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastgen import backends
-from fastgen.ops.conv_block import check_same, check_tensors, is_transformed, is_unobserved, wants_grad
+from fastgen.ops.conv_block import check_same, check_tensors, is_jit_traced, is_transformed, is_unobserved, wants_grad
 from fastgen.ops.feature_maps import address, channels_last, dense, native, to_channels_last
 from fastgen.ops.registration import Implementation, define
 
@@ -22,6 +22,7 @@ _MIN_THREAD_WORK = 1_000_000  # multiply-adds: below, waking a thread costs more
 _FUNCTIONS = ("forward", "input_gradient", "weight_gradient")  # in the order of their scratch sizes
 
 _operators: dict[str, Operator] = {}
+_functions: dict[str, Callable[..., Tensor]] = {}  # references, as they are registered
 
 
 class Operator(NamedTuple):
@@ -54,19 +55,17 @@ class Operator(NamedTuple):
         args = (input, weight, bias, *options)
         if is_transformed():
             return self.reference(*args)
-        autocast = torch.is_autocast_enabled(input.device.type)
         if torch.compiler.is_compiling():
-            return self.reference(*args) if autocast else _CausalConv2d.apply(self.name, *args)
+            kernel = input.device.type == "cpu" or self.triton  # an operator that is plain PyTorch would only be opaque
+            plain = not kernel or torch.is_autocast_enabled(input.device.type)
+            return self.reference(*args) if plain else _CausalConv2d.apply(self.name, *args)
         function = backends.select(self.name, *args)
-        if function is _functions[self.name]:
+        if function is _functions[self.name] or is_jit_traced():
             return self.reference(*args)
         tensors = (input, weight, bias)
         if not wants_grad(tensors) and is_unobserved(tensors):
             return function(*args)
         return _CausalConv2d.apply(self.name, *args)
-
-
-_functions: dict[str, Callable[..., Tensor]] = {}  # references, as they are registered
 
 
 class _CausalConv2d(torch.autograd.Function):

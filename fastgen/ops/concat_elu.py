@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fastgen import backends
 from fastgen.ops import philox
-from fastgen.ops.conv_block import check_same, is_transformed, is_unobserved, wants_grad
+from fastgen.ops.conv_block import check_same, is_jit_traced, is_transformed, is_unobserved, wants_grad
 from fastgen.ops.feature_maps import channels_last, native, to_channels_last
 from fastgen.ops.registration import define
 
@@ -33,8 +33,9 @@ def concat_elu(*inputs: Tensor, negate: bool = True, dropout: float = 0.0, seed:
     Args:
         inputs: one or more [N, Ci, H, W] of one dtype, any strides.
         negate: whether there are the negatives; without them it is ``dropout(elu(cat(inputs, dim=1)))``.
-        dropout: share of the outputs that is set to zero, 0 <= dropout < 1, rounded to a multiple of 2^-16; the others
-            are divided by one minus it.
+        dropout: share of the outputs that is set to zero, whatever they were, 0 <= dropout < 1, rounded to a multiple
+            of 2^-16 (by `F.dropout`, where that serves a call without a seed, not); the others are divided by one minus
+            it.
         seed: 0..2^63-1; which outputs are dropped is a function of the seed, the index in the batch, the position and
             the channel (`philox` says which), and is found anew in the backward pass.  None: PyTorch's default
             generator decides, which natively gives the seed.
@@ -51,12 +52,12 @@ def concat_elu(*inputs: Tensor, negate: bool = True, dropout: float = 0.0, seed:
         ValueError: a shape, dropout or seed is not as above.
     """
     _check(inputs, negate, dropout, seed or 0)
-    plain = is_transformed() or torch.compiler.is_compiling()  # compilers fuse it themselves
+    plain = is_transformed() or torch.compiler.is_compiling() or is_jit_traced()  # compilers fuse it themselves
     plain = plain or backends.select("concat_elu", inputs, negate, dropout, seed) is _reference
     if seed is None and dropout:
         if plain or not is_unobserved(inputs):  # a tracer would take the seed for a constant
             return F.dropout(concat_elu(*inputs, negate=negate), dropout)
-        seed = int(torch.randint(2**63 - 1, ()))
+        seed = int(torch.randint(2**63 - 1, (), device="cpu"))
     args = (negate, float(dropout), seed or 0)
     if plain:
         return concat_elu_reference(inputs, *args)
@@ -68,23 +69,24 @@ def concat_elu(*inputs: Tensor, negate: bool = True, dropout: float = 0.0, seed:
 def concat_elu_reference(inputs: Sequence[Tensor], negate: bool, dropout: float, seed: int) -> Tensor:
     """The definition, in plain PyTorch."""
     y = F.elu(_both(inputs, negate))
-    return y * _kept(y, dropout, seed) if dropout else y
+    return _dropout(y, dropout, seed) if dropout else y
 
 
 def _both(inputs: Sequence[Tensor], negate: bool) -> Tensor:
     return torch.cat([*inputs, *(-x for x in inputs)] if negate else list(inputs), dim=1)
 
 
-def _kept(like: Tensor, dropout: float, seed: int) -> Tensor:
-    """What dropout multiplies an output by, [N, F, H, W]."""
-    n, features, height, width = like.shape
+def _dropout(y: Tensor, dropout: float, seed: int) -> Tensor:
+    """Of [N, F, H, W]; what is dropped is zero, NaN and infinity too."""
+    n, features, height, width = y.shape
     blocks = 8 * math.ceil(features / 64)
-    sample, pixel, block = (torch.arange(size, device=like.device) for size in (n, height * width, blocks))
+    sample, pixel, block = (torch.arange(size, device=y.device) for size in (n, height * width, blocks))
     words = philox.uint32(seed, block, pixel[:, None], sample[:, None, None])  # [N, HW, blocks, 4]
     halves = torch.stack([words & 0xFFFF, words >> 16], dim=4).unflatten(3, (2, 2))
     halves = halves.movedim(3, 2).flatten(2)[..., :features]  # numbers 0 and 1 of all blocks come before 2 and 3
     dropped = _dropped(dropout)
-    return (halves >= dropped).transpose(1, 2).view(like.shape) * like.new_tensor(_scale(dropped))
+    kept = (halves >= dropped).transpose(1, 2).view(y.shape)
+    return torch.where(kept, y * _scale(dropped), 0.0)
 
 
 def _dropped(dropout: float) -> int:
@@ -107,8 +109,7 @@ class _ConcatElu(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         inputs = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True
-            y = concat_elu_reference(inputs, *ctx.options)
-            grads: Sequence[Tensor] = torch.autograd.grad(y, inputs, grad, create_graph=True)
+            grads = _backward_reference(grad, inputs, *ctx.options)
         else:
             grads = torch.ops.fastgen.concat_elu_grad(grad, inputs, *ctx.options)
         return None, None, None, *grads
@@ -186,7 +187,7 @@ def _backward_reference(
     both = _both(inputs, negate)
     grad = torch.where(both > 0, grad, grad * both.clamp(max=0).exp())
     if dropout:
-        grad = grad * _kept(grad, dropout, seed)
+        grad = _dropout(grad, dropout, seed)
     if negate:
         of_inputs, of_negatives = grad.chunk(2, dim=1)
         grad = of_inputs - of_negatives

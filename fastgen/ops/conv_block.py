@@ -124,6 +124,11 @@ def is_transformed() -> bool:
     return type(_transform()) is not type(None) or forward_ad._current_level >= 0
 
 
+def is_jit_traced() -> bool:
+    """Within `torch.jit.trace`, which can save no graph with an autograd function in it."""
+    return _is_tracing() and _dispatch_modes() == 0
+
+
 def unwrapped(tensor: Tensor) -> Tensor:
     """The values behind a tensor of `torch.func`, for checks: those of the whole batch."""
     while torch._C._functorch.is_functorch_wrapped_tensor(tensor):

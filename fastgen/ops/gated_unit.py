@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastgen import backends
-from fastgen.ops.conv_block import check_same, is_transformed, is_unobserved, wants_grad
+from fastgen.ops.conv_block import check_same, is_jit_traced, is_transformed, is_unobserved, wants_grad
 from fastgen.ops.feature_maps import address, channels_last, native, to_channels_last
 from fastgen.ops.registration import define
 
@@ -46,6 +46,7 @@ def gated_unit(input: Tensor, residual: Tensor | None = None, *, activation: str
     if (
         is_transformed()
         or torch.compiler.is_compiling()
+        or is_jit_traced()
         or backends.select("gated_unit", input, residual, activation) is _reference
     ):
         return gated_unit_reference(*args)

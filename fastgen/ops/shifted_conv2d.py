@@ -16,7 +16,7 @@ from torch.nn.grad import conv2d_input, conv2d_weight
 
 from fastgen.ops.causal_conv import Operator, check_weight, register
 
-_MAX_ROWS = 127  # of csrc/cpu/masked_conv2d.h
+_MAX_ROWS = 128  # of csrc/cpu/masked_conv2d.h
 
 
 def shifted_conv2d(input: Tensor, weight: Tensor, bias: Tensor | None = None, *, left: int) -> Tensor:

@@ -276,5 +276,12 @@ def test_labels_must_fit_the_model():
         build((1, 2, 2))(torch.zeros(1, 1, 2, 2).double(), torch.tensor([0]))
 
 
+def test_traced_models_are_saved(tmp_path):
+    model = build((1, 4, 5)).float()
+    x = torch.randn(2, 1, 4, 5)
+    torch.jit.save(torch.jit.trace(model, x), tmp_path / "traced.pt")
+    torch.testing.assert_close(torch.jit.load(tmp_path / "traced.pt")(x), model(x))
+
+
 def test_point_windows_pad_nothing():
     assert Convolution(1, 1, POINT).padding == (0, 0, 0, 0)

@@ -153,6 +153,16 @@ def test_special_values():
     torch.testing.assert_close(slopes, expected_slopes, equal_nan=True)
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_what_is_dropped_is_zero_whatever_it_was(backend):
+    x = torch.tensor([math.nan, math.inf]).repeat(32).view(1, 64, 1, 1)
+    with fastgen.backend(backend):
+        y = ops.concat_elu(x, dropout=0.5, seed=1)
+        kept = ops.concat_elu(torch.ones_like(x), dropout=0.5, seed=1) != 0
+    assert (y[~kept] == 0).all()
+    assert (y[kept].isnan() | y[kept].isinf() | (y[kept] == -2)).all()
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_derivatives(dropout):
     leaves = [x.requires_grad_() for x in tensors([(2, 3, 2, 2), (2, 2, 2, 2)], torch.float64)]
@@ -162,6 +172,57 @@ def test_derivatives(dropout):
 
     assert torch.autograd.gradcheck(function, leaves)
     assert torch.autograd.gradgradcheck(function, leaves)
+
+
+DEPENDENT = {
+    "one without gradient": lambda x: (x, torch.full_like(x, 0.3)),
+    "twice the same": lambda x: (x, x),
+    "one made of the other": lambda x: (x, 1.5 * x.square()),
+}
+
+
+@pytest.mark.parametrize("inputs", DEPENDENT.values(), ids=DEPENDENT)
+def test_gradients_of_gradients_of_inputs_that_depend_on_each_other(inputs):
+    x = torch.randn(2, 3, 2, 2, dtype=torch.float64, requires_grad=True)
+
+    def penalised(function):
+        (first,) = torch.autograd.grad(function(*inputs(x)).square().sum(), x, create_graph=True)
+        return first.detach(), torch.autograd.grad(first.square().sum(), x)[0]
+
+    for ours, theirs in zip(penalised(ops.concat_elu), penalised(formula), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("negate", [True, False])
+def test_the_plain_gradient_operator(negate):
+    inputs = tensors([(2, 3, 4, 5), (2, 2, 4, 5)], torch.float64)
+    grad = torch.randn_like(formula(*inputs, negate=negate))
+    leaves = [x.requires_grad_() for x in inputs]
+    expected = torch.autograd.grad(formula(*leaves, negate=negate), leaves, grad)
+    with fastgen.backend("reference"):
+        actual = torch.ops.fastgen.concat_elu_grad(grad, inputs, negate, 0.0, 0)
+    for ours, theirs in zip(actual, expected, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_transforms_and_autocast_take_plain_pytorch():
+    x = torch.randn(3, 4, 2, 2)
+    torch.testing.assert_close(torch.vmap(lambda x: ops.concat_elu(x[None])[0])(x), formula(x))
+    _, tangent = torch.func.jvp(ops.concat_elu, (x,), (torch.ones_like(x),))
+    signs = torch.cat([torch.ones_like(x), -torch.ones_like(x)], dim=1)
+    both = torch.cat([x, -x], dim=1)
+    torch.testing.assert_close(tangent, signs * torch.where(both > 0, 1, both.exp()))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert ops.concat_elu(x, x.bfloat16()).shape == (3, 16, 2, 2)
+
+
+def test_the_seed_is_drawn_on_the_cpu():
+    x = torch.ones(1, 64, 4, 4)
+    torch.manual_seed(0)
+    expected = ops.concat_elu(x, dropout=0.5)
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        assert torch.equal(ops.concat_elu(x, dropout=0.5), expected)
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])

@@ -205,6 +205,18 @@ def test_derivatives(name):
     assert torch.autograd.gradgradcheck(lambda *leaves: ops.shifted_conv2d(*leaves, left=case.left), leaves)
 
 
+@pytest.mark.parametrize("name", ["down", "down left", "first of the gated", "kernel larger than image", "1x1"])
+def test_the_plain_gradient_operators(name):
+    case = CASES[name]
+    x, weight, bias, grad = case.tensors(torch.float64)
+    _, *expected = run(padded(case), x, weight, bias, grad)
+    with fastgen.backend("reference"):
+        actual = [torch.ops.fastgen.shifted_conv2d_input_grad(grad, weight, case.left)]
+        actual += torch.ops.fastgen.shifted_conv2d_weight_grad(grad, x, case.kernel, case.left)
+    for ours, truth in zip(actual, expected, strict=True):
+        torch.testing.assert_close(ours, truth)
+
+
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_empty_batch(backend):
     x, weight, bias, _ = (tensor.requires_grad_() for tensor in Case((0, 4, 5, 6), 6, (2, 3), 1).tensors())
@@ -254,10 +266,10 @@ def test_transforms_take_plain_pytorch():
 
 
 def test_many_rows_take_plain_pytorch():
-    case = Case((1, 1, 3, 2), 1, (128, 1), 0)
+    case = Case((1, 1, 3, 2), 1, (129, 1), 0)
     x, weight, bias, _ = case.tensors()
     torch.testing.assert_close(ops.shifted_conv2d(x, weight, bias, left=0), padded(case)(x, weight, bias))
-    with fastgen.backend("cpu"), pytest.raises(RuntimeError, match="more than 127 rows"):
+    with fastgen.backend("cpu"), pytest.raises(RuntimeError, match="more than 128 rows"):
         ops.shifted_conv2d(x, weight, bias, left=0)
 
 
