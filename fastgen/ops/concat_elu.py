@@ -19,7 +19,7 @@ from torch import Tensor
 from fastgen import backends
 from fastgen.ops import philox
 from fastgen.ops.conv_block import check_same, is_jit_traced, is_transformed, is_unobserved, wants_grad
-from fastgen.ops.feature_maps import channels_last, native, to_channels_last
+from fastgen.ops.feature_maps import arranged, empty, native, planar
 from fastgen.ops.registration import define
 
 _THREAD_ELEMENTS = 1 << 14  # inputs: below, waking a thread costs more than it saves
@@ -41,8 +41,8 @@ def concat_elu(*inputs: Tensor, negate: bool = True, dropout: float = 0.0, seed:
             generator decides, which natively gives the seed.
 
     Returns:
-        [N, 2 * sum of Ci, H, W] (without negate, half of that), channels-last in memory where the native kernel
-        computed it.
+        [N, 2 * sum of Ci, H, W] (without negate, half of that); where the native kernel computed it contiguous in
+        memory if the inputs are and nothing is dropped, or else channels-last.
 
     float32 and float64 run natively on the CPU, other dtypes and devices, autocast and all within `torch.func` or
     forward-mode differentiation in plain PyTorch; so does a backward pass that is itself to be differentiated.
@@ -152,33 +152,42 @@ def _output_shape(inputs: Sequence[Tensor], negate: bool) -> tuple[int, ...]:
 # Implementations
 
 
+def _planar(inputs: Sequence[Tensor], dropout: float) -> bool:
+    """With dropout all is channels-last, as random numbers are drawn."""
+    return not dropout and planar(*inputs)
+
+
 def _job(inputs: Sequence[Tensor], negate: bool, dropout: float, seed: int) -> tuple[Any, ...]:
-    """The native arguments in front of the outputs; the inputs are channels-last."""
+    """The native arguments in front of the outputs. All planes of a sample together are as the channels of a pixel."""
     n, _, height, width = inputs[0].shape
+    planes = _planar(inputs, dropout)
+    pixels, area = (1, height * width) if planes else (height * width, 1)
     dropped = _dropped(dropout)
     work = sum(x.numel() for x in inputs)
     threads = max(1, min(torch.get_num_threads(), work // _THREAD_ELEMENTS))
-    pointers, channels = [x.data_ptr() for x in inputs], [x.shape[1] for x in inputs]
-    return n, height * width, pointers, channels, negate, dropped, _scale(dropped), seed, threads
+    pointers, channels = [x.data_ptr() for x in inputs], [x.shape[1] * area for x in inputs]
+    return n, pixels, pointers, channels, negate, dropped, _scale(dropped), seed, threads
 
 
 def _forward(inputs: Sequence[Tensor], negate: bool, dropout: float, seed: int) -> Tensor:
-    inputs = [to_channels_last(x) for x in inputs]
-    output = channels_last(inputs[0], _output_shape(inputs, negate))
+    planes = _planar(inputs, dropout)
+    inputs = [arranged(x, planes) for x in inputs]
+    output = empty(inputs[0], _output_shape(inputs, negate), planes)
     native("concat_elu", output.dtype)(*_job(inputs, negate, dropout, seed), output.data_ptr())
     return output
 
 
 def _backward(grad: Tensor, inputs: Sequence[Tensor], negate: bool, dropout: float, seed: int) -> list[Tensor]:
-    inputs, grad = [to_channels_last(x) for x in inputs], to_channels_last(grad)
-    grads = [channels_last(x, x.shape) for x in inputs]
+    planes = _planar(inputs, dropout)
+    inputs, grad = [arranged(x, planes) for x in inputs], arranged(grad, planes)
+    grads = [empty(x, x.shape, planes) for x in inputs]
     job = _job(inputs, negate, dropout, seed)
     native("concat_elu_gradient", grad.dtype)(*job, grad.data_ptr(), [x.data_ptr() for x in grads])
     return grads
 
 
 def _reference(inputs: Sequence[Tensor], negate: bool, dropout: float, seed: int) -> Tensor:
-    return to_channels_last(concat_elu_reference(inputs, negate, dropout, seed))
+    return arranged(concat_elu_reference(inputs, negate, dropout, seed), _planar(inputs, dropout))
 
 
 def _backward_reference(
@@ -191,7 +200,8 @@ def _backward_reference(
     if negate:
         of_inputs, of_negatives = grad.chunk(2, dim=1)
         grad = of_inputs - of_negatives
-    return [to_channels_last(x) for x in grad.split([x.shape[1] for x in inputs], dim=1)]
+    planes = _planar(inputs, dropout)
+    return [arranged(x, planes) for x in grad.split([x.shape[1] for x in inputs], dim=1)]
 
 
 def _why_not(*args: Any) -> str | None:
@@ -214,12 +224,13 @@ def _why_not(*args: Any) -> str | None:
 _OPTIONS = "bool negate, float dropout, int seed"
 
 
-def _forward_empty(inputs: Sequence[Tensor], negate: bool, *_: Any) -> Tensor:
-    return channels_last(inputs[0], _output_shape(inputs, negate))
+def _forward_empty(inputs: Sequence[Tensor], negate: bool, dropout: float, seed: int) -> Tensor:
+    return empty(inputs[0], _output_shape(inputs, negate), _planar(inputs, dropout))
 
 
-def _grad_empty(grad: Tensor, inputs: Sequence[Tensor], *_: Any) -> list[Tensor]:
-    return [channels_last(x, x.shape) for x in inputs]
+def _grad_empty(grad: Tensor, inputs: Sequence[Tensor], negate: bool, dropout: float, seed: int) -> list[Tensor]:
+    planes = _planar(inputs, dropout)
+    return [empty(x, x.shape, planes) for x in inputs]
 
 
 define(

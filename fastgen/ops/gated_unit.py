@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastgen import backends
 from fastgen.ops.conv_block import check_same, is_jit_traced, is_transformed, is_unobserved, wants_grad
-from fastgen.ops.feature_maps import address, channels_last, native, to_channels_last
+from fastgen.ops.feature_maps import address, arranged, empty, native, planar
 from fastgen.ops.registration import define
 
 ACTIVATIONS = ("tanh", "none")
@@ -31,7 +31,7 @@ def gated_unit(input: Tensor, residual: Tensor | None = None, *, activation: str
         activation: "tanh", or "none" for the first half as it is.
 
     Returns:
-        [N, C, H, W], channels-last in memory where the native kernel computed it.
+        [N, C, H, W]; where the native kernel computed it contiguous in memory as the input, or else channels-last.
 
     float32 and float64 run natively on the CPU, and keep nothing but the input for the backward pass; other dtypes and
     devices, autocast, torch.compile and all within `torch.func` or forward-mode differentiation run in plain PyTorch;
@@ -121,38 +121,41 @@ def _output_shape(input: Tensor) -> tuple[int, ...]:
 
 
 def _job(input: Tensor, activation: str) -> tuple[Any, ...]:
-    """The native arguments up to the input, which is channels-last."""
+    """The native arguments up to the input. All planes of a sample together are as the channels of a pixel."""
     n, channels, height, width = _output_shape(input)
-    pixels = n * height * width
+    area = height * width
+    pixels, channels = (n, channels * area) if planar(input) else (n * area, channels)
     threads = max(1, min(torch.get_num_threads(), pixels * channels // _THREAD_ELEMENTS))
     return pixels, channels, activation == "tanh", threads, input.data_ptr()
 
 
 def _forward(input: Tensor, residual: Tensor | None, activation: str) -> Tensor:
-    input = to_channels_last(input)
-    residual = None if residual is None else to_channels_last(residual)
-    output = channels_last(input, _output_shape(input))
+    planes = planar(input)
+    input = arranged(input, planes)
+    residual = None if residual is None else arranged(residual, planes)
+    output = empty(input, _output_shape(input), planes)
     pointers = (address(residual), output.data_ptr())
     native("gated_unit", input.dtype)(*_job(input, activation), *pointers)
     return output
 
 
 def _backward(grad: Tensor, input: Tensor, activation: str) -> Tensor:
-    grad, input = to_channels_last(grad), to_channels_last(input)
-    grad_input = channels_last(input, input.shape)
+    planes = planar(input)
+    grad, input = arranged(grad, planes), arranged(input, planes)
+    grad_input = empty(input, input.shape, planes)
     native("gated_unit_gradient", input.dtype)(*_job(input, activation), grad.data_ptr(), grad_input.data_ptr())
     return grad_input
 
 
 def _reference(input: Tensor, residual: Tensor | None, activation: str) -> Tensor:
-    return to_channels_last(gated_unit_reference(input, residual, activation))
+    return arranged(gated_unit_reference(input, residual, activation), planar(input))
 
 
 def _backward_reference(grad: Tensor, input: Tensor, activation: str) -> Tensor:
     a, b = input.chunk(2, dim=1)
     gate = torch.sigmoid(b)
     act, slope = (torch.tanh(a), 1 - torch.tanh(a).square()) if activation == "tanh" else (a, 1)
-    return to_channels_last(torch.cat((grad * gate * slope, grad * act * gate * (1 - gate)), dim=1))
+    return arranged(torch.cat((grad * gate * slope, grad * act * gate * (1 - gate)), dim=1), planar(input))
 
 
 def _why_not(first: Tensor, second: Tensor | None, activation: str) -> str | None:
@@ -170,11 +173,11 @@ def _why_not(first: Tensor, second: Tensor | None, activation: str) -> str | Non
 
 
 def _forward_empty(input: Tensor, *_: Any) -> Tensor:
-    return channels_last(input, _output_shape(input))
+    return empty(input, _output_shape(input), planar(input))
 
 
 def _grad_empty(grad: Tensor, input: Tensor, *_: Any) -> Tensor:
-    return channels_last(input, input.shape)
+    return empty(input, input.shape, planar(input))
 
 
 define(

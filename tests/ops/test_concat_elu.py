@@ -249,11 +249,17 @@ def test_compiles_as_one_graph():
 
 def test_layouts_and_empty_batch():
     x = torch.randn(2, 6, 4, 5)
-    expected = native()(x)
-    assert expected.is_contiguous(memory_format=torch.channels_last)
+    last = x.contiguous(memory_format=torch.channels_last)
     sliced = torch.stack((x, -x), dim=-1).flatten(3)[..., ::2]
-    for other in (x.contiguous(memory_format=torch.channels_last), sliced):
-        assert torch.equal(native()(other), expected)
+    expected = run(native(), [x, x])
+    assert expected[0].is_contiguous()
+    for others in ([last, last], [sliced, x], [x, last]):
+        actual = run(native(), others)
+        assert all(map(torch.equal, actual, expected))
+        assert actual[0].is_contiguous(memory_format=torch.channels_last)
+    drawn = native(dropout=0.5, seed=1)
+    assert drawn(x).is_contiguous(memory_format=torch.channels_last)
+    assert torch.equal(drawn(x), drawn(last))
     assert native()(x[:0]).shape == (0, 12, 4, 5)
 
 
