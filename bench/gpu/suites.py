@@ -29,6 +29,7 @@ from bench.gpu.place import Check, Place, Row, reason
 from bench.harness import environment, gpu, measure, report, rows
 from bench.harness.case import Case, Provider, Work
 from bench.harness.ceilings import Ceilings
+from bench.harness.layers import without_grad
 from bench.sampling import timed
 
 SECONDS = 3.0  # for all providers of a case, without warm-up
@@ -126,7 +127,7 @@ def masked_conv2d_cases(place: Place) -> Iterator[Case]:
         mask = ops.conv_mask(weight.shape, size.mask_type).to(weight)
 
         def call(function: Callable[..., Tensor], weight: Tensor = weight) -> Call:
-            return partial(masked_conv2d.without_grad, function, (x, weight, bias))
+            return partial(without_grad, function, (x, weight, bias))
 
         dense = partial(masked_conv2d.masked_weights, mask=mask)
         calls = {
