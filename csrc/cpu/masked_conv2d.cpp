@@ -155,7 +155,7 @@ struct RowConvolution {
         }
     }
 
-    // The operands of a product of some positions of row y with the panels from `panel` on, and these from `lines` on.
+    // The operands of a product of some positions with the panels whose weights begin at `lines`.
     struct Product {
         Product(const RowConvolution& conv, const T* lines) : conv(conv), lines(lines) {}  // leaves taps as they are
         const RowConvolution& conv;
@@ -349,7 +349,7 @@ struct WeightGradient {
     T* grad_bias;
     T* scratch;
     Filtered how = filtered(conv);
-    // Known once: their divisions would be most of what is done to a weight in the end.
+    // Divisions, done once.
     int64_t block_rows = max_of(1, min_of(conv.batch* conv.height, kBlockPositions / conv.width));
     int64_t chunks =
         max_of(1, min_of(min_of(ceil_div(conv.batch* conv.height* conv.width, kChunkPositions), kMaxChunks), blocks()));
