@@ -9,6 +9,7 @@
 #include "cpu/concat_elu.h"
 #include "cpu/isa.h"
 #include "large_pages.h"
+#include "pointer.h"
 
 FASTGEN_FOR_EACH_ISA(FASTGEN_DECLARE_CONCAT_ELU)
 
@@ -37,7 +38,7 @@ using Channels = std::vector<int64_t>;
 template <class T>
 std::vector<T*> pointers(const Addresses& addresses) {
     std::vector<T*> result;
-    for (const uintptr_t address : addresses) result.push_back(reinterpret_cast<T*>(address));
+    for (const uintptr_t address : addresses) result.push_back(pointer<T>(address));
     return result;
 }
 
@@ -66,7 +67,7 @@ void forward(int64_t samples, int64_t pixels, const Addresses& inputs, const Cha
     const std::vector<const T*> from = pointers<const T>(inputs);
     job.inputs = from.data();
     advise_large_pages(output, samples * pixels * features(channels, negate) * sizeof(T));
-    kernels<T>().forward(job, reinterpret_cast<T*>(output));
+    kernels<T>().forward(job, pointer<T>(output));
 }
 
 template <class T>
@@ -80,7 +81,7 @@ void gradient(int64_t samples, int64_t pixels, const Addresses& inputs, const Ch
     for (size_t i = 0; i < to.size(); ++i) {
         advise_large_pages(grad_inputs[i], samples * pixels * channels[i] * sizeof(T));
     }
-    kernels<T>().gradient(job, reinterpret_cast<const T*>(grad), to.data());
+    kernels<T>().gradient(job, pointer<const T>(grad), to.data());
 }
 
 template <class T>

@@ -18,6 +18,7 @@
 #include "cpu/phase_plan.h"
 #include "cpu/tap_conv.h"
 #include "large_pages.h"
+#include "pointer.h"
 
 FASTGEN_FOR_EACH_ISA(FASTGEN_DECLARE_TAP_CONV)
 FASTGEN_FOR_EACH_ISA(FASTGEN_DECLARE_CONV_TRANSPOSE2D_BN_ACT)
@@ -73,11 +74,6 @@ const TrainingKernels<T>& kernels() {
 
 using Pair = std::array<int64_t, 2>;
 using Strides = std::array<int64_t, 4>;
-
-template <class T>
-T* pointer(uintptr_t address) {
-    return reinterpret_cast<T*>(address);
-}
 
 template <class T>
 Image<T> image(uintptr_t data, const Strides& strides) {

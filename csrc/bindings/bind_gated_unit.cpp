@@ -6,6 +6,7 @@
 #include "cpu/gated_unit.h"
 #include "cpu/isa.h"
 #include "large_pages.h"
+#include "pointer.h"
 
 FASTGEN_FOR_EACH_ISA(FASTGEN_DECLARE_GATED_UNIT)
 
@@ -26,11 +27,6 @@ const Kernels<T>& kernels() {
 #undef FASTGEN_KERNELS
     };
     return table[active_isa()];
-}
-
-template <class T>
-T* pointer(uintptr_t address) {
-    return reinterpret_cast<T*>(address);
 }
 
 template <class T>

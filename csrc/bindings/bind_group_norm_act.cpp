@@ -8,6 +8,7 @@
 #include "cpu/group_norm_act.h"
 #include "cpu/isa.h"
 #include "large_pages.h"
+#include "pointer.h"
 
 FASTGEN_FOR_EACH_ISA(FASTGEN_DECLARE_GROUP_NORM_ACT)
 
@@ -30,11 +31,6 @@ const Kernels<E>& kernels() {
 #undef FASTGEN_KERNELS
     };
     return table[active_isa()];
-}
-
-template <class T>
-T* pointer(uintptr_t address) {
-    return reinterpret_cast<T*>(address);
 }
 
 template <class E>

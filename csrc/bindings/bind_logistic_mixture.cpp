@@ -7,6 +7,7 @@
 #include "common/logistic_mixture.h"
 #include "cpu/isa.h"
 #include "cpu/logistic_mixture_nll.h"
+#include "pointer.h"
 
 FASTGEN_FOR_EACH_ISA(FASTGEN_DECLARE_LOGISTIC_MIXTURE_NLL)
 
@@ -33,11 +34,6 @@ const Kernels<T>& kernels() {
 }
 
 using Strides = std::array<int64_t, 4>;
-
-template <class T>
-T* pointer(uintptr_t address) {
-    return reinterpret_cast<T*>(address);
-}
 
 template <class T>
 PixelTensor<T> tensor(uintptr_t data, const Strides& strides) {

@@ -8,6 +8,7 @@
 #include "cpu/isa.h"
 #include "cpu/masked_conv2d.h"
 #include "large_pages.h"
+#include "pointer.h"
 
 FASTGEN_FOR_EACH_ISA(FASTGEN_DECLARE_MASKED_CONV2D)
 
@@ -39,11 +40,6 @@ using Strides = std::array<int64_t, 4>;
 template <class T>
 Image<T> image(uintptr_t data, const Strides& strides) {
     return {reinterpret_cast<const T*>(data), strides[0], strides[1], strides[2], strides[3]};
-}
-
-template <class T>
-T* pointer(uintptr_t address) {
-    return reinterpret_cast<T*>(address);
 }
 
 MaskedConv2d checked(const MaskedConv2d& conv) {

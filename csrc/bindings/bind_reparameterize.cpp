@@ -5,6 +5,7 @@
 
 #include "cpu/isa.h"
 #include "cpu/reparameterize.h"
+#include "pointer.h"
 
 FASTGEN_FOR_EACH_ISA(FASTGEN_DECLARE_REPARAMETERIZE)
 
@@ -25,11 +26,6 @@ const Kernels<T>& kernels() {
 #undef FASTGEN_KERNELS
     };
     return table[active_isa()];
-}
-
-template <class T>
-T* pointer(uintptr_t address) {
-    return reinterpret_cast<T*>(address);
 }
 
 // Lets other Python threads run, unless the job is over in less time than they would need to start.
