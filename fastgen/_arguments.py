@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,52 @@ from torch import Tensor
 def signed(seed: int) -> int:
     """The int64 with the bits of a seed in 0..2^64-1, as operators and kernels take it."""
     return seed - 2**64 if seed >= 2**63 else seed
+
+
+def positive(name: str, value: int) -> int:
+    """The argument itself, when it is an integer of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}: expected an integer of at least 1, got {value!r}")
+    return value
+
+
+def describe(value: object) -> str:
+    """The dtype of a tensor, or the type of what is none, for messages."""
+    return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
+
+
+def check_image_shape(shape: Sequence[int]) -> tuple[int, int, int]:
+    """(C, H, W), when it is that."""
+    if not isinstance(shape, (tuple, list)) or len(shape) != 3:
+        raise ValueError(f"image_shape: expected (channels, height, width), got {shape!r}")
+    channels, height, width = (positive("image_shape", size) for size in shape)
+    return channels, height, width
+
+
+def check_levels(levels: int, most: int = 256) -> int:
+    """The number of levels, when it is in 2..most; the default is what a byte holds."""
+    if isinstance(levels, bool) or not isinstance(levels, int) or not 2 <= levels <= most:
+        raise ValueError(f"levels: expected an integer in 2..{most}, got {levels!r}")
+    return levels
+
+
+def check_images(
+    images: Tensor, shape: Sequence[int], levels: int, *, dtype: torch.dtype = torch.uint8, name: str = "images"
+) -> None:
+    """
+    Raises:
+        TypeError: images is no tensor of this dtype.
+        ValueError: they are not [N, *shape], or a level is not in 0..levels-1.
+    """
+    if not isinstance(images, Tensor) or images.dtype != dtype:
+        kind = str(dtype).removeprefix("torch.")
+        raise TypeError(f"{name}: expected a {kind} tensor of levels, got {describe(images)}")
+    if images.dim() != 4 or tuple(images.shape[1:]) != tuple(shape):
+        raise ValueError(f"{name}: expected shape [N, {', '.join(map(str, shape))}], got {list(images.shape)}")
+    if images.numel() and levels <= torch.iinfo(dtype).max:
+        low, high = (int(level) for level in images.aminmax())
+        if low < 0 or high >= levels:
+            raise ValueError(f"{name}: expected levels in 0..{levels - 1}, got {low}..{high}")
 
 
 def check_labels(labels: Tensor | int | None, n: int, num_classes: int | None) -> Tensor | None:

@@ -9,8 +9,8 @@ import torch
 
 import fastgen
 from fastgen import losses, models, ops
+from fastgen.models.chunks import CHUNK
 from fastgen.models.vae import likelihoods
-from fastgen.models.vae.vae import CHUNK
 
 SMALL = {"image_shape": (1, 8, 8), "levels": 5, "num_filters": 8, "latent_dim": 3}
 KINDS = {
@@ -245,8 +245,8 @@ def test_bad_options(options, message):
     ("kind", "call", "error", "message"),
     [
         ("perceptron", lambda m: m.elbo(images_for(m).float()), TypeError, "uint8 tensor of levels, got torch.float32"),
-        ("perceptron", lambda m: m.encode(images_for(m)[:, :, :4]), ValueError, r"expected shape \[N, \*\(1, 8, 8\)\]"),
-        ("perceptron", lambda m: m.encode(images_for(m) + 4), ValueError, "expected levels below 5"),
+        ("perceptron", lambda m: m.encode(images_for(m)[:, :, :4]), ValueError, r"expected shape \[N, 1, 8, 8\]"),
+        ("perceptron", lambda m: m.encode(images_for(m) + 4), ValueError, "expected levels in 0..4"),
         ("perceptron", lambda m: m.sample(2, labels=1), ValueError, "no classes"),
         ("perceptron", lambda m: m.decode(torch.zeros(2, 4)), ValueError, r"z: expected shape \[N, 3\], got \[2, 4\]"),
         ("perceptron", lambda m: m.log_prob(images_for(m), num_samples=0), ValueError, "num_samples: expected"),

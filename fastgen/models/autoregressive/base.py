@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from fastgen._arguments import check_image_shape, check_images, check_levels, describe, positive
 from fastgen.sampling.heads import Bernoulli, Categorical, Head, LogisticMixture
 
 
@@ -42,7 +43,7 @@ class AutoregressiveModel(torch.nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        self.image_shape = _image_shape(image_shape)
+        self.image_shape = check_image_shape(image_shape)
         self.head = _head(head, levels, num_mixtures)
         self.levels = levels
         self.num_classes = None if num_classes is None else positive("num_classes", num_classes)
@@ -67,7 +68,7 @@ class AutoregressiveModel(torch.nn.Module):
             ValueError: a shape or a value is out of range, or labels are missing or not wanted.
             RuntimeError: the result is not finite, because weights are not or because activations overflowed.
         """
-        self._check_images(images)
+        check_images(images, self.image_shape, self.levels)
         self._check_labels(labels, len(images))
         x = self.head.encode(images).to(next(self.parameters()).dtype)
         nats = self.head.log_prob(self(x, labels), images).sum(dim=(1, 2, 3))
@@ -77,15 +78,6 @@ class AutoregressiveModel(torch.nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{key}={value}" for key, value in self.config.items())
-
-    def _check_images(self, images: Tensor) -> None:
-        if not isinstance(images, Tensor) or images.dtype != torch.uint8:
-            raise TypeError(f"images: expected a uint8 tensor of levels, got {_describe(images)}")
-        if images.dim() != 4 or tuple(images.shape[1:]) != self.image_shape:
-            expected = ", ".join(map(str, self.image_shape))
-            raise ValueError(f"images: expected shape [N, {expected}], got {list(images.shape)}")
-        if self.levels < 256 and images.numel() and (largest := int(images.max())) >= self.levels:
-            raise ValueError(f"images: expected levels below {self.levels}, got {largest}")
 
     def _check_conditional(self, labels: Tensor | None) -> None:
         """For `forward`: labels are there if and only if the model is conditional; their values are not looked at."""
@@ -101,19 +93,12 @@ class AutoregressiveModel(torch.nn.Module):
         if labels is None:
             raise ValueError(f"labels: this model is conditional on {self.num_classes} classes, got None")
         if not isinstance(labels, Tensor) or labels.dtype != torch.int64:
-            raise TypeError(f"labels: expected an int64 tensor, got {_describe(labels)}")
+            raise TypeError(f"labels: expected an int64 tensor, got {describe(labels)}")
         if labels.shape != (count,):
             raise ValueError(f"labels: expected shape [{count}], got {list(labels.shape)}")
         if count and (int(labels.min()) < 0 or int(labels.max()) >= self.num_classes):
             low, high = int(labels.min()), int(labels.max())
             raise ValueError(f"labels: expected values in 0..{self.num_classes - 1}, got {low}..{high}")
-
-
-def positive(name: str, value: int) -> int:
-    """The argument itself, when it is an integer of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}: expected an integer of at least 1, got {value!r}")
-    return value
 
 
 def odd(name: str, value: int) -> int:
@@ -123,18 +108,9 @@ def odd(name: str, value: int) -> int:
     return value
 
 
-def _image_shape(shape: tuple[int, int, int]) -> tuple[int, int, int]:
-    if not isinstance(shape, (tuple, list)) or len(shape) != 3:
-        raise ValueError(f"image_shape: expected (channels, height, width), got {shape!r}")
-    channels, height, width = (positive("image_shape", size) for size in shape)
-    return channels, height, width
-
-
 def _head(name: str, levels: int, num_mixtures: int | None) -> Head:
     if name == "categorical":
-        if not isinstance(levels, int) or not 2 <= levels <= 256:  # images are bytes
-            raise ValueError(f"levels must be an integer in 2..256, got {levels!r}")
-        return Categorical(levels)
+        return Categorical(check_levels(levels))
     if name == "bernoulli":
         if levels != 2:
             raise ValueError(f'head: "bernoulli" is for 2 levels, got levels={levels!r}')
@@ -144,10 +120,6 @@ def _head(name: str, levels: int, num_mixtures: int | None) -> Head:
     if name == "logistic_mixture":
         return LogisticMixture(num_mixtures, levels)
     raise ValueError(f'head: expected "logistic_mixture", "categorical" or "bernoulli", got {name!r}')
-
-
-def _describe(value: object) -> str:
-    return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
 
 
 def _why_not_finite(model: torch.nn.Module) -> str:

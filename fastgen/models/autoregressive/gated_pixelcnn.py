@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgen import nn, ops
-from fastgen.models.autoregressive.base import AutoregressiveModel, odd, positive
+from fastgen._arguments import positive
+from fastgen.models.autoregressive.base import AutoregressiveModel, odd
 
 FIRST_KERNEL_SIZE = 7
 

@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgen import nn
-from fastgen.models.autoregressive.base import AutoregressiveModel, odd, positive
+from fastgen._arguments import positive
+from fastgen.models.autoregressive.base import AutoregressiveModel, odd
 
 
 class ResidualBlock(torch.nn.Module):

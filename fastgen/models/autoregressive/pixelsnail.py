@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgen.models.autoregressive.base import positive
+from fastgen._arguments import positive
 from fastgen.models.autoregressive.weight_normed import (
     HORIZONTAL,
     Convolution,

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgen import ops
+from fastgen._arguments import check_images
 from fastgen.models.autoregressive.base import AutoregressiveModel
 from fastgen.sampling.subject import evaluating
 
@@ -160,7 +161,7 @@ class WeightNormedModel(AutoregressiveModel):
         Raises:
             TypeError, ValueError: as `log_prob`, or there is no image.
         """
-        self._check_images(images)
+        check_images(images, self.image_shape, self.levels)
         self._check_labels(labels, len(images))
         if len(images) == 0:
             raise ValueError("images: the initialisation needs at least one, got none")

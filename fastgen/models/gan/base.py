@@ -9,10 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgen import ops
-from fastgen._arguments import check_labels
+from fastgen._arguments import check_image_shape, check_images, check_labels, check_levels, describe, positive
+from fastgen.models.chunks import CHUNK, in_chunks
 from fastgen.sampling.subject import evaluating
-
-CHUNK = 16  # samples per pass through the generator
 
 
 class AdversarialModel(torch.nn.Module):
@@ -50,13 +49,7 @@ class AdversarialModel(torch.nn.Module):
         **options: Any,
     ) -> None:
         super().__init__()
-        if not isinstance(image_shape, (tuple, list)) or len(image_shape) != 3:
-            raise ValueError(f"image_shape: expected (channels, height, width), got {image_shape!r}")
-        channels, height, width = (positive("image_shape", size) for size in image_shape)
-        self.image_shape = (channels, height, width)
-        if isinstance(levels, bool) or not isinstance(levels, int) or not 2 <= levels <= 256:
-            raise ValueError(f"levels: expected an integer in 2..256, got {levels!r}")
-        self.levels = levels
+        self.image_shape, self.levels = check_image_shape(image_shape), check_levels(levels)
         self.latent_dim = positive("latent_dim", latent_dim)
         self.num_classes = None if num_classes is None else positive("num_classes", num_classes)
         one_of("discriminator", discriminator, ("score", "autoencoder"))
@@ -78,12 +71,7 @@ class AdversarialModel(torch.nn.Module):
 
     def encode(self, images: Tensor) -> Tensor:
         """Levels uint8 [N, C, H, W] -> [N, C, H, W] in [-1, 1], in the dtype and on the device of the weights."""
-        if not isinstance(images, Tensor) or images.dtype != torch.uint8:
-            raise TypeError(f"images: expected a uint8 tensor of levels, got {_describe(images)}")
-        if images.dim() != 4 or tuple(images.shape[1:]) != self.image_shape:
-            raise ValueError(f"images: expected shape [N, *{self.image_shape}], got {list(images.shape)}")
-        if self.levels < 256 and images.numel() and (largest := int(images.max())) >= self.levels:
-            raise ValueError(f"images: expected levels below {self.levels}, got {largest}")
+        check_images(images, self.image_shape, self.levels)
         return images.to(next(self.parameters())) * (2.0 / (self.levels - 1)) - 1.0
 
     def decode(self, x: Tensor) -> Tensor:
@@ -146,23 +134,18 @@ class AdversarialModel(torch.nn.Module):
         In chunks, as in `sample`: ``render(latents(n, seed=s)) == sample(n, seed=s)``.  The other arguments and the
         errors are those of `sample`.
         """
-        from tqdm import tqdm
-
         if not isinstance(z, Tensor) or not z.is_floating_point():
-            raise TypeError(f"z: expected a floating point tensor, got {_describe(z)}")
+            raise TypeError(f"z: expected a floating point tensor, got {describe(z)}")
         if z.dim() != 2 or z.shape[1] != self.latent_dim:
             raise ValueError(f"z: expected shape [N, {self.latent_dim}], got {list(z.shape)}")
         known = check_labels(labels, len(z), self.num_classes)
         like = next(self.generator.parameters())
-        images = torch.empty(len(z), *self.image_shape, dtype=torch.uint8)
+
+        def draw(z: Tensor, labels: Tensor | None) -> Tensor:
+            return self.decode(self.generator(z.to(like), None if labels is None else labels.to(like.device)))
+
         with evaluating(self.generator):
-            for i in tqdm(range(0, len(z), CHUNK), unit=f"x{CHUNK} images", disable=not progress, leave=False):
-                part = z[i : i + CHUNK].to(like)
-                missing = CHUNK - len(part)
-                y = None if known is None else F.pad(known[i : i + CHUNK], (0, missing)).to(like.device)
-                x = self.generator(F.pad(part, (0, 0, 0, missing)), y)
-                images[i : i + CHUNK] = self.decode(x)[: len(part)].cpu()
-        return images
+            return in_chunks(draw, z, known, shape=self.image_shape, progress=progress)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{key}={value}" for key, value in self.config.items())
@@ -182,19 +165,8 @@ def with_labels(x: Tensor, labels: Tensor | None, num_classes: int | None) -> Te
     return torch.cat((x, planes[(...,) + (None,) * (x.dim() - 2)].expand(-1, -1, *x.shape[2:])), dim=1)
 
 
-def positive(name: str, value: int) -> int:
-    """The argument itself, when it is an integer of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}: expected an integer of at least 1, got {value!r}")
-    return value
-
-
 def one_of(name: str, value: str, choices: tuple[str, ...]) -> str:
     """The argument itself, when it is one of the choices."""
     if value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
     return value
-
-
-def _describe(value: object) -> str:
-    return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__

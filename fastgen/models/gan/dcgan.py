@@ -6,7 +6,8 @@ import math
 
 from torch import Tensor, nn
 
-from fastgen.models.gan.base import AdversarialModel, one_of, positive, with_labels
+from fastgen._arguments import positive
+from fastgen.models.gan.base import AdversarialModel, one_of, with_labels
 from fastgen.nn import ConvTransposeBNAct
 
 START = 4  # pixels a side of the generator's first and the discriminator's last feature map

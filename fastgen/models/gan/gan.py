@@ -7,7 +7,8 @@ import math
 
 from torch import Tensor, nn
 
-from fastgen.models.gan.base import AdversarialModel, positive, with_labels
+from fastgen._arguments import positive
+from fastgen.models.gan.base import AdversarialModel, with_labels
 
 PIECES = 5  # linear pieces of a maxout unit, as in the authors' code
 UNITS_PER_MAXOUT = 5  # of the generator for each maxout unit of the discriminator: 1200 and 240

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastgen._arguments import check_labels
-from fastgen.models.vae.vae import VAE, Conditions, _positive
+from fastgen._arguments import check_images, check_labels, positive
+from fastgen.models.vae.vae import VAE, Conditions
 
 CONDITIONS = ("grey", "top", "bottom", "left", "right")
 
@@ -53,7 +53,7 @@ class ConditionalVAE(VAE):
         if condition is not None and condition not in CONDITIONS:
             raise ValueError(f"condition: expected None or one of {', '.join(CONDITIONS)}, got {condition!r}")
         self._sizes = (
-            0 if num_classes is None else _positive("num_classes", num_classes),
+            0 if num_classes is None else positive("num_classes", num_classes),
             0 if condition is None else 1 if condition == "grey" else image_shape[0] + 1,
         )
         super().__init__(
@@ -76,7 +76,8 @@ class ConditionalVAE(VAE):
             return vectors, None
         if condition is None:
             raise ValueError(f"condition: expected images, of which the model is given {self.condition!r}, got None")
-        if len(self._check_images(condition, "condition")) != n:
+        check_images(condition, self.image_shape, self.levels, name="condition")
+        if len(condition) != n:
             raise ValueError(f"condition: expected {n} images, got {len(condition)}")
         x = condition.to(**like) * (2.0 / (self.levels - 1)) - 1.0
         if self.condition == "grey":

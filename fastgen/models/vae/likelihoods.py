@@ -34,6 +34,17 @@ class Likelihood:
         """Parameters -> [N, C, H, W]: the expected image, levels as 0..1."""
         raise NotImplementedError
 
+    def mean_levels(self, params: Tensor) -> Tensor:
+        """Parameters -> uint8 [N, C, H, W]: the levels nearest to the expected image.
+
+        Raises:
+            RuntimeError: it holds NaN or infinity.
+        """
+        x = self.mean(params)
+        if not torch.isfinite(x).all():
+            raise RuntimeError("the decoded images hold NaN or infinity: are the weights finite?")
+        return (x * (self.levels - 1)).round().clamp(0, self.levels - 1).to(torch.uint8)
+
     def scaled(self, images: Tensor, like: Tensor) -> Tensor:
         """Levels as 0..1, in the dtype of another tensor."""
         return images.to(like.dtype) * (1.0 / (self.levels - 1))
@@ -112,8 +123,11 @@ class Categorical(Likelihood):
 def make(name: str, image_channels: int, levels: int, scale: float | None) -> Likelihood:
     """
     Raises:
-        ValueError: the name is not one of `NAMES`, or the scale is not above 0 or not of a Gaussian.
+        ValueError: the image has neither 1 nor 3 channels, the name is not one of `NAMES`, or the scale is not above 0
+            or not of a Gaussian.
     """
+    if image_channels not in (1, 3):
+        raise ValueError(f"image_shape: expected 1 or 3 channels, got {image_channels}")
     if name not in NAMES:
         raise ValueError(f"likelihood: expected one of {', '.join(NAMES)}, got {name!r}")
     if scale is not None and (name != "gaussian" or isinstance(scale, bool) or not scale > 0):

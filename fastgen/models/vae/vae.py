@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgen import ops
-from fastgen._arguments import check_labels
+from fastgen._arguments import check_image_shape, check_images, check_labels, check_levels, describe, positive
+from fastgen.models.chunks import CHUNK, in_chunks
 from fastgen.models.vae import likelihoods
 from fastgen.models.vae.networks import (
     ConvolutionalDecoder,
@@ -21,7 +22,6 @@ from fastgen.models.vae.networks import (
 from fastgen.ops.normal import normals
 from fastgen.sampling.subject import evaluating
 
-CHUNK = 16  # samples per pass through the decoder
 MAX_DECODED = 256  # images that `log_prob` decodes at a time
 ARCHITECTURES = ("perceptron", "convolutional")
 
@@ -73,22 +73,18 @@ class VAE(nn.Module):
         scale: float | None = None,
     ) -> None:
         super().__init__()
-        if not isinstance(image_shape, (tuple, list)) or len(image_shape) != 3 or image_shape[0] not in (1, 3):
-            raise ValueError(f"image_shape: expected (1 or 3 channels, height, width), got {image_shape!r}")
-        channels, height, width = (_positive("image_shape", size) for size in image_shape)
-        if isinstance(levels, bool) or not isinstance(levels, int) or not 2 <= levels <= 256:
-            raise ValueError(f"levels: expected an integer in 2..256, got {levels!r}")
+        channels, height, width = check_image_shape(image_shape)
         if architecture not in ARCHITECTURES:
             raise ValueError(f"architecture: expected one of {', '.join(ARCHITECTURES)}, got {architecture!r}")
         convolutional = architecture == "convolutional"
         if num_filters is None:
             num_filters = 32 if convolutional else 500
-        self.image_shape, self.levels = (channels, height, width), levels
-        self.latent_dim = _positive("latent_dim", latent_dim)
+        self.image_shape, self.levels = (channels, height, width), check_levels(levels)
+        self.latent_dim = positive("latent_dim", latent_dim)
         self.likelihood = likelihoods.make(likelihood, channels, levels, scale)
         self.config: dict[str, Any] = {
             "image_shape": list(self.image_shape), "levels": levels, "latent_dim": latent_dim,
-            "num_filters": _positive("num_filters", num_filters), "num_blocks": _positive("num_blocks", num_blocks),
+            "num_filters": positive("num_filters", num_filters), "num_blocks": positive("num_blocks", num_blocks),
             "architecture": architecture, "likelihood": likelihood, "scale": scale,
         }  # fmt: skip
 
@@ -262,20 +258,15 @@ class VAE(nn.Module):
         Raises:
             RuntimeError: the images hold NaN or infinity.
         """
-        from tqdm import tqdm
-
         self._check_latents(z)
         self._conditions(len(z), labels, condition)
         labels = check_labels(labels, len(z), self.num_classes)
-        images = torch.empty(len(z), *self.image_shape, dtype=torch.uint8)
+
+        def draw(*given: Any) -> Tensor:
+            return self.likelihood.mean_levels(self.decode(*given))
+
         with evaluating(self):
-            for i in tqdm(range(0, len(z), CHUNK), unit=f"x{CHUNK} images", disable=not progress, leave=False):
-                part = slice(i, i + CHUNK)
-                count = len(z[part])
-                own = [None if value is None else _whole_chunk(value[part]) for value in (labels, condition)]
-                params = self.decode(_whole_chunk(z[part]), *own)
-                images[part] = self._levels_of(self.likelihood.mean(params))[:count].cpu()
-        return images
+            return in_chunks(draw, z, labels, condition, shape=self.image_shape, progress=progress)
 
     def reconstruct(self, images: Tensor, labels: Tensor | int | None = None) -> Tensor:
         """Images after encoding and decoding, by the means of their latents, in eval mode: uint8 [N, C, H, W]."""
@@ -311,7 +302,7 @@ class VAE(nn.Module):
 
     def _conditions_of(self, images: Tensor, labels: Tensor | int | None) -> Conditions:
         """The images are checked; of a model that is conditioned on a part of the image, it is theirs."""
-        self._check_images(images)
+        check_images(images, self.image_shape, self.levels)
         return self._conditions(len(images), labels, None if self.condition is None else images)
 
     def _encode(self, images: Tensor, conditions: Conditions) -> tuple[Tensor, Tensor]:
@@ -337,33 +328,14 @@ class VAE(nn.Module):
         images = _repeated(images.to(params.device), draws)
         return self.likelihood.nll(params, images).unflatten(0, (draws, -1))
 
-    def _levels_of(self, x: Tensor) -> Tensor:
-        if not torch.isfinite(x).all():
-            raise RuntimeError("the decoded images hold NaN or infinity: are the weights finite?")
-        return (x * (self.levels - 1)).round().clamp(0, self.levels - 1).to(torch.uint8)
-
     def _check_latents(self, z: Tensor) -> None:
         if not isinstance(z, Tensor) or not z.is_floating_point():
-            raise TypeError(f"z: expected a floating point tensor, got {_describe(z)}")
+            raise TypeError(f"z: expected a floating point tensor, got {describe(z)}")
         if z.dim() != 2 or z.shape[1] != self.latent_dim:
             raise ValueError(f"z: expected shape [N, {self.latent_dim}], got {list(z.shape)}")
 
-    def _check_images(self, images: Tensor, name: str = "images") -> Tensor:
-        if not isinstance(images, Tensor) or images.dtype != torch.uint8:
-            raise TypeError(f"{name}: expected a uint8 tensor of levels, got {_describe(images)}")
-        if images.dim() != 4 or tuple(images.shape[1:]) != self.image_shape:
-            raise ValueError(f"{name}: expected shape [N, *{self.image_shape}], got {list(images.shape)}")
-        if self.levels < 256 and images.numel() and (largest := int(images.max())) >= self.levels:
-            raise ValueError(f"{name}: expected levels below {self.levels}, got {largest}")
-        return images
-
     def extra_repr(self) -> str:
         return ", ".join(f"{key}={value}" for key, value in self.config.items())
-
-
-def _whole_chunk(values: Tensor) -> Tensor:
-    """[n, ...] with n <= CHUNK -> [CHUNK, ...], zeros behind."""
-    return F.pad(values, (0, 0) * (values.dim() - 1) + (0, CHUNK - len(values)))
 
 
 def _repeated(values: Any, draws: int) -> Any:
@@ -371,13 +343,3 @@ def _repeated(values: Any, draws: int) -> Any:
     if values is None or draws == 1:
         return values
     return values.expand(draws, *values.shape).flatten(0, 1)
-
-
-def _positive(name: str, value: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}: expected an integer of at least 1, got {value!r}")
-    return value
-
-
-def _describe(value: object) -> str:
-    return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__
