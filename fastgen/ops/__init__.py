@@ -10,6 +10,7 @@ from fastgen.ops.gated_unit import gated_unit
 from fastgen.ops.group_norm_act import group_norm_act
 from fastgen.ops.logistic_mixture_nll import logistic_mixture_nll
 from fastgen.ops.masked_conv2d import conv_mask, masked_conv2d
+from fastgen.ops.nearest_code import nearest_code
 from fastgen.ops.normal import normal
 from fastgen.ops.reparameterize import reparameterize
 from fastgen.ops.row_lstm import row_lstm
@@ -24,6 +25,7 @@ __all__ = [
     "group_norm_act",
     "logistic_mixture_nll",
     "masked_conv2d",
+    "nearest_code",
     "normal",
     "philox",
     "reparameterize",
