@@ -34,8 +34,9 @@ def nearest_code(input: Tensor, codebook: Tensor) -> Tensor:
     code is finite.
 
     float32 and float64 run natively on the CPU, in one pass that keeps no distances; there, an index depends on its
-    vector and the codebook only, to the bit, whatever the batch, the strides and the number of threads. float32, float16
-    and bfloat16 run in Triton on the GPU; everything else, torch.jit.trace and all within `torch.func` in plain PyTorch.
+    vector and the codebook only, to the bit, whatever the batch, the strides and the number of threads. float32,
+    float16 and bfloat16 run in Triton on the GPU; everything else, torch.jit.trace and all within `torch.func` in plain
+    PyTorch.
 
     Raises:
         TypeError: an argument is not a tensor, not of a floating dtype, or the dtypes differ.

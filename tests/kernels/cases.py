@@ -49,6 +49,12 @@ def nll(colors: int, dtype: torch.dtype, layout: torch.memory_format) -> dict[st
     }
 
 
+def codes(depth: int, count: int, dtype: torch.dtype, layout: torch.memory_format) -> dict[str, Case]:
+    x = torch.zeros(2, depth, 16, 16, dtype=dtype).contiguous(memory_format=layout)
+    codebook = torch.zeros(count, depth, dtype=dtype)
+    return {"nearest_code": ("nearest_code", "nearest_code", lambda: (x, codebook))}
+
+
 def masked(channels: int, dtype: torch.dtype, colors: int = 1) -> dict[str, Case]:
     """A 3x3 layer of type B."""
     x, bias = image(channels, 8, dtype), torch.zeros(channels, dtype=dtype)
@@ -154,6 +160,11 @@ CASES: dict[str, Case] = {
     **named("rgb fp32", nll(3, FLOAT, torch.contiguous_format)),
     **named("rgb bf16 channels-last", nll(3, BFLOAT, torch.channels_last)),
     **named("grey fp32", nll(1, FLOAT, torch.contiguous_format)),
+    **named("64 fp32", codes(64, 512, FLOAT, torch.contiguous_format)),
+    **named("256 fp32 channels-last", codes(256, 1024, FLOAT, torch.channels_last)),
+    **named("64 bf16 channels-last", codes(64, 512, BFLOAT, torch.channels_last)),
+    **named("256 bf16", codes(256, 8192, BFLOAT, torch.contiguous_format)),
+    **named("3 fp16", codes(3, 17, HALF, torch.contiguous_format)),
     **named("128 bf16", masked(128, BFLOAT)),
     **named("128 fp32", masked(128, FLOAT)),
     **named("128 tf32", masked(128, FLOAT)),

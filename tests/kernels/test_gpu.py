@@ -32,7 +32,12 @@ def nll():
     return lambda: ops.logistic_mixture_nll(params, images)
 
 
-every = pytest.mark.parametrize("make", [masked, block, latents, nll])
+def codes():
+    x, codebook = torch.randn(3, 32, 6, 7, device="cuda"), torch.randn(70, 32, device="cuda")
+    return lambda: ops.nearest_code(x, codebook)
+
+
+every = pytest.mark.parametrize("make", [masked, block, latents, nll, codes])
 
 
 @every
