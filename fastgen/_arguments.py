@@ -50,7 +50,7 @@ def check_images(
     """
     if not isinstance(images, Tensor) or images.dtype != dtype:
         kind = str(dtype).removeprefix("torch.")
-        raise TypeError(f"{name}: expected a {kind} tensor of levels, got {describe(images)}")
+        raise TypeError(f"{name}: expected a tensor of {kind} levels, got {describe(images)}")
     if images.dim() != 4 or tuple(images.shape[1:]) != tuple(shape):
         raise ValueError(f"{name}: expected shape [N, {', '.join(map(str, shape))}], got {list(images.shape)}")
     if images.numel() and levels <= torch.iinfo(dtype).max:

@@ -8,12 +8,13 @@ from __future__ import annotations
 from fastgen.models import convert
 from fastgen.models.autoregressive import AutoregressiveModel, GatedPixelCNN, PixelCNN, PixelCNNpp, PixelRNN, PixelSNAIL
 from fastgen.models.gan import DCGAN, GAN, AdversarialModel
-from fastgen.models.vae import VAE, ConditionalVAE
+from fastgen.models.vae import VAE, VQVAE, ConditionalVAE
 
 __all__ = [
     "DCGAN",
     "GAN",
     "VAE",
+    "VQVAE",
     "AdversarialModel",
     "AutoregressiveModel",
     "ConditionalVAE",
@@ -27,11 +28,11 @@ __all__ = [
     "names",
 ]
 
-Model = AutoregressiveModel | AdversarialModel | VAE
+Model = AutoregressiveModel | AdversarialModel | VAE | VQVAE
 
 _MODELS: dict[str, type[Model]] = {
     model.name: model
-    for model in (PixelCNN, GatedPixelCNN, PixelCNNpp, PixelRNN, PixelSNAIL, GAN, DCGAN, VAE, ConditionalVAE)
+    for model in (PixelCNN, GatedPixelCNN, PixelCNNpp, PixelRNN, PixelSNAIL, GAN, DCGAN, VAE, ConditionalVAE, VQVAE)
 }
 
 

@@ -212,6 +212,7 @@ def test_registry():
         "pixelrnn",
         "pixelsnail",
         "vae",
+        "vqvae",
     ]
     assert models.names() == names
     assert models.get("pixelcnn") is PixelCNN
@@ -243,8 +244,8 @@ def test_bad_options(options, text):
 @pytest.mark.parametrize(
     ("images", "labels", "error", "text"),
     [
-        (torch.zeros(2, 1, 4, 3), [0, 1], TypeError, "images: expected a uint8 tensor of levels, got torch.float32"),
-        ([[0]], [0, 1], TypeError, "images: expected a uint8 tensor of levels, got list"),
+        (torch.zeros(2, 1, 4, 3), [0, 1], TypeError, "images: expected a tensor of uint8 levels, got torch.float32"),
+        ([[0]], [0, 1], TypeError, "images: expected a tensor of uint8 levels, got list"),
         (
             torch.zeros(2, 1, 3, 4).byte(),
             [0, 1],

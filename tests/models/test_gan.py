@@ -318,7 +318,7 @@ def test_bad_values(act, text):
         (lambda: build().sample(1.5), "n must be an integer, got float"),
         (lambda: build().sample(1, start="0"), "start must be an integer, got str"),
         (lambda: build().render(torch.zeros(2, 7).long()), "z: expected a floating point tensor, got torch.int64"),
-        (lambda: build().encode(torch.zeros(2, 3, 16, 16)), "images: expected a uint8 tensor of levels"),
+        (lambda: build().encode(torch.zeros(2, 3, 16, 16)), "images: expected a tensor of uint8 levels"),
         (lambda: Sampler(build()), "head must be"),
         (lambda: bits_per_dim(build(), torch.zeros(1, 3, 16, 16).byte()), "one with a likelihood .*, got DCGAN"),
     ],

@@ -218,7 +218,7 @@ def test_bad_images_for_the_initialisation():
         model.initialize(random_images(model, 0), torch.zeros(0, dtype=torch.int64))
     with pytest.raises(ValueError, match="labels: this model is conditional on 2 classes, got None"):
         model.initialize(random_images(model, 2))
-    with pytest.raises(TypeError, match="images: expected a uint8 tensor"):
+    with pytest.raises(TypeError, match="images: expected a tensor of uint8 levels"):
         model.initialize(torch.zeros(2, 1, 4, 4), torch.zeros(2, dtype=torch.int64))
 
 

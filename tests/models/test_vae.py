@@ -244,7 +244,7 @@ def test_bad_options(options, message):
 @pytest.mark.parametrize(
     ("kind", "call", "error", "message"),
     [
-        ("perceptron", lambda m: m.elbo(images_for(m).float()), TypeError, "uint8 tensor of levels, got torch.float32"),
+        ("perceptron", lambda m: m.elbo(images_for(m).float()), TypeError, "tensor of uint8 levels, got torch.float32"),
         ("perceptron", lambda m: m.encode(images_for(m)[:, :, :4]), ValueError, r"expected shape \[N, 1, 8, 8\]"),
         ("perceptron", lambda m: m.encode(images_for(m) + 4), ValueError, "expected levels in 0..4"),
         ("perceptron", lambda m: m.sample(2, labels=1), ValueError, "no classes"),

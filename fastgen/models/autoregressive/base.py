@@ -16,13 +16,16 @@ class AutoregressiveModel(torch.nn.Module):
 
     Subclasses implement ``forward(x, labels=None)``: encoded images [N, C, H, W] float, labels int64 [N] or None ->
     head parameters [N, head.num_params(C), H, W].  That function is all a sampler needs to know.
+    Encoded images are integers where the model has an embedding.
 
     Args:
         image_shape: (C, H, W).
-        levels: number of levels of an element, 2..256.
+        levels: number of levels of an element, 2..256; of codes, to 65,536.
         head: "categorical", "bernoulli" for two levels, or "logistic_mixture" where there are ``num_mixtures``.
         num_classes: number of classes that the model is conditioned on, or None.
         num_mixtures: components of the logistic mixture; None for a model that does not offer this head.
+        embedding_dim: for codes such as those of a `models.VQVAE`, in images of one channel with a categorical head:
+            the network reads an embedding of this dimension of each, rather than a number.
         options: the other constructor arguments of the subclass, kept in `config`.
 
     Attributes:
@@ -40,24 +43,34 @@ class AutoregressiveModel(torch.nn.Module):
         head: str,
         num_classes: int | None,
         num_mixtures: int | None = None,
+        embedding_dim: int | None = None,
         **options: Any,
     ) -> None:
         super().__init__()
         self.image_shape = check_image_shape(image_shape)
-        self.head = _head(head, levels, num_mixtures)
+        self.head = _head(head, levels, num_mixtures, codes=embedding_dim is not None)
         self.levels = levels
+        self.embedding = None
+        if embedding_dim is not None:
+            if self.image_shape[0] != 1:
+                raise ValueError(f"image_shape: expected one channel with {embedding_dim=}, got {image_shape!r}")
+            self.embedding = torch.nn.Embedding(levels, positive("embedding_dim", embedding_dim))
+        self.in_channels = self.image_shape[0] if embedding_dim is None else embedding_dim  # of the first layer
         self.num_classes = None if num_classes is None else positive("num_classes", num_classes)
         self.config: dict[str, Any] = {"image_shape": list(self.image_shape), "levels": levels, "head": head, **options}
         if num_classes is not None:
             self.config["num_classes"] = num_classes
         if num_mixtures is not None:
             self.config["num_mixtures"] = num_mixtures
+        if embedding_dim is not None:
+            self.config["embedding_dim"] = embedding_dim
 
     def log_prob(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
         """Log-likelihood of whole images.
 
         Args:
-            images: uint8 levels [N, C, H, W] of the model's ``image_shape``, each below ``levels``.
+            images: uint8 levels [N, C, H, W] of the model's ``image_shape``, each below ``levels``; int64 where there
+                are more than 256.
             labels: int64 [N] in 0..num_classes-1 for a conditional model, otherwise None.
 
         Returns:
@@ -68,16 +81,27 @@ class AutoregressiveModel(torch.nn.Module):
             ValueError: a shape or a value is out of range, or labels are missing or not wanted.
             RuntimeError: the result is not finite, because weights are not or because activations overflowed.
         """
-        check_images(images, self.image_shape, self.levels)
+        self._check_images(images)
         self._check_labels(labels, len(images))
-        x = self.head.encode(images).to(next(self.parameters()).dtype)
-        nats = self.head.log_prob(self(x, labels), images).sum(dim=(1, 2, 3))
+        nats = self.head.log_prob(self(self._encode(images), labels), images).sum(dim=(1, 2, 3))
         if not torch.isfinite(nats).all():
             raise RuntimeError(f"log_prob is not finite: {_why_not_finite(self)}")
         return nats
 
     def extra_repr(self) -> str:
         return ", ".join(f"{key}={value}" for key, value in self.config.items())
+
+    def embedded(self, x: Tensor) -> Tensor:
+        """What the first layer reads of encoded images: [N, in_channels, H, W]."""
+        return x if self.embedding is None else self.embedding(x[:, 0]).movedim(-1, 1)
+
+    def _check_images(self, images: Tensor) -> None:
+        check_images(images, self.image_shape, self.levels, dtype=self.head.dtype)
+
+    def _encode(self, images: Tensor) -> Tensor:
+        """What `forward` reads for levels."""
+        x = self.head.encode(images)
+        return x.to(next(self.parameters()).dtype) if x.is_floating_point() else x
 
     def _check_conditional(self, labels: Tensor | None) -> None:
         """For `forward`: labels are there if and only if the model is conditional; their values are not looked at."""
@@ -108,7 +132,11 @@ def odd(name: str, value: int) -> int:
     return value
 
 
-def _head(name: str, levels: int, num_mixtures: int | None) -> Head:
+def _head(name: str, levels: int, num_mixtures: int | None, *, codes: bool) -> Head:
+    if codes:
+        if name != "categorical":
+            raise ValueError(f'head: expected "categorical" with embedding_dim, got {name!r}')
+        return Categorical(check_levels(levels, Categorical.max_levels), input_range=None)
     if name == "categorical":
         return Categorical(check_levels(levels))
     if name == "bernoulli":

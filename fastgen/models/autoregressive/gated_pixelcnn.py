@@ -58,12 +58,13 @@ class GatedPixelCNN(AutoregressiveModel):
 
     Args:
         image_shape: (C, H, W); any sizes.
-        levels: number of levels, 2..256.
+        levels: number of levels, 2..256; with ``embedding_dim`` to 65,536.
         head: "categorical", or "bernoulli" for two levels.
         num_filters: the paper's p, feature maps of each stack (384 for ImageNet).
         num_blocks: gated layers (20 for ImageNet); the first has a 7x7 kernel of mask type A.
         kernel_size: the paper's n, odd (5 for ImageNet).
         num_classes: number of classes, or None for an unconditional model.
+        embedding_dim: None, or for a prior over codes, in images (1, H, W), the dimension of their embedding.
 
     Raises:
         ValueError: an argument is out of range.
@@ -81,19 +82,21 @@ class GatedPixelCNN(AutoregressiveModel):
         num_blocks: int = 20,
         kernel_size: int = 5,
         num_classes: int | None = None,
+        embedding_dim: int | None = None,
     ) -> None:
         super().__init__(
             image_shape=image_shape,
             levels=levels,
             head=head,
             num_classes=num_classes,
+            embedding_dim=embedding_dim,
             num_filters=positive("num_filters", num_filters),
             num_blocks=positive("num_blocks", num_blocks),
             kernel_size=odd("kernel_size", kernel_size),
         )
         p, colors = num_filters, self.image_shape[0]
         layer = functools.partial(GatedLayer, num_filters=p, colors=colors, num_classes=num_classes)
-        first = layer(colors, kernel_size=FIRST_KERNEL_SIZE, mask_type="A")
+        first = layer(self.in_channels, kernel_size=FIRST_KERNEL_SIZE, mask_type="A")
         others = [layer(p, kernel_size=kernel_size, mask_type="B") for _ in range(num_blocks - 1)]
         self.layers = torch.nn.ModuleList([first, *others])
         self.features = nn.MaskedConv2d(p, p, 1, mask_type="B", colors=colors)
@@ -102,6 +105,7 @@ class GatedPixelCNN(AutoregressiveModel):
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         """Encoded images [N, C, H, W], labels int64 [N] if conditional -> head parameters [N, C*K, H, W]."""
         self._check_conditional(labels)
+        x = self.embedded(x)
         v = F.pad(x, (0, 0, 1, 0))[:, :, :-1]  # down by one row: v[y] stands for the rows above y
         h = x
         for layer in self.layers:

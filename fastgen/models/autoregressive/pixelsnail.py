@@ -50,10 +50,10 @@ class InputLayer(torch.nn.Module):
     The shifts move in zeros, without a bias, and the channel of ones tells the image from the zeros around it.
     """
 
-    def __init__(self, colors: int, p: int) -> None:
+    def __init__(self, inputs: int, p: int) -> None:
         super().__init__()
-        self.above = Convolution(colors + 1, p, Window(1, 3, left=1))
-        self.left = Convolution(colors + 1, p, Window(2, 1, left=0))
+        self.above = Convolution(inputs + 1, p, Window(1, 3, left=1))
+        self.left = Convolution(inputs + 1, p, Window(2, 1, left=0))
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
@@ -67,18 +67,27 @@ class Attention(torch.nn.Module):
     """
 
     def __init__(
-        self, colors: int, p: int, layer: Callable[..., GatedResidual], *, key_dim: int, value_dim: int, num_heads: int
+        self,
+        inputs: int,
+        colors: int,
+        p: int,
+        layer: Callable[..., GatedResidual],
+        *,
+        key_dim: int,
+        value_dim: int,
+        num_heads: int,
     ) -> None:
         super().__init__()
+        self.colors = colors  # of the image, each with coordinates of its own
         self.dims, self.num_heads = (key_dim, value_dim), num_heads
         self.query_features = layer(p + 2 * colors)
         self.query = Convolution(p + 2 * colors, key_dim)
-        self.content_features = layer(colors + p + 2 * colors)
-        self.content = Convolution(colors + p + 2 * colors, key_dim + value_dim)
+        self.content_features = layer(inputs + p + 2 * colors)
+        self.content = Convolution(inputs + p + 2 * colors, key_dim + value_dim)
         self.output = layer(p, skip_channels=value_dim)
 
     def forward(self, x: Tensor, h: Tensor, labels: Tensor | None) -> Tensor:
-        place = coordinates(x)
+        place = coordinates(x[:, : self.colors])
         query = self.query(self.query_features(torch.cat([h, place], dim=1), (), labels))
         content = self.content(self.content_features(torch.cat([x, h, place], dim=1), (), labels))
         keys, values = content.split(self.dims, dim=1)
@@ -88,10 +97,12 @@ class Attention(torch.nn.Module):
 class Block(torch.nn.Module):
     """Gated residual layers, then attention (section 2)."""
 
-    def __init__(self, colors: int, p: int, layer: Callable[..., GatedResidual], num_layers: int, **attention: int):
+    def __init__(
+        self, inputs: int, colors: int, p: int, layer: Callable[..., GatedResidual], num_layers: int, **attention: int
+    ) -> None:
         super().__init__()
         self.layers = torch.nn.ModuleList(layer(p, HORIZONTAL) for _ in range(num_layers))
-        self.attention = Attention(colors, p, layer, **attention)
+        self.attention = Attention(inputs, colors, p, layer, **attention)
 
     def forward(self, x: Tensor, h: Tensor, labels: Tensor | None) -> Tensor:
         for layer in self.layers:
@@ -112,7 +123,7 @@ class PixelSNAIL(WeightNormedModel):
 
     Args:
         image_shape: (C, H, W); any sizes, 1 or 3 channels for the logistic mixture.
-        levels: number of levels, 2..256.
+        levels: number of levels, 2..256; with ``embedding_dim`` to 65,536.
         head: "logistic_mixture"; or "categorical", or "bernoulli" for two levels, which draw the colours of a pixel
             independently of each other.
         num_filters: feature maps.
@@ -124,6 +135,8 @@ class PixelSNAIL(WeightNormedModel):
         num_mixtures: components of the logistic mixture.
         num_classes: number of classes, or None for an unconditional model.
         dropout: of the features between the two convolutions of a layer.
+        embedding_dim: None, or for a prior over codes, in images (1, H, W) with the categorical head, the dimension of
+            their embedding.
 
     Raises:
         ValueError: an argument is out of range.
@@ -146,12 +159,14 @@ class PixelSNAIL(WeightNormedModel):
         num_mixtures: int = 10,
         num_classes: int | None = None,
         dropout: float = 0.5,
+        embedding_dim: int | None = None,
     ) -> None:
         super().__init__(
             image_shape=image_shape,
             levels=levels,
             head=head,
             num_classes=num_classes,
+            embedding_dim=embedding_dim,
             num_filters=positive("num_filters", num_filters),
             num_blocks=positive("num_blocks", num_blocks),
             num_layers=positive("num_layers", num_layers),
@@ -163,16 +178,19 @@ class PixelSNAIL(WeightNormedModel):
         )
         if key_dim % num_heads or value_dim % num_heads:
             raise ValueError(f"num_heads: expected a divisor of {key_dim=} and {value_dim=}, got {num_heads}")
-        colors, p = self.image_shape[0], num_filters
+        inputs, colors, p = self.in_channels, self.image_shape[0], num_filters
         layer = functools.partial(GatedResidual, negate=False, num_classes=num_classes, dropout=dropout)
         attention = {"key_dim": key_dim, "value_dim": value_dim, "num_heads": num_heads}
-        self.input = InputLayer(colors, p)
-        self.blocks = torch.nn.ModuleList(Block(colors, p, layer, num_layers, **attention) for _ in range(num_blocks))
+        self.input = InputLayer(inputs, p)
+        self.blocks = torch.nn.ModuleList(
+            Block(inputs, colors, p, layer, num_layers, **attention) for _ in range(num_blocks)
+        )
         self.output = Convolution(p, self.head.num_params(colors))
 
     def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
         """Encoded images [N, C, H, W], labels int64 [N] if conditional -> head parameters [N, P, H, W]."""
         self._check_conditional(labels)
+        x = self.embedded(x)
         h = self.input(x)
         for block in self.blocks:
             h = block(x, h, labels)

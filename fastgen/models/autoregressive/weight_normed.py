@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgen import ops
-from fastgen._arguments import check_images
 from fastgen.models.autoregressive.base import AutoregressiveModel
 from fastgen.sampling.subject import evaluating
 
@@ -161,7 +160,7 @@ class WeightNormedModel(AutoregressiveModel):
         Raises:
             TypeError, ValueError: as `log_prob`, or there is no image.
         """
-        check_images(images, self.image_shape, self.levels)
+        self._check_images(images)
         self._check_labels(labels, len(images))
         if len(images) == 0:
             raise ValueError("images: the initialisation needs at least one, got none")
@@ -169,7 +168,7 @@ class WeightNormedModel(AutoregressiveModel):
         hooks = [layer.register_forward_hook(lambda layer, _, output: layer.standardise(output)) for layer in layers]
         try:
             with evaluating(self):
-                self(self.head.encode(images).to(next(self.parameters())), labels)
+                self(self._encode(images).to(next(self.parameters()).device), labels)
         finally:
             for hook in hooks:
                 hook.remove()

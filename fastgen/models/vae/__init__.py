@@ -4,5 +4,6 @@ from __future__ import annotations
 
 from fastgen.models.vae.conditional import ConditionalVAE
 from fastgen.models.vae.vae import VAE
+from fastgen.models.vae.vqvae import VQVAE
 
-__all__ = ["VAE", "ConditionalVAE"]
+__all__ = ["VAE", "VQVAE", "ConditionalVAE"]

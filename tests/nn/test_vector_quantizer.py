@@ -1,0 +1,140 @@
+"""The quantiser against its formulas, written out vector by vector."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fastgen import nn
+
+K, D = 5, 3
+
+
+def build(**options):
+    torch.manual_seed(0)
+    return nn.VectorQuantizer(K, D, **{"min_usage": 0.0, **options})
+
+
+def features(shape=(4, D, 2, 3), seed=1):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def vectors(x):
+    return [x[n, :, i, j] for n in range(x.shape[0]) for i in range(x.shape[2]) for j in range(x.shape[3])]
+
+
+def nearest(vector, codebook):
+    return min(range(len(codebook)), key=lambda k: float((vector - codebook[k]).double().square().sum()))
+
+
+@pytest.mark.parametrize("shape", [(4, D, 2, 3), (6, D), (2, D, 5), (0, D, 2, 2)])
+def test_every_vector_becomes_its_nearest_code(shape):
+    layer = build().eval()
+    x = features(shape)
+    quantized = layer(x)
+    assert quantized.features.shape == x.shape and quantized.codes.shape == (shape[0], *shape[2:])
+    for at in torch.cartesian_prod(*(torch.arange(n) for n in quantized.codes.shape)).view(-1, len(shape) - 1).tolist():
+        vector = x[(at[0], slice(None), *at[1:])]
+        code = nearest(vector, layer.codebook)
+        assert int(quantized.codes[tuple(at)]) == code
+        torch.testing.assert_close(quantized.features[(at[0], slice(None), *at[1:])], layer.codebook[code])
+    assert torch.equal(layer.look_up(quantized.codes), layer.codebook[quantized.codes].movedim(-1, 1))
+
+
+@pytest.mark.parametrize("decay", [0.9, None])
+def test_gradients_are_those_of_the_paper(decay):
+    layer = build(decay=decay, commitment=0.5)
+    x = features().requires_grad_()
+    before = layer.codebook.detach().clone()
+    quantized = layer(x)
+    weights = features(seed=2)
+    (gradient,) = torch.autograd.grad((quantized.features * weights).sum(), x, retain_graph=True)
+    assert torch.equal(gradient, weights)  # straight through
+    quantized.loss.backward()
+    chosen = [before[nearest(v, before)] for v in vectors(x.detach())]
+    difference = torch.stack([v - e for v, e in zip(vectors(x.detach()), chosen, strict=True)])
+    square = difference.square().mean()
+    torch.testing.assert_close(quantized.loss.detach(), (1.5 if decay is None else 0.5) * square)
+    torch.testing.assert_close(torch.stack(vectors(x.grad)), 0.5 * 2 * difference / difference.numel())
+    if decay is None:
+        expected = torch.zeros(K, D)
+        for v, d in zip(vectors(x.detach()), difference, strict=True):
+            expected[nearest(v, before)] -= 2 * d / difference.numel()
+        torch.testing.assert_close(layer.codebook.grad, expected)
+        assert torch.equal(layer.codebook.detach(), before)
+
+
+def test_codes_are_moving_averages_of_their_vectors():
+    layer = build(decay=0.75)
+    counts, sums = [1.0] * K, [row.clone() for row in layer.codebook]
+    for seed in range(4):
+        x = features(seed=seed)
+        found = [[v for v in vectors(x) if nearest(v, layer.codebook) == k] for k in range(K)]
+        layer(x)
+        for k in range(K):
+            counts[k] = 0.75 * counts[k] + 0.25 * len(found[k])
+            sums[k] = 0.75 * sums[k] + 0.25 * sum(found[k], torch.zeros(D))
+        expected = torch.stack([s / c for s, c in zip(sums, counts, strict=True)])
+        torch.testing.assert_close(layer.codebook, expected, rtol=1e-4, atol=1e-4)
+    before = layer.codebook.clone()
+    layer.eval()(features())
+    assert torch.equal(layer.codebook, before)  # in eval nothing moves
+
+
+def test_codes_that_nothing_is_near_to_start_anew():
+    kept, restarted = build(decay=0.5), build(decay=0.5, min_usage=0.2)
+    for layer in (kept, restarted):
+        layer.codebook[1:] = 100.0
+        layer.sums[1:] = 100.0
+        torch.manual_seed(3)
+        for seed in range(12):
+            layer(features(seed=seed))
+    assert (kept.codebook[1:] > 50).all()
+    assert (restarted.codebook.abs() < 5).all() and restarted(features(seed=12)).codes.unique().numel() > 1
+
+
+@pytest.mark.parametrize("decay", [0.9, None])
+def test_initialize_takes_vectors_of_the_data(decay):
+    layer = build(decay=decay)
+    x = features()
+    layer.initialize(x)
+    every = torch.stack(vectors(x))
+    places = [(every == row).all(1).nonzero().flatten().tolist() for row in layer.codebook]
+    assert all(len(place) == 1 for place in places) and len({place[0] for place in places}) == K
+    layer.initialize(x[:1, :, :1])  # three vectors for five codes
+    assert len({tuple(row.tolist()) for row in layer.codebook}) == 3
+    if decay is not None:
+        layer(x)
+        assert (layer.codebook.abs() < 5).all()
+
+
+def test_under_autocast_codes_are_as_precise_as_the_codebook():
+    layer = build()
+    with torch.autocast("cpu", torch.bfloat16):
+        quantized = layer(features().bfloat16())
+    assert quantized.features.dtype == torch.float32 and torch.isfinite(quantized.loss)
+
+
+def test_state_dicts_hold_the_averages():
+    layer, other = build(), nn.VectorQuantizer(K, D, min_usage=0.0)
+    layer(features())
+    other.load_state_dict(layer.state_dict())
+    assert torch.equal(layer(features(seed=5)).features, other(features(seed=5)).features)
+    assert torch.equal(layer.codebook, other.codebook)
+    assert list(build(decay=None).state_dict()) == ["codebook"]
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"num_codes": 0}, "num_codes: expected an integer of at least 1, got 0"),
+        ({"code_dim": 2.5}, "code_dim: expected an integer of at least 1, got 2.5"),
+        ({"decay": 1.0}, "decay: expected None or a number of at least 0 and below 1, got 1.0"),
+        ({"commitment": -1}, "commitment: expected a number of at least 0, got -1"),
+        ({"min_usage": 1}, "min_usage: expected a number of at least 0 and below 1, got 1"),
+    ],
+    ids=str,
+)
+def test_bad_options(options, text):
+    with pytest.raises(ValueError, match=text):
+        nn.VectorQuantizer(**{"num_codes": K, "code_dim": D, **options})
