@@ -59,29 +59,66 @@ def load(path: str | os.PathLike[str]) -> torch.nn.Module:
     return model.eval()
 
 
-def sample(model: torch.nn.Module | str | os.PathLike[str], n: int, *, seed: int = 0, **options: Any) -> Tensor:
+def sample(
+    model: torch.nn.Module | str | os.PathLike[str],
+    n: int,
+    *,
+    seed: int = 0,
+    vqvae: models.VQVAE | str | os.PathLike[str] | None = None,
+    **options: Any,
+) -> Tensor:
     """Draws ``n`` images from a model or from the model in a checkpoint.
 
     Args:
         model: a model, or the path of a checkpoint.
         n: number of images.
         seed: seed of the random numbers.
+        vqvae: a `models.VQVAE`, or the path of its checkpoint, of whose codes the model is a prior: the images of the
+            drawn codes are returned.
         options: those of the model's ``sample``, or else of `fastgen.Sampler.sample` (start, labels, temperature, ...).
             A conditional model that is given no labels draws its classes in turn: sample i is of class
             ``i % num_classes``.
 
     Returns:
         uint8 levels [n, C, H, W].
+
+    Raises:
+        ValueError: the model draws no codes of the ``vqvae``; and the errors of `load` and of the sampler.
     """
     from fastgen.sampling import Sampler
 
     if not isinstance(model, torch.nn.Module):
         model = load(model)
+    if isinstance(model, models.VQVAE):
+        raise ValueError("model: codes of a vqvae are drawn by a prior over them: sample(prior, n, vqvae=...)")
+    if vqvae is not None:
+        vqvae = load_vqvae(vqvae, model)
     num_classes = getattr(model, "num_classes", None)
     if num_classes is not None and options.get("labels") is None:
         options["labels"] = in_turn(n, options.get("start", 0), num_classes)
     draw = model.sample if isinstance(model, models.AdversarialModel | models.VAE) else Sampler(model).sample
-    return draw(n, seed=seed, **options)
+    drawn = draw(n, seed=seed, **options)
+    return drawn if vqvae is None else vqvae.render(drawn)
+
+
+def load_vqvae(vqvae: torch.nn.Module | str | os.PathLike[str], prior: torch.nn.Module | None = None) -> models.VQVAE:
+    """A `models.VQVAE`, or that of a checkpoint, when it is one, and the codes are those that a prior draws.
+
+    Raises:
+        ValueError: it is another model, or the prior is of other codes; and the errors of `load`.
+    """
+    model = vqvae if isinstance(vqvae, torch.nn.Module) else load(vqvae)
+    if not isinstance(model, models.VQVAE):
+        raise ValueError(f"vqvae: expected a models.VQVAE, got a {type(model).__name__}")
+    if prior is not None:
+        shape, head = getattr(prior, "image_shape", None), getattr(prior, "head", None)
+        levels = getattr(head, "levels", None)
+        if tuple(shape or ())[-2:] != model.code_shape or levels != model.num_codes:
+            raise ValueError(
+                f"model: expected a prior over the {model.num_codes} codes of the vqvae, {list(model.code_shape)} an "
+                f"image, got a {type(prior).__name__} of {levels} levels and image_shape {shape}"
+            )
+    return model
 
 
 def in_turn(n: int, start: int, count: int) -> Tensor:

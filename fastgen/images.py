@@ -74,6 +74,15 @@ def tile(pixels: np.ndarray, columns: int | None = None, scale: int | None = Non
     return picture
 
 
+def pairs(above: Tensor, below: Tensor, levels: int, columns: int = 10) -> np.ndarray:
+    """Rows of images, each above a row of what was made of them: uint8 levels [N, C, H, W] twice -> as `grid`."""
+    columns = min(columns, len(above))
+    rows = [row for i in range(0, len(above), columns or 1) for row in (above[i : i + columns], below[i : i + columns])]
+    missing = -len(above) % (columns or 1)
+    rows[-2:] = [torch.nn.functional.pad(row, (0,) * 7 + (missing,)) for row in rows[-2:]]
+    return grid(torch.cat(rows or [above]), levels, columns=columns)
+
+
 def completions(given: Tensor, mask: Tensor, completed: Tensor, levels: int, scale: int | None = None) -> np.ndarray:
     """One row per given image: what was given (the rest grey), its completions (the given part tinted), the original.
 

@@ -73,8 +73,8 @@ def run(options: argparse.Namespace) -> int:
     shared.check_output(options.output, (".png",))
     shared.check_seed(options.seed)
     model: Any = fastgen.load(options.checkpoint)
-    if not hasattr(model, "render"):
-        raise ValueError(f"{options.checkpoint}: a {model.name} has no latents")
+    if not hasattr(model, "render") or (not hasattr(model, "latents") and options.tool != "reconstruct"):
+        raise ValueError(f"{options.checkpoint}: a {model.name} has no latents to walk through")
     tools = {
         "interpolate": _interpolate, "grid": _grid, "arithmetic": _arithmetic, "truncate": _truncate,
         "manifold": _manifold, "traverse": _traverse, "reconstruct": _reconstruct,
@@ -161,8 +161,6 @@ def _traverse(options: argparse.Namespace, model: Any) -> np.ndarray:
 
 
 def _reconstruct(options: argparse.Namespace, model: Any) -> np.ndarray:
-    import torch
-
     from fastgen import images
 
     if not hasattr(model, "reconstruct"):
@@ -172,11 +170,7 @@ def _reconstruct(options: argparse.Namespace, model: Any) -> np.ndarray:
     labels = shared.labels_for(model, data)
     originals = data.images[:count]
     again = model.reconstruct(originals, None if labels is None else labels[:count])
-    rows = [pair for i in range(0, count, 10) for pair in (originals[i : i + 10], again[i : i + 10])]
-    missing = -count % 10 if count > 10 else 0
-    if missing:
-        rows[-2:] = [torch.nn.functional.pad(row, (0,) * 7 + (missing,)) for row in rows[-2:]]
-    return images.grid(torch.cat(rows), model.levels, columns=min(count, 10))
+    return images.pairs(originals, again, model.levels)
 
 
 def _dimensions(options: argparse.Namespace, model: Any, count: int | None = None) -> list[int]:

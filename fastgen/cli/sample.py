@@ -24,12 +24,14 @@ EXAMPLES = """examples:
   fastgen sample model.safetensors -n 100 --labels 7 --temperature 0.9 -o sevens.png
   fastgen sample model.safetensors -n 10000 -o samples.npz --audit
   fastgen sample model.safetensors -n 16 --known digits --keep top -o completions.png
+  fastgen sample prior.safetensors --vqvae vqvae.safetensors -n 64 -o grid.png
 """
 SUFFIXES = (".png", ".npy", ".npz")
 BYTES_BESIDE = 32  # that a sample takes beside its levels: labels, and numbers they are made of
 # options of the sampler of pixel models, with their defaults
 SAMPLER_OPTIONS = {
-    "temperature": 1.0, "known": None, "precision": "fp32", "backend": "auto", "max_batch": None, "audit": False
+    "temperature": 1.0, "known": None, "precision": "fp32", "backend": "auto", "max_batch": None, "vqvae": None,
+    "audit": False,
 }  # fmt: skip
 
 
@@ -64,22 +66,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--backend", default="auto", metavar="NAME", help="auto, reference, cpu, triton or cuda (default: auto)"
     )
     group.add_argument("--max-batch", type=int, metavar="N", help="samples at a time (default: what fits the memory)")
+    shared.add_vqvae(group, "the samples are codes of this vqvae: render their images")
     group.add_argument("--audit", action="store_true", help="prove by a parallel forward pass; status 1 if it fails")
 
 
 def run(options: argparse.Namespace) -> int:
     import fastgen
+    from fastgen import checkpoint
 
     _check(options)
     model: Any = fastgen.load(options.checkpoint)
-    _check_memory(options.n, model)
+    if isinstance(model, fastgen.models.VQVAE):
+        raise ValueError(f"{options.checkpoint}: its codes are drawn by a prior: fastgen sample PRIOR --vqvae CKPT")
+    vqvae = None if options.vqvae is None else checkpoint.load_vqvae(options.vqvae, model)
+    _check_memory(options.n, vqvae or model)
     if isinstance(model, fastgen.models.AdversarialModel | fastgen.models.VAE):
         return _sample_generator(options, model)
     labels, known, mask = _given(options, model)
     sampler = fastgen.Sampler(model, precision=options.precision, backend=options.backend, max_batch=options.max_batch)
     draw = {"seed": options.seed, "start": options.start, "labels": labels, "temperature": options.temperature}
     images = sampler.sample(options.n, **draw, known=known, mask=mask, progress=not options.quiet)
-    _write(options, images, model.levels, labels)
+    pictures = images if vqvae is None else vqvae.render(images, progress=not options.quiet)
+    _write(options, pictures, (vqvae or model).levels, labels)
     print(f"wrote {len(images)} samples to {options.output}")
     if not options.audit:
         return 0

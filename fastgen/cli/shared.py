@@ -23,6 +23,10 @@ def add_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", required=True, metavar="SPEC", help=DATA_HELP)
 
 
+def add_vqvae(parser: Any, text: str) -> None:
+    parser.add_argument("--vqvae", metavar="CKPT", help=text)
+
+
 def check_range(flag: str, value: int, low: int, high: int) -> None:
     if not low <= value <= high:
         raise ValueError(f"{flag} must be in {low}..{high}, got {value}")

@@ -1,5 +1,5 @@
-"""Train a model on images: an autoregressive one on its likelihood, vae and conditional_vae on a bound of it, gan and
-dcgan against a discriminator.
+"""Train a model on images: an autoregressive one on its likelihood, vae, conditional_vae and vqvae on a bound of it,
+gan and dcgan against a discriminator; or, with --vqvae, an autoregressive one on the codes that a vqvae has for them.
 
 The folder given by --out gets checkpoint.safetensors (to go on from with --resume), log.jsonl (a line per validation),
 sample grids, and at the end model.safetensors with the best weights, or, of a generator, the averaged ones; adversarial
@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import inspect
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +29,17 @@ EXAMPLES = """examples:
   fastgen train dcgan --loss wgan-gp --data photos/ --size 64 --steps 50000
   fastgen train vae --data digits --latent-dim 2 --lr 3e-3 --minutes 2
   fastgen train conditional_vae --data patches --size 32 --architecture convolutional --condition grey --unconditional
+  fastgen train vqvae --data patches --num-filters 128 --lr 1e-3 --minutes 30
+  fastgen train gated_pixelcnn --data patches --vqvae runs/vqvae-patches/model.safetensors --num-filters 64
 """
 DEFAULT_STEPS = 10_000
-GRID = 64
 DCGAN_SIZE = 32  # where --size is not given
 ON_DIGITS = "dcgan --data digits"  # has other defaults than those published: `training.gan.DIGITS`
 
 # option -> (type, help) of what is handed to the model's constructor when it is given
 MODEL_OPTIONS: dict[str, tuple[Any, str]] = {
     "num_filters": (int, "feature maps"),
+    "embedding_dim": (int, "of codes (gated_pixelcnn and pixelsnail with --vqvae; default there: that of the vqvae)"),
     "num_blocks": (int, "layers or residual blocks"),
     "num_features": (int, "feature maps of the first output layer (pixelcnn, pixelrnn)"),
     "kernel_size": (int, "odd size of the kernels after the first layer (gated_pixelcnn, pixelrnn)"),
@@ -49,10 +50,14 @@ MODEL_OPTIONS: dict[str, tuple[Any, str]] = {
     "num_mixtures": (int, "logistic components per pixel (pixelcnnpp, pixelsnail)"),
     "dropout": (float, "share of features dropped in training (pixelcnnpp, pixelsnail, gan)"),
     "head": (str, "categorical, bernoulli for two levels, or logistic_mixture (pixelcnnpp, pixelsnail)"),
-    "latent_dim": (int, "dimension of the latents (gan, dcgan, vae, conditional_vae)"),
+    "latent_dim": (int, "dimension of the latents (gan, dcgan, vae, conditional_vae), of a code (vqvae)"),
+    "num_codes": (int, "codes of the codebook (vqvae)"),
+    "downsampling": (int, "pixels a side for one code: 2, 4, 8, ... (vqvae)"),
+    "commitment": (float, "weight of the loss that keeps the encoder near the codes (vqvae)"),
+    "min_usage": (float, "codes used less than this share of the mean start anew (vqvae)"),
     "architecture": (str, "perceptron or convolutional (vae, conditional_vae)"),
-    "likelihood": (str, "bernoulli, gaussian, logistic or categorical (vae, conditional_vae)"),
-    "scale": (float, "standard deviation of a gaussian likelihood, levels as 0..1 (vae, conditional_vae)"),
+    "likelihood": (str, "bernoulli, gaussian, logistic or categorical (vae, conditional_vae, vqvae)"),
+    "scale": (float, "standard deviation of a gaussian likelihood, levels as 0..1 (vae, conditional_vae, vqvae)"),
     "condition": (str, "grey, top, bottom, left or right: what of an image is given (conditional_vae)"),
 }
 VARIATIONAL_OPTIONS = {
@@ -103,6 +108,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         f"{DCGAN_SIZE}) all images are scaled to",
     )
     parser.add_argument("--levels", type=int, metavar="K", help="requantise to K levels, 2..256 (default: as stored)")
+    shared.add_vqvae(parser, "train on the codes that this vqvae has for the images, in its size and levels")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the run (default: runs/MODEL-DATA)")
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     parser.add_argument(
@@ -161,134 +167,22 @@ def _add_training(
 
 def run(options: argparse.Namespace) -> int:
     from fastgen import models
+    from fastgen.cli import train_runs
 
     if options.seed is not None:
         shared.check_seed(options.seed)
     kind = models.get(options.model)
     if options.scores and not issubclass(kind, models.AdversarialModel):
         raise ValueError(f"{options.model} has no option --scores: it is validated by its likelihood")
+    if options.vqvae is not None:
+        return train_runs.train_prior(options, kind)
     if issubclass(kind, models.VAE):
-        return _train_variational(options, kind)
-    return (_train_adversarial if issubclass(kind, models.AdversarialModel) else _train_likelihood)(options, kind)
-
-
-def _train_likelihood(options: argparse.Namespace, kind: type) -> int:
-    import torch
-
-    from fastgen.training import TrainConfig, initialize, recipes, train
-
-    own = recipes.OPTIONS.get(options.model, {})
-    config = TrainConfig(**own | _training_arguments(options, TrainConfig, DEFAULT_STEPS))
-    train_data, val_data = _splits(options)
-    arguments = _model_arguments(options, kind, train_data, {})
-    torch.manual_seed(config.seed)
-    model: Any = kind(**arguments)
-    if not options.resume:
-        initialize(model, train_data, config)
-    result = _train(options, model, train_data, train, val_data, config)
-    print(f"{result.bits_per_dim:.4f} bits/dim, validation, at step {result.best_step} of {result.steps}")
-    print(f"wrote {_folder(options) / 'model.safetensors'}")
-    return 0
-
-
-def _train_variational(options: argparse.Namespace, kind: type) -> int:
-    import torch
-
-    from fastgen.training import VAEConfig, train_vae
-
-    config = VAEConfig(**_training_arguments(options, VAEConfig, DEFAULT_STEPS))
-    train_data, val_data = _splits(options)
-    arguments = _model_arguments(options, kind, train_data, {})
-    torch.manual_seed(config.seed)
-    model: Any = kind(**arguments)
-    given = None if model.condition is None else val_data.images[torch.arange(GRID) % len(val_data.images)]
-    draw = partial(save_grid, given=given)
-    result = _train(options, model, train_data, train_vae, val_data, config, sample_grid=draw)
-    print(f"at most {result.bits_per_dim:.4f} bits/dim, validation, at step {result.best_step} of {result.steps}")
-    print(f"wrote {_folder(options) / 'model.safetensors'}")
-    return 0
-
-
-def _splits(options: argparse.Namespace) -> list[Any]:
-    """Training and validation images."""
-    from fastgen import data
-
-    arguments = {"size": options.size, "levels": options.levels, "progress": not options.quiet}
-    return [data.load(options.data, split=split, **arguments) for split in ("train", "val")]
-
-
-def _train_adversarial(options: argparse.Namespace, kind: type) -> int:
-    import torch
-
-    from fastgen import data
-    from fastgen.training import LOSSES, GANConfig, train_gan
-    from fastgen.training.gan import DIGITS, DIGITS_MODEL
-
-    loss = options.loss or GANConfig.loss
-    own = dict(LOSSES[loss].model.get(options.model, {}))
-    short: dict[str, Any] = {}
-    size = options.size
-    if options.data == "digits" and options.model == "dcgan":
-        short = DIGITS | LOSSES[loss].digits
-        shape = DIGITS_MODEL | LOSSES[loss].digits_model
-        own["num_filters"] = shape["num_filters"]
-        size = shape["size"] if size is None else size
-    given = _training_arguments(options, GANConfig, short.pop("max_steps", DEFAULT_STEPS))
-    given["loss_options"] = short.get("loss_options", {}) | given.get("loss_options", {})
-    config = GANConfig.of(**({"loss": loss} | short | given))
-    if size is None and options.model == "dcgan":
-        size = DCGAN_SIZE
-    progress = not options.quiet
-    train_data = data.load(options.data, size=size, levels=options.levels, resize=True, progress=progress)
-    arguments = _model_arguments(options, kind, train_data, own)
-    torch.manual_seed(config.seed)
-    model: Any = kind(**arguments)
-    score = _scorer(options, model) if options.scores else None
-    result = _train(options, model, train_data, train_gan, config, score=score)
-    print(f"{result.steps} steps in {result.seconds:.0f} s")
-    print(f"wrote {_folder(options) / 'model.safetensors'}")
-    return 0
-
-
-def _scorer(options: argparse.Namespace, model: Any) -> Any:
-    from fastgen import data, scores
-
-    shape = {"size": tuple(model.image_shape[1:]), "levels": model.levels, "resize": True}
-    val = data.load(options.data, split="val", progress=not options.quiet, **shape)
-    return scores.scorer(scores.classifier(options.data, progress=not options.quiet), val.images, val.levels)
-
-
-def _train(
-    options: argparse.Namespace, model: Any, train_data: Any, function: Any, *arguments: Any, **more: Any
-) -> Any:
-    """``function(model, train_data, *arguments, **more)`` with what all kinds of training take."""
-    out = _folder(options)
-    print(f"{options.model} with {sum(p.numel() for p in model.parameters()):,} parameters on {train_data}")
-    try:
-        return function(
-            model,
-            train_data,
-            *arguments,
-            out=out,
-            resume=options.resume,
-            progress=not options.quiet,
-            **{"sample_grid": save_grid, **more},
-        )
-    except KeyboardInterrupt:
-        print(f"stopped; go on with --resume --out {out}")
-        raise
-
-
-def _folder(options: argparse.Namespace) -> Path:
-    return options.out or Path("runs") / f"{options.model}-{Path(options.data).stem}"
-
-
-def save_grid(model: Any, path: Path, given: Any = None) -> None:
-    """Draw a grid of samples, classes in turn, to a PNG file; ``given``: images of which the model is given a part."""
-    from fastgen import checkpoint, images
-
-    options = {} if given is None else {"condition": given}
-    images.save_png(images.grid(checkpoint.sample(model, GRID, seed=0, **options), model.levels), path)
+        return train_runs.train_variational(options, kind)
+    if issubclass(kind, models.VQVAE):
+        return train_runs.train_quantized(options, kind)
+    if issubclass(kind, models.AdversarialModel):
+        return train_runs.train_adversarial(options, kind)
+    return train_runs.train_likelihood(options, kind)
 
 
 def _flag(name: str) -> str:
@@ -304,7 +198,7 @@ def _numbers(text: str) -> dict[str, float]:
         raise argparse.ArgumentTypeError(f"expected NAME=NUMBER,..., got {text!r}") from None
 
 
-def _training_arguments(options: argparse.Namespace, config: Any, default_steps: int) -> dict[str, Any]:
+def training_arguments(options: argparse.Namespace, config: Any, default_steps: int = DEFAULT_STEPS) -> dict[str, Any]:
     """The limits and the options that were given, as fields of a configuration."""
     steps = default_steps if options.steps is None and options.minutes is None else options.steps
     seconds = None if options.minutes is None else 60 * options.minutes
@@ -319,7 +213,7 @@ def _training_arguments(options: argparse.Namespace, config: Any, default_steps:
     return arguments
 
 
-def _model_arguments(options: argparse.Namespace, kind: type, train_data: Any, own: dict[str, Any]) -> dict[str, Any]:
+def model_arguments(options: argparse.Namespace, kind: type, train_data: Any, own: dict[str, Any]) -> dict[str, Any]:
     """The constructor's arguments: what the data say, what belongs to the loss (``own``), and what was asked for."""
     takes = inspect.signature(kind).parameters
     arguments: dict[str, Any] = {"image_shape": train_data.image_shape, "levels": train_data.levels}

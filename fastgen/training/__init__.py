@@ -1,5 +1,5 @@
 """Training of likelihood models: `train` (one function, one `TrainConfig`) and ready recipes; of GANs: `train_gan`;
-of variational autoencoders: `train_vae`.
+of variational autoencoders: `train_vae`; of those with discrete latents: `train_vqvae`, and `encoded` for their codes.
 
 ::
 
@@ -20,6 +20,10 @@ of variational autoencoders: `train_vae`.
     config = training.GANConfig.of("wgan-gp", max_steps=20000)   # the loss, and what its paper trains it with
     result = training.train_gan(model, train_data, config, out="runs/b")    # models.DCGAN(norm="layer", ...)
 
+    training.train_vqvae(model, train_data, val_data, config)               # models.VQVAE(...)
+    codes, val_codes = (training.encoded(model, part) for part in (train_data, val_data))
+    training.train(prior, codes, val_codes, config)     # models.GatedPixelCNN(image_shape=codes.image_shape, ...)
+
 Data are objects with ``.images`` uint8 [N, C, H, W] and ``.labels`` int64 [N] or None (`fastgen.data.Dataset`).
 ``out`` gets ``checkpoint.safetensors`` (a `fastgen.load`-able model plus the state of training), ``log.jsonl``, and at
 the end ``model.safetensors``; with ``out=None`` nothing is written.
@@ -31,7 +35,7 @@ from fastgen.training import recipes
 from fastgen.training.config import TrainConfig
 from fastgen.training.gan import LOSSES, GANConfig, GANResult, train_gan
 from fastgen.training.trainer import TrainResult, initialize, train
-from fastgen.training.vae import VAEConfig, VAEResult, train_vae
+from fastgen.training.vae import VAEConfig, VAEResult, encoded, train_vae, train_vqvae
 
 __all__ = [
     "LOSSES",
@@ -41,9 +45,11 @@ __all__ = [
     "TrainResult",
     "VAEConfig",
     "VAEResult",
+    "encoded",
     "initialize",
     "recipes",
     "train",
     "train_gan",
     "train_vae",
+    "train_vqvae",
 ]

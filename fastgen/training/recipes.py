@@ -16,6 +16,7 @@ from fastgen.training.trainer import TrainResult, train
 OPTIONS: dict[str, dict[str, Any]] = {
     "pixelcnnpp": {"batch_size": 16, "ema_decay": 0.9995},  # Salimans et al. 2017, appendix and published code
     "pixelsnail": {"batch_size": 8, "ema_decay": 0.9995},  # published code, for CIFAR-10 on each GPU
+    "vqvae": {"batch_size": 128, "learning_rate": 2e-4},  # van den Oord et al. 2017, section 4
 }
 
 

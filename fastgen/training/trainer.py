@@ -80,7 +80,7 @@ def train(
     if val_data is not None:
         check_data(model, val_data, "val_data")
     state = State(model, config)
-    run = _Run(state, config, train_data, prepare_folder(model, out, resume), sample_grid, val_data)
+    run = LikelihoodRun(state, config, train_data, prepare_folder(model, out, resume), sample_grid, val_data)
     run.go(resume, progress)
     best_step = state.step if state.best_bits is None else state.best_step
     return TrainResult(model, state.best_bits, best_step, state.step, state.seconds, run.checkpoint)
@@ -95,8 +95,8 @@ def initialize(model: torch.nn.Module, data: Data, config: TrainConfig) -> None:
         cast(Any, model).initialize(*batch(model, data, 0, config.batch_size, config.seed))
 
 
-class _Run(Run):
-    """One call of `train`."""
+class LikelihoodRun(Run):
+    """One call of `train`; of the other functions that train on a likelihood, subclasses."""
 
     state: State
     config: TrainConfig

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +16,7 @@ import torch
 from PIL import Image
 
 import fastgen
-from fastgen import models
+from fastgen import data, models
 from fastgen.cli import COMMANDS, main
 
 DIGITS = {"image_shape": (1, 8, 8), "levels": 17, "num_filters": 4, "num_blocks": 2, "kernel_size": 3}
@@ -253,6 +255,22 @@ BAD = [
     ("latent grid {g} --seed -1", "--seed must be in"),
     ("latent grid {g} -o folder.png", "-o: 'folder.png' is a folder"),
     ("train pixelcnn --data digits --quiet --seed 18446744073709551616", "--seed must be in 0..18446744073709551615"),
+    (
+        "train vqvae --data digits --downsampling 16 --quiet",
+        "expected multiples of downsampling=16, got 8x8",
+    ),
+    ("train pixelcnn --data digits --vqvae {q} --quiet", "pixelcnn has no option --vqvae: expected gated_pixelcnn"),
+    ("train gated_pixelcnn --data digits --vqvae {m} --quiet", "vqvae: expected a models.VQVAE, got a GatedPixelCNN"),
+    (
+        "train gated_pixelcnn --data digits --vqvae {q} --levels 8 --quiet",
+        "--levels: with --vqvae",
+    ),
+    ("train gated_pixelcnn --data patches --vqvae {q} --quiet", "the images of patches are (3, 8, 8)"),
+    ("sample {q}", "q.safetensors: its codes are drawn by a prior: fastgen sample PRIOR --vqvae CKPT"),
+    ("sample {m} --vqvae {q}", "model: expected a prior over the 64 codes of the vqvae, [2, 2] an image"),
+    ("sample {g} --vqvae {q}", "model: expected a prior over the 64 codes of the vqvae"),
+    ("eval {m} --vqvae {q} --data digits", "model: expected a prior over the 64 codes of the vqvae"),
+    ("latent grid {q}", "q.safetensors: a vqvae has no latents to walk through"),
 ]
 
 
@@ -264,10 +282,11 @@ def test_bad_input(
     for work in ("sampling.sampler.Sampler._batch", "models.GAN.render", "scores.classify._train"):
         monkeypatch.setattr(f"fastgen.{work}", lambda *_, **__: pytest.fail("refused too late"))
     monkeypatch.setattr("os.sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 2_000_000}.__getitem__)
-    paths = {name: str(here / f"{name}.safetensors") for name in ("broken", "g", "c")} | {"m": checkpoint(here)}
+    paths = {name: str(here / f"{name}.safetensors") for name in ("broken", "g", "c", "q")} | {"m": checkpoint(here)}
     (here / "folder.png").mkdir()
     fastgen.save(models.GAN(image_shape=(1, 8, 8), levels=17, num_filters=5), paths["g"])
     fastgen.save(models.GatedPixelCNN(**DIGITS, num_classes=10), paths["c"])
+    fastgen.save(models.VQVAE(image_shape=(1, 8, 8), levels=17, num_codes=64, num_filters=4), paths["q"])
     Path(paths["broken"]).write_bytes(Path(paths["m"]).read_bytes()[:100])
     before = {*here.rglob("*")}
     assert main(command.format(**paths).split()) == 2
@@ -353,6 +372,35 @@ def test_train_evaluate_and_sample_autoencoders(
     assert "at most " in capsys.readouterr().out
     assert main(f"sample run/model.safetensors -n 5 -o s.npy --quiet {sample}".split()) == 0
     assert np.load("s.npy").shape == (5, 1, 8, 8)
+
+
+def test_two_stages(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Codes of images, a prior over the codes, images of drawn codes, and the bound of both."""
+    train = "train vqvae --data digits --num-filters 4 --num-codes 7 --latent-dim 3 --lr 0.01 --batch-size 16 --quiet"
+    assert main(f"{train} --steps 8 --sample-every 5".split()) == 0
+    assert main(f"{train} --steps 9 --resume".split()) == 0
+    assert len(list(Path("runs/vqvae-digits").glob("*.png"))) == 3
+    stage = "--vqvae runs/vqvae-digits/model.safetensors"
+    train = f"train gated_pixelcnn --data digits {stage} --num-filters 4 --num-blocks 1 --batch-size 16 --quiet"
+    assert main(f"{train} --steps 4".split()) == 0
+    assert "bits/code, validation, at step 4 of 4" in capsys.readouterr().out
+    prior = "runs/gated_pixelcnn-digits-codes/model.safetensors"
+    assert fastgen.load(prior).config["embedding_dim"] == 3 and fastgen.load(prior).num_classes == 10
+    assert main(f"sample {prior} {stage} -n 12 --seed 5 -o s.npy --audit --quiet".split()) == 0
+    drawn = fastgen.sample(prior, 12, seed=5, vqvae="runs/vqvae-digits/model.safetensors")
+    assert np.array_equal(np.load("s.npy"), drawn.numpy()) and drawn.shape == (12, 1, 8, 8)
+    capsys.readouterr()
+    assert main(f"eval {prior} {stage} --data digits".split()) == 0
+    bits, of_codes = (float(x) for x in re.findall(r"\d+\.\d+", capsys.readouterr().out))
+    model, val = fastgen.load("runs/vqvae-digits/model.safetensors"), data.load("digits", split="val")
+    with torch.no_grad():
+        nats = fastgen.load(prior).log_prob(model.encode(val.images), val.labels)
+        expected = -(model.log_likelihood(val.images) + nats).mean() / (64 * math.log(2))
+    assert bits == pytest.approx(float(expected), abs=2e-5)
+    assert of_codes == pytest.approx(float(-nats.mean()) / (64 * math.log(2)), abs=2e-5)
+    assert main("eval runs/vqvae-digits/model.safetensors --data digits".split()) == 0
+    assert "at most " in capsys.readouterr().out
+    assert main("latent reconstruct runs/vqvae-digits/model.safetensors --data digits -n 3 -o r.png".split()) == 0
 
 
 def test_a_model_that_is_given_a_half_needs_it_for_sampling(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -44,6 +44,17 @@ def test_grid(here: Path) -> None:
     assert np.array_equal(drawn("grid c.safetensors --corners 9,2,4,4 --steps 3 --label 2"), expected)
 
 
+def test_rows_of_images_and_what_was_made_of_them() -> None:
+    above, below = (torch.full((5, 1, 2, 3), level, dtype=torch.uint8) for level in (1, 2))
+    black = torch.zeros(1, 1, 2, 3, dtype=torch.uint8)
+    rows = [above[:3], below[:3], above[3:], black, below[3:], black]
+    expected = images.grid(torch.cat(rows), 4, columns=3)
+    assert np.array_equal(images.pairs(above, below, 4, columns=3), expected)
+    assert np.array_equal(images.pairs(above, below, 4), images.grid(torch.cat((above, below)), 4, columns=5))
+    with pytest.raises(ValueError, match="images must not be empty"):
+        images.pairs(above[:0], below[:0], 4)
+
+
 def test_truncate(here: Path) -> None:
     model = fastgen.load("g.safetensors")
     z = model.latents(6)
@@ -77,7 +88,7 @@ def test_arithmetic(here: Path) -> None:
         ("interpolate g.safetensors -n 0", "-n: expected at least 1, got 0"),
         ("interpolate g.safetensors -o p.jpg", "-o: the file's name must end in .png, got 'p.jpg'"),
         ("interpolate g.safetensors -o no/p.png", "-o: there is no folder 'no'"),
-        ("interpolate a.safetensors", "a.safetensors: a pixelcnn has no latents"),
+        ("interpolate a.safetensors", "a.safetensors: a pixelcnn has no latents to walk through"),
         ("arithmetic g.safetensors", "expected at least one group"),
         ("truncate g.safetensors --limits 0", "limit: expected a number above 0, got 0.0"),
         ("truncate g.safetensors --limits a", "--limits: expected numbers separated by commas, got 'a'"),

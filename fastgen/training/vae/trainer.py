@@ -18,8 +18,9 @@ from torch import Tensor
 
 from fastgen.models import VAE
 from fastgen.training.batches import Data, batch, check_data, labels_for, subseed
-from fastgen.training.run import Run, SampleGrid, prepare_folder
+from fastgen.training.run import SampleGrid, prepare_folder
 from fastgen.training.state import State
+from fastgen.training.trainer import LikelihoodRun
 from fastgen.training.vae.config import VAEConfig
 
 VALIDATION_BATCH = 256
@@ -100,27 +101,11 @@ class _State(State):
         return likelihood - beta * kl
 
 
-class _Run(Run):
+class _Run(LikelihoodRun):
     """One call of `train_vae`."""
 
     state: _State
     config: VAEConfig
-
-    def __init__(
-        self,
-        state: _State,
-        config: VAEConfig,
-        data: Data,
-        folder: Path | None,
-        sample_grid: SampleGrid | None,
-        val_data: Data | None,
-    ) -> None:
-        super().__init__(state, config, data, folder, sample_grid)
-        self.val_data = val_data
-
-    @property
-    def report_every(self) -> int:
-        return self.config.validate_every
 
     def step(self) -> dict[str, float]:
         state, config = self.state, self.config

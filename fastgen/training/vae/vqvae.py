@@ -1,0 +1,120 @@
+"""Training of an autoencoder with discrete latents, and data sets of its codes."""
+
+from __future__ import annotations
+
+import math
+import os
+
+import torch
+from torch import Tensor
+
+from fastgen.data import Dataset
+from fastgen.metrics import bits_per_dim
+from fastgen.models import VQVAE
+from fastgen.models.vae.vqvae import perplexity
+from fastgen.sampling.subject import evaluating
+from fastgen.training.batches import Data, batch, check_data
+from fastgen.training.config import TrainConfig
+from fastgen.training.run import SampleGrid, prepare_folder
+from fastgen.training.state import State
+from fastgen.training.trainer import LikelihoodRun, TrainResult
+
+ENCODED = 256  # images at a time
+
+
+def train_vqvae(
+    model: VQVAE,
+    train_data: Data,
+    val_data: Data | None,
+    config: TrainConfig,
+    *,
+    out: str | os.PathLike[str] | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    sample_grid: SampleGrid | None = None,
+) -> TrainResult:
+    """Trains a `VQVAE` to its limit of steps or seconds, and leaves the best weights in it.
+
+    A step makes ``log p(x | z_q(x))`` larger and the loss of the quantiser smaller (van den Oord et al. 2017, equation
+    3), both for each element of an image, nats and mean square distance.  Weights are averaged over the steps; the
+    average is validated by the bound with all codes equally likely (`VQVAE.log_prob`), pictured and kept.  Each line of
+    the log has the terms of the loss and how many codes are in use (perplexity), in a batch and in the validation
+    images.  Call `initialize` on the data before.
+
+    Arguments, result and errors are those of `fastgen.training.train`.
+    """
+    check_data(model, train_data, "train_data")
+    if val_data is not None:
+        check_data(model, val_data, "val_data")
+    state = _State(model, config)
+    run = _Run(state, config, train_data, prepare_folder(model, out, resume), sample_grid, val_data)
+    run.go(resume, progress)
+    best_step = state.step if state.best_bits is None else state.best_step
+    return TrainResult(model, state.best_bits, best_step, state.step, state.seconds, run.checkpoint)
+
+
+def encoded(model: VQVAE, data: Data, name: str = "codes") -> Dataset:
+    """The codes of a data set, in eval mode: images [N, 1, h, w] of ``model.num_codes`` levels, with the labels.
+
+    Args:
+        model: what encodes.
+        data: images that it takes, and labels or None.
+        name: of the data set, for messages.
+    """
+    device = next(model.parameters()).device
+    codes = torch.empty(len(data.images), 1, *model.code_shape, dtype=model.code_dtype, device="cpu")
+    with evaluating(model):
+        for i in range(0, len(codes), ENCODED):
+            codes[i : i + ENCODED] = model.encode(data.images[i : i + ENCODED].to(device)).cpu()
+    labels = data.labels
+    num_classes = None if labels is None else getattr(data, "num_classes", int(labels.max()) + 1)
+    return Dataset(codes, labels, model.num_codes, num_classes, name)
+
+
+class _State(State):
+    """What a step makes larger is the likelihood, less the loss of the quantiser.
+
+    Attributes:
+        figures: the terms in the last step: nats per image, mean square distance; and the perplexity of its codes.
+    """
+
+    def __init__(self, model: VQVAE, config: TrainConfig) -> None:
+        super().__init__(model, config)
+        self.vqvae = model
+        self.figures: dict[str, float] = {}
+
+    def log_likelihood(self, images: Tensor, labels: Tensor | None) -> Tensor:
+        nats, codes, loss = self.vqvae.terms(images)
+        self.figures = {
+            "log_likelihood": nats.mean().item(),
+            "quantizer_loss": loss.item(),
+            "perplexity": perplexity(codes, self.vqvae.num_codes),
+        }
+        return nats - images[0].numel() * loss
+
+
+class _Run(LikelihoodRun):
+    """One call of `train_vqvae`."""
+
+    state: _State
+
+    def step(self) -> dict[str, float]:
+        state, config = self.state, self.config
+        _, norm = state.update(*batch(state.model, self.data, state.step, config.batch_size, config.seed))
+        return {**state.figures, "gradient_norm": norm}
+
+    def report(self) -> None:
+        """Validates, and keeps the average if it is the best so far."""
+        state, figures = self.state, {}
+        if self.val_data is not None:
+            bits = bits_per_dim(state.average, self.val_data.images)
+            state.consider(bits)
+            codes = encoded(state.average, self.val_data).images  # type: ignore[arg-type]
+            figures = {"val_bits_per_dim": bits, "val_perplexity": perplexity(codes, state.vqvae.num_codes)}
+        self.log.write(step=state.step, seconds=round(state.seconds, 3), **figures)
+
+    def progress_text(self, means: dict[str, float]) -> str:
+        best = self.state.best_bits
+        validation = "" if best is None else f", best validation {best:.3f}"
+        bits = -means["log_likelihood"] / (math.prod(self.state.vqvae.image_shape) * math.log(2))
+        return f"{bits:.3f} bits/dim without codes, {means['perplexity']:.0f} codes in use{validation}"
