@@ -24,11 +24,11 @@
 namespace fastgen::FASTGEN_ISA {
 namespace {
 
-constexpr int kVecs = 2;                             // of positions
-constexpr int kRows = kVecRegisters == 32 ? 12 : 6;  // codes at a time: with a row's factor, all registers are taken
+constexpr int kVecs = 2;                             // of positions, and
+constexpr int kRows = kVecRegisters == 32 ? 12 : 6;  // codes at a time: as many sums as registers allow
 constexpr int64_t kChunk = 128;                      // of a sum
-constexpr int64_t kCodesBytes = 16 * 1024;           // codes that many panels meet, in the first-level cache
-constexpr int64_t kBlockBytes = 128 * 1024;          // the panels that meet them, in the second-level cache
+constexpr int64_t kCodesBytes = 16 * 1024;           // of codes that a panel meets, in the first-level cache
+constexpr int64_t kBlockBytes = 128 * 1024;          // of panels that meet them, in the second-level cache
 
 template <class T>
 constexpr int kWidth = kVecs * kLanes<T>;

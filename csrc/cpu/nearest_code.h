@@ -18,7 +18,8 @@ struct NearestCode {
 
 }  // namespace fastgen
 
-// indices: dense [images][area]. Scratch: as many elements as nearest_code_scratch says; it reads sizes and threads.
+// indices: dense [images][area]. Scratch: as many elements as nearest_code_scratch says, which looks at sizes and threads
+// alone, from an address that is a multiple of 64 on.
 #define FASTGEN_DECLARE_NEAREST_CODE_OF(T)                   \
     int64_t nearest_code_scratch(const NearestCode<T>& job); \
     void nearest_code(const NearestCode<T>& job, int64_t* indices, T* scratch);

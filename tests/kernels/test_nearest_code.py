@@ -35,7 +35,7 @@ def test_as_accurate_as_pytorch(depth, dtype, device):
     """How much farther the chosen codes are than the nearest: of lower precisions, no more than of their values in
     float32.
     """
-    spread = 1e-5 if dtype == torch.float32 else 0.05
+    spread = 1e-6 if dtype == torch.float32 else 0.05
     x, codes = torch.randn(100, depth).to(dtype), close_codes(60, depth, spread=spread).to(dtype)
     exact = torch.cdist(x.double(), codes.double(), compute_mode="donot_use_mm_for_euclid_dist").square()
     x32, codes32 = x.float(), codes.float()

@@ -83,7 +83,7 @@ def test_clear_answers(backend, dtype, shape):
 @pytest.mark.parametrize("depth", [3, 64, 256, 1000])
 def test_float32_is_as_accurate_as_pytorch(backend, depth):
     """How much farther the chosen codes are than the nearest, summed over vectors for which rounding decides."""
-    x, codes = torch.randn(600, depth), close_codes(300, depth, spread=1e-5)
+    x, codes = torch.randn(600, depth), close_codes(300, depth, spread=1e-6)
     exact = torch.cdist(x.double(), codes.double(), compute_mode="donot_use_mm_for_euclid_dist").square()
     plain = (x.square().sum(1, keepdim=True) - 2 * x @ codes.T + codes.square().sum(1)).argmin(1)
     excess = exact - exact.amin(1, keepdim=True)
