@@ -49,6 +49,11 @@ SUBJECTS = [
         "gated_pixelcnn",
         {"image_shape": (1, 28, 28), "num_filters": 64, "num_blocks": 15, "levels": 2},
     ),
+    Subject(  # a prior over the codes of 128x128 pixels
+        "GatedPixelCNN 32x32 codes",
+        "gated_pixelcnn",
+        {"image_shape": (1, 32, 32), "levels": 512, "embedding_dim": 64, "num_filters": 128, "num_blocks": 15},
+    ),
     Subject(
         "GatedPixelCNN digits",  # the model of `fastgen demo`
         "gated_pixelcnn",
@@ -142,7 +147,7 @@ def build(subject: Subject, batch: int) -> Work:
 
     torch.manual_seed(0)
     model = models.get(subject.model)(**subject.config).eval()
-    images = torch.randint(model.levels, (batch, *model.image_shape), dtype=torch.uint8)
+    images = torch.randint(model.levels, (batch, *model.image_shape), dtype=model.head.dtype)
     labels = None if model.num_classes is None else torch.arange(batch) % model.num_classes
     inputs = (model.head.encode(images), labels)
     sampler, compile_seconds = timed(lambda: fastgen.Sampler(model, max_batch=batch, backend="cpu"))

@@ -8,7 +8,6 @@ training step is the bound, its gradients, and Adam.
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -18,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bench.harness.case import Case, Provider, Work
+from bench.harness.layers import convolution_products
 
 TESTS = ("tests/models/test_vae.py", "tests/nn/test_conv_transpose_bn_act.py")
 MODELS: dict[str, dict[str, Any]] = {
@@ -55,20 +55,8 @@ def plain(model: Any) -> Any:
 
 def decoder_flops(model: Any) -> int:
     """2 per multiplication of one image; those whose output falls outside are counted, zeros between inputs are not."""
-    counts = []
-
-    def count(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        positions = math.prod(inputs[0].shape[2:])  # 1 of a linear layer
-        counts.append(2 * module.weight.numel() * positions)
-
     twin = plain(model).eval()
-    kinds = (torch.nn.Linear, torch.nn.ConvTranspose2d)
-    hooks = [m.register_forward_hook(count) for m in twin.decoder.modules() if isinstance(m, kinds)]
-    with torch.no_grad():
-        twin.decode(torch.zeros(1, model.latent_dim))
-    for hook in hooks:
-        hook.remove()
-    return sum(counts)
+    return 2 * convolution_products(twin.decoder, lambda: twin.decode(torch.zeros(1, model.latent_dim)))
 
 
 def decode(model: Any, z: Tensor) -> Tensor:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,6 +51,26 @@ def competitors(
     providers["fastgen"] = provider(fast, torch.channels_last, False)
     providers["fastgen contiguous"] = provider(fast, torch.contiguous_format, False)
     return providers, skipped
+
+
+def convolution_products(module: torch.nn.Module, call: Callable[[], object]) -> int:
+    """Multiplications of the convolutions and linear layers of a module in one call, of one image: border included,
+    zeros between the inputs of a transposed convolution not.
+    """
+    counts = []
+
+    def count(layer: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        # A transposed convolution spreads each position of its input, the others fill each position of their output.
+        positions = min(math.prod(inputs[0].shape[2:]), math.prod(output.shape[2:]))
+        counts.append(layer.weight.numel() * positions)
+
+    kinds = (torch.nn.Linear, torch.nn.Conv2d, torch.nn.ConvTranspose2d)
+    hooks = [layer.register_forward_hook(count) for layer in module.modules() if isinstance(layer, kinds)]
+    with torch.no_grad():
+        call()
+    for hook in hooks:
+        hook.remove()
+    return sum(counts)
 
 
 def without_grad(layer: Layer, inputs: tuple[Tensor, ...]) -> Tensor:

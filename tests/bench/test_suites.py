@@ -23,6 +23,7 @@ from bench import (
     shifted_conv2d,
     training,
     vae,
+    vqvae,
 )
 from bench.harness import gate, rows
 
@@ -43,7 +44,29 @@ SUITES = [
     shifted_conv2d,
     training,
     vae,
+    vqvae,
 ]
+
+
+def test_products_of_an_autoencoder_by_counting():
+    model = vqvae.make({"image_shape": (1, 8, 8), "num_filters": 3, "latent_dim": 2, "num_codes": 7, "num_blocks": 1})
+    block = 4 * (9 * 3 * 3 + 3 * 3)  # of four positions
+    encoder = 16 * 16 * 1 * 3 + 4 * 16 * 3 * 3 + block + 4 * 3 * 2
+    decoder = 4 * 9 * 2 * 3 + block + 4 * 16 * 3 * 3 + 16 * 16 * 3 * model.likelihood.channels
+    twin = vqvae.plain(model, torch.contiguous_format)
+    assert vqvae.count_products(twin, vqvae.images_for(model, 1)) == (encoder + 4 * 7 * 2, decoder)
+
+
+def test_the_peer_of_an_autoencoder_is_the_same_network():
+    model = vqvae.make({"image_shape": (1, 8, 8), "num_filters": 4, "latent_dim": 2})
+    twin, images = vqvae.plain(model, torch.channels_last), vqvae.images_for(model, 5)
+    codes = vqvae.encode(model, images)[:, 0].long()
+    assert torch.equal(vqvae.encode(twin, images), codes)
+    torch.testing.assert_close(vqvae.decode(twin, codes), vqvae.decode(model, codes))
+    for network in (model, twin):
+        vqvae.step(network, torch.optim.Adam(network.parameters(), lr=1e-3), images)
+    for (name, mine), (_, its) in zip(model.named_buffers(), twin.named_buffers(), strict=True):
+        torch.testing.assert_close(mine, its, atol=1e-4, rtol=1e-4, msg=name)
 
 
 @pytest.mark.parametrize(("side", "kernel", "left"), [(4, (2, 3), 1), (1, (3, 5), 2), (5, (2, 2), 1), (3, (1, 4), 0)])
