@@ -27,6 +27,7 @@ class State:
         seconds: seconds of training so far.
         best_bits: bits/dim of the best average so far, or None before the first validation.
         best_step: its step.
+        figures: what a subclass says about its last step, for the log, in place of bits/dim.
     """
 
     def __init__(self, model: torch.nn.Module, config: TrainConfig) -> None:
@@ -38,6 +39,7 @@ class State:
         )
         self.step = 0
         self.seconds = 0.0
+        self.figures: dict[str, float] = {}
         self.best_bits: float | None = None
         self.best_step = 0
         self._best: dict[str, Tensor] | None = None

@@ -120,7 +120,7 @@ class LikelihoodRun(Run):
     def step(self) -> dict[str, float]:
         state, config = self.state, self.config
         bits, norm = state.update(*batch(state.model, self.data, state.step, config.batch_size, config.seed))
-        return {"bits_per_dim": bits, "gradient_norm": norm}
+        return {**(state.figures or {"bits_per_dim": bits}), "gradient_norm": norm}
 
     def report(self) -> None:
         """Validates, and keeps the average if it is the best so far."""

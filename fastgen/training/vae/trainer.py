@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastgen.models import VAE
-from fastgen.training.batches import Data, batch, check_data, labels_for, subseed
+from fastgen.training.batches import Data, check_data, labels_for, subseed
 from fastgen.training.run import SampleGrid, prepare_folder
 from fastgen.training.state import State
 from fastgen.training.trainer import LikelihoodRun
@@ -79,10 +79,8 @@ def train_vae(
 
 
 class _State(State):
-    """What a step makes larger is the bound with the divergence weighted.
-
-    Attributes:
-        figures: both terms in the last step, nats per image, and the weight.
+    """What a step makes larger is the bound with the divergence weighted; `figures` are both terms, nats per image, and
+    the weight.
     """
 
     config: VAEConfig
@@ -90,7 +88,6 @@ class _State(State):
     def __init__(self, model: VAE, config: VAEConfig) -> None:
         super().__init__(model, config)
         self.vae = model
-        self.figures: dict[str, float] = {}
 
     def log_likelihood(self, images: Tensor, labels: Tensor | None) -> Tensor:
         config, step = self.config, self.step
@@ -106,11 +103,6 @@ class _Run(LikelihoodRun):
 
     state: _State
     config: VAEConfig
-
-    def step(self) -> dict[str, float]:
-        state, config = self.state, self.config
-        _, norm = state.update(*batch(state.model, self.data, state.step, config.batch_size, config.seed))
-        return {**state.figures, "gradient_norm": norm}
 
     def report(self) -> None:
         """Validates, and keeps the average if it is the best so far."""

@@ -13,7 +13,7 @@ from fastgen.metrics import bits_per_dim
 from fastgen.models import VQVAE
 from fastgen.models.vae.vqvae import perplexity
 from fastgen.sampling.subject import evaluating
-from fastgen.training.batches import Data, batch, check_data
+from fastgen.training.batches import Data, check_data
 from fastgen.training.config import TrainConfig
 from fastgen.training.run import SampleGrid, prepare_folder
 from fastgen.training.state import State
@@ -72,16 +72,13 @@ def encoded(model: VQVAE, data: Data, name: str = "codes") -> Dataset:
 
 
 class _State(State):
-    """What a step makes larger is the likelihood, less the loss of the quantiser.
-
-    Attributes:
-        figures: the terms in the last step: nats per image, mean square distance; and the perplexity of its codes.
+    """What a step makes larger is the likelihood, less the loss of the quantiser; `figures` are both, nats per image
+    and mean square distance, and the perplexity of the codes.
     """
 
     def __init__(self, model: VQVAE, config: TrainConfig) -> None:
         super().__init__(model, config)
         self.vqvae = model
-        self.figures: dict[str, float] = {}
 
     def log_likelihood(self, images: Tensor, labels: Tensor | None) -> Tensor:
         nats, codes, loss = self.vqvae.terms(images)
@@ -97,11 +94,6 @@ class _Run(LikelihoodRun):
     """One call of `train_vqvae`."""
 
     state: _State
-
-    def step(self) -> dict[str, float]:
-        state, config = self.state, self.config
-        _, norm = state.update(*batch(state.model, self.data, state.step, config.batch_size, config.seed))
-        return {**state.figures, "gradient_norm": norm}
 
     def report(self) -> None:
         """Validates, and keeps the average if it is the best so far."""
