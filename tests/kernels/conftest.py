@@ -32,8 +32,8 @@ def triton_backend() -> Iterator[None]:
 @pytest.fixture(autouse=True, scope="session")
 def _exact_interpreter() -> None:
     """NumPy has no fused multiplication and addition, and sums the rows of a float32 product in orders of their own, so
-    that an image would depend on its batch; the interpreter multiplies bits of bfloat16 as integers, and takes integers
-    between 2^31 and 2^32 for int64 of four bytes.
+    that an image would depend on its batch; the interpreter multiplies bits of bfloat16 as integers and cuts bits off
+    where it should round to it, and takes integers between 2^31 and 2^32 for int64 of four bytes.
     """
     if not INTERPRETED:
         return
@@ -54,6 +54,12 @@ def _exact_interpreter() -> None:
             return (handle.data.astype(np.uint32) << 16).view(np.float32)
         return handle.data.astype(np.float32)
 
+    def rounded(self: Any, x: Any, dtype: Any) -> Any:
+        if str(dtype.scalar) != "bf16":
+            return self.cast_impl(x, dtype)
+        bits = torch.tensor(x.data.astype(np.float32)).bfloat16().view(torch.int16)
+        return TensorHandle(bits.numpy().view(np.uint16), dtype.scalar)
+
     convert = interpreter._implicit_cvt
 
     def converted(value: Any) -> Any:
@@ -67,4 +73,5 @@ def _exact_interpreter() -> None:
     InterpreterBuilder.create_maxnumf = lambda self, x, y: self.binary_op(x, y, np.fmax)
     InterpreterBuilder.create_minnumf = lambda self, x, y: self.binary_op(x, y, np.fmin)
     InterpreterBuilder.create_fma = fused
+    InterpreterBuilder.create_fp_trunc = rounded
     InterpreterBuilder.create_dot = dot
