@@ -75,6 +75,12 @@ def exp_bounded(x):
 
 
 @triton.jit
+def decay(x):
+    """e^-|x|, 0 where that is subnormal, of infinity too."""
+    return exp_bounded(tl.maximum(-tl.abs(x), -110.0, propagate_nan=tl.PropagateNan.ALL))
+
+
+@triton.jit
 def exp_beyond_tangent(x, power):
     """e^x - 1 - x, given e^x, without cancellation near 0."""
     p = 2.4801587e-5 + x * 2.7557319e-6
@@ -91,18 +97,27 @@ def exp_beyond_tangent(x, power):
 def expm1(x):
     """e^x - 1 without cancellation near 0; x counts as at most 88."""
     x = tl.minimum(x, 88.0, propagate_nan=tl.PropagateNan.ALL)
-    power = exp(x)
+    return expm1_given(x, exp(x))
+
+
+@triton.jit
+def expm1_given(x, power):
+    """e^x - 1, given e^x."""
     return tl.where(tl.abs(x) <= 0.5, exp_beyond_tangent(x, power) + x, power - 1.0)
 
 
 @triton.jit
 def tanh(x):
-    """x + x^3 p(x^2) near 0, elsewhere (1 - e^-2|x|) / (1 + e^-2|x|) with the sign of x; p minimax."""
+    return tanh_given(x, exp(-2.0 * tl.abs(x)))
+
+
+@triton.jit
+def tanh_given(x, e):
+    """tanh x, given e^-2|x|: x + x^3 p(x^2) near 0, elsewhere (1 - e) / (1 + e) with the sign of x; p minimax."""
     z = x * x
     p = 0.021116216 + z * -0.00627639
     p = -0.053875137 + z * p
     p = 0.13332924 + z * p
     p = -0.3333333 + z * p
-    e = exp(-2.0 * tl.abs(x))
     far = (1.0 - e) / (1.0 + e)
     return tl.where(tl.abs(x) <= 0.6, x + x * z * p, tl.where(x < 0, -far, far))

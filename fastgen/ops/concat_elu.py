@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgen import backends
+from fastgen._layouts import arranged, empty, planar
 from fastgen.ops import philox
 from fastgen.ops.conv_block import check_same, is_jit_traced, is_transformed, is_unobserved, wants_grad
-from fastgen.ops.feature_maps import arranged, empty, native, planar
+from fastgen.ops.feature_maps import native
 from fastgen.ops.registration import define
 
 _THREAD_ELEMENTS = 1 << 14  # inputs: below, waking a thread costs more than it saves
@@ -37,33 +38,41 @@ def concat_elu(*inputs: Tensor, negate: bool = True, dropout: float = 0.0, seed:
             of 2^-16 (by `F.dropout`, where that serves a call without a seed, not); the others are divided by one minus
             it.
         seed: 0..2^63-1; which outputs are dropped is a function of the seed, the index in the batch, the position and
-            the channel (`philox` says which), and is found anew in the backward pass.  None: PyTorch's default
-            generator decides, which natively gives the seed.
+            the channel (`philox` says which), the same one on every device, and is found anew in the backward pass.
+            None: PyTorch's default generator decides; where a kernel serves the call, that of the CPU gives the seed,
+            but for a CUDA graph that is captured, in which `F.dropout` draws anew at each replay.
 
     Returns:
-        [N, 2 * sum of Ci, H, W] (without negate, half of that); where the native kernel computed it contiguous in
-        memory if the inputs are and nothing is dropped, or else channels-last.
+        [N, 2 * sum of Ci, H, W] (without negate, half of that); where a kernel computed it contiguous in memory if the
+        inputs are and nothing is dropped, or else channels-last.
 
-    float32 and float64 run natively on the CPU, other dtypes and devices, autocast and all within `torch.func` or
-    forward-mode differentiation in plain PyTorch; so does a backward pass that is itself to be differentiated.
+    float32 and float64 run natively on the CPU, float32, bfloat16 and float16 in Triton on a GPU; other dtypes and
+    devices, autocast, torch.compile and all within `torch.func` or forward-mode differentiation run in plain PyTorch;
+    so does a backward pass that is itself to be differentiated.
 
     Raises:
         TypeError: an argument is not a tensor or the dtypes differ.
         ValueError: a shape, dropout or seed is not as above.
     """
     _check(inputs, negate, dropout, seed or 0)
-    plain = is_transformed() or torch.compiler.is_compiling() or is_jit_traced()  # compilers fuse it themselves
-    plain = plain or backends.select("concat_elu", inputs, negate, dropout, seed) is _reference
+    function = _reference
+    if not (is_transformed() or torch.compiler.is_compiling() or is_jit_traced()):  # compilers fuse it themselves
+        function = backends.select("concat_elu", inputs, negate, dropout, seed)
     if seed is None and dropout:
-        if plain or not is_unobserved(inputs):  # a tracer would take the seed for a constant
+        # To a tracer and to a CUDA graph the seed would be a constant.
+        if function is _reference or not is_unobserved(inputs) or _is_captured(inputs[0]):
             return F.dropout(concat_elu(*inputs, negate=negate), dropout)
         seed = int(torch.randint(2**63 - 1, (), device="cpu"))
     args = (negate, float(dropout), seed or 0)
-    if plain:
+    if function is _reference:
         return concat_elu_reference(inputs, *args)
     if not wants_grad(inputs) and is_unobserved(inputs):
-        return _forward(inputs, *args)
+        return function(inputs, *args)
     return _ConcatElu.apply(*args, *inputs)
+
+
+def _is_captured(x: Tensor) -> bool:
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def concat_elu_reference(inputs: Sequence[Tensor], negate: bool, dropout: float, seed: int) -> Tensor:
@@ -204,18 +213,31 @@ def _backward_reference(
     return [arranged(x, planes) for x in grad.split([x.shape[1] for x in inputs], dim=1)]
 
 
+_triton, _triton_grad = (backends.triton_kernel("concat_elu", name) for name in ("forward", "backward"))
+
+
 def _why_not(*args: Any) -> str | None:
     """Of the arguments of either operator."""
     *_, inputs, negate, dropout, _ = args
-    first = inputs[0]
-    if first.dtype not in (torch.float32, torch.float64):
-        return f"it takes float32 and float64, got {first.dtype}"
-    if torch.is_autocast_enabled(first.device.type):
+    if inputs[0].dtype not in (torch.float32, torch.float64):
+        return f"it takes float32 and float64, got {inputs[0].dtype}"
+    if dropout and _output_shape(inputs, negate)[1] > _MAX_DROPOUT:
+        return f"with dropout it takes at most {_MAX_DROPOUT} output channels"
+    return _why_plain(inputs)
+
+
+def _why_not_triton(*args: Any) -> str | None:
+    """Of the arguments of either operator."""
+    inputs = args[-4]
+    return backends.why_not_triton(inputs[0]) or _why_plain(inputs)
+
+
+def _why_plain(inputs: Sequence[Tensor]) -> str | None:
+    """What no kernel takes."""
+    if torch.is_autocast_enabled(inputs[0].device.type):
         return "autocast is on"
     if any(x.layout is not torch.strided for x in inputs):
         return "it takes strided tensors"
-    if dropout and _output_shape(inputs, negate)[1] > _MAX_DROPOUT:
-        return f"with dropout it takes at most {_MAX_DROPOUT} output channels"
     return None
 
 
@@ -235,9 +257,9 @@ def _grad_empty(grad: Tensor, inputs: Sequence[Tensor], negate: bool, dropout: f
 
 define(
     "concat_elu", f"(Tensor[] inputs, {_OPTIONS}) -> Tensor", _check, _forward_empty,
-    {"reference": (_reference, None), "cpu": (_forward, _why_not)},
+    {"reference": (_reference, None), "cpu": (_forward, _why_not), "triton": (_triton, _why_not_triton)},
 )  # fmt: skip
 define(
     "concat_elu_grad", f"(Tensor grad, Tensor[] inputs, {_OPTIONS}) -> Tensor[]", _check_grad, _grad_empty,
-    {"reference": (_backward_reference, None), "cpu": (_backward, _why_not)},
+    {"reference": (_backward_reference, None), "cpu": (_backward, _why_not), "triton": (_triton_grad, _why_not_triton)},
 )  # fmt: skip

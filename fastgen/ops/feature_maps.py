@@ -1,4 +1,7 @@
-"""Feature maps [N, C, H, W] as native functions take and give them: dense, channels last; some also take planes."""
+"""Feature maps [N, C, H, W] as native functions take and give them: dense, channels last.
+
+Those that also take planes arrange them by `fastgen._layouts`.
+"""
 
 from __future__ import annotations
 
@@ -18,21 +21,6 @@ def channels_last(like: Tensor, shape: Sequence[int]) -> Tensor:
 
 def to_channels_last(maps: Tensor) -> Tensor:
     return maps.contiguous(memory_format=torch.channels_last)
-
-
-def planar(*maps: Tensor) -> bool:
-    """Whether all are contiguous, and some of them not channels-last as well."""
-    return all(x.is_contiguous() for x in maps) and not all(
-        x.is_contiguous(memory_format=torch.channels_last) for x in maps
-    )
-
-
-def arranged(maps: Tensor, planar: bool) -> Tensor:
-    return maps.contiguous() if planar else to_channels_last(maps)
-
-
-def empty(like: Tensor, shape: Sequence[int], planar: bool) -> Tensor:
-    return like.new_empty(tuple(shape)) if planar else channels_last(like, shape)
 
 
 def dense_strides(shape: Sequence[int]) -> tuple[int, int, int, int]:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from fastgen import backends
+from fastgen._layouts import arranged, empty, planar
 from fastgen.ops.conv_block import check_same, is_jit_traced, is_transformed, is_unobserved, wants_grad
-from fastgen.ops.feature_maps import address, arranged, empty, native, planar
+from fastgen.ops.feature_maps import address, native
 from fastgen.ops.registration import define
 
 ACTIVATIONS = ("tanh", "none")
@@ -31,11 +32,11 @@ def gated_unit(input: Tensor, residual: Tensor | None = None, *, activation: str
         activation: "tanh", or "none" for the first half as it is.
 
     Returns:
-        [N, C, H, W]; where the native kernel computed it contiguous in memory as the input, or else channels-last.
+        [N, C, H, W]; where a kernel computed it contiguous in memory as the input, or else channels-last.
 
-    float32 and float64 run natively on the CPU, and keep nothing but the input for the backward pass; other dtypes and
-    devices, autocast, torch.compile and all within `torch.func` or forward-mode differentiation run in plain PyTorch;
-    so does a backward pass that is itself to be differentiated.
+    float32 and float64 run natively on the CPU, float32, bfloat16 and float16 in Triton on a GPU, and keep nothing but
+    the input for the backward pass; other dtypes and devices, autocast, torch.compile and all within `torch.func` or
+    forward-mode differentiation run in plain PyTorch; so does a backward pass that is itself to be differentiated.
 
     Raises:
         TypeError: an argument is not a tensor or the dtypes differ.
@@ -43,16 +44,14 @@ def gated_unit(input: Tensor, residual: Tensor | None = None, *, activation: str
     """
     _check(input, residual, activation)
     args = (input, residual, activation)
-    if (
-        is_transformed()
-        or torch.compiler.is_compiling()
-        or is_jit_traced()
-        or backends.select("gated_unit", input, residual, activation) is _reference
-    ):
+    if is_transformed() or torch.compiler.is_compiling() or is_jit_traced():
+        return gated_unit_reference(*args)
+    function = backends.select("gated_unit", *args)
+    if function is _reference:
         return gated_unit_reference(*args)
     tensors = (input, residual)
     if is_unobserved(tensors) and not wants_grad(tensors):
-        return _forward(*args)
+        return function(*args)
     return _GatedUnit.apply(*args)
 
 
@@ -158,10 +157,23 @@ def _backward_reference(grad: Tensor, input: Tensor, activation: str) -> Tensor:
     return arranged(torch.cat((grad * gate * slope, grad * act * gate * (1 - gate)), dim=1), planar(input))
 
 
+_triton, _triton_grad = (backends.triton_kernel("gated_unit", name) for name in ("forward", "backward"))
+
+
 def _why_not(first: Tensor, second: Tensor | None, activation: str) -> str | None:
     """Of the arguments of either operator."""
     if first.dtype not in (torch.float32, torch.float64):
         return f"it takes float32 and float64, got {first.dtype}"
+    return _why_plain(first, second)
+
+
+def _why_not_triton(first: Tensor, second: Tensor | None, activation: str) -> str | None:
+    """Of the arguments of either operator."""
+    return backends.why_not_triton(first) or _why_plain(first, second)
+
+
+def _why_plain(first: Tensor, second: Tensor | None) -> str | None:
+    """What no kernel takes."""
     if torch.is_autocast_enabled(first.device.type):
         return "autocast is on"
     if any(x is not None and x.layout is not torch.strided for x in (first, second)):
@@ -182,9 +194,9 @@ def _grad_empty(grad: Tensor, input: Tensor, *_: Any) -> Tensor:
 
 define(
     "gated_unit", "(Tensor input, Tensor? residual, str activation) -> Tensor", _check, _forward_empty,
-    {"reference": (_reference, None), "cpu": (_forward, _why_not)},
+    {"reference": (_reference, None), "cpu": (_forward, _why_not), "triton": (_triton, _why_not_triton)},
 )  # fmt: skip
 define(
     "gated_unit_grad", "(Tensor grad, Tensor input, str activation) -> Tensor", _check_grad, _grad_empty,
-    {"reference": (_backward_reference, None), "cpu": (_backward, _why_not)},
+    {"reference": (_backward_reference, None), "cpu": (_backward, _why_not), "triton": (_triton_grad, _why_not_triton)},
 )  # fmt: skip

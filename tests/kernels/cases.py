@@ -55,6 +55,25 @@ def codes(depth: int, count: int, dtype: torch.dtype, layout: torch.memory_forma
     return {"nearest_code": ("nearest_code", "nearest_code", lambda: (x, codebook))}
 
 
+def concat_elu(channels: int, dtype: torch.dtype, dropout: float, negate: bool = True) -> dict[str, Case]:
+    x, grad = image(channels, 8, dtype), image(2 * channels if negate else channels, 8, dtype)
+    options = (negate, dropout, 5)
+    return {
+        "concat_elu": ("concat_elu", "forward", lambda: ([x], *options)),
+        "concat_elu_grad": ("concat_elu", "backward", lambda: (grad, [x], *options)),
+    }
+
+
+def gated_unit(channels: int, dtype: torch.dtype, activation: str, with_residual: bool) -> dict[str, Case]:
+    """Of so many channels of the output."""
+    x, half = image(2 * channels, 8, dtype), image(channels, 8, dtype)
+    residual = half if with_residual else None
+    return {
+        "gated_unit": ("gated_unit", "forward", lambda: (x, residual, activation)),
+        "gated_unit_grad": ("gated_unit", "backward", lambda: (half, x, activation)),
+    }
+
+
 def masked(channels: int, dtype: torch.dtype, colors: int = 1) -> dict[str, Case]:
     """A 3x3 layer of type B."""
     x, bias = image(channels, 8, dtype), torch.zeros(channels, dtype=dtype)
@@ -165,6 +184,16 @@ CASES: dict[str, Case] = {
     **named("64 bf16 channels-last", codes(64, 512, BFLOAT, torch.channels_last)),
     **named("256 bf16", codes(256, 8192, BFLOAT, torch.contiguous_format)),
     **named("3 fp16", codes(3, 17, HALF, torch.contiguous_format)),
+    **named("160 fp32", concat_elu(160, FLOAT, 0.0)),
+    **named("160 fp32 dropout", concat_elu(160, FLOAT, 0.5)),
+    **named("160 bf16 dropout", concat_elu(160, BFLOAT, 0.5)),
+    **named("80 bf16 dropout, draws of four", concat_elu(80, BFLOAT, 0.5)),
+    **named("33 fp16 dropout, draws of one", concat_elu(33, HALF, 0.5)),
+    **named("160 fp32 dropout, no negatives", concat_elu(160, FLOAT, 0.5, negate=False)),
+    **named("64 fp32 tanh", gated_unit(64, FLOAT, "tanh", False)),
+    **named("64 bf16 tanh", gated_unit(64, BFLOAT, "tanh", False)),
+    **named("160 fp32 residual", gated_unit(160, FLOAT, "none", True)),
+    **named("7 fp16 residual", gated_unit(7, HALF, "none", True)),
     **named("128 bf16", masked(128, BFLOAT)),
     **named("128 fp32", masked(128, FLOAT)),
     **named("128 tf32", masked(128, FLOAT)),
