@@ -28,6 +28,7 @@ from fastgen.kernels.rows import corner, read, tile, tiling, write
 
 _WARPS = 4
 _HALVES = 1 << 16
+_ANY = ["seed", "dropped", "area", "blocks", "rows", "tiles"]
 
 
 @triton.jit
@@ -38,11 +39,11 @@ def _kept(
     """Whether the features from `feature` on of this program's pixels are kept, and those from `negative` on."""
     first_sample = first_row // area
     pixel = (first_row - first_sample * area).to(tl.uint32) + tl.arange(0, ROWS)[:, None].to(tl.uint32)
-    later = pixel // tl.cast(area, tl.uint32)
-    pixel -= later * tl.cast(area, tl.uint32)
+    later = pixel // area.to(tl.uint32)
+    pixel -= later * area.to(tl.uint32)
     sample = first_sample + later.to(tl.int64)
     feature, negative = feature.to(tl.int32), negative.to(tl.int32)
-    dropped = tl.cast(dropped, tl.uint32)
+    dropped = dropped.to(tl.uint32)
     if DRAWN == "pairs":
         quad = feature // 4 + tl.arange(0, COLUMNS // 4)[None, :]
         b0, b1, b2, b3 = _draw(seed, quad, pixel, sample)
@@ -88,10 +89,11 @@ def _halves(low, high):
     return tl.interleave(tl.interleave(low & 0xFFFF, high & 0xFFFF), tl.interleave(low >> 16, high >> 16))
 
 
-@launched_directly(_WARPS, any_value=("seed",))
-@triton.jit(do_not_specialize=["seed"])
+@launched_directly(_WARPS, any_value=_ANY)
+@triton.jit(do_not_specialize=_ANY)
 def _forward(
-    input, out, seed: tl.int64, dropped, scale, first, width, area, blocks, rows, columns, tiles,
+    input, out, seed: tl.int64, dropped: tl.int32, scale, area: tl.int64, blocks: tl.int32,
+    first, width, rows: tl.int64, columns, tiles: tl.int32,
     DRAWN: tl.constexpr, NEGATE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """A row of `out` has `width` columns, then as many for the negatives; those of this input begin at `first`."""
@@ -117,10 +119,11 @@ def _forward(
     write(out, to, y, inside)
 
 
-@launched_directly(_WARPS, any_value=("seed",))
-@triton.jit(do_not_specialize=["seed"])
+@launched_directly(_WARPS, any_value=_ANY)
+@triton.jit(do_not_specialize=_ANY)
 def _backward(
-    grad, input, out, seed: tl.int64, dropped, scale, first, width, area, blocks, rows, columns, tiles,
+    grad, input, out, seed: tl.int64, dropped: tl.int32, scale, area: tl.int64, blocks: tl.int32,
+    first, width, rows: tl.int64, columns, tiles: tl.int32,
     DRAWN: tl.constexpr, NEGATE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """`grad` as the result of the forward pass."""
@@ -190,7 +193,7 @@ def _launch(
             columns = x.shape[1] * along
             grid, sizes = tiling(x.numel() // columns, columns)
             kernel[lambda _, grid=grid: grid](
-                *of_x, seed, dropped, _HALVES / (_HALVES - dropped), first * along, channels * along, area, blocks,
+                *of_x, seed, dropped, _HALVES / (_HALVES - dropped), area, blocks, first * along, channels * along,
                 **sizes, DRAWN=_drawn(dropped, first, channels, blocks, negate), NEGATE=negate,
             )  # fmt: skip
             first += x.shape[1]

@@ -19,6 +19,7 @@ from fastgen.kernels.launch import device_of, launched_directly
 from fastgen.kernels.rows import corner, read, tile, tiling, write
 
 _WARPS = 4
+_ANY = ["rows", "tiles"]
 
 
 @triton.jit
@@ -42,10 +43,10 @@ def _act(a, TANH: tl.constexpr):
     return value, slope
 
 
-@launched_directly(_WARPS)
-@triton.jit
+@launched_directly(_WARPS, any_value=_ANY)
+@triton.jit(do_not_specialize=_ANY)
 def _forward(
-    input, residual, out, rows, columns, tiles,
+    input, residual, out, rows: tl.int64, columns, tiles: tl.int32,
     TANH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """A row of `input` has the columns of a twice, those of b after those of a."""
@@ -59,10 +60,10 @@ def _forward(
     write(out, at, y, inside)
 
 
-@launched_directly(_WARPS)
-@triton.jit
+@launched_directly(_WARPS, any_value=_ANY)
+@triton.jit(do_not_specialize=_ANY)
 def _backward(
-    grad, input, out, rows, columns, tiles,
+    grad, input, out, rows: tl.int64, columns, tiles: tl.int32,
     TANH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     first_row, first_column = corner(tiles, ROWS, COLUMNS)

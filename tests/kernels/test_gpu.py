@@ -40,7 +40,20 @@ def codes():
 every = pytest.mark.parametrize("make", [masked, block, latents, nll, codes])
 
 
-@every
+def elu():
+    x = torch.randn(2, 32, 5, 7, device="cuda", requires_grad=True)
+    return lambda: torch.autograd.grad(ops.concat_elu(x, dropout=0.5, seed=3).square().sum(), x)[0]
+
+
+def gate():
+    x, residual = torch.randn(2, 64, 5, 7, device="cuda", requires_grad=True), torch.randn(2, 32, 5, 7, device="cuda")
+    return lambda: torch.autograd.grad(ops.gated_unit(x, residual).square().sum(), x)[0]
+
+
+OPERATORS = [masked, block, latents, nll]
+
+
+@pytest.mark.parametrize("make", [*OPERATORS, elu, gate])
 def test_in_a_graph_on_another_stream(make):
     """No synchronisation and no launch on another stream: capturing would fail, replaying would give poison."""
     call = make()
@@ -59,7 +72,19 @@ def test_in_a_graph_on_another_stream(make):
     assert torch.equal(result, expected)
 
 
-@every
+def test_a_graph_draws_anew_at_each_replay():
+    x = torch.ones(1, 64, 4, 4, device="cuda")
+    ops.concat_elu(x)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = ops.concat_elu(x, dropout=0.5)
+    graph.replay()
+    first = y.clone()
+    graph.replay()
+    assert not torch.equal(y, first)
+
+
+@pytest.mark.parametrize("make", OPERATORS)  # what the others are compiled to is PyTorch's
 def test_compiled(make):
     call = make()
     assert torch.equal(torch.compile(call, fullgraph=True)(), call())
