@@ -23,13 +23,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import generator, logistic_mixture_nll, masked_conv2d, reparameterize
+from bench import concat_elu, gated_unit, generator, logistic_mixture_nll, masked_conv2d, reparameterize
 from bench.gpu import samplers
 from bench.gpu.place import Check, Place, Row, reason
 from bench.harness import environment, gpu, measure, report, rows
 from bench.harness.case import Case, Provider, Work
 from bench.harness.ceilings import Ceilings
-from bench.harness.layers import without_grad
+from bench.harness.layers import backward, without_grad
 from bench.sampling import timed
 
 SECONDS = 3.0  # for all providers of a case, without warm-up
@@ -146,6 +146,75 @@ def masked_conv2d_cases(place: Place) -> Iterator[Case]:
             yield Case(f"{size.name} bf16, {mode}", shapes, partial(build, size, mode), dtype="bfloat16")
 
 
+def activations(
+    place: Place, mode: str, plain: Callable[..., Tensor], fast: Callable[..., Tensor],
+    inputs: Sequence[Tensor], grad: Tensor | None, flops: float, bytes: float,
+) -> Work:  # fmt: skip
+    """Of feature maps; with the gradients of all inputs where there is one of the output."""
+
+    def call(function: Callable[..., Tensor], memory_format: torch.memory_format) -> Call:
+        own = [x.contiguous(memory_format=memory_format).clone().requires_grad_(grad is not None) for x in inputs]
+        if grad is None:
+            return partial(without_grad, function, own)
+        return partial(backward, function, own, grad.contiguous(memory_format=memory_format))
+
+    calls = {
+        "eager": call(plain, torch.contiguous_format),
+        "eager channels_last": call(plain, torch.channels_last),
+        "compile": call(place.compiled(plain), torch.channels_last),
+        "fastgen": call(fast, torch.channels_last),
+    }
+    return peers(place, mode, calls, flops, bytes)
+
+
+def concat_elu_cases(place: Place) -> Iterator[Case]:
+    batch, channels, side = (2, 5, 3) if place.tiny else (64, 160, 32)
+
+    def plain(x: Tensor) -> Tensor:
+        return concat_elu.plain(x, dropout=0.5)
+
+    def build(train: bool, mode: str) -> Work:
+        from fastgen import ops
+
+        x = torch.randn(batch, channels, side, side, device=place.device)
+        grad = torch.randn(batch, 2 * channels, side, side, device=place.device) if train else None
+        forward = concat_elu.ELU_FLOPS + 2 * concat_elu.DROPOUT_FLOPS
+        flops = x.numel() * (2 * forward + concat_elu.BACKWARD_FLOPS if train else forward)
+        # Forward: an input read, two outputs written. Backward: an input and two gradients read, one written.
+        bytes = 4 * x.numel() * (7 if train else 3)
+        fast = partial(ops.concat_elu, dropout=0.5, seed=1)
+        return activations(place, mode, plain, fast, [x], grad, flops, bytes)
+
+    for mode in place.modes:
+        for train in (False, True):
+            name = f"{channels} dropout {batch}x{side}x{side} {'forward+backward' if train else 'forward'}, {mode}"
+            yield Case(name, {"batch": batch, "channels": channels, "side": side}, partial(build, train, mode))
+
+
+def gated_unit_cases(place: Place) -> Iterator[Case]:
+    batch, channels, side = (2, 5, 3) if place.tiny else (64, 160, 32)
+
+    def plain(x: Tensor, residual: Tensor) -> Tensor:
+        return gated_unit.plain(x, residual, activation="none")
+
+    def build(train: bool, mode: str) -> Work:
+        from fastgen import ops
+
+        residual, output = torch.randn(2, batch, channels, side, side, device=place.device)
+        x = torch.randn(batch, 2 * channels, side, side, device=place.device)
+        forward = gated_unit.FUNCTION_FLOPS
+        flops = output.numel() * (2 * forward + gated_unit.BACKWARD_FLOPS if train else forward)
+        # Forward: halves and a residual read, an output written. Backward: halves and a gradient read, halves written.
+        bytes = 4 * output.numel() * (9 if train else 4)
+        fast = partial(ops.gated_unit, activation="none")
+        return activations(place, mode, plain, fast, [x, residual], output if train else None, flops, bytes)
+
+    for mode in place.modes:
+        for train in (False, True):
+            name = f"residual {channels} {batch}x{side}x{side} {'forward+backward' if train else 'forward'}, {mode}"
+            yield Case(name, {"batch": batch, "channels": channels, "side": side}, partial(build, train, mode))
+
+
 def generator_cases(place: Place) -> Iterator[Case]:
     def build(batch: int, mode: str) -> Work:
         import fastgen
@@ -178,6 +247,8 @@ SUITES: dict[str, Callable[[Place], Iterator[Case | Check]]] = {
     "reparameterize": reparameterize_cases,
     "logistic_mixture_nll": logistic_mixture_nll_cases,
     "masked_conv2d": masked_conv2d_cases,
+    "concat_elu": concat_elu_cases,
+    "gated_unit": gated_unit_cases,
     "generator": generator_cases,
     **{
         f"sampling-{backend}": partial(samplers.cases, samplers.Pixels, backend)
