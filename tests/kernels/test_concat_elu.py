@@ -13,7 +13,7 @@ from fastgen import ops
 from fastgen.kernels import concat_elu as kernel
 from fastgen.kernels import rows
 from fastgen.ops.concat_elu import concat_elu_reference
-from tests.kernels.accuracy import as_accurate
+from tests.kernels.common import FAR, as_accurate, far_rows
 from tests.kernels.conftest import INTERPRETED
 
 FLOAT, HALF, BFLOAT = torch.float32, torch.float16, torch.bfloat16
@@ -135,6 +135,21 @@ def test_memory_layouts_and_tiles(dropout, device, monkeypatch):
         assert all(map(torch.equal, actual, expected))
         kept = PLANES if inputs[0] is x and inputs[1] is y and not dropout else LAST
         assert all(value.is_contiguous(memory_format=kept) for value in actual)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="it takes memory that is nowhere")
+def test_far_offsets():
+    """The first columns of rows that are too long for offsets of 32 bits."""
+    (x, of_x), (out, of_out), (grad, of_grad) = map(far_rows, (1, 2, 1))
+    options = {"seed": 0, "dropped": 0, "scale": 1.0, "area": FAR, "blocks": 8, "first": 0, "width": FAR}
+    # Of a row of tiles only the first is launched.
+    options |= {"rows": 3, "columns": FAR, "tiles": 1, "DRAWN": "nothing", "NEGATE": True, "ROWS": 1, "COLUMNS": 32}
+    kernel._forward[lambda _: (3,)](x, out, **options)
+    small = of_x.reshape(3, 32, 1, 1)
+    output = kernel.forward([small], True, 0.0, 0)
+    assert torch.equal(of_out.reshape(output.shape), output)
+    kernel._backward[lambda _: (3,)](out, x, grad, **options)
+    assert torch.equal(of_grad.reshape(small.shape), kernel.backward(output, [small], True, 0.0, 0)[0])
 
 
 def test_as_a_backend(device, triton_backend):

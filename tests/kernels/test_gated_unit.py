@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import mmap
-
 import pytest
 import torch
 from torch.library import opcheck
@@ -13,7 +11,7 @@ from fastgen import ops
 from fastgen.kernels import gated_unit as kernel
 from fastgen.kernels import rows
 from fastgen.ops.gated_unit import gated_unit_reference
-from tests.kernels.accuracy import as_accurate
+from tests.kernels.common import FAR, as_accurate, far_rows
 from tests.kernels.conftest import INTERPRETED
 
 FLOAT, PLANES, LAST = torch.float32, torch.contiguous_format, torch.channels_last
@@ -105,26 +103,14 @@ def test_memory_layouts_and_tiles(device, monkeypatch):
 @pytest.mark.skipif(not INTERPRETED, reason="it takes memory that is nowhere")
 def test_far_offsets():
     """The first columns of rows that are too long for offsets of 32 bits."""
-    columns = 2**30 + 8
-
-    def far(count):
-        """So many columns of three rows, of pages that exist once they are written."""
-        pages = mmap.mmap(-1, 2 * 3 * count, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000)
-        return torch.frombuffer(pages, dtype=torch.bfloat16).view(3, count)
-
-    def beginnings(whole):
-        return whole.view(-1, columns)[:, :32]
-
-    x, residual, out, grad_out = far(2 * columns), far(columns), far(columns), far(2 * columns)
-    for values in (x, residual):
-        beginnings(values).copy_(torch.randn(len(beginnings(values)), 32))
+    (x, of_x), (half, of_half), (out, of_out), (grad, of_grad) = map(far_rows, (2, 1, 1, 2))
     # Of a row of tiles only the first is launched.
-    sizes = {"rows": 3, "columns": columns, "tiles": 1, "TANH": True, "ROWS": 1, "COLUMNS": 32}
-    kernel._forward[lambda _: (3,)](x, residual, out, **sizes)
-    kernel._backward[lambda _: (3,)](residual, x, grad_out, **sizes)
-    small, half = beginnings(x).reshape(3, 64, 1, 1).clone(), beginnings(residual).reshape(3, 32, 1, 1).clone()
-    assert torch.equal(beginnings(out).reshape(half.shape), kernel.forward(small, half, "tanh"))
-    assert torch.equal(beginnings(grad_out).reshape(small.shape), kernel.backward(half, small, "tanh"))
+    sizes = {"rows": 3, "columns": FAR, "tiles": 1, "TANH": True, "ROWS": 1, "COLUMNS": 32}
+    kernel._forward[lambda _: (3,)](x, half, out, **sizes)
+    kernel._backward[lambda _: (3,)](half, x, grad, **sizes)
+    small, residual = of_x.reshape(3, 64, 1, 1), of_half.reshape(3, 32, 1, 1)
+    assert torch.equal(of_out.reshape(residual.shape), kernel.forward(small, residual, "tanh"))
+    assert torch.equal(of_grad.reshape(small.shape), kernel.backward(residual, small, "tanh"))
 
 
 def test_as_a_backend(device, triton_backend):
