@@ -1,7 +1,8 @@
 """Checkpoints: safetensors files that say which model they hold.
 
 The metadata key ``fastgen`` holds JSON ``{"format": 1, "model": registered name, "config": constructor arguments}``;
-the tensors are the state dict.  Checkpoints of a training run are the same with more: tensors under ``training/`` and a
+the tensors are the state dict.  That of a prior over codes also has ``codes_of``, see `models.AutoregressiveModel`.
+Checkpoints of a training run are the same with more: tensors under ``training/`` and a
 metadata key ``training``, which `load` ignores.  Files are written whole or not at all.
 """
 
@@ -54,6 +55,8 @@ def load(path: str | os.PathLike[str]) -> torch.nn.Module:
         with torch.random.fork_rng(devices=[]):  # initialising consumes no random numbers of the caller
             model = models.get(description["model"])(**description["config"])
         model.load_state_dict(weights, assign=True)
+        if "codes_of" in description:
+            model.codes_of = description["codes_of"]
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{path}: the checkpoint does not fit this version of fastgen: {error}") from error
     return model.eval()
@@ -102,22 +105,28 @@ def sample(
 
 
 def load_vqvae(vqvae: torch.nn.Module | str | os.PathLike[str], prior: torch.nn.Module | None = None) -> models.VQVAE:
-    """A `models.VQVAE`, or that of a checkpoint, when it is one, and the codes are those that a prior draws.
+    """A `models.VQVAE`, or that of a checkpoint, when it is one, and its codes are those that a prior draws.
 
     Raises:
         ValueError: it is another model, or the prior is of other codes; and the errors of `load`.
     """
     model = vqvae if isinstance(vqvae, torch.nn.Module) else load(vqvae)
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     if not isinstance(model, models.VQVAE):
         raise ValueError(f"vqvae: expected a models.VQVAE, got a {type(model).__name__}")
-    if prior is not None:
-        shape, head = getattr(prior, "image_shape", None), getattr(prior, "head", None)
-        levels = getattr(head, "levels", None)
-        if tuple(shape or ())[-2:] != model.code_shape or levels != model.num_codes:
-            raise ValueError(
-                f"model: expected a prior over the {model.num_codes} codes of the vqvae, {list(model.code_shape)} an "
-                f"image, got a {type(prior).__name__} of {levels} levels and image_shape {shape}"
-            )
+    if prior is None:
+        return model
+    shape, levels = getattr(prior, "image_shape", None), getattr(getattr(prior, "head", None), "levels", None)
+    if shape is None or tuple(shape) not in (model.code_shape, (1, *model.code_shape)) or levels != model.num_codes:
+        raise ValueError(
+            f"model: expected a prior over the {model.num_codes} codes of the vqvae, {list(model.code_shape)} an "
+            f"image, got a {type(prior).__name__} of {levels} levels and image_shape {shape}"
+        )
+    codes_of = getattr(prior, "codes_of", None)
+    if codes_of is not None and codes_of != model.fingerprint():
+        raise ValueError(
+            f"model: a prior over the codes of another vqvae, with fingerprint {codes_of}, not {model.fingerprint()}"
+        )
     return model
 
 
@@ -168,7 +177,9 @@ def describe(model: torch.nn.Module) -> dict[str, Any]:
             f"model: {different[0]!r} is not as in a new {type(model).__name__} of its configuration, and could not be "
             "loaded: remove what was added (torch.nn.utils.parametrize.remove_parametrizations)"
         )
-    return {"format": FORMAT, "model": name, "config": model.config}
+    codes_of = getattr(model, "codes_of", None)
+    description: dict[str, Any] = {"format": FORMAT, "model": name, "config": model.config}
+    return description if codes_of is None else description | {"codes_of": codes_of}
 
 
 def _shapes(model: torch.nn.Module) -> dict[str, torch.Size]:

@@ -50,3 +50,32 @@ def bits_per_dim(
             batch_nats = cast(Any, model).log_prob(images[i : i + batch_size].to(device), batch_labels)
             nats += float(batch_nats.double().sum())
     return -nats / (images.numel() * math.log(2))
+
+
+def two_stages_bits_per_dim(
+    vqvae: torch.nn.Module, prior: torch.nn.Module, images: Tensor, labels: Tensor | None = None, **options: Any
+) -> tuple[float, float]:
+    """The bound of a `models.VQVAE` and a prior over its codes, log p(x | z_q(x)) + log p(z_q(x)), in bits per image
+    element, and the share of the codes in it.
+
+    Args:
+        vqvae: the first stage.
+        prior: has ``log_prob(codes, labels) -> [n]`` nats.
+        images, labels, options: as for `bits_per_dim`; labels are the prior's.  Weights of both are in the precision.
+    """
+    both, codes = _TwoStages(vqvae, prior, whole=True), _TwoStages(vqvae, prior, whole=False)
+    return bits_per_dim(both, images, labels, **options), bits_per_dim(codes, images, labels, **options)
+
+
+class _TwoStages(torch.nn.Module):
+    """whole: or the codes alone."""
+
+    def __init__(self, vqvae: torch.nn.Module, prior: torch.nn.Module, whole: bool) -> None:
+        super().__init__()
+        self.vqvae, self.prior, self.whole = vqvae, prior, whole
+
+    def log_prob(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
+        vqvae, prior = cast(Any, self.vqvae), cast(Any, self.prior)
+        codes = vqvae.encode(images)
+        nats = prior.log_prob(codes, labels)
+        return vqvae.log_likelihood(images, codes) + nats if self.whole else nats

@@ -72,7 +72,8 @@ def _nearest(
     of_element = d.to(tl.int64)[:, None] * OF_ELEMENT
     finite = tl.full([ROWS], 1, tl.int32)
     for start in range(0, D, FEATURES):
-        x = tl.load(of_vector + (start * OF_FEATURE + of_feature), exists & (d < D - start)[None, :], 0.0)
+        far = tl.cast(start, tl.int64)
+        x = tl.load(of_vector + (far * OF_FEATURE + of_feature), exists & (d < D - start)[None, :], 0.0)
         finite = tl.minimum(finite, tl.min((tl.abs(x.to(tl.float32)) < _INFINITY).to(tl.int32), 1))
     best = tl.full([ROWS], -_INFINITY, tl.float32)
     index = tl.zeros([ROWS], tl.int32)
@@ -81,9 +82,9 @@ def _nearest(
         of_code = codebook + k.to(tl.int64)[None, :] * OF_CODE
         score = tl.zeros([ROWS, COLUMNS], tl.float32)
         for start in range(0, D, FEATURES):
-            rest = d < D - start
-            x = tl.load(of_vector + (start * OF_FEATURE + of_feature), exists & rest[None, :], 0.0)
-            e = tl.load(of_code + (start * OF_ELEMENT + of_element), rest[:, None] & (k < K)[None, :], 0.0)
+            rest, far = d < D - start, tl.cast(start, tl.int64)
+            x = tl.load(of_vector + (far * OF_FEATURE + of_feature), exists & rest[None, :], 0.0)
+            e = tl.load(of_code + (far * OF_ELEMENT + of_element), rest[:, None] & (k < K)[None, :], 0.0)
             score = tl.dot(x, e, score, input_precision="ieee")
         score -= tl.load(half_norms + k, k < K, _INFINITY)[None, :]
         score = tl.where(score == score, score, -_INFINITY)

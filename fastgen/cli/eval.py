@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import math
 from typing import Any
 
 HELP = "bits per dimension of a checkpoint on a data set"
@@ -46,22 +45,17 @@ def run(options: argparse.Namespace) -> int:
 
 def _eval_prior(options: argparse.Namespace, prior: Any) -> int:
     """log p(x | z_q(x)) + log p(z_q(x)), a bound of log p(x), in bits per element of the images."""
-    import fastgen
     from fastgen import checkpoint
     from fastgen.cli import shared
-    from fastgen.training import encoded
+    from fastgen.metrics import two_stages_bits_per_dim
 
     vqvae = checkpoint.load_vqvae(options.vqvae, prior)
     data = shared.load_for(vqvae, options.data, options.split)
     labels = shared.labels_for(prior, data)
     measured = {"batch_size": options.batch_size, "precision": options.precision}
-    codes = encoded(vqvae, data).images
-    of_codes = fastgen.bits_per_dim(prior, codes, labels, **measured) * codes[0].numel()
-    uniform = codes[0].numel() * math.log2(vqvae.num_codes)
-    elements = data.images[0].numel()
-    bits = fastgen.bits_per_dim(vqvae, data.images, **measured) + (of_codes - uniform) / elements
+    both, of_codes = two_stages_bits_per_dim(vqvae, prior, data.images, labels, **measured)
     print(
-        f"at most {bits:.5f} bits/dim on {len(data)} images ({options.split}) of {data.name}, "
-        f"{of_codes / elements:.5f} of them for the codes"
+        f"at most {both:.5f} bits/dim on {len(data)} images ({options.split}) of {data.name}, "
+        f"{of_codes:.5f} of them for the codes"
     )
     return 0

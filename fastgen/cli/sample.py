@@ -82,7 +82,9 @@ def run(options: argparse.Namespace) -> int:
     _check_memory(options.n, vqvae or model)
     if isinstance(model, fastgen.models.AdversarialModel | fastgen.models.VAE):
         return _sample_generator(options, model)
-    labels, known, mask = _given(options, model)
+    if vqvae is None and getattr(model, "embedding", None) is not None and options.output.suffix == ".png":
+        raise ValueError("-o: the samples are codes: give --vqvae to render them, or the name of an .npy or .npz file")
+    labels, known, mask = _given(options, model, vqvae)
     sampler = fastgen.Sampler(model, precision=options.precision, backend=options.backend, max_batch=options.max_batch)
     draw = {"seed": options.seed, "start": options.start, "labels": labels, "temperature": options.temperature}
     images = sampler.sample(options.n, **draw, known=known, mask=mask, progress=not options.quiet)
@@ -132,8 +134,10 @@ def _check_memory(n: int, model: Any) -> None:
         raise ValueError(f"-n: {n} samples take {needed / 1e9:.0f} GB, and the machine has {memory / 1e9:.0f} GB")
 
 
-def _given(options: argparse.Namespace, model: Any) -> tuple[Tensor | int | None, Tensor | None, Tensor | None]:
-    """Labels, known images and mask of all samples."""
+def _given(
+    options: argparse.Namespace, model: Any, vqvae: Any = None
+) -> tuple[Tensor | int | None, Tensor | None, Tensor | None]:
+    """Labels, known images, or their codes, and mask of all samples."""
     import torch
 
     from fastgen.checkpoint import in_turn
@@ -145,7 +149,7 @@ def _given(options: argparse.Namespace, model: Any) -> tuple[Tensor | int | None
         labels = in_turn(options.n, options.start, model.num_classes)
     if options.known is None:
         return labels, None, None
-    data = shared.load_for(model, options.known, "val")
+    data = shared.load_for(vqvae or model, options.known, "val")
     index = in_turn(options.n, options.start, len(data))
     own = shared.labels_for(model, data) if options.labels is None else None
     _, height, width = model.image_shape
@@ -157,7 +161,8 @@ def _given(options: argparse.Namespace, model: Any) -> tuple[Tensor | int | None
         "right": (slice(None), slice(width // 2, None)),
     }
     mask[halves[options.keep]] = True
-    return labels if own is None else own[index], data.images[index], mask
+    images = data.images[index] if vqvae is None else vqvae.encode(data.images)[index]
+    return labels if own is None else own[index], images, mask
 
 
 def _parse_labels(text: str) -> Tensor | int:

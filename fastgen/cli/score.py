@@ -14,6 +14,7 @@ from typing import Any
 HELP = "Frechet distance and Inception score of a checkpoint"
 EXAMPLES = """examples:
   fastgen score runs/dcgan-digits/model.safetensors --data digits
+  fastgen score prior.safetensors --vqvae vqvae.safetensors --data digits
   fastgen score model.safetensors --data photos/ -n 10000 --inception weights-inception-2015-12-05-6726825d.pth
 """
 
@@ -23,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     parser.add_argument("checkpoint", metavar="CKPT", help="a model or training checkpoint (.safetensors)")
     shared.add_data(parser)
+    shared.add_vqvae(parser, "the model is a prior over the codes of this vqvae: the images of drawn codes are scored")
     parser.add_argument("-n", type=int, metavar="N", help="number of samples (default: as many as training images)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the samples, 0..2^64-1 (default: 0)")
     parser.add_argument("--splits", type=int, default=10, metavar="G", help="groups of the jackknife (default: 10)")
@@ -32,18 +34,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     import fastgen
-    from fastgen import data, scores
+    from fastgen import checkpoint, data, models, scores
     from fastgen.cli import shared
 
     if options.n is not None and options.n < 3:
         raise ValueError(f"-n: expected at least 3, got {options.n}")
     shared.check_seed(options.seed)
     model: Any = fastgen.load(options.checkpoint)
+    vqvae = None if options.vqvae is None else checkpoint.load_vqvae(options.vqvae, model)
+    if vqvae is None and (isinstance(model, models.VQVAE) or getattr(model, "embedding", None) is not None):
+        raise ValueError(f"{options.checkpoint}: images take a prior and its vqvae: fastgen score PRIOR --vqvae CKPT")
+    makes: Any = vqvae or model
     progress = not options.quiet
-    shape = {"size": tuple(model.image_shape[1:]), "levels": model.levels, "resize": True, "progress": progress}
+    shape: dict[str, Any] = {
+        "size": tuple(makes.image_shape[1:]),
+        "levels": makes.levels,
+        "resize": True,
+        "progress": progress,
+    }
     train, val = (data.load(options.data, split=split, **shape) for split in ("train", "val"))
-    if val.image_shape != tuple(model.image_shape):
-        raise ValueError(f"the images of {val.name} are {val.image_shape}, the model's are {tuple(model.image_shape)}")
+    if val.image_shape != tuple(makes.image_shape):
+        raise ValueError(f"the images of {val.name} are {val.image_shape}, the model's are {tuple(makes.image_shape)}")
     count = len(train) if options.n is None else options.n
     shared.check_range("--splits", options.splits, 2, min(count, len(train), len(val)) - 1)
     if options.inception is None:
@@ -51,11 +62,11 @@ def run(options: argparse.Namespace) -> int:
         features = f"a classifier that is right on {100 * float(extractor.accuracy):.1f} % of them"
     else:
         extractor, features = scores.inception(options.inception), "Inception v3"
-    samples = fastgen.sample(model, count, seed=options.seed, progress=progress)
+    samples = fastgen.sample(model, count, seed=options.seed, vqvae=vqvae, progress=progress)
     real = scores.extract(extractor, val.images, val.levels).features
     print(f"{'':24}{'Frechet distance':20}{'bias':>8}   Inception score")
     for name, images in ((f"{count} samples", samples), (f"{len(train)} training images", train.images)):
-        found = scores.extract(extractor, images, model.levels)
+        found = scores.extract(extractor, images, makes.levels)
         distance = scores.frechet_distance(real, found.features, splits=options.splits)
         score = scores.inception_score(found.logits, splits=options.splits)
         print(f"{name:24}{distance!s:20}{distance.bias:8.2f}   {score}")

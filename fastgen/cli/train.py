@@ -109,7 +109,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--levels", type=int, metavar="K", help="requantise to K levels, 2..256 (default: as stored)")
     shared.add_vqvae(parser, "train on the codes that this vqvae has for the images, in its size and levels")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the run (default: runs/MODEL-DATA)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        metavar="DIR",
+        help="folder of the run (default: runs/MODEL-DATA, with --vqvae runs/MODEL-DATA-codes)",
+    )
     parser.add_argument("--resume", action="store_true", help="go on from the checkpoint in --out")
     parser.add_argument(
         "--steps",

@@ -40,6 +40,7 @@ def train_prior(options: argparse.Namespace, kind: type) -> int:
     train_data, val_data = (encoded(vqvae, part, f"codes of {part.name}") for part in images)
     own = {"embedding_dim": vqvae.config["latent_dim"], "head": "categorical"}
     model = _new(options, kind, config, train_data, own)
+    model.codes_of = vqvae.fingerprint()
     draw = partial(save_grid, vqvae=vqvae)
     return _report(options, _run(options, model, train_data, train, val_data, config, sample_grid=draw), "", "code")
 

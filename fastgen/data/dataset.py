@@ -39,9 +39,10 @@ class Dataset:
     """Images as levels, with labels where the source has them.
 
     Attributes:
-        images: uint8 [N, C, H, W], values 0..levels-1; C is 1 or 3.
+        images: uint8 [N, C, H, W], values 0..levels-1; C is 1 or 3. Or codes of images (`fastgen.training.encoded`),
+            int64 where there are more than 256 of them.
         labels: int64 [N], values 0..num_classes-1, or None.
-        levels: number of levels, 2..256.
+        levels: number of levels, 2..256, or of codes.
         num_classes: number of classes, or None without labels.
         name: what was loaded, for messages.
     """

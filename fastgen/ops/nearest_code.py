@@ -5,6 +5,8 @@ A. van den Oord, O. Vinyals, K. Kavukcuoglu, "Neural Discrete Representation Lea
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 from torch import Tensor
 
@@ -62,7 +64,9 @@ def nearest_code_reference(input: Tensor, codebook: Tensor) -> Tensor:
     rows = input.movedim(1, -1).reshape(-1, input.shape[1])
     # A recorded graph is for any number of positions: all at once.
     parts = [rows] if is_jit_traced() else rows.split(max(1, _MAX_SCORES // len(codebook)))
-    with torch.autocast(input.device.type, enabled=False):
+    kind = input.device.type
+    autocasts = torch.amp.is_autocast_available(kind)  # the meta device does not
+    with torch.autocast(kind, enabled=False) if autocasts else contextlib.nullcontext():
         codes = codebook.to(dtype)
         half_norms = codes.square().sum(1) / 2
         found = [_nearest(part.to(dtype), codes, half_norms) for part in parts]

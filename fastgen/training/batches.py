@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Data(Protocol):
-    """Images uint8 [N, C, H, W] and labels int64 [N] or None, as in `fastgen.data.Dataset`."""
+    """Images [N, C, H, W], uint8 or codes, and labels int64 [N] or None, as in `fastgen.data.Dataset`."""
 
     @property
     def images(self) -> Tensor: ...
@@ -48,6 +48,15 @@ def subseed(seed: int, purpose: str, number: int) -> int:
 def labels_for(model: torch.nn.Module, data: Data) -> Tensor | None:
     """The labels, for a model that is conditional on them."""
     return None if getattr(model, "num_classes", None) is None else data.labels
+
+
+def check_kind(model: torch.nn.Module, kind: type, function: str) -> None:
+    """
+    Raises:
+        TypeError: the model is not of the kind that the function takes.
+    """
+    if not isinstance(model, kind):
+        raise TypeError(f"model: {function} takes a {kind.__name__}, got a {type(model).__name__}")
 
 
 def check_data(model: torch.nn.Module, data: Data, name: str) -> None:

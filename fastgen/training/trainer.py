@@ -16,10 +16,13 @@ from typing import Any, cast
 import torch
 
 from fastgen.metrics import bits_per_dim
+from fastgen.models import VAE, VQVAE, AdversarialModel
 from fastgen.training.batches import Data, batch, check_data, labels_for
 from fastgen.training.config import TrainConfig
 from fastgen.training.run import Run, SampleGrid, prepare_folder
 from fastgen.training.state import State
+
+OTHERS = {VAE: "train_vae", VQVAE: "train_vqvae", AdversarialModel: "train_gan"}  # what `train` does not train
 
 
 @dataclass(frozen=True)
@@ -73,9 +76,12 @@ def train(
     Raises:
         ValueError: there are no images, or labels are missing; ``out`` holds a checkpoint but resume is not asked for,
             or the other way round; the checkpoint is of another model, configuration or data size.
-        TypeError: ``out`` is given, but the model is not one of `fastgen.models`.
+        TypeError: ``out`` is given, but the model is not one of `fastgen.models`; or it is one of `OTHERS`.
         RuntimeError: the loss is not finite, or the model failed; the last checkpoint is left as it was.
     """
+    if isinstance(model, tuple(OTHERS)):
+        others = ", ".join(f"a {kind.__name__} by {function}" for kind, function in OTHERS.items())
+        raise TypeError(f"model: train takes autoregressive models, got a {type(model).__name__}; {others}")
     check_data(model, train_data, "train_data")
     if val_data is not None:
         check_data(model, val_data, "val_data")
@@ -88,7 +94,7 @@ def train(
 
 def initialize(model: torch.nn.Module, data: Data, config: TrainConfig) -> None:
     """Data-dependent initialisation on the batch of the first step, for a new model of a kind that has one
-    (`PixelCNNpp`, `PixelSNAIL`); other models are left as they are.
+    (`PixelCNNpp`, `PixelSNAIL`, `VQVAE`); other models are left as they are.
     """
     if hasattr(model, "initialize"):
         check_data(model, data, "data")

@@ -398,6 +398,20 @@ def test_two_stages(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
         expected = -(model.log_likelihood(val.images) + nats).mean() / (64 * math.log(2))
     assert bits == pytest.approx(float(expected), abs=2e-5)
     assert of_codes == pytest.approx(float(-nats.mean()) / (64 * math.log(2)), abs=2e-5)
+    assert main(f"sample {prior} {stage} -n 6 --known digits --keep left -o k.npy --quiet".split()) == 0
+    codes = model.encode(val.images[:6])
+    mask = torch.zeros(2, 2, dtype=torch.bool)
+    mask[:, :1] = True
+    completed = fastgen.Sampler(fastgen.load(prior)).sample(6, labels=val.labels[:6], known=codes, mask=mask)
+    assert np.array_equal(np.load("k.npy"), model.render(completed).numpy())
+    fastgen.save(models.VQVAE(**model.config), "other.safetensors")
+    capsys.readouterr()
+    assert main(f"sample {prior} --vqvae other.safetensors".split()) == 2
+    assert "a prior over the codes of another vqvae" in capsys.readouterr().err
+    assert main(f"{train} --steps 5 --resume --vqvae other.safetensors".split()) == 2
+    assert "cannot resume" in capsys.readouterr().err
+    assert main(f"sample {prior}".split()) == main(f"score {prior} --data digits".split()) == 2
+    assert "-o: the samples are codes: give --vqvae" in (error := capsys.readouterr().err) and "score PRIOR" in error
     assert main("eval runs/vqvae-digits/model.safetensors --data digits".split()) == 0
     assert "at most " in capsys.readouterr().out
     assert main("latent reconstruct runs/vqvae-digits/model.safetensors --data digits -n 3 -o r.png".split()) == 0

@@ -37,9 +37,6 @@ def codes():
     return lambda: ops.nearest_code(x, codebook)
 
 
-every = pytest.mark.parametrize("make", [masked, block, latents, nll, codes])
-
-
 def elu():
     x = torch.randn(2, 32, 5, 7, device="cuda", requires_grad=True)
     return lambda: torch.autograd.grad(ops.concat_elu(x, dropout=0.5, seed=3).square().sum(), x)[0]
@@ -50,7 +47,7 @@ def gate():
     return lambda: torch.autograd.grad(ops.gated_unit(x, residual).square().sum(), x)[0]
 
 
-OPERATORS = [masked, block, latents, nll]
+OPERATORS = [masked, block, latents, nll, codes]
 
 
 @pytest.mark.parametrize("make", [*OPERATORS, elu, gate])

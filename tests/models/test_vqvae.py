@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 import fastgen
 from fastgen import models
+from fastgen.metrics import two_stages_bits_per_dim
 from fastgen.models.chunks import CHUNK
 from fastgen.sampling import naive_sample
+from fastgen.sampling.precision import weights_in
 
 SMALL = {"image_shape": (1, 8, 8), "levels": 5, "num_codes": 3, "latent_dim": 4, "num_filters": 8, "num_blocks": 1}
 KINDS = {
@@ -69,7 +73,12 @@ def test_shapes_and_gradients(kind):
 def test_terms_by_hand():
     model = build()
     images = images_for(model)
-    x = model.encoder(images.float() / 2 - 1)
+    x = images.float() / 2 - 1
+    first, second = model.encoder.down
+    x = F.conv2d(F.relu(F.conv2d(x, first.weight, first.bias, 2, 1)), second.weight, second.bias, 2, 1)
+    block, last = model.encoder.blocks[0], model.encoder.last
+    inner = F.relu(F.conv2d(F.relu(x), block.conv.weight, block.conv.bias, padding=1))
+    x = F.conv2d(F.relu(x + F.conv2d(inner, block.point.weight, block.point.bias)), last.weight, last.bias)
     distances = (x.movedim(1, -1)[..., None, :] - model.quantizer.codebook).square().sum(-1)
     codes = distances.argmin(-1)
     assert torch.equal(model.encode(images)[:, 0].long(), codes)
@@ -78,6 +87,7 @@ def test_terms_by_hand():
     torch.testing.assert_close(terms.log_likelihood, -model.likelihood.nll(model.decoder(chosen), images))
     torch.testing.assert_close(terms.loss, 0.25 * (x - chosen).square().mean())
     torch.testing.assert_close(model.log_likelihood(images), terms.log_likelihood)
+    torch.testing.assert_close(model.log_likelihood(images, codes[:, None]), terms.log_likelihood)
     torch.testing.assert_close(model.log_prob(images), terms.log_likelihood - 4 * math.log(3))
 
 
@@ -173,7 +183,7 @@ def test_a_prior_of_more_codes_than_a_byte_holds():
         ({"image_shape": (2, 8, 8)}, "image_shape: expected 1 or 3 channels, got 2"),
         ({"likelihood": "laplace"}, "likelihood: expected one of bernoulli"),
         ({"latent_dim": 0}, "latent_dim: expected an integer of at least 1, got 0"),
-        ({"decay": 2}, "decay: expected None or a number"),
+        ({"decay": 2}, "decay: expected a finite number"),
     ],
     ids=str,
 )
@@ -216,9 +226,14 @@ def test_bad_options_of_priors(options, text):
             ValueError,
             r"model: expected a prior over the 3 codes of the vqvae, \[2, 2\] an image, got a GatedPixelCNN of 300",
         ),
+        (
+            lambda m: fastgen.sample(models.PixelCNN(image_shape=(3, 2, 2), levels=3, num_filters=6), 2, vqvae=m),
+            ValueError,
+            r"\[2, 2\] an image, got a PixelCNN of 3 levels and image_shape \(3, 2, 2\)",
+        ),
         (lambda m: fastgen.Sampler(m), TypeError, "head must be"),
     ],
-    ids=range(13),
+    ids=range(14),
 )
 def test_bad_calls(call, error, text):
     with pytest.raises(error, match=text):
@@ -228,5 +243,42 @@ def test_bad_calls(call, error, text):
 def test_weights_that_are_not_finite():
     model = build()
     torch.nn.init.constant_(model.decoder.first.bias, math.nan)
-    with pytest.raises(RuntimeError, match="NaN or infinity"):
+    with pytest.raises(RuntimeError, match="the decoded images hold NaN or infinity"):
         model.render(torch.zeros(2, 1, 2, 2, dtype=torch.uint8))
+    model = build()
+    torch.nn.init.constant_(model.encoder.last.bias, math.nan)
+    for call in (model.encode, model.log_prob, model.perplexity, model.reconstruct):
+        with pytest.raises(RuntimeError, match="the encoder's features hold NaN or infinity"):
+            call(images_for(model))
+
+
+def test_the_bound_of_two_stages_is_of_the_same_codes_in_every_precision():
+    model, labels = build("plain", num_filters=24), torch.arange(64) % 2
+    prior = prior_for(model, num_classes=2)
+    images = images_for(model, 64)
+    both, of_codes = two_stages_bits_per_dim(model, prior, images, labels)
+    codes = model.encode(images)
+    with torch.no_grad():
+        nats = prior.log_prob(codes, labels)
+        expected = model.log_likelihood(images) + nats
+    assert both == pytest.approx(-float(expected.mean()) / (64 * math.log(2)), abs=1e-5)
+    assert of_codes == pytest.approx(-float(nats.mean()) / (64 * math.log(2)), abs=1e-5)
+    both, of_codes = two_stages_bits_per_dim(model, prior, images, labels, precision="bf16")
+    with torch.no_grad(), weights_in("bf16"):
+        rounded = model.encode(images)
+        assert not torch.equal(rounded, codes)
+        expected = model.log_likelihood(images, rounded) + prior.log_prob(rounded, labels)
+    assert both == pytest.approx(-float(expected.mean()) / (64 * math.log(2)), abs=1e-5)
+
+
+def test_codes_of_another_model_are_not_rendered(tmp_path):
+    model = build()
+    other = build(num_filters=9)
+    assert model.fingerprint() == copy.deepcopy(model).fingerprint() != other.fingerprint()
+    prior = prior_for(model)
+    prior.codes_of = model.fingerprint()
+    fastgen.save(prior, tmp_path / "p.safetensors")
+    assert fastgen.load(tmp_path / "p.safetensors").codes_of == model.fingerprint()
+    fastgen.sample(tmp_path / "p.safetensors", 1, vqvae=model)
+    with pytest.raises(ValueError, match=f"model: a prior over the codes of another vqvae, .*{model.fingerprint()}"):
+        fastgen.sample(tmp_path / "p.safetensors", 1, vqvae=other)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -89,3 +90,39 @@ def test_it_stops_where_the_loss_is_not_finite(tmp_path):
 def test_data_are_checked():
     with pytest.raises(ValueError, match="train_data: holds no images"):
         training.train_vqvae(build(), dataset(0), None, TrainConfig(max_steps=1))
+
+
+def test_a_step_is_on_the_loss_of_the_paper():
+    """Equation 3, each term for each element: gradients of the first step by hand."""
+    model, data = build(), dataset(5)
+    config = TrainConfig(max_steps=1, batch_size=5, learning_rate=1e-9, clip_norm=1e9)
+    training.initialize(model, data, config)
+    by_hand = copy.deepcopy(model)
+    training.train_vqvae(model, data, None, config, progress=False)
+    terms = by_hand.terms(data.images)
+    ((terms.loss - terms.log_likelihood.mean() / 64) / math.log(2)).backward()
+    for (name, parameter), expected in zip(model.named_parameters(), by_hand.parameters(), strict=True):
+        torch.testing.assert_close(parameter.grad, expected.grad, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("function", "model"),
+    [
+        (training.train, build()),
+        (training.train, models.VAE(image_shape=(1, 8, 8), num_filters=4)),
+        (training.train_vae, build()),
+        (training.train_vqvae, models.VAE(image_shape=(1, 8, 8), num_filters=4)),
+    ],
+    ids=range(4),
+)
+def test_models_that_another_function_trains_are_refused(function, model):
+    config = training.VAEConfig(max_steps=1) if function is training.train_vae else TrainConfig(max_steps=1)
+    with pytest.raises(TypeError, match="model: train"):
+        function(model, dataset(), None, config, progress=False)
+
+
+def test_what_is_not_encoded():
+    with pytest.raises(TypeError, match="model: encoded takes a VQVAE, got a VAE"):
+        training.encoded(models.VAE(image_shape=(1, 8, 8), num_filters=4), dataset())
+    with pytest.raises(ValueError, match="data: holds no images"):
+        training.encoded(build(), dataset(0))

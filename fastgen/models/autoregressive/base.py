@@ -31,9 +31,12 @@ class AutoregressiveModel(torch.nn.Module):
     Attributes:
         name: the registered name of the class.
         config: the constructor arguments, JSON-able: ``type(model)(**model.config)`` builds the same architecture.
+        codes_of: of a prior over codes, `VQVAE.fingerprint` of the model that they are of, to be set by who trains it;
+            kept in checkpoints, where it keeps the codes of one model from being rendered by another. Or None.
     """
 
     name: ClassVar[str]
+    codes_of: str | None = None
 
     def __init__(
         self,

@@ -4,6 +4,7 @@ Learning", 1711.00937).
 
 from __future__ import annotations
 
+import hashlib
 import math
 from typing import Any, ClassVar, NamedTuple
 
@@ -12,13 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgen import ops
-from fastgen._arguments import check_image_shape, check_images, check_levels, positive
+from fastgen._arguments import check_image_shape, check_images, check_levels, describe, positive
 from fastgen.models.chunks import in_chunks
 from fastgen.models.vae import likelihoods
 from fastgen.nn import ConvTransposeBNAct, VectorQuantizer
+from fastgen.sampling.heads import Categorical
 from fastgen.sampling.subject import evaluating
 
-MAX_CODES = 1 << 16
+ENCODED = 256  # images at a time
 
 
 class Terms(NamedTuple):
@@ -61,6 +63,8 @@ class VQVAE(nn.Module):
         code_shape: (h, w) of the codes of an image.
         code_dtype: of codes: uint8, or int64 where there are more than 256; what a prior over them reads.
 
+    In training mode calls of `terms` move the codes, and restart some at random, by PyTorch's generator.
+
     Raises:
         ValueError: an argument is out of range.
     """
@@ -91,8 +95,9 @@ class VQVAE(nn.Module):
             raise ValueError(f"downsampling: expected a power of two of at least 2, got {downsampling}")
         if height % downsampling or width % downsampling:
             raise ValueError(f"image_shape: expected multiples of {downsampling=}, got {height}x{width}")
-        if not 2 <= positive("num_codes", num_codes) <= MAX_CODES:
-            raise ValueError(f"num_codes: expected an integer in 2..{MAX_CODES}, got {num_codes}")
+        most = Categorical.max_levels
+        if not 2 <= positive("num_codes", num_codes) <= most:
+            raise ValueError(f"num_codes: expected an integer in 2..{most}, got {num_codes}")
         self.num_codes, self.code_shape = num_codes, (height // downsampling, width // downsampling)
         self.code_dtype = torch.uint8 if num_codes <= 256 else torch.int64
         self.likelihood = likelihoods.make(likelihood, channels, levels, scale)
@@ -132,16 +137,35 @@ class VQVAE(nn.Module):
             raise ValueError("labels: expected None, this model has no classes")
         return self.log_likelihood(images) - math.prod(self.code_shape) * math.log(self.num_codes)
 
-    def log_likelihood(self, images: Tensor) -> Tensor:
-        """log p(x | z_q(x)), [N] nats, of uint8 levels [N, C, H, W].  No codes move."""
-        codes = ops.nearest_code(self._features(images), self.quantizer.codebook)
-        return -self.likelihood.nll(self.decoder(self.quantizer.look_up(codes)), images)
+    def log_likelihood(self, images: Tensor, codes: Tensor | None = None) -> Tensor:
+        """log p(x | z_q(x)), [N] nats, of uint8 levels [N, C, H, W].  No codes move, and no gradient reaches the
+        encoder: `terms` are for training.
+
+        Args:
+            images: uint8 levels [N, C, H, W].
+            codes: what `encode` says of them, where it is known.
+
+        Raises:
+            RuntimeError: as `encode`.
+        """
+        return -self.likelihood.nll(self.decode(self.encode(images) if codes is None else codes), images)
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """uint8 levels [N, C, H, W] -> the codes, [N, 1, h, w] of `code_dtype`: images of a prior."""
-        codes = ops.nearest_code(self._features(images), self.quantizer.codebook)
-        return codes.unsqueeze(1).to(self.code_dtype)
+        """uint8 levels [N, C, H, W] -> the codes, [N, 1, h, w] of `code_dtype`: images of a prior.
+
+        Raises:
+            TypeError, ValueError: naming what was expected and what came.
+            RuntimeError: what the encoder says of an image is not finite.
+        """
+        codes = [self._codes(part) for part in images.split(ENCODED)] if isinstance(images, Tensor) else []
+        return torch.cat(codes) if codes else self._codes(images)
+
+    def _codes(self, images: Tensor) -> Tensor:
+        features = self._features(images)
+        if not torch.isfinite(features).all():
+            raise RuntimeError("the encoder's features hold NaN or infinity: are its weights finite?")
+        return ops.nearest_code(features, self.quantizer.codebook).unsqueeze(1).to(self.code_dtype)
 
     def decode(self, codes: Tensor) -> Tensor:
         """Integer codes [N, 1, h, w] -> parameters of the likelihood, [N, P, H, W].  `render` makes images of codes."""
@@ -192,8 +216,13 @@ class VQVAE(nn.Module):
 
     @torch.no_grad()
     def initialize(self, images: Tensor, labels: None = None) -> None:
-        """Makes codes of what the untrained encoder says of images, [N, C, H, W]."""
+        """Makes codes of what the untrained encoder says of uint8 levels [N, C, H, W]; `labels` are not used."""
         self.quantizer.initialize(self._features(images))
+
+    def fingerprint(self) -> str:
+        """What tells this codebook from others: 16 hexadecimal digits.  A prior keeps that of its codes."""
+        values = self.quantizer.codebook.detach().to("cpu", torch.float32).contiguous()
+        return hashlib.sha256(values.numpy().tobytes()).hexdigest()[:16]
 
     def _features(self, images: Tensor) -> Tensor:
         """z_e(x): [N, D, h, w]."""
@@ -202,8 +231,7 @@ class VQVAE(nn.Module):
 
     def _check_codes(self, codes: Tensor) -> None:
         if not isinstance(codes, Tensor) or codes.dtype not in (torch.uint8, torch.int32, torch.int64):
-            kind = codes.dtype if isinstance(codes, Tensor) else type(codes).__name__
-            raise TypeError(f"codes: expected a tensor of uint8, int32 or int64, got {kind}")
+            raise TypeError(f"codes: expected a tensor of uint8, int32 or int64, got {describe(codes)}")
         check_images(codes, (1, *self.code_shape), self.num_codes, dtype=codes.dtype, name="codes")
 
     def extra_repr(self) -> str:

@@ -15,7 +15,7 @@ import torch
 
 from fastgen import charts, images
 from fastgen.models import AdversarialModel
-from fastgen.training.batches import Data, batch, check_data
+from fastgen.training.batches import Data, batch, check_data, check_kind
 from fastgen.training.gan.config import GANConfig
 from fastgen.training.gan.state import GANState
 from fastgen.training.monitor import read_log
@@ -87,6 +87,7 @@ def train_gan(
         TypeError: ``out`` is given, but the model is not one of `fastgen.models`.
         RuntimeError: a loss is not finite; the last checkpoint is left as it was.
     """
+    check_kind(model, AdversarialModel, "train_gan")
     check_data(model, train_data, "train_data")
     state = GANState(model, config)
     run = _Run(state, config, train_data, prepare_folder(model, out, resume), sample_grid, score)

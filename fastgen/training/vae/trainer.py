@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fastgen.models import VAE
-from fastgen.training.batches import Data, check_data, labels_for, subseed
+from fastgen.training.batches import Data, check_data, check_kind, labels_for, subseed
 from fastgen.training.run import SampleGrid, prepare_folder
 from fastgen.training.state import State
 from fastgen.training.trainer import LikelihoodRun
@@ -68,6 +68,7 @@ def train_vae(
 
     Arguments and errors are those of `fastgen.training.train`.
     """
+    check_kind(model, VAE, "train_vae")
     check_data(model, train_data, "train_data")
     if val_data is not None:
         check_data(model, val_data, "val_data")

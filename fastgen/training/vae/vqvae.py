@@ -11,15 +11,13 @@ from torch import Tensor
 from fastgen.data import Dataset
 from fastgen.metrics import bits_per_dim
 from fastgen.models import VQVAE
-from fastgen.models.vae.vqvae import perplexity
+from fastgen.models.vae.vqvae import ENCODED, perplexity
 from fastgen.sampling.subject import evaluating
-from fastgen.training.batches import Data, check_data
+from fastgen.training.batches import Data, check_data, check_kind
 from fastgen.training.config import TrainConfig
 from fastgen.training.run import SampleGrid, prepare_folder
 from fastgen.training.state import State
 from fastgen.training.trainer import LikelihoodRun, TrainResult
-
-ENCODED = 256  # images at a time
 
 
 def train_vqvae(
@@ -36,13 +34,15 @@ def train_vqvae(
     """Trains a `VQVAE` to its limit of steps or seconds, and leaves the best weights in it.
 
     A step makes ``log p(x | z_q(x))`` larger and the loss of the quantiser smaller (van den Oord et al. 2017, equation
-    3), both for each element of an image, nats and mean square distance.  Weights are averaged over the steps; the
-    average is validated by the bound with all codes equally likely (`VQVAE.log_prob`), pictured and kept.  Each line of
+    3), both for each element of an image, nats and mean square distance.  Weights are averaged over the steps, but for
+    codes that are moving averages themselves; the average is validated by the bound with all codes equally likely
+    (`VQVAE.log_prob`), pictured and kept.  Each line of
     the log has the terms of the loss and how many codes are in use (perplexity), in a batch and in the validation
     images.  Call `initialize` on the data before.
 
     Arguments, result and errors are those of `fastgen.training.train`.
     """
+    check_kind(model, VQVAE, "train_vqvae")
     check_data(model, train_data, "train_data")
     if val_data is not None:
         check_data(model, val_data, "val_data")
@@ -58,16 +58,21 @@ def encoded(model: VQVAE, data: Data, name: str = "codes") -> Dataset:
 
     Args:
         model: what encodes.
-        data: images that it takes, and labels or None.
+        data: images that it takes, at least one, and labels or None.
         name: of the data set, for messages.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: as `VQVAE.encode`; the model is none, or there are no images.
     """
+    check_kind(model, VQVAE, "encoded")
+    check_data(model, data, "data")
     device = next(model.parameters()).device
-    codes = torch.empty(len(data.images), 1, *model.code_shape, dtype=model.code_dtype, device="cpu")
     with evaluating(model):
-        for i in range(0, len(codes), ENCODED):
-            codes[i : i + ENCODED] = model.encode(data.images[i : i + ENCODED].to(device)).cpu()
+        codes = torch.cat([model.encode(part.to(device)).cpu() for part in data.images.split(ENCODED)])
     labels = data.labels
-    num_classes = None if labels is None else getattr(data, "num_classes", int(labels.max()) + 1)
+    num_classes = getattr(data, "num_classes", None)
+    if num_classes is None and labels is not None:
+        num_classes = int(labels.max()) + 1
     return Dataset(codes, labels, model.num_codes, num_classes, name)
 
 
