@@ -133,6 +133,13 @@ def test_vectors_that_are_not_finite_move_nothing(min_usage):
         torch.testing.assert_close(broken.codebook, whole.codebook)
 
 
+def test_no_code_starts_anew_from_a_vector_that_is_not_finite():
+    layer = far_away(decay=0.5, min_usage=0.9)
+    layer.counts[0] = 100.0  # of which the others have too small a share
+    layer(torch.full((6, D), float("inf")))
+    assert torch.equal(layer.codebook[1:], torch.full((4, 3), 100.0))
+
+
 def test_features_are_the_codes_themselves():
     layer = build().eval()
     for scale in (1.0, 1e8):
