@@ -95,8 +95,9 @@ def plain(model: Any, memory_format: torch.memory_format) -> Any:
 
 def encode(model: Any, images: Tensor) -> Tensor:
     with torch.no_grad():
-        quantizer, features = model.quantizer, model._features(images)
-        return quantizer.codes(features) if isinstance(quantizer, PlainQuantizer) else model.encode(images)
+        if isinstance(model.quantizer, PlainQuantizer):
+            return model.quantizer.codes(model._features(images))
+        return model.encode(images)
 
 
 def decode(model: Any, codes: Tensor) -> Tensor:

@@ -248,7 +248,7 @@ class Residual(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         inner = ops.conv2d_bn_act(F.relu(x), self.conv.weight, self.conv.bias, padding=1, activation="relu")
-        return x + self.point(inner)
+        return self.point(inner).add_(x)
 
 
 class Encoder(nn.Module):
@@ -262,8 +262,11 @@ class Encoder(nn.Module):
         self.last = nn.Conv2d(num_filters, latent_dim, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        for i, conv in enumerate(self.down):
-            x = conv(F.relu(x) if i else x)
+        x = x.contiguous(memory_format=torch.channels_last)  # what convolutions prefer
+        conv: Any
+        for i, conv in enumerate(self.down, 1):
+            activation = "none" if i == len(self.down) else "relu"
+            x = ops.conv2d_bn_act(x, conv.weight, conv.bias, stride=2, padding=1, activation=activation)
         return self.last(F.relu(self.blocks(x)))
 
 
