@@ -37,6 +37,18 @@ class PlainResidual(nn.Module):
         return x + self.point(F.relu(self.conv(F.relu(x))))
 
 
+class PlainEncoder(nn.Module):
+    def __init__(self, encoder: Any) -> None:
+        super().__init__()
+        self.down, self.last = encoder.down, encoder.last
+        self.blocks = nn.Sequential(*map(PlainResidual, encoder.blocks))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, conv in enumerate(self.down):
+            x = conv(F.relu(x) if i else x)
+        return self.last(F.relu(self.blocks(x)))
+
+
 class PlainQuantizer(nn.Module):
     """As `nn.VectorQuantizer`, without restarts."""
 
@@ -86,8 +98,8 @@ def images_for(model: Any, batch: int) -> Tensor:
 
 def plain(model: Any, memory_format: torch.memory_format) -> Any:
     result = copy.deepcopy(model)
-    for net in (result.encoder, result.decoder):
-        net.blocks = nn.Sequential(*map(PlainResidual, net.blocks))
+    result.encoder = PlainEncoder(result.encoder)
+    result.decoder.blocks = nn.Sequential(*map(PlainResidual, result.decoder.blocks))
     result.decoder.up = nn.Sequential(*(nn.Sequential(*layers) for layers in result.decoder.up))
     result.quantizer = PlainQuantizer(result.quantizer)
     return result.to(memory_format=memory_format)
