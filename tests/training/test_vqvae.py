@@ -11,6 +11,8 @@ import torch
 import fastgen
 from fastgen import checkpoint, models, training
 from fastgen.training import TrainConfig
+from fastgen.training.batches import batch
+from fastgen.training.vae import vqvae
 from tests.training.test_vae import dataset, interrupt, read_log
 
 STEPS = 7
@@ -103,6 +105,21 @@ def test_a_step_is_on_the_loss_of_the_paper():
     ((terms.loss - terms.log_likelihood.mean() / 64) / math.log(2)).backward()
     for (name, parameter), expected in zip(model.named_parameters(), by_hand.parameters(), strict=True):
         torch.testing.assert_close(parameter.grad, expected.grad, msg=name)
+
+
+def test_codes_are_averaged_like_the_weights():
+    """Else the averaged encoder would meet codes that it does not know."""
+    model, data = build(min_usage=0.9), dataset()
+    config = TrainConfig(max_steps=20, batch_size=5, learning_rate=0.02, ema_decay=0.7)
+    training.initialize(model, data, config)
+    state = vqvae._State(model.train(), config)
+    codes = model.quantizer.codebook.clone()
+    for step in range(20):
+        state.update(*batch(model, data, step, 5, 0))
+        decay = min(0.7, (1 + step) / (10 + step))
+        codes = decay * codes + (1 - decay) * model.quantizer.codebook
+        torch.testing.assert_close(state.average.quantizer.codebook, codes)
+    assert not torch.allclose(codes, model.quantizer.codebook, atol=1e-2)
 
 
 @pytest.mark.parametrize(

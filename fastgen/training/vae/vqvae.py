@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -34,11 +35,10 @@ def train_vqvae(
     """Trains a `VQVAE` to its limit of steps or seconds, and leaves the best weights in it.
 
     A step makes ``log p(x | z_q(x))`` larger and the loss of the quantiser smaller (van den Oord et al. 2017, equation
-    3), both for each element of an image, nats and mean square distance.  Weights are averaged over the steps, but for
-    codes that are moving averages themselves; the average is validated by the bound with all codes equally likely
-    (`VQVAE.log_prob`), pictured and kept.  Each line of
-    the log has the terms of the loss and how many codes are in use (perplexity), in a batch and in the validation
-    images.  Call `initialize` on the data before.
+    3), both for each element of an image, nats and mean square distance.  Weights and codes are averaged over the
+    steps; the average is validated by the bound with all codes equally likely (`VQVAE.log_prob`), pictured and kept.
+    Each line of the log has the terms of the loss and how many codes are in use (perplexity), in a batch and in the
+    validation images.  Call `initialize` on the data before.
 
     Arguments, result and errors are those of `fastgen.training.train`.
     """
@@ -93,6 +93,18 @@ class _State(State):
             "perplexity": perplexity(codes, self.vqvae.num_codes),
         }
         return nats - images[0].numel() * loss
+
+    @torch.no_grad()
+    def _update_average(self) -> None:
+        """Codes that are moving averages are averaged like the weights: the vectors of the mean encoder are far from
+        today's codes.
+        """
+        mean, today = cast(VQVAE, self.average).quantizer, self.vqvae.quantizer
+        codes = mean.codebook.clone()
+        weight = 1.0 - self.config.ema_decay_at(self.step)
+        super()._update_average()
+        if today.decay is not None:
+            mean.codebook.copy_(codes.lerp_(today.codebook, weight))
 
 
 class _Run(LikelihoodRun):
