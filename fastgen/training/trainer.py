@@ -82,14 +82,8 @@ def train(
     if isinstance(model, tuple(OTHERS)):
         others = ", ".join(f"a {kind.__name__} by {function}" for kind, function in OTHERS.items())
         raise TypeError(f"model: train takes autoregressive models, got a {type(model).__name__}; {others}")
-    check_data(model, train_data, "train_data")
-    if val_data is not None:
-        check_data(model, val_data, "val_data")
-    state = State(model, config)
-    run = LikelihoodRun(state, config, train_data, prepare_folder(model, out, resume), sample_grid, val_data)
-    run.go(resume, progress)
-    best_step = state.step if state.best_bits is None else state.best_step
-    return TrainResult(model, state.best_bits, best_step, state.step, state.seconds, run.checkpoint)
+    run = LikelihoodRun(State(model, config), config, train_data, val_data, out, resume, sample_grid)
+    return run.train(resume, progress)
 
 
 def initialize(model: torch.nn.Module, data: Data, config: TrainConfig) -> None:
@@ -111,13 +105,24 @@ class LikelihoodRun(Run):
         self,
         state: State,
         config: TrainConfig,
-        data: Data,
-        folder: Path | None,
-        sample_grid: SampleGrid | None,
+        train_data: Data,
         val_data: Data | None,
+        out: str | os.PathLike[str] | None,
+        resume: bool,
+        sample_grid: SampleGrid | None,
     ) -> None:
-        super().__init__(state, config, data, folder, sample_grid)
+        check_data(state.model, train_data, "train_data")
+        if val_data is not None:
+            check_data(state.model, val_data, "val_data")
+        super().__init__(state, config, train_data, prepare_folder(state.model, out, resume), sample_grid)
         self.val_data = val_data
+
+    def train(self, resume: bool, progress: bool) -> TrainResult:
+        """The whole run."""
+        self.go(resume, progress)
+        state = self.state
+        best_step = state.step if state.best_bits is None else state.best_step
+        return TrainResult(state.model, state.best_bits, best_step, state.step, state.seconds, self.checkpoint)
 
     @property
     def report_every(self) -> int:

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from fastgen.models import VAE
-from fastgen.training.batches import Data, check_data, check_kind, labels_for, subseed
-from fastgen.training.run import SampleGrid, prepare_folder
+from fastgen.training.batches import Data, check_kind, labels_for, subseed
+from fastgen.training.run import SampleGrid
 from fastgen.training.state import State
 from fastgen.training.trainer import LikelihoodRun
 from fastgen.training.vae.config import VAEConfig
@@ -69,14 +69,8 @@ def train_vae(
     Arguments and errors are those of `fastgen.training.train`.
     """
     check_kind(model, VAE, "train_vae")
-    check_data(model, train_data, "train_data")
-    if val_data is not None:
-        check_data(model, val_data, "val_data")
-    state = _State(model, config)
-    run = _Run(state, config, train_data, prepare_folder(model, out, resume), sample_grid, val_data)
-    run.go(resume, progress)
-    best_step = state.step if state.best_bits is None else state.best_step
-    return VAEResult(model, state.best_bits, best_step, state.step, state.seconds, run.checkpoint)
+    run = _Run(_State(model, config), config, train_data, val_data, out, resume, sample_grid)
+    return VAEResult(**vars(run.train(resume, progress)))
 
 
 class _State(State):

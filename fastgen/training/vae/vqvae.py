@@ -12,11 +12,11 @@ from torch import Tensor
 from fastgen.data import Dataset
 from fastgen.metrics import bits_per_dim
 from fastgen.models import VQVAE
-from fastgen.models.vae.vqvae import ENCODED, perplexity
+from fastgen.models.vae.vqvae import perplexity
 from fastgen.sampling.subject import evaluating
 from fastgen.training.batches import Data, check_data, check_kind
 from fastgen.training.config import TrainConfig
-from fastgen.training.run import SampleGrid, prepare_folder
+from fastgen.training.run import SampleGrid
 from fastgen.training.state import State
 from fastgen.training.trainer import LikelihoodRun, TrainResult
 
@@ -43,14 +43,8 @@ def train_vqvae(
     Arguments, result and errors are those of `fastgen.training.train`.
     """
     check_kind(model, VQVAE, "train_vqvae")
-    check_data(model, train_data, "train_data")
-    if val_data is not None:
-        check_data(model, val_data, "val_data")
-    state = _State(model, config)
-    run = _Run(state, config, train_data, prepare_folder(model, out, resume), sample_grid, val_data)
-    run.go(resume, progress)
-    best_step = state.step if state.best_bits is None else state.best_step
-    return TrainResult(model, state.best_bits, best_step, state.step, state.seconds, run.checkpoint)
+    run = _Run(_State(model, config), config, train_data, val_data, out, resume, sample_grid)
+    return run.train(resume, progress)
 
 
 def encoded(model: VQVAE, data: Data, name: str = "codes") -> Dataset:
@@ -66,9 +60,8 @@ def encoded(model: VQVAE, data: Data, name: str = "codes") -> Dataset:
     """
     check_kind(model, VQVAE, "encoded")
     check_data(model, data, "data")
-    device = next(model.parameters()).device
     with evaluating(model):
-        codes = torch.cat([model.encode(part.to(device)).cpu() for part in data.images.split(ENCODED)])
+        codes = model.encode(data.images).cpu()
     labels = data.labels
     num_classes = getattr(data, "num_classes", None)
     if num_classes is None and labels is not None:
