@@ -53,7 +53,7 @@ class VQVAE(nn.Module):
         decay: of the codes as moving averages (appendix A.1), or None to learn them by gradients.
         commitment: beta, weight of the loss that keeps the encoder near the codes.
         min_usage: restarts codes that are used less than this share of the mean, see `nn.VectorQuantizer`; the paper
-            does not, and most codes are then never used.
+            does not, and few codes may then be in use.
         likelihood: "bernoulli", "gaussian", "logistic" (discretised) or "categorical", see `VAE`.
         scale: standard deviation of the gaussian likelihood, or None to learn one for each element.
 
@@ -99,7 +99,7 @@ class VQVAE(nn.Module):
         if not 2 <= positive("num_codes", num_codes) <= most:
             raise ValueError(f"num_codes: expected an integer in 2..{most}, got {num_codes}")
         self.num_codes, self.code_shape = num_codes, (height // downsampling, width // downsampling)
-        self.code_dtype = torch.uint8 if num_codes <= 256 else torch.int64
+        self.code_dtype = Categorical(num_codes, input_range=None).dtype
         self.likelihood = likelihoods.make(likelihood, channels, levels, scale)
         self.config: dict[str, Any] = {
             "image_shape": list(self.image_shape), "levels": levels, "num_codes": num_codes,
@@ -122,6 +122,7 @@ class VQVAE(nn.Module):
         Args:
             images: uint8 levels [N, C, H, W].
         """
+        check_images(images, self.image_shape, self.levels)
         features, codes, loss = self.quantizer(self._features(images))
         return Terms(-self.likelihood.nll(self.decoder(features), images), codes, loss)
 
@@ -158,8 +159,8 @@ class VQVAE(nn.Module):
             TypeError, ValueError: naming what was expected and what came.
             RuntimeError: what the encoder says of an image is not finite.
         """
-        codes = [self._codes(part) for part in images.split(ENCODED)] if isinstance(images, Tensor) else []
-        return torch.cat(codes) if codes else self._codes(images)
+        check_images(images, self.image_shape, self.levels)
+        return torch.cat([self._codes(part) for part in images.split(ENCODED)])
 
     def _codes(self, images: Tensor) -> Tensor:
         features = self._features(images)
@@ -217,6 +218,7 @@ class VQVAE(nn.Module):
     @torch.no_grad()
     def initialize(self, images: Tensor, labels: None = None) -> None:
         """Makes codes of what the untrained encoder says of uint8 levels [N, C, H, W]; `labels` are not used."""
+        check_images(images, self.image_shape, self.levels)
         self.quantizer.initialize(self._features(images))
 
     def fingerprint(self) -> str:
@@ -225,8 +227,7 @@ class VQVAE(nn.Module):
         return hashlib.sha256(values.numpy().tobytes()).hexdigest()[:16]
 
     def _features(self, images: Tensor) -> Tensor:
-        """z_e(x): [N, D, h, w]."""
-        check_images(images, self.image_shape, self.levels)
+        """z_e(x): [N, D, h, w], where the weights are."""
         return self.encoder(images.to(self.quantizer.codebook) * (2.0 / (self.levels - 1)) - 1.0)
 
     def _check_codes(self, codes: Tensor) -> None:
