@@ -19,7 +19,7 @@ from torch import Tensor
 
 from bench.harness.case import Case, Provider, Work
 
-TESTS = ("tests/ops/test_conv_transpose2d_bn_act.py", "tests/nn/test_conv_transpose_bn_act.py")
+TESTS = ("tests/ops/test_conv_transpose2d_bn_act.py", "tests/nn/test_conv_bn_act.py")
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from bench.harness.case import Case, Provider, Work
 from bench.harness.layers import convolution_products
 
-TESTS = ("tests/models/test_vae.py", "tests/nn/test_conv_transpose_bn_act.py")
+TESTS = ("tests/models/test_vae.py", "tests/nn/test_conv_bn_act.py")
 MODELS: dict[str, dict[str, Any]] = {
     "28x28": {"image_shape": (1, 28, 28), "num_filters": 64, "latent_dim": 20},
     "64x64 colour": {"image_shape": (3, 64, 64), "num_filters": 64, "latent_dim": 128},

@@ -1,5 +1,5 @@
 // fastgen._cpu.ConvPlan and conv_bn_act_*: convolutions by phases with BatchNorm and activation in the epilogue;
-// channel_* and conv_transpose_weight_gradient_*: the rest of a training step.
+// channel_* and conv_weight_gradient_*: the rest of a training step.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "cpu/conv_transpose2d_bn_act.h"
+#include "cpu/conv_weight_gradient.h"
 #include "cpu/isa.h"
 #include "cpu/phase_plan.h"
 #include "cpu/tap_conv.h"
@@ -22,6 +23,7 @@
 
 FASTGEN_FOR_EACH_ISA(FASTGEN_DECLARE_TAP_CONV)
 FASTGEN_FOR_EACH_ISA(FASTGEN_DECLARE_CONV_TRANSPOSE2D_BN_ACT)
+FASTGEN_FOR_EACH_ISA(FASTGEN_DECLARE_CONV_WEIGHT_GRADIENT)
 
 namespace fastgen {
 namespace {
@@ -51,21 +53,17 @@ struct TrainingKernels {
     void (*forward)(const ChannelPass<T>&, T*, T*);
     void (*reductions)(const ChannelPass<T>&, T*, T*, T*);
     void (*backward)(const ChannelPass<T>&, const T*, const T*, T*, T*);
-    int64_t (*weight_scratch_size)(const ConvTransposeShape&, const T*);
-    void (*weight_gradient)(const ConvTransposeShape&, const Image<T>&, const T*, T*, T*);
+    int64_t (*weight_scratch_size)(const WeightGradientShape&, const T*);
+    void (*weight_gradient)(const WeightGradientShape&, const Image<T>&, const Image<T>&, T*, T*);
 };
 
 template <class T>
 const TrainingKernels<T>& kernels() {
     static constexpr TrainingKernels<T> table[] = {
-#define FASTGEN_KERNELS(ISA)                  \
-    {ISA::channel_pass_scratch_size,          \
-     ISA::channel_statistics,                 \
-     ISA::channel_forward,                    \
-     ISA::channel_reductions,                 \
-     ISA::channel_backward,                   \
-     ISA::conv_transpose_weight_scratch_size, \
-     ISA::conv_transpose_weight_gradient},
+#define FASTGEN_KERNELS(ISA)                                                                          \
+    {ISA::channel_pass_scratch_size, ISA::channel_statistics, ISA::channel_forward,                   \
+     ISA::channel_reductions,        ISA::channel_backward,   ISA::conv_weight_gradient_scratch_size, \
+     ISA::conv_weight_gradient},
         FASTGEN_FOR_EACH_ISA(FASTGEN_KERNELS)
 #undef FASTGEN_KERNELS
     };
@@ -314,9 +312,9 @@ void channel_backward(const Pair& size, int64_t threads, uintptr_t conv, uintptr
     kernels<T>().backward(pass, grad_mean, grad_normalised_mean, pointer<T>(result), rest);
 }
 
-ConvTransposeShape weight_shape(int64_t batch, int64_t threads, int64_t groups, const Pair& channels,
-                                const Pair& in_size, const Pair& out_size, const Pair& kernel, const Pair& stride,
-                                const Pair& padding, const Pair& dilation) {
+WeightGradientShape weight_shape(int64_t batch, int64_t threads, int64_t groups, const Pair& channels,
+                                 const Pair& in_size, const Pair& out_size, const Pair& kernel, const Pair& stride,
+                                 const Pair& padding, const Pair& dilation) {
     return {batch,
             threads,
             groups,
@@ -331,10 +329,10 @@ ConvTransposeShape weight_shape(int64_t batch, int64_t threads, int64_t groups, 
 }
 
 template <class T>
-void weight_gradient(const ConvTransposeShape& shape, uintptr_t input, const Strides& strides, uintptr_t grad,
-                     uintptr_t result, uintptr_t scratch) {
-    kernels<T>().weight_gradient(shape, image<T>(input, strides), pointer<const T>(grad), pointer<T>(result),
-                                 pointer<T>(scratch));
+void weight_gradient(const WeightGradientShape& shape, uintptr_t input, const Strides& input_strides, uintptr_t grad,
+                     const Strides& grad_strides, uintptr_t result, uintptr_t scratch) {
+    kernels<T>().weight_gradient(shape, image<T>(input, input_strides), image<T>(grad, grad_strides),
+                                 pointer<T>(result), pointer<T>(scratch));
 }
 
 // A hash of all bytes, or, of more than 32 KiB, of 64 runs of eight cache lines spread evenly from the first byte to the
@@ -571,11 +569,12 @@ void define_training(pybind11::module_& module, const std::string& dtype) {
                py::arg("conv"), py::arg("grad"), py::arg("tensors"), py::arg("eps"), py::arg("activation"),
                py::arg("parameter"), py::arg("batch_statistics"), py::arg("result"), py::arg("grad_sum"),
                py::arg("grad_normalised_sum"), py::arg("scratch"), release());
-    module.def(("conv_transpose_weight_scratch_size_" + dtype).c_str(),
-               [](const ConvTransposeShape& shape) { return kernels<T>().weight_scratch_size(shape, nullptr); },
+    module.def(("conv_weight_gradient_scratch_size_" + dtype).c_str(),
+               [](const WeightGradientShape& shape) { return kernels<T>().weight_scratch_size(shape, nullptr); },
                py::arg("shape"));
-    module.def(("conv_transpose_weight_gradient_" + dtype).c_str(), weight_gradient<T>, py::arg("shape"),
-               py::arg("input"), py::arg("strides"), py::arg("grad"), py::arg("result"), py::arg("scratch"), release());
+    module.def(("conv_weight_gradient_" + dtype).c_str(), weight_gradient<T>, py::arg("shape"), py::arg("input"),
+               py::arg("input_strides"), py::arg("grad"), py::arg("grad_strides"), py::arg("result"),
+               py::arg("scratch"), release());
 }
 
 }  // namespace
@@ -592,10 +591,11 @@ void bind_conv_transpose2d_bn_act(pybind11::module_& module) {
         .def_property_readonly("layout", [](const Plan& plan) { return py::bytes(plan.layout); })
         .def_property_readonly("minimal", [](const Plan& plan) { return plan.conv->minimal; })
         .def_property_readonly("overlap_add", [](const Plan& plan) { return plan.conv->overlap_add; });
-    py::class_<ConvTransposeShape>(module, "ConvTransposeShape", "Sizes of a weight gradient.")
+    py::class_<WeightGradientShape>(module, "WeightGradientShape", "As of a transposed convolution.")
         .def(py::init(&weight_shape), py::arg("batch"), py::arg("threads"), py::arg("groups"), py::arg("channels"),
              py::arg("in_size"), py::arg("out_size"), py::arg("kernel"), py::arg("stride"), py::arg("padding"),
-             py::arg("dilation"));
+             py::arg("dilation"))
+        .def_property_readonly("minimal", &WeightGradientShape::minimal);
     py::enum_<Activation>(module, "Activation")
         .value("none", Activation::none)
         .value("relu", Activation::relu)

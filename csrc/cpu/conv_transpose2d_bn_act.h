@@ -23,12 +23,6 @@ struct ChannelPass {
     T parameter;
 };
 
-struct ConvTransposeShape {
-    int64_t batch, threads;
-    int64_t groups, in_channels, out_channels;  // channels of one group
-    int64_t in_size[2], out_size[2], kernel[2], stride[2], padding[2], dilation[2];
-};
-
 }  // namespace fastgen
 
 // Scratch sizes count elements of T; scratch starts on a cache line. The weight gradient takes an input whose channels
@@ -40,10 +34,7 @@ struct ConvTransposeShape {
     void channel_forward(const ChannelPass<T>& pass, T* output, T* scratch);                                        \
     void channel_reductions(const ChannelPass<T>& pass, T* grad_sum, T* grad_normalised_sum, T* scratch);           \
     void channel_backward(const ChannelPass<T>& pass, const T* grad_mean, const T* grad_normalised_mean, T* result, \
-                          T* scratch);                                                                              \
-    int64_t conv_transpose_weight_scratch_size(const ConvTransposeShape& shape, const T*);                          \
-    void conv_transpose_weight_gradient(const ConvTransposeShape& shape, const Image<T>& input, const T* grad,      \
-                                        T* result, T* scratch);
+                          T* scratch);
 
 #define FASTGEN_DECLARE_CONV_TRANSPOSE2D_BN_ACT(ISA)   \
     namespace fastgen::ISA {                           \

@@ -26,9 +26,10 @@
 
 namespace fastgen::FASTGEN_ISA {
 
-inline void filter_points(int64_t taps, const double* g, int64_t stride, double* out, int64_t out_stride) {
-    const double first = g[0], last = g[(taps - 1) * stride];
-    const double even = taps == 3 ? first + last : first, odd = g[stride];
+template <class V>
+FASTGEN_INLINE void filter_points(int64_t taps, const V* g, int64_t stride, V* out, int64_t out_stride) {
+    const V first = g[0], last = g[(taps - 1) * stride];
+    const V even = taps == 3 ? first + last : first, odd = g[stride];
     out[0] = first;
     out[out_stride] = even + odd;
     out[2 * out_stride] = even - odd;

@@ -31,7 +31,7 @@ constexpr int64_t kFlatRows = 14;   // up to which a product is flat
 constexpr int64_t kDirectRows = 7;  // enough rows of one line to read them where they are
 constexpr int64_t kGatherBytes = 256 << 10;   // of gathered rows: a part of the second-level cache
 constexpr int64_t kWeightBytes = 256 << 10;   // of panels at work together, where rows are few
-constexpr int64_t kPackTaps = 16;             // packed together
+constexpr int64_t kPackChannels = 16;         // packed together
 constexpr int64_t kItemCells = 256;           // of an item: enough rows for the gathered rectangles of small maps
 constexpr int64_t kMinimalItemCells = 1024;   // the same, of tiles
 constexpr int64_t kMinimalBytes = 512 << 10;  // of transformed tiles: half of the second-level cache
@@ -131,33 +131,54 @@ struct TapConv {
         return slot == slots() ? sum * plan.groups : group * sum + offset;
     }
 
+    // A few channels of a panel at a time, for all slots: they read the same cache lines.
     void pack(const ConvWeight<E>& weight, E* packed) const {
+        const int64_t blocks = ceil_div(plan.in_channels, kPackChannels);
 #pragma omp parallel for schedule(static) num_threads(call.threads)
-        for (int64_t unit = 0; unit < units(); ++unit) {
-            const int64_t group = unit / panels() / slots(), slot = unit / panels() % slots(), panel = unit % panels();
-            const AxisSlot& sy = plan.y.slots[slot / plan.x.num_slots];
-            const AxisSlot& sx = plan.x.slots[slot % plan.x.num_slots];
-            E* to = packed + packed_offset(group, slot);
-            if (packs_points(sy, sx))
-                pack_points(weight, group, sy, sx, panel, to);
-            else if (is_minimal(plan, sy, sx))
-                pack_lines(weight, group, sy, sx, panel, to + panel * panel_stride(sy, sx));
-            else
-                pack_panel(weight, group, sy, sx, panel, to + panel * panel_stride(sy, sx));
+        for (int64_t unit = 0; unit < plan.groups * panels() * blocks; ++unit) {
+            const int64_t group = unit / blocks / panels(), panel = unit / blocks % panels(), block = unit % blocks;
+            const Packing part{weight, group, panel, block * kPackChannels,
+                               min_of(plan.in_channels, (block + 1) * kPackChannels)};
+            for (int64_t slot = 0; slot < slots(); ++slot) {
+                const AxisSlot& sy = plan.y.slots[slot / plan.x.num_slots];
+                const AxisSlot& sx = plan.x.slots[slot % plan.x.num_slots];
+                E* to = packed + packed_offset(group, slot);
+                if (packs_points(sy, sx))
+                    pack_points(part, sy, sx, to);
+                else if (is_minimal(plan, sy, sx))
+                    pack_lines(part, sy, sx, to + panel * panel_stride(sy, sx));
+                else
+                    pack_panel(part, sy, sx, to + panel * panel_stride(sy, sx));
+            }
         }
     }
 
+    // Input channels first..last-1 of a panel.
+    struct Packing {
+        const ConvWeight<E>& weight;
+        int64_t group, panel, first, last;
+    };
+
+    // The weights of a tap for the columns of a panel: channel 0, or null where a column does not read the tap.
+    struct Columns {
+        const E* from[kPanel<T>];
+
+        Columns(const TapConv& conv, const Packing& part, const AxisSlot& sy, const AxisSlot& sx, int64_t tap) {
+            for (int64_t j = 0; j < kPanel<T>; ++j)
+                from[j] = conv.first_weight(part.weight, part.group, sy, sx, tap, part.panel, j);
+        }
+        FASTGEN_INLINE E at(int64_t j, int64_t offset) const { return from[j] ? from[j][offset] : E{}; }
+    };
+
     // As FilterLines; those of the next interleaved filter follow.
-    void pack_lines(const ConvWeight<E>& weight, int64_t group, const AxisSlot& sy, const AxisSlot& sx, int64_t panel,
-                    E* to) const {
+    void pack_lines(const Packing& part, const AxisSlot& sy, const AxisSlot& sx, E* to) const {
         if constexpr (kConvElement<E>.sums_filters) {
             for (int64_t f = 0; f < interleaved_filters(plan); ++f, to += plan.in_channels * kFilterLines * kPanel<T>) {
                 for (int64_t t = 0; t < kFilterLines; ++t) {
-                    const int64_t tap = filter_tap(sx, f, t / 2, t % 2);
-                    for (int64_t j = 0; j < kPanel<T>; ++j) {
-                        const E* from = first_weight(weight, group, sy, sx, tap, panel, j);
-                        for (int64_t c = 0; c < plan.in_channels; ++c)
-                            to[filter_line_at(c, t, j)] = from ? from[c * weight.in_channel] : E{};
+                    const Columns columns(*this, part, sy, sx, filter_tap(sx, f, t / 2, t % 2));
+                    for (int64_t c = part.first; c < part.last; ++c) {
+                        for (int64_t j = 0; j < kPanel<T>; ++j)
+                            to[filter_line_at(c, t, j)] = columns.at(j, c * part.weight.in_channel);
                     }
                 }
             }
@@ -171,50 +192,54 @@ struct TapConv {
     }
 
     // For minimal filtering the points come one after the other, each with all of its panels.
-    void pack_points(const ConvWeight<E>& weight, int64_t group, const AxisSlot& sy, const AxisSlot& sx, int64_t panel,
-                     E* to) const {
+    void pack_points(const Packing& part, const AxisSlot& sy, const AxisSlot& sx, E* to) const {
         const int64_t taps = sy.taps / plan.y.in_step;
         for (int64_t f = 0; f < interleaved_filters(plan); ++f) {
-            for (int64_t j = 0; j < kPanel<T>; ++j) {
-                const E* from[9];
-                for (int64_t t = 0; t < taps * taps; ++t)
-                    from[t] = first_weight(weight, group, sy, sx, filter_tap(sx, f, t / taps, t % taps), panel, j);
-                for (int64_t c = 0; c < plan.in_channels; ++c) {
-                    double filter[9], rows[kPoints * 3] = {}, points[kPoints * kPoints];
-                    for (int64_t t = 0; t < taps * taps; ++t) filter[t] = weight_value(from[t], c * weight.in_channel);
-                    for (int64_t t = 0; t < taps; ++t) filter_points(taps, filter + t, taps, rows + t, taps);
-                    for (int64_t p = 0; p < kPoints; ++p)
-                        filter_points(taps, rows + p * taps, 1, points + p * kPoints, 1);
-                    for (int64_t p = 0; p < kPoints * kPoints; ++p)
-                        to[(p * panels() + panel) * depth() * kPanel<T> +
-                           Products<E>::weight_at(f * plan.in_channels + c, j)] = Products<E>::rounded(points[p]);
+            // Of a few channels all taps, before the next ones: in double, so that the points are rounded once.
+            double filters[9][kPackChannels * kPanel<T>];
+            for (int64_t t = 0; t < taps * taps; ++t) {
+                const Columns columns(*this, part, sy, sx, filter_tap(sx, f, t / taps, t % taps));
+                for (int64_t c = part.first; c < part.last; ++c) {
+                    for (int64_t j = 0; j < kPanel<T>; ++j)
+                        filters[t][(c - part.first) * kPanel<T> + j] =
+                            Products<E>::value(columns.at(j, c * part.weight.in_channel));
                 }
+            }
+            for (int64_t c = part.first; c < part.last; ++c) {
+                const double* filter = &filters[0][(c - part.first) * kPanel<T>];
+                E* lines = to + part.panel * depth() * kPanel<T>;
+                if (taps == 3)
+                    point_lines<3>(filter, lines, f * plan.in_channels + c);
+                else
+                    point_lines<2>(filter, lines, f * plan.in_channels + c);
             }
         }
     }
 
-    static FASTGEN_INLINE double weight_value(const E* from, int64_t offset) {
-        return from ? Products<E>::value(from[offset]) : 0.0;
+    // The points of one channel's filters, whose taps are kPackChannels * kPanel elements apart.
+    template <int kTaps>
+    void point_lines(const double* filter, E* to, int64_t channel) const {
+        constexpr int64_t kTap = kPackChannels * kPanel<T>, kVec = kLanes<double>;
+        const int64_t point = panels() * depth() * kPanel<T>;
+        for (int64_t j = 0; j < kPanel<T>; j += kVec) {
+            Vec<double> taps[kTaps * kTaps], rows[kPoints * kTaps], points[kPoints * kPoints];
+            for (int64_t t = 0; t < kTaps * kTaps; ++t) taps[t] = load(filter + t * kTap + j);
+            for (int64_t t = 0; t < kTaps; ++t) filter_points(kTaps, taps + t, kTaps, rows + t, kTaps);
+            for (int64_t p = 0; p < kPoints; ++p) filter_points(kTaps, rows + p * kTaps, 1, points + p * kPoints, 1);
+            for (int64_t p = 0; p < kPoints * kPoints; ++p) {
+                for (int64_t l = 0; l < kVec; ++l)
+                    to[p * point + Products<E>::weight_at(channel, j + l)] = Products<E>::rounded(points[p][l]);
+            }
+        }
     }
 
-    void pack_panel(const ConvWeight<E>& weight, int64_t group, const AxisSlot& sy, const AxisSlot& sx, int64_t panel,
-                    E* to) const {
-        // Several taps at once: they are neighbours in memory.
-        for (int64_t tap = 0; tap < sy.taps * sx.taps; tap += kPackTaps) {
-            const int64_t taps = min_of(kPackTaps, sy.taps * sx.taps - tap);
-            const E* from[kPackTaps][kPanel<T>];  // of each column, null where it does not read the tap
-            for (int64_t t = 0; t < taps; ++t) {
+    void pack_panel(const Packing& part, const AxisSlot& sy, const AxisSlot& sx, E* to) const {
+        for (int64_t tap = 0; tap < sy.taps * sx.taps; ++tap) {
+            const Columns columns(*this, part, sy, sx, tap);
+            E* slice = to + tap_offset(sy, sx, tap / sx.taps, tap % sx.taps);
+            for (int64_t c = part.first; c < part.last; ++c) {
                 for (int64_t j = 0; j < kPanel<T>; ++j)
-                    from[t][j] = first_weight(weight, group, sy, sx, tap + t, panel, j);
-            }
-            E* slices[kPackTaps];
-            for (int64_t t = 0; t < taps; ++t)
-                slices[t] = to + tap_offset(sy, sx, (tap + t) / sx.taps, (tap + t) % sx.taps);
-            for (int64_t c = 0; c < plan.in_channels; ++c) {
-                for (int64_t t = 0; t < taps; ++t) {
-                    for (int64_t j = 0; j < kPanel<T>; ++j)
-                        slices[t][Products<E>::weight_at(c, j)] = from[t][j] ? from[t][j][c * weight.in_channel] : E{};
-                }
+                    slice[Products<E>::weight_at(c, j)] = columns.at(j, c * part.weight.in_channel);
             }
         }
     }

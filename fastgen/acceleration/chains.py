@@ -36,8 +36,8 @@ from fastgen.acceleration.links import (
 from fastgen.acceleration.report import Entry, Report
 from fastgen.acceleration.tracing import Trace, has_hooks
 from fastgen.acceleration.writes import written
+from fastgen.ops.conv_cpu import Options
 from fastgen.ops.conv_sequence import BLOCK_TENSORS, conv_transpose2d_bn_act_sequence
-from fastgen.ops.conv_transpose2d_bn_act_cpu import Options
 
 
 def fuse(trace: Trace, prefix: str) -> tuple[Report, set[str]]:

@@ -31,7 +31,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastgen.acceleration import blocks
 from fastgen.acceleration.states import Incomparable, state, unchanged
-from fastgen.nn import ConvTransposeBNAct
+from fastgen.nn import ConvBNAct, ConvTransposeBNAct
 
 HOOKS = (
     "_forward_hooks",
@@ -569,10 +569,11 @@ class _Tracer(fx.Tracer):
 
 
 def _in_turn(module: torch.nn.Module) -> Callable[..., Any] | None:
-    """Of our own block in eval, what runs its members in turn, so that they are fused with what is around them."""
-    if type(module).forward is not ConvTransposeBNAct.forward or any(part.training for part in module.modules()):
-        return None
-    return functools.partial(ConvTransposeBNAct.in_turn, module)  # type: ignore[arg-type]
+    """Of our own blocks in eval, what runs their members in turn, so that they are fused with what is around them."""
+    for kind in (ConvBNAct, ConvTransposeBNAct):
+        if type(module).forward is kind.forward and not any(part.training for part in module.modules()):
+            return functools.partial(kind.in_turn, module)  # type: ignore[arg-type]
+    return None
 
 
 def is_torch_layer(module: torch.nn.Module) -> bool:

@@ -1,11 +1,11 @@
-"""Convolution, BatchNorm on running statistics and activation in one: what lies between the blocks of generators.
+"""Convolution, BatchNorm and activation in one: what encoders and discriminators are made of, and what lies between the
+blocks of generators.
 
-S. Ioffe, C. Szegedy, "Batch Normalization", ICML 2015, algorithm 2.
+S. Ioffe, C. Szegedy, "Batch Normalization", ICML 2015, algorithms 1 and 2.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgen import backends
-from fastgen.ops import conv_transpose2d_bn_act_cpu as cpu
+from fastgen.ops import conv_cpu as cpu
 from fastgen.ops.conv_block import (
     ACTIVATIONS,
     activate,
@@ -29,6 +29,7 @@ from fastgen.ops.conv_block import (
     signature,
     wants_grad,
 )
+from fastgen.ops.conv_training import define_training, reference, train
 from fastgen.ops.feature_maps import channels_last
 from fastgen.ops.packed_weights import kept, packed_weight
 
@@ -37,6 +38,7 @@ from fastgen.ops.packed_weights import kept, packed_weight
 _FEW_INPUTS = 8
 _FEW_OUTPUTS = 8  # which oneDNN does not fill vectors with
 _SMALL_GROUP = 16
+_LEAST_FILTERED = 32  # channels, as in csrc/cpu/conv_weight_gradient.h
 
 
 class Options(NamedTuple):
@@ -64,33 +66,39 @@ def conv2d_bn_act(
     padding: str | int | Sequence[int] = 0,
     groups: int = 1,
     dilation: int | Sequence[int] = 1,
+    training: bool = False,
+    momentum: float = 0.1,
     eps: float = 1e-5,
     activation: str = "none",
     negative_slope: float = 0.01,
     alpha: float = 1.0,
 ) -> Tensor:
-    """``activation(batch_norm(conv2d(input, weight, bias, ...), ...))``, the BatchNorm in eval.
+    """``activation(batch_norm(conv2d(input, weight, bias, ...), ...))``.
 
     Args:
         input: [N, Cin, H, W], any strides.
         weight: [Cout, Cin / groups, kh, kw], of the dtype of the input; so are the others.
         bias: [Cout] or None, of the convolution.
-        running_mean, running_var: [Cout], statistics of the BatchNorm; without them there is none.
-        bn_weight, bn_bias: [Cout] or None, scale and shift of the BatchNorm.
+        running_mean, running_var: [Cout], statistics of the BatchNorm; both or none.
+        bn_weight, bn_bias: [Cout] or None, scale and shift of the BatchNorm.  Without statistics, bn_weight and bn_bias
+            there is no BatchNorm.
         stride, padding, groups, dilation: as in `torch.nn.functional.conv2d`, with "same" and "valid".
-        eps: as in `torch.nn.functional.batch_norm`.
+        training, momentum, eps: as in `torch.nn.functional.batch_norm`: `training` normalises by the batch and
+            updates the running statistics.  It has no effect without a BatchNorm.
         activation: "none", "relu", "leaky_relu" (with negative_slope), "elu" (with alpha), "tanh", "sigmoid", "silu" or
             "gelu" (with the error function).
 
     Returns:
-        [N, Cout, H', W'], channels-last in memory where no gradient is wanted; contiguous if the input is and the
-        kernel has one element.
+        [N, Cout, H', W'], channels-last in memory where no gradient is wanted or a native kernel computed it;
+        contiguous if the input is and the kernel has one element.
 
     Where no gradient is wanted, float32, float64 and bfloat16 (of an even number of input channels) run natively on the
     CPU, but for kernels of one element, small groups of channels and fewer than eight input channels: there, and in
     other dtypes, PyTorch's convolution is used,
     with the BatchNorm folded into weights that are kept from call to call, and the activation in place. Where a
-    gradient is wanted it is plain PyTorch, and derivatives are of any order.
+    gradient is wanted, or with `training`, float32 and float64 run natively on the CPU for the same shapes, forward
+    and backward; all else is plain PyTorch, and so is a backward pass that is itself to be differentiated
+    (``create_graph=True``).
 
     Minimal filtering on the CPU (of kernels like 4x4 in steps of 2) mixes neighbouring pixels of a tile: an infinite
     input, or one 1e4 times as large as the others, disturbs outputs that do not read it.
@@ -106,13 +114,16 @@ def conv2d_bn_act(
     options = Options(strides, pair("padding", padding), groups, dilations, eps, activation, parameter)
     tensors = (input, weight, bias, running_mean, running_var, bn_weight, bn_bias)
     compiling = torch.compiler.is_compiling()
-    if not compiling and isinstance(input, Tensor) and goes_straight(tensors):
+    training = training and (running_mean is not None or bn_weight is not None or bn_bias is not None)
+    if not compiling and not training and isinstance(input, Tensor) and goes_straight(tensors):
         call = _served.get(signature(tensors, options))
         if call is not None:
             return call(*tensors)
     args = (*tensors, *options)
-    _check(*args)
-    if wants_grad(tensors) or torch.is_autocast_enabled(input.device.type) or is_transformed():
+    _check(*args, training=training)
+    if training or wants_grad(tensors):
+        return _train(tensors, options, training, momentum)
+    if torch.is_autocast_enabled(input.device.type) or is_transformed():
         return conv2d_bn_act_reference(*args)
     if compiling or not is_unobserved(tensors):
         return torch.ops.fastgen.conv2d_bn_act(*args)
@@ -142,6 +153,18 @@ def conv2d_bn_act_reference(
     return activate(output, activation, parameter)
 
 
+def _train(tensors: Sequence[Any], options: Options, training: bool, momentum: float) -> Tensor:
+    args = (*tensors, *_with_training(options, training))
+    if backends.asked() == "auto" and not _is_native_training_better(*tensors[:2], options):
+        return reference(False, *args, momentum=momentum)
+    return train(False, args, momentum)
+
+
+def _with_training(options: Options, training: bool) -> cpu.Options:
+    stride, padding, groups, dilation, *rest = options
+    return cpu.Options(stride, padding, (0, 0), groups, dilation, training, *rest)
+
+
 # Checks, shared by the real and the fake implementations
 
 
@@ -161,7 +184,7 @@ def _pad(
     return input, (total[0] // 2, total[1] // 2)
 
 
-def _check(input: Tensor, weight: Tensor, *rest: Any) -> None:
+def _check(input: Tensor, weight: Tensor, *rest: Any, training: bool = False) -> None:
     channel_names = ("bias", "running_mean", "running_var", "bn_weight", "bn_bias")
     channels = dict(zip(channel_names, rest, strict=False))
     options = Options(*rest[5:])
@@ -185,16 +208,23 @@ def _check(input: Tensor, weight: Tensor, *rest: Any) -> None:
     shape = _output_shape(input.shape, weight.shape, options)
     if shape[2] < 1 or shape[3] < 1:
         raise ValueError(f"the output would be {shape[2]} x {shape[3]}: the kernel is larger than the padded input")
-    check_norm(channels, shape[1], training=False)
+    check_norm(channels, shape[1], training)
+    if training and shape[0] * shape[2] * shape[3] == 1:
+        raise ValueError(f"training needs more than one value per channel, got an output of {list(shape)}")
     check_same(input, {"weight": weight, **channels})
 
 
+def _check_training(input: Tensor, weight: Tensor, *rest: Any) -> None:
+    """Of the arguments of the operators of a training step."""
+    options = cpu.Options(*rest[5:])
+    if max(options.output_padding):
+        raise ValueError(f"output_padding must be 0, got {options.output_padding}")
+    given = Options(*options[:2], *options[3:5], *options[6:])
+    _check(input, weight, *rest[:5], *given, training=options.training)
+
+
 def _output_shape(input: Sequence[int], weight: Sequence[int], options: Options) -> tuple[int, int, int, int]:
-    height, width = (
-        (input[2 + i] + 2 * options.padding[i] - options.dilation[i] * (weight[2 + i] - 1) - 1) // options.stride[i] + 1
-        for i in range(2)
-    )
-    return input[0], weight[0], height, width
+    return cpu.output_shape(False, input, weight, _with_training(options, False))
 
 
 # Implementations
@@ -227,6 +257,19 @@ def _is_native_better(input: Tensor, weight: Tensor, options: Options) -> bool:
     return in_channels >= _FEW_INPUTS or out_channels <= _FEW_OUTPUTS
 
 
+def _is_native_training_better(input: Tensor, weight: Tensor, options: Options) -> bool:
+    """Where all three products may be computed by minimal filtering, or the output channels are few."""
+    if input.device.type != "cpu" or input.dtype not in (torch.float32, torch.float64):
+        return False
+    out_channels, in_channels, *kernel = weight.shape
+    if out_channels <= _FEW_OUTPUTS:
+        return in_channels >= _FEW_INPUTS and math.prod(kernel) > 1
+    taps = [size / step for size, step in zip(kernel, options.stride, strict=True)]
+    if taps not in ([2, 2], [3, 3]) or tuple(options.dilation) != (1, 1) or options.groups != 1:
+        return False
+    return min(out_channels, in_channels) >= _LEAST_FILTERED
+
+
 def _why_not(*args: Any) -> str | None:
     layout = args[0].layout
     return None if layout is torch.strided else f"it takes strided tensors, got {layout}"
@@ -234,10 +277,8 @@ def _why_not(*args: Any) -> str | None:
 
 def _native(input: Tensor, weight: Tensor, batch_norm: bool, options: Options) -> Callable[..., Tensor]:
     """What computes calls like this one; all of it that does not depend on values is done before the first."""
-    geometry = (options.stride, options.padding, options.groups, options.dilation)
-    block = _block(tuple(input.shape), tuple(weight.shape), *geometry, input.dtype, torch.get_num_threads())
-    minimal = block.dtype is not torch.bfloat16 or batch_norm  # as in cpu.Block.forward_plan
-    plan = cpu.conv_plan(False, *block.geometry, block.dtype, minimal=minimal)
+    block = cpu.Block.of(False, input.shape, input.dtype, weight, _with_training(options, False))
+    plan = block.forward_plan(batch_norm)
     strides, threads, shape = input.stride(), block.threads, block.output
     size = block.scratch_size(plan, strides) if math.prod(shape) else 0
     sums = torch.float32 if block.dtype is torch.bfloat16 else block.dtype
@@ -263,23 +304,6 @@ def _native(input: Tensor, weight: Tensor, batch_norm: bool, options: Options) -
 
 def _hashable(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
-
-
-@functools.lru_cache(maxsize=1024)
-def _block(
-    input: tuple[int, ...],
-    weight: tuple[int, ...],
-    stride: tuple[int, int],
-    padding: tuple[int, int],
-    groups: int,
-    dilation: tuple[int, int],
-    dtype: torch.dtype,
-    threads: int,
-) -> cpu.Block:
-    output = _output_shape(input, weight, Options(stride, padding, groups, dilation, 0.0, "none", 0.0))
-    geometry = (groups, (input[1], weight[0]), input[2:], output[2:], weight[2:], stride, padding, dilation)
-    threads = backends.native_cpu().worthwhile_threads(output[0] * math.prod(output[2:]), math.prod(weight), threads)
-    return cpu.Block(output, geometry, dtype, threads)
 
 
 def _folded(input: Tensor, weight: Tensor, options: Options) -> Callable[..., Tensor]:
@@ -350,6 +374,7 @@ def _fake(*args: Any) -> Tensor:
     return channels_last(args[0], _output_shape(args[0].shape, args[1].shape, Options(*args[7:])))
 
 
+define_training(False, _check_training)
 backends.register("conv2d_bn_act", "reference", conv2d_bn_act_reference)
 backends.register("conv2d_bn_act", "cpu", _forward, why_not=_why_not)
 _library = torch.library.Library("fastgen", "FRAGMENT")

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from fastgen import backends
-from fastgen.ops import conv_transpose2d_bn_act_cpu as cpu
+from fastgen.ops import conv_cpu as cpu
 from fastgen.ops.conv_block import goes_straight
+from fastgen.ops.conv_cpu import Options
 from fastgen.ops.conv_transpose2d_bn_act import conv_transpose2d_bn_act
-from fastgen.ops.conv_transpose2d_bn_act_cpu import Options
 from fastgen.ops.packed_weights import packed_weight, span_bytes
 
 BLOCK_TENSORS = 6  # weight, bias, running_mean, running_var, bn_weight, bn_bias
@@ -115,7 +115,7 @@ class _Sequence:
         for i, call in enumerate(calls):
             weight, *channels = tensors[i * BLOCK_TENSORS : (i + 1) * BLOCK_TENSORS]
             assert weight is not None
-            packed = packed_weight(weight, call.plan, call.threads)
+            packed = packed_weight(weight, call.plan, call.threads, lasting=True)
             addresses = [0 if tensor is None else tensor.data_ptr() for tensor in channels]
             memory = weight.data_ptr(), span_bytes(weight)
             self.native.add(call.plan, call.threads, packed.data_ptr(), addresses, *call.act, *memory)
@@ -141,7 +141,7 @@ class _Sequence:
         for i in unpacked:
             weight = tensors[i * BLOCK_TENSORS]
             assert weight is not None
-            other.packs[i] = packed_weight(weight, other.native.plan(i), threads)
+            other.packs[i] = packed_weight(weight, other.native.plan(i), threads, lasting=True)
             other.native.set_packed(i, other.packs[i].data_ptr())
         other.batch, other.strides = batch, input.stride()
         other.shape = (batch, self.shape[1], *other.native.plan(len(self.packs) - 1).out_size)

@@ -29,28 +29,39 @@ _MAX_LAYOUTS = 16  # kept of one weight; layouts differ between forward, backwar
 class _Entry(NamedTuple):
     state: tuple[Any, ...]
     packs: dict[tuple[int, bytes], Tensor]
+    spare: dict[tuple[int, bytes], Tensor]  # packs of what the weight was before, whose memory is used again
+    lasting: set[tuple[int, bytes]]  # packs that somebody keeps
 
 
 _entries = WeakTensorKeyDictionary()
 _computed = WeakTensorKeyDictionary()
 
 
-def packed_weight(weight: Tensor, plan: Any, threads: int, *, out_channels_first: bool = False) -> Tensor:
-    """`weight` [Cin, Cout / groups, kh, kw] of a transposed convolution, packed for the plan of its forward pass or for
-    that of its input gradient.
+def packed_weight(
+    weight: Tensor, plan: Any, threads: int, *, out_channels_first: bool = False, lasting: bool = False
+) -> Tensor:
+    """`weight` packed for a plan: [Cin, Cout / groups, kh, kw] of a transposed convolution, or `out_channels_first`
+    [Cout, Cin / groups, kh, kw] of an ordinary one (the gradient of the input of either is the other).
+
+    A pack is for one call, as the next one may find other weights and pack those in its place: touching new memory
+    takes three times as long as packing. `lasting`: the caller keeps it, and nothing else will be written there.
     """
     if weight.is_inference():  # has no version counter
         return _pack(weight, plan, threads, out_channels_first)
     state = tensor_state(weight)
     entry = _entries.get(weight)
     if entry is None or entry.state != state:
-        entry = _entries[weight] = _Entry(state, {})
+        spare = {} if entry is None else {k: v for k, v in entry.packs.items() if k not in entry.lasting}
+        entry = _entries[weight] = _Entry(state, {}, spare, set())
     key = (backends.native_cpu().isa(), plan.layout)
     packed = entry.packs.get(key)
     if packed is None:
         if len(entry.packs) >= _MAX_LAYOUTS:
             entry.packs.clear()
-        packed = entry.packs[key] = _pack(weight, plan, threads, out_channels_first)
+            entry.lasting.clear()
+        packed = entry.packs[key] = _pack(weight, plan, threads, out_channels_first, entry.spare.pop(key, None))
+    if lasting:
+        entry.lasting.add(key)
     return packed
 
 
@@ -94,9 +105,11 @@ def _fingerprint() -> Any:
     return None if backends.import_error("_cpu") else backends.native_cpu().fingerprint
 
 
-def _pack(weight: Tensor, plan: Any, threads: int, out_channels_first: bool) -> Tensor:
+def _pack(weight: Tensor, plan: Any, threads: int, out_channels_first: bool, memory: Tensor | None = None) -> Tensor:
     native, dtype = backends.native_cpu(), str(weight.dtype).removeprefix("torch.")
-    packed = empty_in_large_pages(getattr(native, f"conv_packed_size_{dtype}")(plan), weight.dtype)
+    packed = memory
+    if packed is None:
+        packed = empty_in_large_pages(getattr(native, f"conv_packed_size_{dtype}")(plan), weight.dtype)
     first, second, y, x = weight.stride()
     channels = (second, first) if out_channels_first else (first, second)
     strides = (weight.shape[0] // plan.groups * first, *channels, y, x)

@@ -8,7 +8,7 @@ from torch.library import opcheck
 
 from fastgen import backends, ops
 from fastgen.kernels import conv_transpose2d_bn_act as kernel
-from fastgen.ops.conv_transpose2d_bn_act import _backward_reference, _saving_reference
+from fastgen.ops.conv_training import backward_reference, saving_reference
 from tests.ops.test_conv_transpose2d_bn_act import ACTIVATIONS, CASES, EXTREMES, Case
 
 NAMES = [
@@ -49,7 +49,7 @@ def test_inference(case, device):
     tensors = case.tensors()
     actual = kernel.forward(*moved(tensors, device), *options(case, activation="relu"))
     assert actual.is_contiguous(memory_format=torch.channels_last)
-    close(actual, _saving_reference(*moved(tensors, dtype=torch.double), *options(case, activation="relu"))[0])
+    close(actual, saving_reference(True, *moved(tensors, dtype=torch.double), *options(case, activation="relu"))[0])
 
 
 @DTYPES
@@ -58,7 +58,9 @@ def test_activations(activation, dtype, device):
     tensors = moved(SMALL.tensors(), dtype=dtype)
     actual = kernel.forward(*moved(tensors, device), *options(SMALL, activation=activation))
     assert actual.dtype == dtype
-    close(actual, _saving_reference(*moved(tensors, dtype=torch.double), *options(SMALL, activation=activation))[0])
+    close(
+        actual, saving_reference(True, *moved(tensors, dtype=torch.double), *options(SMALL, activation=activation))[0]
+    )
 
 
 @activations
@@ -68,9 +70,11 @@ def test_nan_stays_nan(activation, device):
     for training in (False, True):
         rest = options(SMALL, training, activation)
         actual = kernel.saving(*moved(tensors, device), *rest)[0].cpu()
-        assert torch.equal(actual.isnan(), _saving_reference(*tensors, *rest)[0].isnan())
+        assert torch.equal(actual.isnan(), saving_reference(True, *tensors, *rest)[0].isnan())
     inferred = kernel.forward(*moved(tensors, device), *options(SMALL, activation=activation)).cpu()
-    assert torch.equal(inferred.isnan(), _saving_reference(*tensors, *options(SMALL, activation=activation))[0].isnan())
+    assert torch.equal(
+        inferred.isnan(), saving_reference(True, *tensors, *options(SMALL, activation=activation))[0].isnan()
+    )
     assert 0 < inferred.isnan().sum() < inferred.numel()
 
 
@@ -102,7 +106,7 @@ def test_few_channels(case, dtype, device):
     vectors = [*torch.randn(2, channels).to(dtype), *torch.rand(3, channels).to(dtype)]
     rest = (*geometry, 1, [1, 1], False, 1e-5, "leaky_relu", -0.3)
     actual = kernel.forward(*moved((x, weight, *vectors), device), *rest)
-    close(actual, _saving_reference(*moved((x, weight, *vectors), dtype=torch.double), *rest)[0])
+    close(actual, saving_reference(True, *moved((x, weight, *vectors), dtype=torch.double), *rest)[0])
 
 
 @pytest.mark.parametrize("channels", [3, 40])
@@ -120,7 +124,7 @@ def test_weights_in_channels_last_and_large_tensors(channels, device, monkeypatc
 def test_what_may_be_missing(missing, device):
     tensors = [None if i in missing else tensor for i, tensor in enumerate(SMALL.tensors())]
     actual = kernel.forward(*moved(tensors, device), *options(SMALL, activation="tanh"))
-    close(actual, _saving_reference(*moved(tensors, dtype=torch.double), *options(SMALL, activation="tanh"))[0])
+    close(actual, saving_reference(True, *moved(tensors, dtype=torch.double), *options(SMALL, activation="tanh"))[0])
 
 
 def backward(tensors, saved, grad, rest, needs):
@@ -132,13 +136,13 @@ def check_training(case, rest, device, tensors, dtype=torch.float32):
     """Forward with what is saved, then backward of the same saved tensors."""
     tensors = moved(tensors, dtype=dtype)
     saved = kernel.saving(*moved(tensors, device), *rest)
-    exact = _saving_reference(*moved(tensors, dtype=torch.double), *rest)
+    exact = saving_reference(True, *moved(tensors, dtype=torch.double), *rest)
     for actual, expected in zip(saved, exact, strict=True):
         close(actual, expected)
     grad = torch.randn(exact[0].shape).to(dtype)
     doubles = moved(tensors, dtype=torch.double)
     exact_saved = moved(saved, "cpu", torch.double)  # so that signs at 0 are the same
-    expected = _backward_reference(*backward(doubles, exact_saved, grad.double(), rest, [True, True]))
+    expected = backward_reference(True, *backward(doubles, exact_saved, grad.double(), rest, [True, True]))
     actual = kernel.backward(*backward(moved(tensors, device), saved, grad.to(device), rest, [True, True]))
     for ours, theirs in zip(actual, expected, strict=True):
         assert ours.dtype == dtype
@@ -167,7 +171,7 @@ def test_statistics_of_a_far_away_channel_keep_their_digits(device):
     x, weight, bias, *norm = SMALL.tensors()
     tensors = [x, weight, bias + 1000, *norm]
     _, _, _, var = kernel.saving(*moved(tensors, device), *options(SMALL, True))
-    exact = _saving_reference(*moved(tensors, dtype=torch.double), *options(SMALL, True))[3]
+    exact = saving_reference(True, *moved(tensors, dtype=torch.double), *options(SMALL, True))[3]
     torch.testing.assert_close(var.cpu().double(), exact, rtol=1e-4, atol=0)
 
 

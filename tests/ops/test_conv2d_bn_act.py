@@ -16,7 +16,7 @@ from torch.library import opcheck
 
 import fastgen
 from fastgen import backends, ops
-from fastgen.ops import conv_transpose2d_bn_act_cpu as cpu
+from fastgen.ops import conv_cpu as cpu
 from fastgen.ops.conv_block import pair as make_pair
 
 module = importlib.import_module("fastgen.ops.conv2d_bn_act")  # the package has the function of this name
@@ -199,7 +199,7 @@ def test_against_loops(shape, natively):
 @pytest.mark.parametrize("name", ["k4s2p1", "last layer k3", "several items", "groups", "one of all"])
 def test_bits_do_not_depend_on_threads_or_batch(name, natively, monkeypatch):
     monkeypatch.setattr(backends.native_cpu(), "worthwhile_threads", lambda positions, weights, threads: threads)
-    module._block.cache_clear()
+    cpu._block.cache_clear()
     case = CASES[name]
     x, *rest = case.tensors()
     expected = fused(case, [x, *rest], "relu")

@@ -9,8 +9,8 @@ from torch.utils._device import _device_constructors
 
 import fastgen
 from fastgen import models, ops
+from fastgen.ops.conv_cpu import Options
 from fastgen.ops.conv_sequence import conv_transpose2d_bn_act_sequence
-from fastgen.ops.conv_transpose2d_bn_act_cpu import Options
 
 IMAGES = torch.arange(24, dtype=torch.uint8).reshape(2, 1, 3, 4)
 PLAIN = Options((1, 1), (0, 0), (0, 0), 1, (1, 1), False, 1e-5, "elu", 0.7)

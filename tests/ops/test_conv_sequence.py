@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 import fastgen
 from fastgen import backends, ops
-from fastgen.ops.conv_transpose2d_bn_act_cpu import Options
+from fastgen.ops.conv_cpu import Options
 
 module = importlib.import_module("fastgen.ops.conv_sequence")
 

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fastgen
 from fastgen import backends, ops
-from fastgen.ops import conv_transpose2d_bn_act_cpu as cpu
+from fastgen.ops import conv_cpu as cpu
 from fastgen.ops.conv_block import pair as make_pair
 
 module = importlib.import_module("fastgen.ops.conv_transpose2d_bn_act")  # the package has the function of this name
@@ -141,7 +141,9 @@ def plan_of(case, dtype=torch.float32):
     steps = {"stride": (1, 1), "padding": (0, 0), "output_padding": (0, 0), "dilation": (1, 1), "groups": 1}
     steps |= {key: value if key == "groups" else make_pair(key, value) for key, value in case.options.items()}
     names = ("stride", "padding", "output_padding", "groups", "dilation")
-    block = cpu.Block.of(x.shape, dtype, weight, cpu.Options(*(steps[name] for name in names), False, 0.0, "none", 0.0))
+    block = cpu.Block.of(
+        True, x.shape, dtype, weight, cpu.Options(*(steps[name] for name in names), False, 0.0, "none", 0.0)
+    )
     return cpu.conv_plan(True, *block.geometry, dtype)
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from torch import Tensor, nn
 
 from fastgen._arguments import positive
 from fastgen.models.gan.base import AdversarialModel, one_of, with_labels
-from fastgen.nn import ConvTransposeBNAct
+from fastgen.nn import ConvBNAct, ConvTransposeBNAct
 
 START = 4  # pixels a side of the generator's first and the discriminator's last feature map
 SLOPE = 0.2  # section 4
@@ -132,19 +133,17 @@ def _upwards(channels: int, features: int, widths: list[int], norm: bool) -> nn.
 
 def _downwards(channels: int, features: int, widths: list[int], norm: str) -> nn.Sequential:
     """[N, channels, S, S] -> [N, features, 1, 1]."""
-    blocks: list[nn.Module] = [nn.Sequential(nn.Conv2d(channels, widths[0], 4, 2, 1), nn.LeakyReLU(SLOPE))]
+    leaky: dict[str, Any] = {"activation": "leaky_relu", "negative_slope": SLOPE}
+    blocks: list[nn.Module] = [ConvBNAct(channels, widths[0], 4, 2, 1, batch_norm=False, **leaky)]
     for inner, width in zip(widths, widths[1:], strict=False):
-        conv = nn.Conv2d(inner, width, 4, 2, 1, bias=norm == "none")
-        blocks.append(nn.Sequential(conv, *_norm(norm, width), nn.LeakyReLU(SLOPE)))
+        if norm == "layer":  # over all the features of a sample, with a gain and a bias for each channel
+            conv = nn.Conv2d(inner, width, 4, 2, 1, bias=False)
+            blocks.append(nn.Sequential(conv, nn.GroupNorm(1, width), nn.LeakyReLU(SLOPE)))
+        else:
+            batch = norm == "batch"
+            blocks.append(ConvBNAct(inner, width, 4, 2, 1, bias=not batch, batch_norm=batch, **leaky))
     blocks.append(nn.Conv2d(widths[-1], features, START))
     return nn.Sequential(*blocks)
-
-
-def _norm(kind: str, width: int) -> list[nn.Module]:
-    """Layer normalisation is over all the features of a sample, with a gain and a bias for each channel."""
-    if kind == "none":
-        return []
-    return [nn.BatchNorm2d(width) if kind == "batch" else nn.GroupNorm(1, width)]
 
 
 def _initialize_autoencoder(module: nn.Module) -> None:

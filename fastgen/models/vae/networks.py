@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgen.nn import ConvTransposeBNAct
+from fastgen.nn import ConvBNAct, ConvTransposeBNAct
 
 SMALLEST = 4  # pixels a side of the innermost feature map, or more where a size is odd
 
@@ -51,10 +51,7 @@ class ConvolutionalEncoder(nn.Module):
         super().__init__()
         widths = filters(height, width, num_filters)
         self.blocks = nn.Sequential(
-            *(
-                nn.Sequential(nn.Conv2d(a, b, 4, 2, 1, bias=False), nn.BatchNorm2d(b), nn.ReLU())
-                for a, b in itertools.pairwise([channels, *widths])
-            )
+            *(ConvBNAct(a, b, 4, 2, 1, bias=False) for a, b in itertools.pairwise([channels, *widths]))
         )
         self.features = widths[-1] * (height >> len(widths)) * (width >> len(widths))
 

@@ -288,7 +288,8 @@ class Decoder(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.up(F.relu(self.blocks(self.first(x))))
+        x = ops.conv2d_bn_act(x, self.first.weight, self.first.bias, padding=1)
+        return self.up(F.relu(self.blocks(x)))
 
 
 def perplexity(codes: Tensor, num_codes: int) -> float:

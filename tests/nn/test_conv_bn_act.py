@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import pickle
@@ -22,15 +23,27 @@ ACTIVATIONS = {
 }
 
 
-def pair(activation="relu", batch_norm=True, **options):
+KINDS = {"transposed": (nn.ConvTransposeBNAct, torch.nn.ConvTranspose2d), "ordinary": (nn.ConvBNAct, torch.nn.Conv2d)}
+kinds = pytest.mark.parametrize("kind", KINDS)
+
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["as chosen", "natively"])
+def backend(request):
+    """So small a layer is left to PyTorch, where it is an ordinary convolution."""
+    with fastgen.backend("cpu") if request.param else contextlib.nullcontext():
+        yield
+
+
+def pair(activation="relu", batch_norm=True, kind="transposed", **options):
     """The layer and the Sequential that it replaces, with the same parameters."""
+    fused, conv = KINDS[kind]
     options = {"stride": 2, "padding": 1, "bias": False, **options}
     norm_options = {
         name: options.pop(name) for name in ("momentum", "affine", "track_running_stats") if name in options
     }
     more = {"negative_slope": 0.2, "alpha": 0.5, **norm_options}
-    layer = nn.ConvTransposeBNAct(5, 7, 4, **options, batch_norm=batch_norm, activation=activation, **more)
-    members = [torch.nn.ConvTranspose2d(5, 7, 4, **options)]
+    layer = fused(5, 7, 4, **options, batch_norm=batch_norm, activation=activation, **more)
+    members = [conv(5, 7, 4, **options)]
     if batch_norm:
         members.append(torch.nn.BatchNorm2d(7, **norm_options))
     if activation != "none":
@@ -54,34 +67,39 @@ def train_and_compare(layer, plain, steps=3):
         torch.testing.assert_close(layer.eval()(x), plain.eval()(x))
 
 
+@kinds
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("batch_norm", [True, False], ids=["norm", "no norm"])
-def test_trains_as_the_sequential(activation, batch_norm):
-    train_and_compare(*pair(activation, batch_norm))
+def test_trains_as_the_sequential(activation, batch_norm, kind):
+    train_and_compare(*pair(activation, batch_norm, kind))
 
 
-def test_approximate_gelu_is_not_the_exact_one():
-    layer, plain = pair("gelu")
+@kinds
+def test_approximate_gelu_is_not_the_exact_one(kind):
+    layer, plain = pair("gelu", kind=kind)
     for model in (layer, plain):
         model[2].approximate = "tanh"
     x = torch.randn(2, 5, 4, 4, dtype=torch.float64)
     torch.testing.assert_close(layer(x), plain(x), rtol=1e-12, atol=1e-12)
 
 
+@kinds
 @pytest.mark.parametrize("momentum", [None, 0.3])
-def test_momentum(momentum):
-    train_and_compare(*pair(momentum=momentum))
+def test_momentum(momentum, kind):
+    train_and_compare(*pair(momentum=momentum, kind=kind))
 
 
+@kinds
 @pytest.mark.parametrize(("affine", "track"), [*itertools.product((True, False), repeat=2)])
-def test_norm_options(affine, track):
-    train_and_compare(*pair(affine=affine, track_running_stats=track))
+def test_norm_options(affine, track, kind):
+    train_and_compare(*pair(affine=affine, track_running_stats=track, kind=kind))
 
 
+@kinds
 @pytest.mark.parametrize("batch_norm", [True, False], ids=["norm", "no norm"])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
-def test_state_dicts_load_both_ways(batch_norm, bias):
-    layer, plain = pair(batch_norm=batch_norm, bias=bias)
+def test_state_dicts_load_both_ways(batch_norm, bias, kind):
+    layer, plain = pair(batch_norm=batch_norm, bias=bias, kind=kind)
     for tensor in plain.state_dict().values():
         tensor.add_(1)
     layer.load_state_dict(plain.state_dict())
@@ -89,15 +107,18 @@ def test_state_dicts_load_both_ways(batch_norm, bias):
     assert all(map(torch.equal, layer.state_dict().values(), plain.state_dict().values()))
 
 
-def test_starts_like_the_sequential():
+@kinds
+def test_starts_like_the_sequential(kind):
+    fused, conv = KINDS[kind]
     torch.manual_seed(3)
-    layer = nn.ConvTransposeBNAct(3, 6, 3)
+    layer = fused(3, 6, 3)
     torch.manual_seed(3)
-    assert torch.equal(layer[0].weight, torch.nn.ConvTranspose2d(3, 6, 3).weight)
+    assert torch.equal(layer[0].weight, conv(3, 6, 3).weight)
 
 
-def test_loaded_weights_are_used():
-    (layer, _), (_, other) = pair(), pair()
+@kinds
+def test_loaded_weights_are_used(kind):
+    (layer, _), (_, other) = pair(kind=kind), pair(kind=kind)
     x = torch.randn(2, 5, 4, 4, dtype=torch.float64)
     layer.eval()(x)
     layer.load_state_dict(other.state_dict())
@@ -106,8 +127,9 @@ def test_loaded_weights_are_used():
     torch.testing.assert_close(layer(x.float()), other(x).float(), rtol=1e-4, atol=1e-5)
 
 
-def test_one_member_in_training_mode():
-    layer, plain = pair()
+@kinds
+def test_one_member_in_training_mode(kind):
+    layer, plain = pair(kind=kind)
     x = torch.randn(2, 5, 4, 4, dtype=torch.float64)
     for model in (layer, plain):
         model.eval()[1].train()
@@ -124,19 +146,21 @@ def test_output_size():
         layer(x, output_size=(12, 8))
 
 
-def test_foreign_members_and_hooks_are_respected():
-    layer, plain = pair(batch_norm=False)
+@kinds
+def test_foreign_members_and_hooks_are_respected(kind):
+    layer, plain = pair(batch_norm=False, kind=kind)
     x = torch.randn(2, 5, 4, 4, dtype=torch.float64)
     expected = plain(x)
     layer[0].register_forward_hook(lambda module, args, output: output * 2)
     torch.testing.assert_close(layer(x), expected * 2)
-    changed, _ = pair()
+    changed, _ = pair(kind=kind)
     changed[1] = torch.nn.InstanceNorm2d(7)
     torch.testing.assert_close(changed(x), torch.nn.Sequential(*changed)(x))
 
 
-def test_parametrised_weights_are_computed_each_time():
-    layer, _ = pair(batch_norm=False)
+@kinds
+def test_parametrised_weights_are_computed_each_time(kind):
+    layer, _ = pair(batch_norm=False, kind=kind)
     torch.nn.utils.parametrizations.weight_norm(layer[0])
     x = torch.randn(2, 5, 4, 4, dtype=torch.float64)
     for _ in range(2):
@@ -145,8 +169,9 @@ def test_parametrised_weights_are_computed_each_time():
             layer[0].parametrizations.weight.original0.mul_(2)
 
 
-def test_copies_pickles_and_slices():
-    layer, plain = pair()
+@kinds
+def test_copies_pickles_and_slices(kind):
+    layer, plain = pair(kind=kind)
     x = torch.randn(2, 5, 4, 4, dtype=torch.float64)
     expected = plain.eval()(x)
     for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
@@ -164,6 +189,24 @@ def test_is_the_operation():
         torch.testing.assert_close(layer(x), expected)
 
 
+def test_is_the_ordinary_operation():
+    layer = nn.ConvBNAct(5, 7, 3, (2, 1), "valid", activation="tanh", eps=0.8).eval()
+    x, norm = torch.randn(2, 5, 6, 4), layer[1]
+    tensors = (layer[0].weight, layer[0].bias, norm.running_mean, norm.running_var, norm.weight, norm.bias)
+    expected = ops.conv2d_bn_act(x, *tensors, stride=(2, 1), activation="tanh", eps=0.8)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), expected)
+
+
+def test_paddings_and_images_without_a_batch():
+    layer = nn.ConvBNAct(5, 7, 3, padding="same", dilation=2, batch_norm=False)
+    x = torch.randn(2, 5, 6, 4)
+    torch.testing.assert_close(layer(x), torch.nn.Sequential(*layer)(x))
+    torch.testing.assert_close(layer(x[0]), torch.nn.Sequential(*layer)(x[0]))
+    layer[0] = torch.nn.Conv2d(5, 7, 3, padding=1, padding_mode="reflect")
+    torch.testing.assert_close(layer(x), torch.nn.Sequential(*layer)(x))
+
+
 def test_bfloat16_modules():
     layer = nn.ConvTransposeBNAct(6, 7, 4, 2, 1).eval()
     x = torch.randn(2, 6, 5, 4)
@@ -176,8 +219,9 @@ def test_bfloat16_modules():
     assert half[0].weight.grad.dtype == torch.bfloat16
 
 
-def test_compiles():
-    layer, _ = pair()
+@kinds
+def test_compiles(kind):
+    layer, _ = pair(kind=kind)
     x = torch.randn(2, 5, 4, 4, dtype=torch.float64)
     compiled = torch.compile(layer.eval(), fullgraph=True, backend="aot_eager")
     with torch.no_grad():
@@ -189,3 +233,7 @@ def test_errors():
         nn.ConvTransposeBNAct(3, 6, 3, activation="mish")
     with pytest.raises(ValueError, match="more than one value per channel"):
         nn.ConvTransposeBNAct(3, 6, 1)(torch.ones(1, 3, 1, 1))
+    with pytest.raises(ValueError, match=r"activation must be one of none, relu.*got 'mish'"):
+        nn.ConvBNAct(3, 6, 3, activation="mish")
+    with pytest.raises(ValueError, match="more than one value per channel"):
+        nn.ConvBNAct(3, 6, 1)(torch.ones(1, 3, 1, 1))

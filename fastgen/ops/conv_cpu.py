@@ -1,4 +1,4 @@
-"""`conv_transpose2d_bn_act` by the kernels of csrc/cpu: what of the arguments becomes which native call."""
+"""`conv2d_bn_act` and `conv_transpose2d_bn_act` by csrc/cpu: what of the arguments becomes which native call."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Tensors = Sequence["Tensor | None"]  # bias, running_mean, running_var, bn_weigh
 
 
 class Options(NamedTuple):
-    """The arguments of the operators after the tensors."""
+    """The arguments of the operators after the tensors; of an ordinary convolution the output padding is 0."""
 
     stride: Sequence[int]
     padding: Sequence[int]
@@ -35,7 +35,16 @@ class Options(NamedTuple):
     parameter: float  # the slope of leaky_relu or the alpha of elu
 
 
-def output_shape(input: Sequence[int], weight: Sequence[int], options: Options) -> tuple[int, int, int, int]:
+def output_shape(
+    transposed: bool, input: Sequence[int], weight: Sequence[int], options: Options
+) -> tuple[int, int, int, int]:
+    if not transposed:
+        height, width = (
+            (input[2 + i] + 2 * options.padding[i] - options.dilation[i] * (weight[2 + i] - 1) - 1) // options.stride[i]
+            + 1
+            for i in range(2)
+        )
+        return input[0], weight[0], height, width
     height, width = (
         (input[2 + i] - 1) * options.stride[i]
         - 2 * options.padding[i]
@@ -96,7 +105,7 @@ class Inference:
         options: Options,
     ):
         native = backends.native_cpu()
-        block = Block.of(shape, dtype, weight, options)
+        block = Block.of(True, shape, dtype, weight, options)
         self.shape, self.threads = block.output, block.threads
         self.plan = block.forward_plan(batch_norm)
         self.function = getattr(native, f"conv_bn_act_{block.type}")
@@ -129,10 +138,10 @@ def served(tensors: Sequence[Tensor | None], options: tuple[Any, ...]) -> Infere
     return _served.get(signature(tensors, options))
 
 
-def saving(input: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def saving(transposed: bool, input: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     bias, running_mean, running_var, *norm = rest[:5]
     options = Options(*rest[5:])
-    block = Block.of(input.shape, input.dtype, weight, options)
+    block = Block.of(transposed, input.shape, input.dtype, weight, options)
     conv = channels_last(input, block.output)
     if conv.numel():
         block.convolve(input, weight, (bias, None, None, None, None), conv)
@@ -154,6 +163,7 @@ def saving(input: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, T
 
 
 def backward(
+    transposed: bool,
     grad: Tensor,
     input: Tensor,
     weight: Tensor,
@@ -165,7 +175,7 @@ def backward(
     *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     options, (for_input, for_weight) = Options(*rest[:-1]), rest[-1]
-    block = Block.of(input.shape, input.dtype, weight, options)
+    block = Block.of(transposed, input.shape, input.dtype, weight, options)
     channels = grad.shape[1]
     grad_input = channels_last(input, input.shape) if for_input else input.new_empty(0)
     grad_weight = input.new_zeros(weight.shape) if for_weight else input.new_empty(0)
@@ -177,7 +187,7 @@ def backward(
         norm = (mean, var, bn_weight, bn_bias)
         block.pass_over("channel_backward", conv, (grad,), norm, options, options.training, grad_conv, *sums)
         if for_weight:
-            block.weight_gradient(input, grad_conv, grad_weight, options)
+            block.weight_gradient(input, grad_conv, grad_weight)
         if for_input:
             block.input_gradient(weight, grad_conv, grad_input)
     grad_bias = sums[0]
@@ -192,18 +202,20 @@ def backward(
 class Block:
     """The sizes of one call and its native functions."""
 
-    def __init__(self, output: tuple[int, ...], geometry: tuple[Any, ...], dtype: torch.dtype, threads: int):
-        self.output, self.dtype, self.threads = output, dtype, threads
+    def __init__(
+        self, transposed: bool, output: tuple[int, ...], geometry: tuple[Any, ...], dtype: torch.dtype, threads: int
+    ):
+        self.transposed, self.output, self.dtype, self.threads = transposed, output, dtype, threads
         self.geometry = geometry  # groups, channels, in_size, out_size, kernel, stride, padding, dilation
         self.positions = output[0] * output[2] * output[3]
         self.type = str(dtype).removeprefix("torch.")
 
     @classmethod
-    def of(cls, input: Sequence[int], dtype: torch.dtype, weight: Tensor, options: Options) -> Block:
+    def of(cls, transposed: bool, input: Sequence[int], dtype: torch.dtype, weight: Tensor, options: Options) -> Block:
         """For an input [N, Cin, H, W] of this size."""
         steps = (options.stride, options.padding, options.output_padding, options.dilation)
         sizes = (tuple(input), tuple(weight.shape), options.groups, *(tuple(step) for step in steps))
-        return _block(*sizes, dtype, torch.get_num_threads())
+        return _block(transposed, *sizes, dtype, torch.get_num_threads())
 
     def call(self, name: str, *args: Any) -> Any:
         """Tensors go as addresses; one that is missing or empty as 0."""
@@ -213,7 +225,8 @@ class Block:
     def forward_plan(self, batch_norm: bool) -> Any:
         # Minimal filtering rounds the transformed inputs and weights, too. In bfloat16 its error is 2.3 times that of
         # PyTorch where PyTorch rounds once, 1.5 times where it does twice, for a BatchNorm.
-        return conv_plan(True, *self.geometry, self.dtype, minimal=self.dtype is not torch.bfloat16 or batch_norm)
+        minimal = self.dtype is not torch.bfloat16 or batch_norm
+        return conv_plan(self.transposed, *self.geometry, self.dtype, minimal=minimal)
 
     def scratch_size(self, plan: Any, strides: Sequence[int]) -> int:
         function = getattr(backends.native_cpu(), f"conv_scratch_size_{self.type}")
@@ -221,14 +234,13 @@ class Block:
 
     def convolve(self, input: Tensor, weight: Tensor, tensors: Tensors, output: Tensor, *act: Any) -> None:
         plan = self.forward_plan(batch_norm=tensors[2] is not None)
-        packed = packed_weight(weight, plan, self.threads)
+        packed = packed_weight(weight, plan, self.threads, out_channels_first=not self.transposed)
         self.run(plan, input, input.stride(), packed, tensors, output, *act)
 
     def input_gradient(self, weight: Tensor, grad: Tensor, output: Tensor) -> None:
-        """An ordinary convolution of the gradient, with the roles of the channels exchanged."""
-        groups, channels, in_size, out_size, *steps = self.geometry
-        plan = conv_plan(False, groups, channels[::-1], out_size, in_size, *steps, self.dtype)
-        packed = packed_weight(weight, plan, self.threads, out_channels_first=True)
+        """The other kind of convolution of the gradient, with the roles of the channels exchanged."""
+        plan = conv_plan(not self.transposed, *self._exchanged(), self.dtype)
+        packed = packed_weight(weight, plan, self.threads, out_channels_first=self.transposed)
         self.run(plan, grad, dense_strides(self.output), packed, (None,) * 5, output)
 
     def run(
@@ -257,15 +269,34 @@ class Block:
         act = (options.eps, kind, options.parameter)
         self.call(name, size, self.threads, conv, *more, addresses, *act, *results, scratch)
 
-    def weight_gradient(self, input: Tensor, grad: Tensor, result: Tensor, options: Options) -> None:
-        shape = backends.native_cpu().ConvTransposeShape(self.output[0], self.threads, *self.geometry)
-        input = input.contiguous(memory_format=torch.channels_last)
-        scratch = input.new_empty(self.call("conv_transpose_weight_scratch_size", shape))
-        self.call("conv_transpose_weight_gradient", shape, input, dense_strides(input.shape), grad, result, scratch)
+    def _exchanged(self) -> tuple[Any, ...]:
+        """The geometry from the output to the input."""
+        groups, channels, in_size, out_size, *steps = self.geometry
+        return groups, channels[::-1], out_size, in_size, *steps
+
+    def weight_gradient(self, input: Tensor, grad: Tensor, result: Tensor) -> None:
+        """`grad`: with readable memory behind it."""
+        geometry = self.geometry if self.transposed else self._exchanged()
+        shape = backends.native_cpu().WeightGradientShape(self.output[0], self.threads, *geometry)
+        size, input = input.shape, input.contiguous(memory_format=torch.channels_last)
+        images = [(input, dense_strides(size)), (grad, dense_strides(self.output))]
+        if not self.transposed:
+            lines = size[1] // self.geometry[0] * input.element_size() % _SLACK == 0
+            images = [images[1], (input if lines or shape.minimal else _with_slack(input), dense_strides(size))]
+        scratch = input.new_empty(self.call("conv_weight_gradient_scratch_size", shape))
+        self.call("conv_weight_gradient", shape, *images[0], *images[1], result, scratch)
+
+
+def _with_slack(image: Tensor) -> Tensor:
+    """The elements of a dense channels-last image in memory of which more may be read behind them."""
+    copy = image.new_empty(image.numel() + _SLACK // image.element_size())
+    copy[: image.numel()] = image.permute(0, 2, 3, 1).reshape(-1)
+    return copy
 
 
 @functools.lru_cache(maxsize=1024)
 def _block(
+    transposed: bool,
     input: tuple[int, ...],
     weight: tuple[int, ...],
     groups: int,
@@ -276,12 +307,12 @@ def _block(
     dtype: torch.dtype,
     threads: int,
 ) -> Block:
-    output = output_shape(
-        input, weight, Options(stride, padding, output_padding, groups, dilation, False, 0.0, "none", 0.0)
-    )
-    geometry = (groups, (weight[0], output[1]), input[2:], output[2:], weight[2:], stride, padding, dilation)
-    threads = backends.native_cpu().worthwhile_threads(input[0] * math.prod(input[2:]), math.prod(weight), threads)
-    return Block(output, geometry, dtype, threads)
+    options = Options(stride, padding, output_padding, groups, dilation, False, 0.0, "none", 0.0)
+    output = output_shape(transposed, input, weight, options)
+    geometry = (groups, (input[1], output[1]), input[2:], output[2:], weight[2:], stride, padding, dilation)
+    positions = input if transposed else output  # that meet all weights
+    work = positions[0] * math.prod(positions[2:]), math.prod(weight)
+    return Block(transposed, output, geometry, dtype, backends.native_cpu().worthwhile_threads(*work, threads))
 
 
 @functools.lru_cache(maxsize=1024)
