@@ -155,7 +155,8 @@ def conv2d_bn_act_reference(
 
 def _train(tensors: Sequence[Any], options: Options, training: bool, momentum: float) -> Tensor:
     args = (*tensors, *_with_training(options, training))
-    if backends.asked() == "auto" and not _is_native_training_better(*tensors[:2], options):
+    is_free = torch.compiler.is_compiling() or backends.asked() == "auto"
+    if is_free and not _is_native_training_better(*tensors[:2], options):
         return reference(False, *args, momentum=momentum)
     return train(False, args, momentum)
 

@@ -138,15 +138,24 @@ def served(tensors: Sequence[Tensor | None], options: tuple[Any, ...]) -> Infere
     return _served.get(signature(tensors, options))
 
 
+def follows_from_output(transposed: bool, options: Options, statistics: bool) -> bool:
+    """Whether the gradient of the activation is known from its result, and no more is kept for it."""
+    if transposed or statistics:
+        return False
+    return options.activation == "relu" or (options.activation == "leaky_relu" and options.parameter > 0)
+
+
 def saving(transposed: bool, input: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     bias, running_mean, running_var, *norm = rest[:5]
     options = Options(*rest[5:])
     block = Block.of(transposed, input.shape, input.dtype, weight, options)
     conv = channels_last(input, block.output)
-    if conv.numel():
-        block.convolve(input, weight, (bias, None, None, None, None), conv)
     statistics = options.training or running_mean is not None
-    if not statistics and options.activation == "none":
+    at_once = follows_from_output(transposed, options, statistics)
+    if conv.numel():
+        act = (options.eps, options.activation, options.parameter) if at_once else ()
+        block.convolve(input, weight, (bias, None, None, None, None), conv, *act)
+    if at_once or (not statistics and options.activation == "none"):
         return conv, input.new_empty(0), input.new_empty(0), input.new_empty(0)
     mean, var = (input.new_zeros(conv.shape[1] if statistics else 0) for _ in range(2))
     output = torch.empty_like(conv)
@@ -274,10 +283,14 @@ class Block:
         groups, channels, in_size, out_size, *steps = self.geometry
         return groups, channels[::-1], out_size, in_size, *steps
 
+    def weight_shape(self) -> Any:
+        """What the gradient of the weights is computed from."""
+        geometry = self.geometry if self.transposed else self._exchanged()
+        return backends.native_cpu().WeightGradientShape(self.output[0], self.threads, *geometry)
+
     def weight_gradient(self, input: Tensor, grad: Tensor, result: Tensor) -> None:
         """`grad`: with readable memory behind it."""
-        geometry = self.geometry if self.transposed else self._exchanged()
-        shape = backends.native_cpu().WeightGradientShape(self.output[0], self.threads, *geometry)
+        shape = self.weight_shape()
         size, input = input.shape, input.contiguous(memory_format=torch.channels_last)
         images = [(input, dense_strides(size)), (grad, dense_strides(self.output))]
         if not self.transposed:

@@ -146,13 +146,6 @@ def _convolution_backward(
 # Implementations
 
 
-def follows_from_output(transposed: bool, options: Options, statistics: bool) -> bool:
-    """Whether the gradient of the activation is known from its result, and no more is kept."""
-    if transposed or statistics:
-        return False
-    return options.activation == "relu" or (options.activation == "leaky_relu" and options.parameter > 0)
-
-
 def saving_reference(
     transposed: bool,
     input: Tensor,
@@ -167,7 +160,7 @@ def saving_reference(
     """Output, result of the convolution, and the mean and (biased) variance that it is normalised by.
 
     Without a BatchNorm the statistics are empty; so is the second without an activation, too, or where
-    `follows_from_output`.
+    `conv_cpu.follows_from_output`.
     """
     options = Options(*rest)
     conv = _convolve(transposed, input, weight, bias, options).contiguous(memory_format=torch.channels_last)
@@ -179,7 +172,7 @@ def saving_reference(
         empty = input.new_empty(0)
         if options.activation == "none":
             return conv, empty, empty.clone(), empty.clone()
-        kept = input.new_empty(0) if follows_from_output(transposed, options, False) else conv
+        kept = input.new_empty(0) if cpu.follows_from_output(transposed, options, False) else conv
         return activate(conv, options.activation, options.parameter), kept, empty, empty.clone()
     output = F.batch_norm(conv, mean, var, bn_weight, bn_bias, False, 0.0, options.eps)
     output = output.clone() if output is conv else output
@@ -200,7 +193,7 @@ def backward_reference(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of input, weight, bias, bn_weight and bn_bias; of the first two, empty ones where not needed.
 
-    `conv`: the output where `follows_from_output`.
+    `conv`: the output where the gradient follows from that.
     """
     options, needs = Options(*rest[:-1]), rest[-1]
     view = (1, -1, 1, 1)
@@ -266,7 +259,7 @@ def define_training(
         statistics = options.training or rest[1] is not None
         output = channels_last(input, output_shape(transposed, input.shape, weight.shape, options))
         kept = statistics or options.activation != "none"
-        kept = kept and not follows_from_output(transposed, options, statistics)
+        kept = kept and not cpu.follows_from_output(transposed, options, statistics)
         conv = torch.empty_like(output) if kept else input.new_empty(0)
         channels = output.shape[1] if statistics else 0
         return output, conv, input.new_empty(channels), input.new_empty(channels)

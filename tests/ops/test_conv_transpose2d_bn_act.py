@@ -659,211 +659,17 @@ def test_inference_tensors():
             tensors[1].mul_(2.0)
 
 
-# Training
-
-
-def leaves_of(tensors):
-    """The tensors with their own storage; those that are trained want a gradient."""
-    copies = [None if tensor is None else tensor.detach().clone() for tensor in tensors]
-    trained = [copies[i].requires_grad_() for i in (0, 1, 2, 5, 6) if copies[i] is not None]
-    return copies, trained
-
-
-def run(function, case, tensors, activation, training, grad):
-    """Output, running statistics and gradients."""
-    copies, trained = leaves_of(tensors)
-    output = function(case, copies, activation, training=training)
-    grads = torch.autograd.grad(output, trained, grad.to(output.dtype))
-    statistics = [tensor for tensor in copies[3:5] if tensor is not None]
-    return [output.detach(), *statistics, *grads]
-
-
-def grad_for(case, tensors):
-    return torch.randn_like(plain(case, doubles(tensors)))
-
-
-training_modes = pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
-
-
-def trainable(case, training):
-    return not training or plain(case, case.tensors())[:, 0].numel() > 1
-
-
-@all_cases
-@training_modes
-def test_training_in_float32_is_as_accurate_as_pytorch(case, training):
-    if not trainable(case, training):
-        return
-    tensors = case.tensors()
-    grad = grad_for(case, tensors)
-    args = (tensors, "leaky_relu", training, grad)
-    truths = run(plain, case, doubles(tensors), *args[1:])
-    for ours, theirs, truth in zip(run(native, case, *args), run(plain, case, *args), truths, strict=True):
-        if rms(truth) < 1e-10:  # the gradient of a bias ahead of batch statistics
-            assert rms(ours) <= rms(theirs)
-        else:
-            assert_as_accurate(ours, theirs, truth, list(truth.shape))
-
-
-@all_cases
-@training_modes
-@pytest.mark.parametrize("isa", backends.native_cpu().isas())
-def test_training_in_float64_on_every_instruction_set(case, isa, training):
-    if not trainable(case, training):
-        return
-    tensors = case.tensors(torch.float64)
-    grad = grad_for(case, tensors)
-    backends.native_cpu().set_isa(isa)
-    try:
-        actual = run(native, case, tensors, "elu", training, grad)
-    finally:
-        backends.native_cpu().set_isa("")
-    for ours, truth in zip(actual, run(plain, case, tensors, "elu", training, grad), strict=True):
-        torch.testing.assert_close(ours, truth, rtol=1e-9, atol=1e-9)
-
-
-@all_activations
-@training_modes
-@pytest.mark.parametrize("norm", [True, False], ids=["norm", "no norm"])
-def test_gradients_of_activations(activation, training, norm):
-    case = CASES["k3s2p1op1"]
-    tensors = case.tensors(torch.float64, norm=norm)
-    grad = grad_for(case, tensors)
-    actual = run(native, case, tensors, activation, training, grad)
-    for ours, truth in zip(actual, run(plain, case, tensors, activation, training, grad), strict=True):
-        torch.testing.assert_close(ours, truth, rtol=1e-9, atol=1e-9)
-
-
-@training_modes
-@pytest.mark.parametrize("name", ["k3s2p1op1", "groups", "dilation, stride"])
-@pytest.mark.parametrize("norm", [True, False], ids=["norm", "no norm"])
-@pytest.mark.parametrize("activation", ["tanh", "silu", "gelu"])
-def test_gradcheck(name, activation, training, norm):
-    case = CASES[name]
-    copies, trained = leaves_of(case.tensors(torch.float64, norm=norm))
-
-    def function(*_):
-        fresh = [copies[0], copies[1], copies[2], *(t if t is None else t.clone() for t in copies[3:5]), *copies[5:]]
-        return native(case, fresh, activation, training=training)
-
-    assert torch.autograd.gradcheck(function, trained, fast_mode=True)
-
-
-def test_statistics_far_from_zero():
-    case = CASES["several items"]
-    tensors = case.tensors()
-    tensors[2] += 1000.0
-    truth = run(plain, case, doubles(tensors), "none", True, grad := grad_for(case, tensors))
-    ours, theirs = (run(function, case, tensors, "none", True, grad) for function in (native, plain))
-    for index in range(3):
-        assert_as_accurate(ours[index], theirs[index], truth[index], index)
-
-
-@pytest.mark.parametrize("name", ["k4s2p1", "last layer", "several items", "groups"])
-def test_training_bits_do_not_depend_on_threads_or_layout(name, all_threads):
-    case = CASES[name]
-    tensors = case.tensors()
-    grad = grad_for(case, tensors)
-    one = run(native, case, tensors, "tanh", True, grad)
-    for threads in (2, 3, 19):
-        torch.set_num_threads(threads)
-        assert all(map(torch.equal, run(native, case, tensors, "tanh", True, grad), one)), threads
-    torch.set_num_threads(1)
-    for arrange in LAYOUTS.values():
-        arranged = [arrange(tensors[0]), *tensors[1:]]
-        assert all(map(torch.equal, run(native, case, arranged, "tanh", True, arrange(grad.float())), one))
-
-
-@pytest.mark.parametrize("needs", [*itertools.product((False, True), repeat=5)], ids=str)
-def test_only_the_gradients_asked_for(needs):
-    case = CASES["k3s2p1op1"]
-    tensors = case.tensors()
-    leaves = [tensors[i] for i in (0, 1, 2, 5, 6)]
-    for leaf, need in zip(leaves, needs, strict=True):
-        leaf.requires_grad_(need)
-    output = native(case, tensors, training=True)
-    assert output.requires_grad == any(needs)
-    if any(needs):
-        output.sum().backward()
-    assert [leaf.grad is not None for leaf in leaves] == list(needs)
-
-
-def test_training_without_running_statistics():
-    case = CASES["k4s2p1"]
-    tensors = case.tensors(torch.float64)
-    tensors[3] = tensors[4] = None
-    expected = F.conv_transpose2d(*tensors[:3], **case.options)
-    expected = F.batch_norm(expected, None, None, *tensors[5:], True, eps=0.8)
-    torch.testing.assert_close(native(case, tensors, training=True), expected)
-
-
-def test_inference_with_gradients_gives_nearly_the_same():
-    case = CASES["k4s2p1"]
-    tensors = case.tensors(torch.float64)
-    expected = native(case, tensors, "elu")
-    torch.testing.assert_close(native(case, leaves_of(tensors)[0], "elu").detach(), expected, rtol=1e-12, atol=1e-12)
-
-
-@training_modes
-@pytest.mark.parametrize("norm", [True, False], ids=["norm", "no norm"])
-@pytest.mark.parametrize("name", ["k3s2p1op1", "groups"])
-def test_second_derivatives(name, norm, training):
-    """As a gradient penalty takes them: of the norm of a gradient, with respect to all that is trained."""
-    tensors, results = CASES[name].tensors(torch.float64, norm=norm), []
-    for function in (native, plain):
-        copies, trained = leaves_of(tensors)
-        output = function(CASES[name], copies, "tanh", training=training)
-        grads = torch.autograd.grad(output.pow(3).sum(), trained, create_graph=True)
-        penalty = sum(g.square().sum() for g in grads)
-        second = torch.autograd.grad(penalty, trained)
-        results.append([output, *grads, *second])
-    for ours, truth in zip(*results, strict=True):
-        torch.testing.assert_close(ours, truth, rtol=1e-8, atol=1e-8)
-
-
 # Registration
-
-
-def operator_args(training, activation="relu", norm=True):
-    tensors = CASES["k3s2p1op1"].tensors(norm=norm)
-    return (*tensors, [2, 2], [1, 1], [1, 1], 1, [1, 1], training, 1e-5, activation, 0.2)
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("norm", [True, False], ids=["norm", "no norm"])
 @pytest.mark.parametrize("activation", ["none", "leaky_relu"])
 def test_opcheck(backend, norm, activation):
-    operators = torch.ops.fastgen
+    tensors = CASES["k3s2p1op1"].tensors(norm=norm)
+    args = (*tensors, [2, 2], [1, 1], [1, 1], 1, [1, 1], False, 1e-5, activation, 0.2)
     with fastgen.backend(backend):
-        opcheck(operators.conv_transpose2d_bn_act.default, operator_args(False, activation, norm))
-        for training in (False, norm):
-            args = operator_args(training, activation, norm)
-            opcheck(operators.conv_transpose2d_bn_act_saving.default, args)
-            output, *saved = operators.conv_transpose2d_bn_act_saving(*args)
-            backward_args = (torch.randn_like(output), args[0], args[1], args[5], args[6], *saved, *args[7:])
-            for needs in ([True, True], [False, True]):
-                opcheck(operators.conv_transpose2d_bn_act_backward.default, (*backward_args, needs))
-
-
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-@training_modes
-def test_compiles_as_one_graph(dynamic, training):
-    case = CASES["k3s2p1op1"]
-
-    def function(case, tensors, activation, training):
-        x, *rest = tensors
-        output = ops.conv_transpose2d_bn_act(
-            x * 2.0, *rest, **case.options, activation=activation, training=training, eps=0.8
-        )
-        return output.sigmoid()
-
-    compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    for height in (3, 4):
-        sized = case._replace(shape=(2, 6, height, 4))
-        tensors = sized.tensors()
-        grad = grad_for(sized, tensors)
-        actual = run(compiled, sized, tensors, "relu", training, grad)
-        assert all(map(torch.equal, actual, run(function, sized, tensors, "relu", training, grad)))
+        opcheck(torch.ops.fastgen.conv_transpose2d_bn_act.default, args)
 
 
 def test_compiles_for_inference():
@@ -892,7 +698,7 @@ def test_bfloat16_beyond_the_kernels_uses_the_reference(caplog, name):
         ops.conv_transpose2d_bn_act(*tensors, **case.options, training=training)
 
 
-@training_modes
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 def test_autocast_uses_the_reference(training):
     case = CASES["k3s2p1op1"]
     with torch.autocast("cpu", torch.bfloat16):
@@ -941,7 +747,7 @@ def test_errors(changes, error, message):
 
 
 def test_operators_check_their_arguments():
-    args = operator_args(False)
+    args = (*CASES["k3s2p1op1"].tensors(), [2, 2], [1, 1], [1, 1], 1, [1, 1], False, 1e-5, "relu", 0.2)
     with pytest.raises(ValueError, match="input must have 6 channels"):
         torch.ops.fastgen.conv_transpose2d_bn_act(args[0][:, :3], *args[1:])
     output, *saved = torch.ops.fastgen.conv_transpose2d_bn_act_saving(*args)
