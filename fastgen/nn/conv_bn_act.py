@@ -105,7 +105,9 @@ class ConvBNAct(_Block):
 
     def in_turn(self, input: Tensor) -> Tensor:
         """The same, member by member, as a `Sequential` does it."""
-        return super().forward(input)
+        for member in self:
+            input = member(input)
+        return input
 
 
 class ConvTransposeBNAct(_Block):

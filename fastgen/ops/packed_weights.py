@@ -107,9 +107,9 @@ def _fingerprint() -> Any:
 
 def _pack(weight: Tensor, plan: Any, threads: int, out_channels_first: bool, memory: Tensor | None = None) -> Tensor:
     native, dtype = backends.native_cpu(), str(weight.dtype).removeprefix("torch.")
-    packed = memory
-    if packed is None:
-        packed = empty_in_large_pages(getattr(native, f"conv_packed_size_{dtype}")(plan), weight.dtype)
+    packed, size = memory, getattr(native, f"conv_packed_size_{dtype}")(plan)
+    if packed is None or packed.dtype != weight.dtype or packed.numel() != size:  # as after `module.double()`
+        packed = empty_in_large_pages(size, weight.dtype)
     first, second, y, x = weight.stride()
     channels = (second, first) if out_channels_first else (first, second)
     strides = (weight.shape[0] // plan.groups * first, *channels, y, x)

@@ -86,6 +86,21 @@ def test_the_bits_are_those_of_the_blocks(name, dtype, calls):
     assert len(calls) == 8 and None not in calls  # all but the first
 
 
+@pytest.mark.parametrize("name", NETWORKS)
+def test_weights_that_come_back(name, calls):
+    """What is kept of the first weights serves them again: nobody has packed others in its place."""
+    network = Network(name)
+    x, weight = network.input(), network.tensors[0]
+    network(x)
+    expected, first = network(x), weight.data
+    for _ in range(2):
+        weight.data = torch.randn_like(first)
+        network.one_by_one(x)
+        weight.data = first
+        assert torch.equal(network(x), expected)
+    assert calls[0] is not None
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", ["dense", "every other image", "one image many times"])
 def test_large_batches_run_in_groups(dtype, layout, calls):

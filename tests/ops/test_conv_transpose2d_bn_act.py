@@ -603,6 +603,31 @@ def test_weights_are_packed_once_and_forgotten(monkeypatch):
     assert len(packed._entries) == before
 
 
+def test_memory_of_packs_is_used_again():
+    """By the pack of changed weights, of the same dtype, unless somebody keeps the old one."""
+    packed = importlib.import_module("fastgen.ops.packed_weights")
+    weight = torch.nn.Parameter(CASES["minimal"].tensors()[1])
+
+    def pack(**options):
+        case = CASES["minimal"]
+        plan = cpu.conv_plan(True, 1, (50, 40), (13, 17), (26, 34), (4, 4), (2, 2), (1, 1), (1, 1), weight.dtype)
+        assert tuple(weight.shape) == (50, 40, *case.kernel)
+        return packed.packed_weight(weight, plan, 1, **options)
+
+    first = pack()
+    before = first.clone()
+    assert pack() is first
+    _no_grad_edit(weight)
+    second = pack(lasting=True)
+    assert second.data_ptr() == first.data_ptr() and not torch.equal(second, before)
+    kept = second.clone()
+    _no_grad_edit(weight)
+    third = pack()
+    assert third.data_ptr() != second.data_ptr() and torch.equal(second, kept)
+    weight.data = weight.data.double()
+    assert pack().dtype == torch.float64 and torch.equal(second, kept)
+
+
 def test_modes_and_transforms_see_the_operator():
     class Names(TorchDispatchMode):
         seen: ClassVar[list[str]] = []
