@@ -13,23 +13,29 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from bench.harness.case import Case, Provider, Work
 
-TESTS = ("tests/ops/test_conv_transpose2d_bn_act.py", "tests/nn/test_conv_bn_act.py")
+TESTS = (
+    "tests/ops/test_conv_transpose2d_bn_act.py",
+    "tests/ops/test_conv_training.py",
+    "tests/nn/test_conv_bn_act.py",
+)
 
 
 @dataclass(frozen=True)
 class Config:
-    """Kernel size, stride, padding and output padding of both axes."""
+    """Kernel size, stride, padding and output padding of both axes; of a transposed convolution or an ordinary one."""
 
     kernel: int
     stride: int
     padding: int
     output_padding: int = 0
+    transposed: bool = True
 
     @property
     def name(self) -> str:
@@ -37,6 +43,8 @@ class Config:
         return f"k{self.kernel}s{self.stride}p{self.padding}{extra}"
 
     def out_size(self, size: int) -> int:
+        if not self.transposed:
+            return (size + 2 * self.padding - self.kernel) // self.stride + 1
         return (size - 1) * self.stride - 2 * self.padding + self.kernel + self.output_padding
 
 
@@ -63,9 +71,12 @@ QUICK_LAYERS = [Layer(2, 8, 6, 3)]
 
 def useful_flops(config: Config, layer: Layer) -> int:
     """2 per image, pair of channels and pair of an input and an output position that a kernel element joins."""
-    out = config.out_size(layer.side)
-    joined = [y * config.stride - config.padding + k for y in range(layer.side) for k in range(config.kernel)]
-    per_axis = sum(0 <= at < out for at in joined)
+    # One side's positions are steps apart on the other one's.
+    steps, sides = layer.side, config.out_size(layer.side)
+    if not config.transposed:
+        steps, sides = sides, steps
+    joined = [y * config.stride - config.padding + k for y in range(steps) for k in range(config.kernel)]
+    per_axis = sum(0 <= at < sides for at in joined)
     return 2 * layer.batch * layer.inputs * layer.outputs * per_axis**2
 
 
@@ -73,13 +84,17 @@ def modules(config: Config, layer: Layer, last: bool) -> tuple[torch.nn.Sequenti
     """The Sequential and the layer with the same parameters; statistics as of a network that was trained."""
     from fastgen import nn
 
-    sizes = (layer.inputs, layer.outputs, config.kernel, config.stride, config.padding, config.output_padding)
+    sizes = [layer.inputs, layer.outputs, config.kernel, config.stride, config.padding]
     activation = "tanh" if last else "relu"
-    fast = nn.ConvTransposeBNAct(*sizes, bias=last, batch_norm=not last, activation=activation)
+    fused, kind = (nn.ConvBNAct, torch.nn.Conv2d)
+    if config.transposed:
+        fused, kind = nn.ConvTransposeBNAct, torch.nn.ConvTranspose2d
+        sizes.append(config.output_padding)
+    fast = fused(*sizes, bias=last, batch_norm=not last, activation=activation)
     if not last:
         torch.nn.init.uniform_(fast[1].running_var, 0.5, 2.0)
         torch.nn.init.normal_(fast[1].running_mean)
-    conv = torch.nn.ConvTranspose2d(*sizes, bias=last)
+    conv = kind(*sizes, bias=last)
     rest = [torch.nn.Tanh()] if last else [torch.nn.BatchNorm2d(layer.outputs), torch.nn.ReLU(inplace=True)]
     plain = torch.nn.Sequential(conv, *rest)
     plain.load_state_dict(fast.state_dict())
@@ -90,7 +105,8 @@ def fold(plain: torch.nn.Sequential) -> torch.nn.Sequential:
     """The Sequential in eval with its BatchNorm, if any, in the weights."""
     conv, *rest = plain
     if isinstance(rest[0], torch.nn.BatchNorm2d):
-        conv, rest = torch.nn.utils.fuse_conv_bn_eval(conv, rest[0], transpose=True), rest[1:]
+        transposed = isinstance(conv, torch.nn.ConvTranspose2d)
+        conv, rest = torch.nn.utils.fuse_conv_bn_eval(conv, rest[0], transpose=transposed), rest[1:]
     return torch.nn.Sequential(conv, *rest)
 
 
@@ -165,19 +181,24 @@ def build_training(config: Config, layer: Layer, last: bool) -> Work:
     return Work(providers, 3 * useful_flops(config, layer), 4 * numbers)
 
 
+def case(config: Config, layer: Layer, last: bool, train: bool, with_compile: bool = False) -> Case:
+    channels = [layer.inputs, layer.outputs] if config.transposed else [layer.outputs, layer.inputs]
+    name = f"{config.name} {layer.name} {'forward+backward' if train else 'forward'}"
+    shapes = {
+        "x": [layer.batch, layer.inputs, layer.side, layer.side],
+        "weight": [*channels, config.kernel, config.kernel],
+    }
+    build = partial(build_training, config, layer, last)
+    if not train:
+        build = partial(build_inference, config, layer, last, with_compile)
+    return Case(name, shapes, build)
+
+
 def cases(quick: bool) -> list[Case]:
     result = []
 
-    def add(config: Config, layer: Layer, last: bool, train: bool, with_compile: bool = False) -> None:
-        name = f"{config.name} {layer.name} {'forward+backward' if train else 'forward'}"
-        shapes = {
-            "x": [layer.batch, layer.inputs, layer.side, layer.side],
-            "weight": [layer.inputs, layer.outputs, config.kernel, config.kernel],
-        }
-        build = partial(build_training, config, layer, last)
-        if not train:
-            build = partial(build_inference, config, layer, last, with_compile)
-        result.append(Case(name, shapes, build))
+    def add(*args: Any, **options: Any) -> None:
+        result.append(case(*args, **options))
 
     bar = CONFIGS[0]  # DCGAN's
     for config in CONFIGS:

@@ -43,12 +43,12 @@ def make(options: dict[str, Any]) -> Any:
 
 def plain(model: Any) -> Any:
     """The model with every fused block replaced by the Sequential that it stands for."""
-    from fastgen.nn import ConvTransposeBNAct
+    from fastgen.nn import ConvBNAct, ConvTransposeBNAct
 
     result = copy.deepcopy(model)
     for parent in list(result.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, ConvTransposeBNAct):
+            if isinstance(child, (ConvBNAct, ConvTransposeBNAct)):
                 setattr(parent, name, torch.nn.Sequential(*child))
     return result
 
@@ -103,9 +103,14 @@ def build_training(options: dict[str, Any], batch: int) -> Work:
     images = torch.randint(256, (batch, *model.image_shape), dtype=torch.uint8)
     eager = plain(model)
     providers = {}
-    for name, net, bound in (("eager", eager, partial(eager_bound, eager)), ("fastgen", model, model.elbo)):
+    rows = copy.deepcopy(eager).to(memory_format=torch.channels_last)
+    for name, net, bound in (
+        ("eager", eager, partial(eager_bound, eager)),
+        ("eager channels_last", rows, partial(eager_bound, rows)),
+        ("fastgen", model, model.elbo),
+    ):
         optimizer = torch.optim.Adam(net.parameters(), lr=1e-4, fused=True)
-        providers[name] = Provider(partial(train_step, bound, optimizer, images), name == "eager")
+        providers[name] = Provider(partial(train_step, bound, optimizer, images), name != "fastgen")
     weights = sum(p.numel() for p in model.parameters())
     # The encoder mirrors the decoder; a backward pass is two forward passes.
     return Work(providers, batch * 6 * decoder_flops(model), 4 * 7 * weights + images.numel())

@@ -39,6 +39,7 @@ _FEW_INPUTS = 8
 _FEW_OUTPUTS = 8  # which oneDNN does not fill vectors with
 _SMALL_GROUP = 16
 _LEAST_FILTERED = 32  # channels, as in csrc/cpu/conv_weight_gradient.h
+_LEAST_WORK = 1 << 25  # multiply-adds of a forward pass in training: below, the calls around the kernels cost more
 
 
 class Options(NamedTuple):
@@ -259,10 +260,12 @@ def _is_native_better(input: Tensor, weight: Tensor, options: Options) -> bool:
 
 
 def _is_native_training_better(input: Tensor, weight: Tensor, options: Options) -> bool:
-    """Where all three products may be computed by minimal filtering, or the output channels are few."""
+    """Of enough work, where minimal filtering may compute all three products, or the output channels are few."""
     if input.device.type != "cpu" or input.dtype not in (torch.float32, torch.float64):
         return False
     out_channels, in_channels, *kernel = weight.shape
+    if math.prod(_output_shape(input.shape, weight.shape, options)) * in_channels * math.prod(kernel) < _LEAST_WORK:
+        return False
     if out_channels <= _FEW_OUTPUTS:
         return in_channels >= _FEW_INPUTS and math.prod(kernel) > 1
     taps = [size / step for size, step in zip(kernel, options.stride, strict=True)]

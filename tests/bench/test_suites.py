@@ -9,6 +9,7 @@ from bench import __main__ as command
 from bench import (
     code_prior,
     concat_elu,
+    conv2d_bn_act,
     conv_transpose2d_bn_act,
     crowded,
     decoder,
@@ -30,6 +31,7 @@ from bench.harness import gate, rows
 SUITES = [
     code_prior,
     concat_elu,
+    conv2d_bn_act,
     conv_transpose2d_bn_act,
     crowded,
     decoder,
@@ -94,6 +96,16 @@ def test_useful_flops_by_counting(height, width, kernel):
                     if 0 <= y + ky - half < height and 0 <= x + kx - half < width:
                         products += int(mask[:, :, ky, kx].sum())
     assert masked_conv2d.useful_flops(mask, 5, height, width) == 2 * 5 * products
+
+
+@pytest.mark.parametrize(("kernel", "stride", "padding"), [(4, 2, 1), (3, 1, 1), (3, 2, 1), (4, 1, 0)])
+def test_useful_flops_of_convolutions_by_counting(kernel, stride, padding):
+    config = conv_transpose2d_bn_act.Config(kernel, stride, padding, transposed=False)
+    layer = conv_transpose2d_bn_act.Layer(2, 3, 5, 7)
+    out = torch.nn.Conv2d(1, 1, kernel, stride, padding)(torch.ones(1, 1, 7, 7)).shape[2]
+    assert config.out_size(7) == out
+    inside = sum(0 <= y * stride - padding + k < 7 for y in range(out) for k in range(kernel))
+    assert conv_transpose2d_bn_act.useful_flops(config, layer) == 2 * 2 * 3 * 5 * inside**2
 
 
 @pytest.mark.parametrize("suite", SUITES, ids=lambda module: module.__name__)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import sys
 
 import pytest
 import torch
@@ -331,7 +332,8 @@ def test_opcheck(backend, norm, activation, kind):
 @pytest.mark.parametrize(
     "case", [*SMALL.values(), minimal_case("ordinary", "three taps, tiles stick out")], ids=[*SMALL, "natively"]
 )
-def test_compiles_as_one_graph(dynamic, training, case):
+def test_compiles_as_one_graph(dynamic, training, case, monkeypatch):
+    monkeypatch.setattr(sys.modules["fastgen.ops.conv2d_bn_act"], "_LEAST_WORK", 0)
     operation = kind_of(case)[2]
     torch._dynamo.reset()  # what was compiled for other parameters counts against a limit
 
@@ -376,9 +378,11 @@ CHOICES = {
 
 
 @pytest.mark.parametrize(("sizes", "native"), CHOICES.values(), ids=CHOICES.keys())
-def test_who_trains_an_ordinary_convolution(sizes, native):
+def test_who_trains_an_ordinary_convolution(sizes, native, monkeypatch):
     inputs, outputs, kernel, stride, groups, dtype = sizes
-    x = torch.ones(1, inputs * groups, 8, 8, dtype=dtype)
     weight = torch.ones(outputs, inputs, kernel, kernel, dtype=dtype, requires_grad=True)
-    output = ops.conv2d_bn_act(x, weight, stride=stride, groups=groups)
-    assert (type(output.grad_fn).__name__ == "_BlockBackward") == native
+    x = torch.ones(1, inputs * groups, 8, 8, dtype=dtype)
+    for least, enough in ((8 * 8 * outputs * inputs * kernel**2 + 1, False), (0, True)):
+        monkeypatch.setattr(sys.modules["fastgen.ops.conv2d_bn_act"], "_LEAST_WORK", least)
+        output = ops.conv2d_bn_act(x, weight, stride=stride, groups=groups)
+        assert (type(output.grad_fn).__name__ == "_BlockBackward") == (native and enough)
