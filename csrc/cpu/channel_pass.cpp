@@ -1,5 +1,5 @@
 // fastgen: per-isa
-// Training of the fused block. With z the result of the convolution, per channel:
+// With z the result of the convolution, per channel:
 //
 //     mean = E[z],  var = E[(z - mean)^2],  x = (z - mean) / sqrt(var + eps),  output = activation(scale * z + shift)
 //
@@ -10,7 +10,7 @@
 // Sums over positions run in chunks that depend on the shape alone, in T for a few rows and in double beyond; threads do
 // not change the bits.
 
-#include "conv_transpose2d_bn_act.h"
+#include "channel_pass.h"
 
 #include <omp.h>
 
@@ -224,7 +224,7 @@ void backward(const Rows<T>& rows, T* result) {
 
 }  // namespace
 
-#define FASTGEN_DEFINE_CONV_TRANSPOSE2D_BN_ACT(T)                                                                   \
+#define FASTGEN_DEFINE_CHANNEL_PASS(T)                                                                              \
     int64_t channel_pass_scratch_size(const ChannelPass<T>& pass) {                                                 \
         return Rows<T>{pass, nullptr}.scratch_size() +                                                              \
                2 * aligned<T>(pass.channels) * static_cast<int64_t>(sizeof(double) / sizeof(T));                    \
@@ -258,7 +258,7 @@ void backward(const Rows<T>& rows, T* result) {
         with_activation(pass.activation, [&](auto tag) { backward<decltype(tag)::value>(rows, result); });          \
     }
 
-FASTGEN_DEFINE_CONV_TRANSPOSE2D_BN_ACT(float)
-FASTGEN_DEFINE_CONV_TRANSPOSE2D_BN_ACT(double)
+FASTGEN_DEFINE_CHANNEL_PASS(float)
+FASTGEN_DEFINE_CHANNEL_PASS(double)
 
 }  // namespace fastgen::FASTGEN_ISA

@@ -1,5 +1,4 @@
-// Training of the fused block beyond its convolutions (tap_conv.h): BatchNorm and activation, forward and backward, and
-// the gradient of the weights. The formulas are in conv_transpose2d_bn_act.cpp.
+// BatchNorm and activation behind a convolution in training, forward and backward; the formulas are in channel_pass.cpp.
 #pragma once
 
 #include <cstdint>
@@ -25,10 +24,8 @@ struct ChannelPass {
 
 }  // namespace fastgen
 
-// Scratch sizes count elements of T; scratch starts on a cache line. The weight gradient takes an input whose channels
-// are neighbours and a dense [N, H', W', C] gradient with readable memory for one more cache line behind it, and writes a
-// contiguous [Cin, Cout / groups, kh, kw].
-#define FASTGEN_DECLARE_CONV_TRANSPOSE2D_BN_ACT_OF(T)                                                               \
+// Scratch sizes count elements of T; scratch starts on a cache line.
+#define FASTGEN_DECLARE_CHANNEL_PASS_OF(T)                                                                          \
     int64_t channel_pass_scratch_size(const ChannelPass<T>& pass);                                                  \
     void channel_statistics(const ChannelPass<T>& pass, T* mean, T* var, T* scratch);                               \
     void channel_forward(const ChannelPass<T>& pass, T* output, T* scratch);                                        \
@@ -36,12 +33,12 @@ struct ChannelPass {
     void channel_backward(const ChannelPass<T>& pass, const T* grad_mean, const T* grad_normalised_mean, T* result, \
                           T* scratch);
 
-#define FASTGEN_DECLARE_CONV_TRANSPOSE2D_BN_ACT(ISA)   \
-    namespace fastgen::ISA {                           \
-    FASTGEN_DECLARE_CONV_TRANSPOSE2D_BN_ACT_OF(float)  \
-    FASTGEN_DECLARE_CONV_TRANSPOSE2D_BN_ACT_OF(double) \
+#define FASTGEN_DECLARE_CHANNEL_PASS(ISA)   \
+    namespace fastgen::ISA {                \
+    FASTGEN_DECLARE_CHANNEL_PASS_OF(float)  \
+    FASTGEN_DECLARE_CHANNEL_PASS_OF(double) \
     }
 
 #ifdef FASTGEN_ISA
-FASTGEN_DECLARE_CONV_TRANSPOSE2D_BN_ACT(FASTGEN_ISA)
+FASTGEN_DECLARE_CHANNEL_PASS(FASTGEN_ISA)
 #endif
