@@ -89,6 +89,11 @@ def is_free(name: str) -> bool:
     return _forced.get() in (None, "auto") and _environment() == "auto" and unavailable(name) is None
 
 
+def is_autocast(tensor: torch.Tensor) -> bool:
+    """Whether autocast is on for the device of a tensor; there is none for meta tensors."""
+    return tensor.device.type != "meta" and torch.is_autocast_enabled(tensor.device.type)
+
+
 def reasons(op: str, *args: Any, **kwargs: Any) -> dict[str, str | None]:
     """Why each backend could not serve `op` called with these arguments; None for those that could."""
     _entries(op)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import fx, nn
 
 from fastgen import ops
+from fastgen._hooks import has_hooks
 from fastgen.acceleration import blocks
 from fastgen.acceleration.links import (
     Link,
@@ -34,7 +35,7 @@ from fastgen.acceleration.links import (
     upsampling,
 )
 from fastgen.acceleration.report import Entry, Report
-from fastgen.acceleration.tracing import Trace, has_hooks
+from fastgen.acceleration.tracing import Trace
 from fastgen.acceleration.writes import written
 from fastgen.ops.conv_cpu import Options
 from fastgen.ops.conv_sequence import BLOCK_TENSORS, conv_transpose2d_bn_act_sequence

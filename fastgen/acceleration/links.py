@@ -13,8 +13,9 @@ from torch import Tensor, fx, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.utils import parametrizations, parametrize
 
+from fastgen._hooks import has_hooks
 from fastgen.acceleration import blocks
-from fastgen.acceleration.tracing import Trace, has_hooks
+from fastgen.acceleration.tracing import Trace
 
 
 class Skip(Exception):

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, fx
 
 from fastgen import backends
+from fastgen._hooks import HOOKS
 from fastgen.acceleration import blocks
 from fastgen.acceleration.states import guarded, state, unchanged
-from fastgen.acceleration.tracing import HOOKS, arguments
+from fastgen.acceleration.tracing import arguments
 
 _log = logging.getLogger("fastgen")
 

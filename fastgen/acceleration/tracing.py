@@ -29,17 +29,10 @@ from torch.fx.proxy import Attribute
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from fastgen._hooks import has_hooks
 from fastgen.acceleration import blocks
 from fastgen.acceleration.states import Incomparable, state, unchanged
 from fastgen.nn import ConvBNAct, ConvTransposeBNAct
-
-HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-)
-
 
 # Gradients, inference mode, autocast: a forward that asks for them is one that is not the same in all of these.
 _MODES = [(True, False, False), (False, False, False), (False, True, False)]
@@ -206,10 +199,6 @@ def describe(error: Exception) -> str:
         return "control flow that depends on data"
     known = isinstance(error, fx.proxy.TraceError | Incomparable)
     return text if known else f"{type(error).__name__} while tracing: {text}"
-
-
-def has_hooks(module: torch.nn.Module) -> bool:
-    return any(getattr(module, name) for name in HOOKS)
 
 
 def _is_within(path: str, others: Iterable[str]) -> bool:

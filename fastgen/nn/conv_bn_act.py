@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from fastgen import ops
+from fastgen._hooks import has_hooks
 
 
 class _Block(torch.nn.Sequential):
@@ -56,8 +57,9 @@ class ConvBNAct(_Block):
 
     It is the `Sequential(Conv2d, BatchNorm2d, activation)` that it replaces, computed at once: same members, same
     initialisation, and the state dicts load both ways ("0.weight", "1.running_mean", ...).  A member that was replaced
-    by one of another class (or by an approximate GELU), or that has hooks (spectral norm in the old way), or padding
-    by anything but zeros, makes the layer run its members in turn.
+    by one of another class (or by an approximate GELU), of another dtype or with hooks (spectral norm in the old way),
+    padding by anything but zeros, or an image without a batch makes the layer run its members in turn.  Results are
+    channels-last in memory where a native kernel computed them.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias: as in `torch.nn.Conv2d`.
@@ -98,7 +100,7 @@ class ConvBNAct(_Block):
         super().__init__(conv, out_channels, batch_norm, activation, negative_slope, alpha, norm)
 
     def forward(self, input: Tensor) -> Tensor:
-        if not _is_fusible(self, torch.nn.Conv2d) or self[0].padding_mode != "zeros" or input.dim() != 4:
+        if not _is_fusible(self, torch.nn.Conv2d, input) or self[0].padding_mode != "zeros":
             return self.in_turn(input)
         tensors, options = self._call(input)
         return ops.conv2d_bn_act(input, *tensors, **options)  # type: ignore[arg-type]
@@ -115,8 +117,9 @@ class ConvTransposeBNAct(_Block):
 
     It is the `Sequential(ConvTranspose2d, BatchNorm2d, activation)` that it replaces, computed at once: same members,
     same initialisation, and the state dicts load both ways ("0.weight", "1.running_mean", ...).  A member that was
-    replaced by one of another class (or by an approximate GELU), or that has hooks (spectral norm in the old way),
-    makes the layer run its members in turn.
+    replaced by one of another class (or by an approximate GELU), of another dtype or with hooks (spectral norm in the
+    old way), or an image without a batch makes the layer run its members in turn.  Results are channels-last in memory
+    where a native kernel computed them.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, bias, dilation: as in
@@ -162,7 +165,7 @@ class ConvTransposeBNAct(_Block):
 
     def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         """`output_size` (H', W') chooses among the sizes that the stride leaves open, as in `ConvTranspose2d`."""
-        if not _is_fusible(self, torch.nn.ConvTranspose2d):
+        if not _is_fusible(self, torch.nn.ConvTranspose2d, input):
             return self.in_turn(input, output_size)
         conv: Any = self[0]
         padding = conv._output_padding(
@@ -193,15 +196,20 @@ _ACTIVATIONS = {
 _NAMES = {module: name for name, module in _ACTIVATIONS.items()}
 
 
-def _is_fusible(members: Iterable[torch.nn.Module], conv: type[torch.nn.Module]) -> bool:
-    """Whether the members are as they were made: the classes alone, a GELU that is not approximate, and no hooks."""
+def _is_fusible(members: Iterable[torch.nn.Module], conv: type[torch.nn.Module], input: Tensor) -> bool:
+    """Whether the members are as they were made: the classes alone, a GELU that is not approximate, and no hooks; and
+    whether they are of the input's dtype, and that a batch of images.
+    """
     members = list(members)
+    parameters = [value for member in members for value in member._parameters.values() if value is not None]
+    if input.dim() != 4 or any(value.dtype != input.dtype for value in parameters):
+        return False
     kinds = [type(member) for member in members]
     wanted = [conv, *([torch.nn.BatchNorm2d] if torch.nn.BatchNorm2d in kinds else [])]
     fits = kinds == wanted or (kinds[:-1] == wanted and kinds[-1] in _NAMES)
     if any(getattr(member, "approximate", "none") != "none" for member in members):
         return False
-    return fits and not any(member._forward_hooks or member._forward_pre_hooks for member in members)
+    return fits and not any(map(has_hooks, members))
 
 
 def _activation(name: str, negative_slope: float, alpha: float) -> torch.nn.Module:

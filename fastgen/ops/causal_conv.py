@@ -57,7 +57,7 @@ class Operator(NamedTuple):
             return self.reference(*args)
         if torch.compiler.is_compiling():
             kernel = input.device.type == "cpu" or self.triton  # an operator that is plain PyTorch would only be opaque
-            plain = not kernel or torch.is_autocast_enabled(input.device.type)
+            plain = not kernel or backends.is_autocast(input)
             return self.reference(*args) if plain else _CausalConv2d.apply(self.name, *args)
         function = backends.select(self.name, *args)
         if function is _functions[self.name] or is_jit_traced():
@@ -183,7 +183,7 @@ def _why_not_cpu(operator: Operator, *args: Any) -> str | None:
     options = args[-operator.options.count(",") - 1 :]
     if first.dtype not in (torch.float32, torch.float64):
         return f"it takes float32 and float64, got {first.dtype}"
-    if torch.is_autocast_enabled(first.device.type):
+    if backends.is_autocast(first):
         return "autocast is on"
     if first.layout is not torch.strided:
         return f"it takes strided tensors, got {first.layout}"
@@ -239,5 +239,5 @@ def register(operator: Operator) -> None:
 
 
 def _why_not_triton(*args: Any) -> str | None:
-    autocast = torch.is_autocast_enabled(args[0].device.type)
+    autocast = backends.is_autocast(args[0])
     return "autocast is on" if autocast else backends.why_not_triton(args[0])

@@ -234,7 +234,7 @@ def _why_not_triton(*args: Any) -> str | None:
 
 def _why_plain(inputs: Sequence[Tensor]) -> str | None:
     """What no kernel takes."""
-    if torch.is_autocast_enabled(inputs[0].device.type):
+    if backends.is_autocast(inputs[0]):
         return "autocast is on"
     if any(x.layout is not torch.strided for x in inputs):
         return "it takes strided tensors"

@@ -96,10 +96,12 @@ def conv2d_bn_act(
     Where no gradient is wanted, float32, float64 and bfloat16 (of an even number of input channels) run natively on the
     CPU, but for kernels of one element, small groups of channels and fewer than eight input channels: there, and in
     other dtypes, PyTorch's convolution is used,
-    with the BatchNorm folded into weights that are kept from call to call, and the activation in place. Where a
-    gradient is wanted, or with `training`, float32 and float64 run natively on the CPU for the same shapes, forward
-    and backward; all else is plain PyTorch, and so is a backward pass that is itself to be differentiated
-    (``create_graph=True``).
+    with the BatchNorm folded into weights that are kept from call to call, and the activation in place.
+
+    Where a gradient is wanted, or with `training`, float32 and float64 run natively on the CPU, forward and backward,
+    where that is faster: kernels of two or three times the stride without groups and dilation, of 32 channels or more
+    on either side, or of at most eight output channels, and not the smallest. All else is plain PyTorch, and so is a
+    backward pass that is itself to be differentiated (``create_graph=True``).
 
     Minimal filtering on the CPU (of kernels like 4x4 in steps of 2) mixes neighbouring pixels of a tile: an infinite
     input, or one 1e4 times as large as the others, disturbs outputs that do not read it.
@@ -124,7 +126,7 @@ def conv2d_bn_act(
     _check(*args, training=training)
     if training or wants_grad(tensors):
         return _train(tensors, options, training, momentum)
-    if torch.is_autocast_enabled(input.device.type) or is_transformed():
+    if backends.is_autocast(input) or is_transformed():
         return conv2d_bn_act_reference(*args)
     if compiling or not is_unobserved(tensors):
         return torch.ops.fastgen.conv2d_bn_act(*args)

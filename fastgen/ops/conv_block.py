@@ -56,7 +56,7 @@ def check_norm(channels: dict[str, Tensor | None], count: int, training: bool) -
 
 def check_same(input: Tensor, others: dict[str, Tensor | None]) -> None:
     """One floating dtype (autocast may still bring different ones together) and one device."""
-    autocast = torch.is_autocast_enabled(input.device.type)
+    autocast = backends.is_autocast(input)
     for name, value in others.items():
         if value is None:
             continue

@@ -13,7 +13,7 @@ from torch import Tensor
 from fastgen import backends
 from fastgen.ops.conv_block import signature
 from fastgen.ops.feature_maps import address, channels_last, dense, dense_strides
-from fastgen.ops.packed_weights import packed_weight
+from fastgen.ops.packed_weights import borrowed_weight, packed_weight
 
 CPU = torch.device("cpu")  # whatever the default device is
 _SLACK = 64  # bytes behind a gradient that the kernels may read
@@ -73,7 +73,7 @@ def why_not_training(*args: Any) -> str | None:
 
 
 def _why_not_here(first: Tensor) -> str | None:
-    if torch.is_autocast_enabled(first.device.type):
+    if backends.is_autocast(first):
         return "autocast is on"
     if first.layout is not torch.strided:
         return f"it takes strided tensors, got {first.layout}"
@@ -139,10 +139,10 @@ def served(tensors: Sequence[Tensor | None], options: tuple[Any, ...]) -> Infere
 
 
 def follows_from_output(transposed: bool, options: Options, statistics: bool) -> bool:
-    """Whether the gradient of the activation is known from its result, and no more is kept for it."""
-    if transposed or statistics:
-        return False
-    return options.activation == "relu" or (options.activation == "leaky_relu" and options.parameter > 0)
+    """Whether the gradient of the activation is known from its result, and no more is kept for it: nobody may write to
+    the result then, as behind PyTorch's ReLU.
+    """
+    return options.activation == "relu" and not (transposed or statistics)
 
 
 def saving(transposed: bool, input: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -192,7 +192,8 @@ def backward(
     if grad.numel():
         grad = grad.contiguous(memory_format=torch.channels_last)
         grad_conv = input.new_empty(grad.numel() + _SLACK // grad.element_size())
-        conv = conv if conv.numel() else grad  # where there was neither BatchNorm nor activation
+        # Where there was neither BatchNorm nor activation, nothing was kept; a hook may have changed what was.
+        conv = conv.contiguous(memory_format=torch.channels_last) if conv.numel() else grad
         norm = (mean, var, bn_weight, bn_bias)
         block.pass_over("channel_backward", conv, (grad,), norm, options, options.training, grad_conv, *sums)
         if for_weight:
@@ -243,14 +244,14 @@ class Block:
 
     def convolve(self, input: Tensor, weight: Tensor, tensors: Tensors, output: Tensor, *act: Any) -> None:
         plan = self.forward_plan(batch_norm=tensors[2] is not None)
-        packed = packed_weight(weight, plan, self.threads, out_channels_first=not self.transposed)
-        self.run(plan, input, input.stride(), packed, tensors, output, *act)
+        with borrowed_weight(weight, plan, self.threads, out_channels_first=not self.transposed) as packed:
+            self.run(plan, input, input.stride(), packed, tensors, output, *act)
 
     def input_gradient(self, weight: Tensor, grad: Tensor, output: Tensor) -> None:
         """The other kind of convolution of the gradient, with the roles of the channels exchanged."""
         plan = conv_plan(not self.transposed, *self._exchanged(), self.dtype)
-        packed = packed_weight(weight, plan, self.threads, out_channels_first=self.transposed)
-        self.run(plan, grad, dense_strides(self.output), packed, (None,) * 5, output)
+        with borrowed_weight(weight, plan, self.threads, out_channels_first=self.transposed) as packed:
+            self.run(plan, grad, dense_strides(self.output), packed, (None,) * 5, output)
 
     def run(
         self, plan: Any, image: Tensor, strides: Sequence[int], packed: Tensor, tensors: Tensors, output: Tensor,

@@ -115,7 +115,7 @@ class _Sequence:
         for i, call in enumerate(calls):
             weight, *channels = tensors[i * BLOCK_TENSORS : (i + 1) * BLOCK_TENSORS]
             assert weight is not None
-            packed = packed_weight(weight, call.plan, call.threads, lasting=True)
+            packed = packed_weight(weight, call.plan, call.threads)
             addresses = [0 if tensor is None else tensor.data_ptr() for tensor in channels]
             memory = weight.data_ptr(), span_bytes(weight)
             self.native.add(call.plan, call.threads, packed.data_ptr(), addresses, *call.act, *memory)
@@ -141,7 +141,7 @@ class _Sequence:
         for i in unpacked:
             weight = tensors[i * BLOCK_TENSORS]
             assert weight is not None
-            other.packs[i] = packed_weight(weight, other.native.plan(i), threads, lasting=True)
+            other.packs[i] = packed_weight(weight, other.native.plan(i), threads)
             other.native.set_packed(i, other.packs[i].data_ptr())
         other.batch, other.strides = batch, input.stride()
         other.shape = (batch, self.shape[1], *other.native.plan(len(self.packs) - 1).out_size)

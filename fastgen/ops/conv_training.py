@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastgen import backends
 from fastgen.ops import conv_cpu as cpu
-from fastgen.ops.conv_block import activate, is_transformed
+from fastgen.ops.conv_block import activate, is_jit_traced, is_transformed
 from fastgen.ops.conv_cpu import Options, output_shape
 from fastgen.ops.feature_maps import channels_last
 from fastgen.ops.registration import Implementation, define
@@ -73,10 +73,10 @@ def train(transposed: bool, args: Sequence[Any], momentum: float) -> Tensor:
 
 
 def _is_plain(transposed: bool, args: Sequence[Any]) -> bool:
-    if is_transformed():
-        return True
     if torch.compiler.is_compiling():
-        return torch.is_autocast_enabled(args[0].device.type)
+        return is_transformed() or backends.is_autocast(args[0])
+    if is_transformed() or is_jit_traced():
+        return True
     return backends.select(f"{_NAMES[transposed]}_saving", *args) is _SAVING[transposed]
 
 
@@ -88,7 +88,8 @@ class _Block(torch.autograd.Function):
         input, weight, bias, _, _, bn_weight, bn_bias, *options = args
         output, conv, mean, var = _operator(transposed, "saving")(*args)
         if not conv.numel() and Options(*options).activation != "none":
-            conv = output
+            # Compiled code does not notice writes to what was saved.
+            conv = output.clone() if torch.compiler.is_compiling() else output
         ctx.save_for_backward(bias, input, weight, bn_weight, bn_bias, conv, mean, var)
         ctx.transposed, ctx.options = transposed, options
         ctx.mark_non_differentiable(mean, var)

@@ -101,7 +101,7 @@ def conv_transpose2d_bn_act(
     saving = training or wants_grad(tensors)
     if saving:
         return train(True, args, momentum)
-    if is_transformed() or (compiling and torch.is_autocast_enabled(input.device.type)):
+    if is_transformed() or (compiling and backends.is_autocast(input)):
         return reference(True, *args)
     if not compiling:
         function = backends.select("conv_transpose2d_bn_act", *args)
@@ -161,7 +161,7 @@ def _check_options(options: Options) -> None:
 def _why_not_triton(*args: Any) -> str | None:
     backward = isinstance(args[-1], (list, tuple))  # which gradients are needed comes last there
     options = Options(*(args[-10:-1] if backward else args[-9:]))
-    if torch.is_autocast_enabled(args[0].device.type):
+    if backends.is_autocast(args[0]):
         return "autocast is on"
     if options.groups != 1 or max(options.dilation) != 1:
         return "it takes one group and no dilation"

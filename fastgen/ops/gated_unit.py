@@ -174,7 +174,7 @@ def _why_not_triton(first: Tensor, second: Tensor | None, activation: str) -> st
 
 def _why_plain(first: Tensor, second: Tensor | None) -> str | None:
     """What no kernel takes."""
-    if torch.is_autocast_enabled(first.device.type):
+    if backends.is_autocast(first):
         return "autocast is on"
     if any(x is not None and x.layout is not torch.strided for x in (first, second)):
         return "it takes strided tensors"

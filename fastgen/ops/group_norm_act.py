@@ -87,7 +87,7 @@ def group_norm_act(
             return call(*tensors)
     args = (*tensors, *options)
     _check(*args)
-    if wants_grad(tensors) or torch.is_autocast_enabled(input.device.type) or is_transformed():
+    if wants_grad(tensors) or backends.is_autocast(input) or is_transformed():
         return group_norm_act_reference(*args)
     if compiling or not is_unobserved(tensors):
         return torch.ops.fastgen.group_norm_act(*args)
@@ -146,7 +146,7 @@ _served: dict[tuple[Any, ...], Callable[..., Tensor]] = {}  # what serves calls 
 def _why_not(input: Tensor, *_: Any) -> str | None:
     if input.dtype not in (torch.float32, torch.float64, torch.bfloat16):
         return f"it takes float32, float64 and bfloat16, got {input.dtype}"
-    if torch.is_autocast_enabled(input.device.type):
+    if backends.is_autocast(input):
         return "autocast is on"
     return None if input.layout is torch.strided else f"it takes strided tensors, got {input.layout}"
 

@@ -12,7 +12,9 @@ the whole tensor, and may miss one that changes a few elements of a large one; f
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -26,43 +28,72 @@ _MAX_COMPUTED = 4  # kept of one weight, which may be followed by different norm
 _MAX_LAYOUTS = 16  # kept of one weight; layouts differ between forward, backward, and very small and other images
 
 
+class _Pack:
+    """`kept`: somebody may have it for longer than a call; `borrowers`: calls that read it now."""
+
+    def __init__(self, memory: Tensor):
+        self.memory, self.kept, self.borrowers = memory, False, 0
+
+
 class _Entry(NamedTuple):
     state: tuple[Any, ...]
-    packs: dict[tuple[int, bytes], Tensor]
-    spare: dict[tuple[int, bytes], Tensor]  # packs of what the weight was before, whose memory is used again
-    lasting: set[tuple[int, bytes]]  # packs that somebody keeps
+    packs: dict[tuple[int, bytes], _Pack]
+    spare: dict[tuple[int, bytes], Tensor]  # of what the weight was before: memory that nobody reads any more
 
 
 _entries = WeakTensorKeyDictionary()
 _computed = WeakTensorKeyDictionary()
+_lock = threading.Lock()  # of all entries and what is in them
 
 
-def packed_weight(
-    weight: Tensor, plan: Any, threads: int, *, out_channels_first: bool = False, lasting: bool = False
-) -> Tensor:
+def packed_weight(weight: Tensor, plan: Any, threads: int, *, out_channels_first: bool = False) -> Tensor:
     """`weight` packed for a plan: [Cin, Cout / groups, kh, kw] of a transposed convolution, or `out_channels_first`
     [Cout, Cin / groups, kh, kw] of an ordinary one (the gradient of the input of either is the other).
-
-    A pack is for one call, as the next one may find other weights and pack those in its place: touching new memory
-    takes three times as long as packing. `lasting`: the caller keeps it, and nothing else will be written there.
     """
     if weight.is_inference():  # has no version counter
         return _pack(weight, plan, threads, out_channels_first)
-    state = tensor_state(weight)
-    entry = _entries.get(weight)
-    if entry is None or entry.state != state:
-        spare = {} if entry is None else {k: v for k, v in entry.packs.items() if k not in entry.lasting}
-        entry = _entries[weight] = _Entry(state, {}, spare, set())
-    key = (backends.native_cpu().isa(), plan.layout)
-    packed = entry.packs.get(key)
-    if packed is None:
+    pack = _find(weight, plan, threads, out_channels_first)
+    pack.kept = True
+    return pack.memory
+
+
+@contextmanager
+def borrowed_weight(weight: Tensor, plan: Any, threads: int, *, out_channels_first: bool = False) -> Iterator[Tensor]:
+    """The same for one call, whose memory the pack of a changed weight may take afterwards: in training, where touching
+    new memory takes three times as long as packing.
+    """
+    if weight.is_inference():
+        yield _pack(weight, plan, threads, out_channels_first)
+        return
+    pack = _find(weight, plan, threads, out_channels_first)
+    try:
+        yield pack.memory
+    finally:
+        with _lock:
+            pack.borrowers -= 1
+
+
+def _find(weight: Tensor, plan: Any, threads: int, out_channels_first: bool) -> _Pack:
+    """With one borrower more, so that no other thread takes its memory."""
+    state, key = tensor_state(weight), (backends.native_cpu().isa(), plan.layout)
+    with _lock:
+        entry = _entries.get(weight)
+        if entry is None or entry.state != state:
+            old = {} if entry is None else entry.packs
+            spare = {k: pack.memory for k, pack in old.items() if not (pack.kept or pack.borrowers)}
+            entry = _entries[weight] = _Entry(state, {}, spare)
+        pack = entry.packs.get(key)
+        if pack is not None:
+            pack.borrowers += 1
+            return pack
+        memory = entry.spare.pop(key, None)
+    pack = _Pack(_pack(weight, plan, threads, out_channels_first, memory))
+    pack.borrowers = 1
+    with _lock:
         if len(entry.packs) >= _MAX_LAYOUTS:
             entry.packs.clear()
-            entry.lasting.clear()
-        packed = entry.packs[key] = _pack(weight, plan, threads, out_channels_first, entry.spare.pop(key, None))
-    if lasting:
-        entry.lasting.add(key)
-    return packed
+        entry.packs[key] = pack
+    return pack
 
 
 def kept(tensors: Sequence[Tensor | None], option: Any, compute: Callable[[], Any]) -> Any:

@@ -153,6 +153,13 @@ def test_foreign_members_and_hooks_are_respected(kind):
     expected = plain(x)
     layer[0].register_forward_hook(lambda module, args, output: output * 2)
     torch.testing.assert_close(layer(x), expected * 2)
+    calls = []
+    watched, plain = pair(kind=kind)
+    for module in (watched, plain):
+        module[0].register_full_backward_hook(lambda *_: calls.append("backward"))
+        module[1].register_full_backward_pre_hook(lambda *_: calls.append("before"))
+        module(x).sum().backward()
+    assert calls == ["before", "backward"] * 2
     changed, _ = pair(kind=kind)
     changed[1] = torch.nn.InstanceNorm2d(7)
     torch.testing.assert_close(changed(x), torch.nn.Sequential(*changed)(x))
@@ -202,7 +209,9 @@ def test_paddings_and_images_without_a_batch():
     layer = nn.ConvBNAct(5, 7, 3, padding="same", dilation=2, batch_norm=False)
     x = torch.randn(2, 5, 6, 4)
     torch.testing.assert_close(layer(x), torch.nn.Sequential(*layer)(x))
-    torch.testing.assert_close(layer(x[0]), torch.nn.Sequential(*layer)(x[0]))
+    transposed = nn.ConvTransposeBNAct(5, 7, 3, batch_norm=False)
+    for other in (layer, transposed):
+        torch.testing.assert_close(other(x[0]), torch.nn.Sequential(*other)(x[0]))
     layer[0] = torch.nn.Conv2d(5, 7, 3, padding=1, padding_mode="reflect")
     torch.testing.assert_close(layer(x), torch.nn.Sequential(*layer)(x))
 
@@ -226,6 +235,15 @@ def test_compiles(kind):
     compiled = torch.compile(layer.eval(), fullgraph=True, backend="aot_eager")
     with torch.no_grad():
         assert torch.equal(compiled(x), layer(x))
+
+
+@kinds
+def test_members_of_other_dtypes(kind):
+    """As a BatchNorm that is left in float32."""
+    fused, _ = KINDS[kind]
+    layer, x = fused(6, 8, 3).bfloat16(), torch.randn(2, 6, 5, 5).bfloat16()
+    layer[1].float()
+    assert torch.equal(layer(x), torch.nn.Sequential(*copy.deepcopy(layer))(x))
 
 
 def test_errors():

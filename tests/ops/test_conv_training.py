@@ -193,15 +193,37 @@ def test_gradients_of_activations(activation, training, norm, kind):
         torch.testing.assert_close(ours, truth, rtol=1e-9, atol=1e-9)
 
 
+def test_relu_keeps_its_output_alone():
+    """And so nobody may write to it, as behind PyTorch's own; behind others they may."""
+    for activation, kept in (("relu", True), ("leaky_relu", False), ("tanh", False)):
+        copies, trained = leaves_of(SMALL["ordinary"].tensors(torch.float64, norm=False))
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, saved=saved: saved.append(x) or x, lambda x: x):
+            output = native(SMALL["ordinary"], copies, activation)
+        assert any(x.data_ptr() == output.data_ptr() for x in saved) == kept
+        assert sum(x.shape == output.shape for x in saved) == 1
+        output = native(SMALL["ordinary"], copies, activation)
+        if kept:
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                torch.autograd.grad(output.add_(1.0).sum(), trained)
+        else:
+            expected = torch.autograd.grad(plain(SMALL["ordinary"], copies, activation).sum(), trained)
+            for ours, truth in zip(torch.autograd.grad(output.add_(1.0).sum(), trained), expected, strict=True):
+                torch.testing.assert_close(ours, truth, rtol=1e-9, atol=1e-9)
+
+
 @kinds
-@pytest.mark.parametrize("slope", [0.2, 0.0, -0.3])
-def test_what_is_kept_for_slopes(slope, kind):
-    """The gradient of a leaky ReLU follows from its output where the slope is positive."""
+@norms
+@pytest.mark.parametrize("activation", ["none", "relu", "leaky_relu", "tanh"])
+def test_saved_tensors_may_come_back_in_another_layout(kind, norm, activation):
     case = SMALL[kind]
-    copies, trained = leaves_of(case.tensors(torch.float64, norm=False))
-    actual = torch.autograd.grad(native(case, copies, "leaky_relu", negative_slope=slope).square().sum(), trained)
-    output = F.leaky_relu(plain(case, copies), slope)
-    for ours, truth in zip(actual, torch.autograd.grad(output.square().sum(), trained), strict=True):
+    copies, trained = leaves_of(case.tensors(torch.float64, norm=norm))
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda x: x.clone(memory_format=torch.contiguous_format), lambda x: x
+    ):
+        output = native(case, copies, activation)
+    expected = torch.autograd.grad(plain(case, copies, activation).square().sum(), trained)
+    for ours, truth in zip(torch.autograd.grad(output.square().sum(), trained), expected, strict=True):
         torch.testing.assert_close(ours, truth, rtol=1e-9, atol=1e-9)
 
 
@@ -329,9 +351,7 @@ def test_opcheck(backend, norm, activation, kind):
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
 @training_modes
-@pytest.mark.parametrize(
-    "case", [*SMALL.values(), minimal_case("ordinary", "three taps, tiles stick out")], ids=[*SMALL, "natively"]
-)
+@pytest.mark.parametrize("case", [minimal_case("ordinary", "cropped"), SMALL["transposed"]], ids=[*KINDS])
 def test_compiles_as_one_graph(dynamic, training, case, monkeypatch):
     monkeypatch.setattr(sys.modules["fastgen.ops.conv2d_bn_act"], "_LEAST_WORK", 0)
     operation = kind_of(case)[2]
@@ -349,6 +369,43 @@ def test_compiles_as_one_graph(dynamic, training, case, monkeypatch):
         grad = grad_for(sized, tensors)
         actual = run(compiled, sized, tensors, "relu", training, grad)
         assert all(map(torch.equal, actual, run(function, sized, tensors, "relu", training, grad)))
+
+
+@pytest.mark.parametrize("activation", ["relu", "leaky_relu"])
+def test_compiled_code_may_write_to_the_result(activation, monkeypatch):
+    """What was saved is not what is written to then."""
+    monkeypatch.setattr(sys.modules["fastgen.ops.conv2d_bn_act"], "_LEAST_WORK", 0)
+    torch._dynamo.reset()
+    case = minimal_case("ordinary", "cropped")
+    copies, trained = leaves_of(case.tensors(norm=False))
+
+    def function(*tensors):
+        return ops.conv2d_bn_act(*tensors, **case.options, activation=activation, negative_slope=-0.3).neg_()
+
+    actual = torch.autograd.grad(torch.compile(function, fullgraph=True, backend="aot_eager")(*copies).sum(), trained)
+    expected = torch.autograd.grad(plain(case, copies, activation).neg().sum(), trained)
+    for ours, truth in zip(actual, expected, strict=True):
+        torch.testing.assert_close(ours, truth, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore")
+@kinds
+def test_traced_by_jit_it_is_plain_pytorch(kind, monkeypatch, tmp_path):
+    monkeypatch.setattr(sys.modules["fastgen.ops.conv2d_bn_act"], "_LEAST_WORK", 0)
+    layer = (fastgen.nn.ConvBNAct if kind == "ordinary" else fastgen.nn.ConvTransposeBNAct)(32, 32, 4, 2, 1).eval()
+    x = torch.randn(2, 32, 8, 8)
+    torch.jit.trace(layer, x).save(tmp_path / "traced.pt")
+    torch.testing.assert_close(torch.jit.load(tmp_path / "traced.pt")(x), layer(x), rtol=1e-4, atol=1e-4)
+
+
+@training_modes
+@kinds
+def test_meta_tensors(training, kind):
+    case = minimal_case(kind, "cropped")
+    tensors = [tensor.to("meta") for tensor in case.tensors()]
+    tensors[1].requires_grad_()
+    output = kind_of(case)[2](*tensors, **case.options, training=training)
+    assert output.shape == plain(case, case.tensors()).shape and output.requires_grad
 
 
 def test_operators_check_their_arguments():

@@ -604,28 +604,34 @@ def test_weights_are_packed_once_and_forgotten(monkeypatch):
 
 
 def test_memory_of_packs_is_used_again():
-    """By the pack of changed weights, of the same dtype, unless somebody keeps the old one."""
+    """By the pack of changed weights, of the same dtype, once the calls that borrowed the old one are over."""
     packed = importlib.import_module("fastgen.ops.packed_weights")
     weight = torch.nn.Parameter(CASES["minimal"].tensors()[1])
 
-    def pack(**options):
-        case = CASES["minimal"]
+    def arguments():
         plan = cpu.conv_plan(True, 1, (50, 40), (13, 17), (26, 34), (4, 4), (2, 2), (1, 1), (1, 1), weight.dtype)
-        assert tuple(weight.shape) == (50, 40, *case.kernel)
-        return packed.packed_weight(weight, plan, 1, **options)
+        return weight, plan, 1
 
-    first = pack()
-    before = first.clone()
-    assert pack() is first
+    with packed.borrowed_weight(*arguments()) as first:
+        before = first.clone()
+        with packed.borrowed_weight(*arguments()) as same:
+            assert same is first
     _no_grad_edit(weight)
-    second = pack(lasting=True)
-    assert second.data_ptr() == first.data_ptr() and not torch.equal(second, before)
-    kept = second.clone()
+    with packed.borrowed_weight(*arguments()) as second:
+        assert second.data_ptr() == first.data_ptr() and not torch.equal(second, before)
+        read = second.clone()
+        _no_grad_edit(weight)
+        with packed.borrowed_weight(*arguments()) as third:  # as in another thread
+            assert third.data_ptr() != second.data_ptr() and torch.equal(second, read)
+    kept = packed.packed_weight(*arguments())
+    assert kept is third
+    read = kept.clone()
     _no_grad_edit(weight)
-    third = pack()
-    assert third.data_ptr() != second.data_ptr() and torch.equal(second, kept)
+    with packed.borrowed_weight(*arguments()) as fourth:
+        assert fourth.data_ptr() != kept.data_ptr() and torch.equal(kept, read)
     weight.data = weight.data.double()
-    assert pack().dtype == torch.float64 and torch.equal(second, kept)
+    with packed.borrowed_weight(*arguments()) as fifth:
+        assert fifth.dtype == torch.float64
 
 
 def test_modes_and_transforms_see_the_operator():
