@@ -18,11 +18,11 @@ from fastgen import backends
 from fastgen.ops import conv_cpu as cpu
 from fastgen.ops.conv_block import (
     ACTIVATIONS,
-    activate,
     check_norm,
     check_same,
     check_tensors,
     goes_straight,
+    is_jit_traced,
     is_transformed,
     is_unobserved,
     pair,
@@ -126,47 +126,29 @@ def conv2d_bn_act(
     _check(*args, training=training)
     if training or wants_grad(tensors):
         return _train(tensors, options, training, momentum)
-    if backends.is_autocast(input) or is_transformed():
+    if backends.is_autocast(input) or is_transformed() or (not compiling and is_jit_traced()):
         return conv2d_bn_act_reference(*args)
     if compiling or not is_unobserved(tensors):
         return torch.ops.fastgen.conv2d_bn_act(*args)
     return backends.select("conv2d_bn_act", *args)(*args)
 
 
-def conv2d_bn_act_reference(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    bn_weight: Tensor | None,
-    bn_bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    groups: int,
-    dilation: Sequence[int],
-    eps: float,
-    activation: str,
-    parameter: float,
-) -> Tensor:
-    """The definition, in plain PyTorch; `parameter` is the slope of leaky_relu or the alpha of elu."""
-    output = F.conv2d(input, weight, bias, stride, padding, dilation, groups)
-    if running_mean is not None:
-        output = F.batch_norm(output, running_mean, running_var, bn_weight, bn_bias, False, 0.0, eps)
-    return activate(output, activation, parameter)
+def conv2d_bn_act_reference(*args: Any) -> Tensor:
+    """The definition, in plain PyTorch; of the arguments of the operator."""
+    return reference(False, *args[:7], *_with_training(Options(*args[7:]), False))
 
 
 def _train(tensors: Sequence[Any], options: Options, training: bool, momentum: float) -> Tensor:
     args = (*tensors, *_with_training(options, training))
     is_free = torch.compiler.is_compiling() or backends.asked() == "auto"
-    if is_free and not _is_native_training_better(*tensors[:2], options):
+    if is_free and not _is_native_training_better(tensors[0], tensors[1], options):
         return reference(False, *args, momentum=momentum)
     return train(False, args, momentum)
 
 
 def _with_training(options: Options, training: bool) -> cpu.Options:
-    stride, padding, groups, dilation, *rest = options
-    return cpu.Options(stride, padding, (0, 0), groups, dilation, training, *rest)
+    geometry = (options.stride, options.padding, (0, 0), options.groups, options.dilation)
+    return cpu.Options(*geometry, training, options.eps, options.activation, options.parameter)
 
 
 # Checks, shared by the real and the fake implementations
@@ -223,7 +205,8 @@ def _check_training(input: Tensor, weight: Tensor, *rest: Any) -> None:
     options = cpu.Options(*rest[5:])
     if max(options.output_padding):
         raise ValueError(f"output_padding must be 0, got {options.output_padding}")
-    given = Options(*options[:2], *options[3:5], *options[6:])
+    geometry = (options.stride, options.padding, options.groups, options.dilation)
+    given = Options(*geometry, options.eps, options.activation, options.parameter)
     _check(input, weight, *rest[:5], *given, training=options.training)
 
 

@@ -20,6 +20,7 @@ from fastgen.ops.conv_block import (
     check_same,
     check_tensors,
     goes_straight,
+    is_jit_traced,
     is_transformed,
     is_unobserved,
     pair,
@@ -105,7 +106,7 @@ def conv_transpose2d_bn_act(
         return reference(True, *args)
     if not compiling:
         function = backends.select("conv_transpose2d_bn_act", *args)
-        if function is _forward_reference:
+        if function is _forward_reference or is_jit_traced():
             return reference(True, *args)
         if is_unobserved(tensors):
             return function(*args)
