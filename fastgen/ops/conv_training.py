@@ -48,6 +48,8 @@ def reference(
     if options.training or running_mean is not None:
         norm = (running_mean, running_var, bn_weight, bn_bias, options.training, momentum, options.eps)
         output = F.batch_norm(output, *norm)
+    if options.activation == "relu" and not torch.compiler.is_compiling() and not is_transformed():
+        return torch.relu_(output)  # PyTorch keeps the result alone either way
     return activate(output, options.activation, options.parameter)
 
 
