@@ -155,7 +155,11 @@ class _Chain:
             self._replace(function, input, links)
             return
         link, input, output_size = convolution(first, self.trace)
+        if kind == "conv_transpose2d" and _is_depthwise(link):
+            raise Skip("of each channel by itself, where PyTorch is faster")
         links = [link, *self._followers(norm, activation)]
+        if len(links) == 1 and _is_depthwise(link):
+            raise Skip("of each channel by itself and nothing behind it, where PyTorch is faster")
         if len(links) == 1 and kind == "conv2d" and self.leaves_norm:
             raise Skip("the norm after it is left alone, and takes it as it is")
         if kind == "conv_transpose2d":
@@ -266,6 +270,15 @@ class _Chain:
             return None
         node = self.trace.graph.create_node("get_attr", tensor.path)
         return self.trace.graph.call_function(blocks.normed_weight, (node,)) if tensor.normed else node
+
+
+def _is_depthwise(link: Link) -> bool:
+    """Of a convolution: whether each channel is by itself."""
+    weight = link.tensors[0]
+    if link.options["groups"] == 1 or weight is None:
+        return False
+    kernel = (1, *link.kernel)
+    return any(value.dim() == 4 and tuple(value.shape[1:]) == kernel for value in weight.values)
 
 
 def _matches(match: Callable[[fx.Node, Trace], Link | None], node: fx.Node, trace: Trace) -> bool:

@@ -73,7 +73,8 @@ def conv_transpose2d_bn_act(
         channels-last in memory where a native kernel computed it.
 
     float32 and float64 run natively on the CPU; so does bfloat16 for inference with an even number of input channels in
-    each group, summed in float32 and rounded after the activation.  float32, float16 and bfloat16 run natively on the
+    each group, summed in float32 and rounded after the activation; but groups of one channel are PyTorch's, which is
+    faster.  float32, float16 and bfloat16 run natively on the
     GPU (Triton; one group, no dilation, TF32 only where ``torch.set_float32_matmul_precision`` asks for it).  Other
     dtypes and autocast go through plain PyTorch.  Where no gradient is wanted, bias, BatchNorm and activation are
     applied while the convolution writes its result, and nothing else is stored.  On the CPU packed weights are kept
@@ -99,6 +100,8 @@ def conv_transpose2d_bn_act(
         if call is not None:
             return call(*tensors)
     _check(*args)
+    if _is_depthwise(input, weight, groups) and (compiling or backends.asked() == "auto"):
+        return reference(True, *args, momentum=momentum)
     saving = training or wants_grad(tensors)
     if saving:
         return train(True, args, momentum)
@@ -111,6 +114,11 @@ def conv_transpose2d_bn_act(
         if is_unobserved(tensors):
             return function(*args)
     return torch.ops.fastgen.conv_transpose2d_bn_act(*args)
+
+
+def _is_depthwise(input: Tensor, weight: Tensor, groups: int) -> bool:
+    """Each channel by itself, for which PyTorch takes a half or a quarter of the time on the CPU."""
+    return input.device.type == "cpu" and groups > 1 and (groups, 1) == tuple(weight.shape[:2])
 
 
 # Checks, shared by the real and the fake implementations

@@ -30,7 +30,10 @@ REPORTS = {
     "sngan, spectral": (7, {}),
     "sngan, conditional": (7, {}),
     "conditional": (3, {}),
-    "stylegan": (3, {f"{name}.{i}": "control flow" for name in ("convs", "to_rgb") for i in range(3)}),
+    "stylegan": (
+        1,
+        {f"{name}.{i}": "control flow" for name in ("convs", "to_rgb") for i in range(3)} | {"blur": "by itself"},
+    ),
     "sagan": (4, dict.fromkeys(("9.query", "9.key", "9.value"), "one element")),
     "srgan": (8, {"conv1.1": "no fused form", "blocks.0.2": "no fused form", "blocks.1.2": "no fused form"}),
     "latent": (31, dict.fromkeys(("mid.attn_1.q", "up.0.block.0.nin_shortcut"), "one element")),

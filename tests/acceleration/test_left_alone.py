@@ -263,6 +263,20 @@ def test_kernels_of_one_element():
 
 
 @torch.no_grad()
+def test_channels_by_themselves():
+    """But with a norm or an activation behind it, an ordinary convolution is fused."""
+    network = nn.Sequential(
+        *(nn.Conv2d(3, 6, 3, groups=3), nn.Conv2d(6, 6, 3, groups=6), nn.BatchNorm2d(6), nn.ReLU()),
+        *(nn.ConvTranspose2d(6, 6, 4, 2, groups=6), nn.ReLU(), nn.Conv2d(6, 6, 3, groups=2)),
+    )
+    torch.nn.utils.weight_norm(network[6])  # whose gain [6, 1, 1, 1] is no kernel
+    fast = same(network.eval(), image(size=9))
+    assert [entry.path for entry in fast.fastgen_report.fused] == ["1", "6"]
+    assert all("by itself, " in reason or "by itself and" in reason for reason in reasons(fast).values())
+    assert sorted(reasons(fast)) == ["0", "4"]
+
+
+@torch.no_grad()
 def test_results_that_are_used_elsewhere():
     class Reused(nn.Module):
         def __init__(self):

@@ -603,6 +603,19 @@ def test_weights_are_packed_once_and_forgotten(monkeypatch):
     assert len(packed._entries) == before
 
 
+@pytest.mark.parametrize("gradient", [False, True], ids=["no_grad", "grad"])
+def test_groups_of_one_channel_are_left_to_pytorch(gradient):
+    """Unless the backend is asked for."""
+    case = CASES["depthwise"]
+    tensors = case.tensors()
+    tensors[1].requires_grad_(gradient)
+    left, asked_for = ops.conv_transpose2d_bn_act(*tensors, **case.options, eps=0.8), native(case, tensors)
+    assert torch.equal(left, plain(case, tensors))
+    torch.testing.assert_close(asked_for, left, rtol=1e-4, atol=1e-4)
+    assert left.is_contiguous() and asked_for.is_contiguous(memory_format=torch.channels_last)
+    assert left.requires_grad == asked_for.requires_grad == gradient
+
+
 def test_memory_of_packs_is_used_again():
     """By the pack of changed weights, of the same dtype, once the calls that borrowed the old one are over."""
     packed = importlib.import_module("fastgen.ops.packed_weights")
