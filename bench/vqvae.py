@@ -49,6 +49,17 @@ class PlainEncoder(nn.Module):
         return self.last(F.relu(self.blocks(x)))
 
 
+class PlainDecoder(nn.Module):
+    def __init__(self, decoder: Any) -> None:
+        super().__init__()
+        self.first = decoder.first
+        self.blocks = nn.Sequential(*map(PlainResidual, decoder.blocks))
+        self.up = nn.Sequential(*(nn.Sequential(*layers) for layers in decoder.up))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(F.relu(self.blocks(self.first(x))))
+
+
 class PlainQuantizer(nn.Module):
     """As `nn.VectorQuantizer`, without restarts."""
 
@@ -99,8 +110,7 @@ def images_for(model: Any, batch: int) -> Tensor:
 def plain(model: Any, memory_format: torch.memory_format) -> Any:
     result = copy.deepcopy(model)
     result.encoder = PlainEncoder(result.encoder)
-    result.decoder.blocks = nn.Sequential(*map(PlainResidual, result.decoder.blocks))
-    result.decoder.up = nn.Sequential(*(nn.Sequential(*layers) for layers in result.decoder.up))
+    result.decoder = PlainDecoder(result.decoder)
     result.quantizer = PlainQuantizer(result.quantizer)
     return result.to(memory_format=memory_format)
 
