@@ -16,6 +16,17 @@ FASTGEN_INLINE int64_t lines_for(int64_t count) {
     return ceil_div(count * static_cast<int64_t>(sizeof(X)), 64) * kPanel<T>;
 }
 
+template <class X>
+inline constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(X));
+
+// Vectors of so many elements that lie one after the other: they start on cache lines and not a power of two apart, which
+// would put them all into one cache set.
+template <class X>
+FASTGEN_INLINE int64_t odd_lines(int64_t elements) {
+    const int64_t lines = ceil_div(elements, kLine<X>);
+    return (lines + (lines % 2 == 0)) * kLine<X>;
+}
+
 template <class E>
 FASTGEN_INLINE Vec<SumOf<E>> load_lanes(const E* p, int lanes) {
     return lanes == kLanes<SumOf<E>> ? load(p) : load_n(p, lanes);

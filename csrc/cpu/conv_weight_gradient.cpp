@@ -21,6 +21,7 @@
 
 #include <omp.h>
 
+#include "conv_products.h"
 #include "integers.h"
 #include "minimal_filter.h"
 #include "phase_plan.h"
@@ -222,18 +223,12 @@ struct Filtered {
     }
 
     // Scratch: the sums of all filters' points; a block of tiles of the input, and of the gradient for one filter.
-    // Channels of neighbouring tiles, and points, are an odd number of cache lines apart: powers of two would share few
-    // sets of the cache.
-    static FASTGEN_INLINE int64_t odd_lines(int64_t elements) {
-        const int64_t lines = panels_of<T>(elements);
-        return (lines + (lines % 2 == 0)) * kPanel<T>;
-    }
     struct Sizes {
         int64_t columns;                             // of a strip of output channels
         int64_t tile_channels, tiles;                // of a block
         int64_t sums_step, inputs_step, grads_step;  // from point to point
 
-        explicit Sizes(const Filtered& g) : tile_channels(odd_lines(g.shape.in_channels)) {
+        explicit Sizes(const Filtered& g) : tile_channels(odd_lines<T>(g.shape.in_channels)) {
             constexpr int64_t kPoint = kAllPoints * static_cast<int64_t>(sizeof(T));
             const int64_t panels = panels_of<T>(g.shape.out_channels);
             const int64_t panel_bytes = g.filters() * kPoint * g.shape.in_channels * kPanel<T>;
@@ -242,9 +237,9 @@ struct Filtered {
             const int64_t fitting = kTilesBytes / (kPoint * (tile_channels + columns));
             const int64_t most = max_of(kLeastTiles, min_of(kMostTiles, fitting));
             tiles = ceil_div(g.all_tiles(), ceil_div(g.all_tiles(), most));
-            sums_step = odd_lines(g.shape.in_channels * columns);
-            inputs_step = odd_lines(tiles * tile_channels);
-            grads_step = odd_lines(tiles * columns);
+            sums_step = odd_lines<T>(g.shape.in_channels * columns);
+            inputs_step = odd_lines<T>(tiles * tile_channels);
+            grads_step = odd_lines<T>(tiles * columns);
         }
     };
     FASTGEN_INLINE int64_t sums_size(const Sizes& sizes) const { return filters() * kAllPoints * sizes.sums_step; }

@@ -60,17 +60,6 @@ struct Rectangle {
     }
 };
 
-template <class X>
-inline constexpr int64_t kLine = 64 / static_cast<int64_t>(sizeof(X));
-
-// Vectors of so many elements that lie one after the other: they start on cache lines and not a power of two apart, which
-// would put them all into one cache set.
-template <class X>
-FASTGEN_INLINE int64_t odd_lines(int64_t elements) {
-    const int64_t lines = ceil_div(elements, kLine<X>);
-    return (lines + (lines % 2 == 0)) * kLine<X>;
-}
-
 // Tiles of minimal filtering: their points, and then the tiles, lie one after the other.
 template <class X>
 FASTGEN_INLINE int64_t tile_stride(int64_t depth) {
