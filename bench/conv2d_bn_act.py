@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from bench.conv_transpose2d_bn_act import Config, Layer, case, step
 from bench.harness.case import Case, Provider, Work
 from bench.harness.layers import convolution_products
+from bench.vae import plain
 
 TESTS = ("tests/ops/test_conv2d_bn_act.py", "tests/ops/test_conv_training.py", "tests/nn/test_conv_bn_act.py")
 
@@ -30,15 +31,6 @@ LAYERS = [
 ]
 LAST = (SAME, Layer(64, 32, 3, 32))
 QUICK_LAYERS = [(DOWN, Layer(2, 32, 33, 6)), (SAME, Layer(2, 8, 6, 3))]
-
-
-def plain(discriminator: Any) -> nn.Module:
-    """As users write it."""
-    result = copy.deepcopy(discriminator)
-    for i, block in enumerate(result.blocks):
-        if isinstance(block, nn.Sequential):
-            result.blocks[i] = nn.Sequential(*block)
-    return result
 
 
 def build_discriminator(options: dict[str, Any], batch: int) -> Work:
