@@ -31,7 +31,7 @@ from fastgen.ops.conv_block import (
 )
 from fastgen.ops.conv_training import define_training, reference, train
 from fastgen.ops.feature_maps import channels_last
-from fastgen.ops.packed_weights import kept, packed_weight
+from fastgen.ops.packed_weights import kept
 
 # Where PyTorch's convolution (oneDNN's) is faster than the kernels here, see bench/LOG.md. Elsewhere, too, it may be
 # a few per cent faster for channels-last data, but its error is then two to five times that for contiguous data.
@@ -265,30 +265,8 @@ def _why_not(*args: Any) -> str | None:
 
 
 def _native(input: Tensor, weight: Tensor, batch_norm: bool, options: Options) -> Callable[..., Tensor]:
-    """What computes calls like this one; all of it that does not depend on values is done before the first."""
-    block = cpu.Block.of(False, input.shape, input.dtype, weight, _with_training(options, False))
-    plan = block.forward_plan(batch_norm)
-    strides, threads, shape = input.stride(), block.threads, block.output
-    size = block.scratch_size(plan, strides) if math.prod(shape) else 0
-    sums = torch.float32 if block.dtype is torch.bfloat16 else block.dtype
-    function = getattr(backends.native_cpu(), f"conv_bn_act_{block.type}")
-    act = (options.eps, getattr(backends.native_cpu().Activation, options.activation), options.parameter)
-
-    def call(input: Tensor, weight: Tensor, *tensors: Tensor | None) -> Tensor:
-        output = torch.empty(shape, dtype=input.dtype, device=cpu.CPU, memory_format=torch.channels_last)
-        if not size:
-            return output
-        packed = packed_weight(weight, plan, threads, out_channels_first=True)
-        dense = [tensor if tensor is None or tensor.is_contiguous() else tensor.contiguous() for tensor in tensors]
-        addresses = [0 if tensor is None else tensor.data_ptr() for tensor in dense]
-        scratch = torch.empty(size, dtype=sums, device=cpu.CPU)
-        function(
-            plan, shape[0], threads, input.data_ptr(), strides, packed.data_ptr(), addresses,
-            *act, output.data_ptr(), scratch.data_ptr(),
-        )  # fmt: skip
-        return output
-
-    return call
+    sizes = input.shape, input.stride(), input.dtype
+    return cpu.Inference(False, *sizes, weight, batch_norm, _with_training(options, False))
 
 
 def _hashable(value: Any) -> Any:

@@ -88,7 +88,7 @@ def forward(input: Tensor, weight: Tensor, *rest: Any) -> Tensor:
         if len(_served) >= _MAX_SERVED:
             _served.clear()
         sizes = input.shape, input.stride(), input.dtype
-        call = _served[signature(tensors, options)] = Inference(*sizes, weight, tensors[3] is not None, options)
+        call = _served[signature(tensors, options)] = Inference(True, *sizes, weight, tensors[3] is not None, options)
     return call(*tensors)
 
 
@@ -97,6 +97,7 @@ class Inference:
 
     def __init__(
         self,
+        transposed: bool,
         shape: Sequence[int],
         strides: Sequence[int],
         dtype: torch.dtype,
@@ -105,8 +106,8 @@ class Inference:
         options: Options,
     ):
         native = backends.native_cpu()
-        block = Block.of(True, shape, dtype, weight, options)
-        self.shape, self.threads = block.output, block.threads
+        block = Block.of(transposed, shape, dtype, weight, options)
+        self.transposed, self.shape, self.threads = transposed, block.output, block.threads
         self.plan = block.forward_plan(batch_norm)
         self.function = getattr(native, f"conv_bn_act_{block.type}")
         self.act = (options.eps, getattr(native.Activation, options.activation), options.parameter)
@@ -118,7 +119,7 @@ class Inference:
         output = torch.empty(self.shape, dtype=input.dtype, device=CPU, memory_format=torch.channels_last)
         if not self.scratch:
             return output
-        packed = packed_weight(weight, self.plan, self.threads)
+        packed = packed_weight(weight, self.plan, self.threads, out_channels_first=not self.transposed)
         tensors = tuple(dense(tensor) for tensor in tensors)
         addresses = [address(tensor) for tensor in tensors]
         scratch = torch.empty(self.scratch, dtype=self.sums, device=CPU)
