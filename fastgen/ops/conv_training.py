@@ -224,7 +224,6 @@ def backward_reference(
 
 
 _SAVING = {transposed: functools.partial(saving_reference, transposed) for transposed in (False, True)}
-_BACKWARD = {transposed: functools.partial(backward_reference, transposed) for transposed in (False, True)}
 
 
 def _activation_gradient(x: Tensor, activation: str, parameter: float) -> Tensor:
@@ -275,6 +274,7 @@ def define_training(
     def natively(function: Callable[..., Any]) -> Implementation:
         return functools.partial(function, transposed), cpu.why_not_training
 
+    plainly = functools.partial(backward_reference, transposed)
     define(
         f"{name}_saving", f"({TENSORS}, {OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor)", check, saving_empty,
         {"reference": (_SAVING[transposed], None), "cpu": natively(cpu.saving), **(saving or {})},
@@ -282,7 +282,7 @@ def define_training(
     define(
         f"{name}_backward", f"({_SAVED}, {OPTIONS}, bool[2] needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
         check_backward, _backward_empty,
-        {"reference": (_BACKWARD[transposed], None), "cpu": natively(cpu.backward), **(backward or {})},
+        {"reference": (plainly, None), "cpu": natively(cpu.backward), **(backward or {})},
     )  # fmt: skip
 
 

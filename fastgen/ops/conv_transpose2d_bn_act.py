@@ -74,11 +74,10 @@ def conv_transpose2d_bn_act(
 
     float32 and float64 run natively on the CPU; so does bfloat16 for inference with an even number of input channels in
     each group, summed in float32 and rounded after the activation; but groups of one channel are PyTorch's, which is
-    faster.  float32, float16 and bfloat16 run natively on the
-    GPU (Triton; one group, no dilation, TF32 only where ``torch.set_float32_matmul_precision`` asks for it).  Other
-    dtypes and autocast go through plain PyTorch.  Where no gradient is wanted, bias, BatchNorm and activation are
-    applied while the convolution writes its result, and nothing else is stored.  On the CPU packed weights are kept
-    from call to call; see `fastgen.ops.packed_weights` for how changed weights are noticed.  A backward pass that is
+    faster.  float32, float16 and bfloat16 run natively on the GPU (Triton; one group, no dilation, TF32 only where
+    ``torch.set_float32_matmul_precision`` asks for it).  Other dtypes and autocast go through plain PyTorch.  Where no
+    gradient is wanted, bias, BatchNorm and activation are applied while the convolution writes its result, and nothing
+    else is stored.  On the CPU packed weights are kept from call to call; see `fastgen.ops.packed_weights` for how changed weights are noticed.  A backward pass that is
     itself to be differentiated (``create_graph=True``) runs in plain PyTorch.
 
     Minimal filtering on the CPU (of kernels like 4x4 in steps of 2) mixes neighbouring pixels of a tile: an infinite
@@ -117,7 +116,7 @@ def conv_transpose2d_bn_act(
 
 
 def _is_depthwise(input: Tensor, weight: Tensor, groups: int) -> bool:
-    """Each channel by itself, for which PyTorch takes a half or a quarter of the time on the CPU."""
+    """Each channel by itself, for which PyTorch mostly takes a quarter to two thirds of the time on the CPU."""
     return input.device.type == "cpu" and groups > 1 and (groups, 1) == tuple(weight.shape[:2])
 
 
