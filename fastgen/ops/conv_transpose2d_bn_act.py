@@ -77,8 +77,9 @@ def conv_transpose2d_bn_act(
     faster.  float32, float16 and bfloat16 run natively on the GPU (Triton; one group, no dilation, TF32 only where
     ``torch.set_float32_matmul_precision`` asks for it).  Other dtypes and autocast go through plain PyTorch.  Where no
     gradient is wanted, bias, BatchNorm and activation are applied while the convolution writes its result, and nothing
-    else is stored.  On the CPU packed weights are kept from call to call; see `fastgen.ops.packed_weights` for how changed weights are noticed.  A backward pass that is
-    itself to be differentiated (``create_graph=True``) runs in plain PyTorch.
+    else is stored.  On the CPU packed weights are kept from call to call; see `fastgen.ops.packed_weights` for how
+    changed weights are noticed.  A backward pass that is itself to be differentiated (``create_graph=True``) runs in
+    plain PyTorch.
 
     Minimal filtering on the CPU (of kernels like 4x4 in steps of 2) mixes neighbouring pixels of a tile: an infinite
     input, or one 1e4 times as large as the others, disturbs outputs that do not read it.
