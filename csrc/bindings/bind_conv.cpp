@@ -95,12 +95,17 @@ Plan make(bool transposed, int64_t groups, const Pair& channels, const Pair& in_
                    element_of(dtype));
 }
 
-// The same transposed convolution of an input of another size; none if that has no output.
+// The same convolution of an input of another size; none if that has no output.
 std::optional<Plan> resized(const Plan& plan, const Pair& in_size) {
     ConvShape shape = plan.shape;
     for (int i = 0; i < 2; ++i) {
         ConvAxis& axis = i ? shape.x : shape.y;
-        axis.out_size += (in_size[i] - axis.in_size) * axis.stride;
+        if (shape.transposed) {
+            axis.out_size += (in_size[i] - axis.in_size) * axis.stride;
+        } else {
+            const int64_t room = in_size[i] + 2 * axis.padding - axis.dilation * (axis.kernel - 1) - 1;
+            axis.out_size = room < 0 ? 0 : room / axis.stride + 1;
+        }
         axis.in_size = in_size[i];
         if (axis.out_size < 1) return std::nullopt;
     }
@@ -226,10 +231,12 @@ public:
             const ConvShape& shape = plan->shape;
             const int64_t weights = channels * shape.out_channels * shape.y.kernel * shape.x.kernel;
             if (plan->layout != block.plan.layout) unpacked.push_back(&block - result.blocks_.data());
+            const Pair out_size{shape.y.out_size, shape.x.out_size};
+            const Pair& positions = shape.transposed ? size : out_size;  // that meet all weights
             block.plan = *plan;
-            block.threads = worthwhile_threads(batch * size[0] * size[1], weights, threads);
+            block.threads = worthwhile_threads(batch * positions[0] * positions[1], weights, threads);
             channels = plan->out_channels();
-            size = {shape.y.out_size, shape.x.out_size};
+            size = out_size;
         }
         return {{result, unpacked}};
     }

@@ -38,7 +38,7 @@ from fastgen.acceleration.report import Entry, Report
 from fastgen.acceleration.tracing import Trace
 from fastgen.acceleration.writes import written
 from fastgen.ops.conv_cpu import Options
-from fastgen.ops.conv_sequence import BLOCK_TENSORS, conv_transpose2d_bn_act_sequence
+from fastgen.ops.conv_sequence import BLOCK_TENSORS, conv_bn_act_sequence
 
 
 def fuse(trace: Trace, prefix: str) -> tuple[Report, set[str]]:
@@ -87,26 +87,31 @@ def _is_fresh(node: Any, trace: Trace) -> bool:
 
 
 def _runs(graph: fx.Graph) -> list[list[fx.Node]]:
-    """Fused transposed convolutions that each are all that takes the result of the one before, two or more."""
+    """Fused convolutions that each are all that takes the result of the one before, or that stand alone."""
     runs: dict[fx.Node, list[fx.Node]] = {}  # by the last
     for node in graph.nodes:
-        if node.target is not blocks.conv_transpose2d_bn_act or "output_size" in node.kwargs:
+        if node.target not in (blocks.conv_transpose2d_bn_act, ops.conv2d_bn_act):
             continue
-        before = runs.pop(node.args[0], []) if len(node.args[0].users) == 1 else []
-        runs[node] = [*before, node]
-    return [run for run in runs.values() if len(run) > 1]
+        if "output_size" in node.kwargs or isinstance(node.kwargs["padding"], str):
+            continue
+        input = node.args[0]
+        alone = isinstance(input, fx.Node) and len(input.users) == 1
+        runs[node] = [*(runs.pop(input, []) if alone else []), node]
+    return list(runs.values())
 
 
 def _join(run: list[fx.Node], graph: fx.Graph) -> None:
-    tensors, options = [], []
+    tensors: list[Any] = []
+    options = []
     for node in run:
         tensors += [*node.args[1:], *[None] * (1 + BLOCK_TENSORS - len(node.args))]
-        given = {"eps": 1e-5, "activation": "none", **node.kwargs}
+        given = {"output_padding": (0, 0), "training": False, "eps": 1e-5, "activation": "none", **node.kwargs}
         given["parameter"] = given.get("alpha" if given["activation"] == "elu" else "negative_slope", 0.0)
-        options.append(tuple(False if name == "training" else given[name] for name in Options._fields))
+        block = tuple(given[name] for name in Options._fields)
+        options.append((node.target is blocks.conv_transpose2d_bn_act, block))
     with graph.inserting_before(run[-1]):
         arguments = run[0].args[0], tuple(tensors), tuple(options)
-        joined = graph.call_function(conv_transpose2d_bn_act_sequence, arguments)
+        joined = graph.call_function(conv_bn_act_sequence, arguments)
     run[-1].replace_all_uses_with(joined)
     for node in reversed(run):
         graph.erase_node(node)
@@ -167,9 +172,9 @@ class _Chain:
             self._replace(blocks.conv_transpose2d_bn_act, input, links, **options)
         elif (found := self._upsampled(input, link)) is not None:
             self._fuse_upsampling(input, links, *found)
-        elif link.kernel == (1, 1) and not (link.tensors[0] and link.tensors[0].normed):
-            raise Skip("a kernel of one element, where PyTorch is as fast")
         else:
+            if (padding := even_padding(link)) is not None:
+                link.options["padding"] = padding
             self._replace(ops.conv2d_bn_act, input, links, how="in one pass, or PyTorch's where that is faster")
 
     def _replace(

@@ -19,7 +19,7 @@ from fastgen.acceleration import blocks
 from fastgen.acceleration.links import is_identity
 from fastgen.acceleration.tracing import Trace
 from fastgen.acceleration.writes import IN_PLACE, written
-from fastgen.ops.conv_sequence import conv_transpose2d_bn_act_sequence
+from fastgen.ops.conv_sequence import conv_bn_act_sequence
 
 # Take any strides.
 _ACTIVATIONS = (
@@ -45,7 +45,7 @@ _LAYERS = (
     *_ACTIVATIONS,
 )
 _BLOCKS = {
-    *(blocks.conv_transpose2d_bn_act, conv_transpose2d_bn_act_sequence, ops.conv2d_bn_act),
+    *(blocks.conv_transpose2d_bn_act, conv_bn_act_sequence, ops.conv2d_bn_act),
     *(blocks.group_norm_act, blocks.instance_norm_act),
 }
 _NEW = {  # return new memory
@@ -90,7 +90,7 @@ def keep_contiguous(trace: Trace) -> None:
 def _ask_sequences(graph: fx.Graph) -> None:
     """Sequences of blocks make their result contiguous by themselves where that is all that is done with it."""
     for node in list(graph.nodes):
-        if node.target is not conv_transpose2d_bn_act_sequence or len(node.users) != 1:
+        if node.target is not conv_bn_act_sequence or len(node.users) != 1:
             continue
         copy = next(iter(node.users))
         if copy.op == "call_method" and copy.target == "contiguous" and copy.args == (node,) and not copy.kwargs:

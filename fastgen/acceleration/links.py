@@ -334,12 +334,13 @@ def _bind(function: Any, node: fx.Node) -> dict[str, Any]:
 
 
 def even_padding(conv: Link) -> tuple[int, int] | None:
-    """Of a convolution in steps of one; None if it is not the same on both sides."""
+    """Of a convolution; None if it is not the same on both sides."""
     padding = conv.options["padding"]
     if padding == "valid":
         return 0, 0
     if padding == "same":
-        return None if any(k % 2 == 0 for k in conv.kernel) else (conv.kernel[0] // 2, conv.kernel[1] // 2)
+        total = [step * (size - 1) for step, size in zip(conv.options["dilation"], conv.kernel, strict=True)]
+        return None if any(size % 2 for size in total) else (total[0] // 2, total[1] // 2)
     return (padding, padding) if isinstance(padding, int) else tuple(padding)
 
 

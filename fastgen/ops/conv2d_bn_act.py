@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,6 +29,7 @@ from fastgen.ops.conv_block import (
     signature,
     wants_grad,
 )
+from fastgen.ops.conv_cpu import Options, output_shape
 from fastgen.ops.conv_training import define_training, reference, train
 from fastgen.ops.feature_maps import channels_last
 from fastgen.ops.packed_weights import kept
@@ -38,20 +39,10 @@ from fastgen.ops.packed_weights import kept
 _FEW_INPUTS = 8
 _FEW_OUTPUTS = 8  # which oneDNN does not fill vectors with
 _SMALL_GROUP = 16
+_MOST_FEW = 1 << 21  # multiply-adds of few inputs: below, it is the calls that cost, of which PyTorch needs more
+_MOST_ONE = 1 << 25  # and of kernels of one element
 _LEAST_FILTERED = 32  # channels, as in csrc/cpu/conv_weight_gradient.h
 _LEAST_WORK = 1 << 25  # multiply-adds of a forward pass in training: below, the calls around the kernels cost more
-
-
-class Options(NamedTuple):
-    """The arguments of the operator after the tensors."""
-
-    stride: Sequence[int]
-    padding: Sequence[int]
-    groups: int
-    dilation: Sequence[int]
-    eps: float
-    activation: str
-    parameter: float  # the slope of leaky_relu or the alpha of elu
 
 
 def conv2d_bn_act(
@@ -91,11 +82,11 @@ def conv2d_bn_act(
 
     Returns:
         [N, Cout, H', W'], channels-last in memory where no gradient is wanted or a native kernel computed it;
-        contiguous if the input is and the kernel has one element.
+        contiguous if the input is, the kernel has one element and PyTorch computes it.
 
     Where no gradient is wanted, float32, float64 and bfloat16 (of an even number of input channels) run natively on the
-    CPU, but for kernels of one element, small groups of channels and fewer than eight input channels: there, and in
-    other dtypes, PyTorch's convolution is used,
+    CPU, but for small groups of channels and for layers of more than a few million multiply-adds whose kernels have one
+    element or whose input channels are fewer than eight: there, and in other dtypes, PyTorch's convolution is used,
     with the BatchNorm folded into weights that are kept from call to call, and the activation in place.
 
     Where a gradient is wanted, or with `training`, float32 and float64 run natively on the CPU, forward and backward,
@@ -114,18 +105,18 @@ def conv2d_bn_act(
     if isinstance(padding, str):
         input, padding = _pad(input, weight, padding, strides, dilations)
     parameter = alpha if activation == "elu" else negative_slope
-    options = Options(strides, pair("padding", padding), groups, dilations, eps, activation, parameter)
     tensors = (input, weight, bias, running_mean, running_var, bn_weight, bn_bias)
-    compiling = torch.compiler.is_compiling()
+    given = (strides, pair("padding", padding), groups, dilations, eps, activation, parameter)
     training = training and (running_mean is not None or bn_weight is not None or bn_bias is not None)
+    options, args = _options(*given, training=training), (*tensors, *given)
+    compiling = torch.compiler.is_compiling()
     if not compiling and not training and isinstance(input, Tensor) and goes_straight(tensors):
-        call = _served.get(signature(tensors, options))
+        call = served(tensors, options)
         if call is not None:
             return call(*tensors)
-    args = (*tensors, *options)
-    _check(*args, training=training)
+    _check(tensors, options)
     if training or wants_grad(tensors):
-        return _train(tensors, options, training, momentum)
+        return _train(tensors, options, momentum)
     if backends.is_autocast(input) or is_transformed() or (not compiling and is_jit_traced()):
         return conv2d_bn_act_reference(*args)
     if compiling or not is_unobserved(tensors):
@@ -135,20 +126,27 @@ def conv2d_bn_act(
 
 def conv2d_bn_act_reference(*args: Any) -> Tensor:
     """The definition, in plain PyTorch; of the arguments of the operator."""
-    return reference(False, *args[:7], *_with_training(Options(*args[7:]), False))
+    return reference(False, *args[:7], *_options(*args[7:]))
 
 
-def _train(tensors: Sequence[Any], options: Options, training: bool, momentum: float) -> Tensor:
-    args = (*tensors, *_with_training(options, training))
+def _train(tensors: Sequence[Any], options: Options, momentum: float) -> Tensor:
+    args = (*tensors, *options)
     is_free = torch.compiler.is_compiling() or backends.asked() == "auto"
     if is_free and not _is_native_training_better(tensors[0], tensors[1], options):
         return reference(False, *args, momentum=momentum)
     return train(False, args, momentum)
 
 
-def _with_training(options: Options, training: bool) -> cpu.Options:
-    geometry = (options.stride, options.padding, (0, 0), options.groups, options.dilation)
-    return cpu.Options(*geometry, training, options.eps, options.activation, options.parameter)
+def _options(
+    stride: Sequence[int],
+    padding: Sequence[int],
+    groups: int,
+    dilation: Sequence[int],
+    *act: Any,  # eps, activation, parameter
+    training: bool = False,
+) -> Options:
+    """Of the arguments of the operator after the tensors."""
+    return Options(stride, padding, (0, 0), groups, dilation, training, *act)
 
 
 # Checks, shared by the real and the fake implementations
@@ -170,10 +168,9 @@ def _pad(
     return input, (total[0] // 2, total[1] // 2)
 
 
-def _check(input: Tensor, weight: Tensor, *rest: Any, training: bool = False) -> None:
+def _check(tensors: Sequence[Any], options: Options) -> None:
     channel_names = ("bias", "running_mean", "running_var", "bn_weight", "bn_bias")
-    channels = dict(zip(channel_names, rest, strict=False))
-    options = Options(*rest[5:])
+    (input, weight), channels = tensors[:2], dict(zip(channel_names, tensors[2:], strict=True))
     check_tensors(input, weight, channels)
     for name, least in (("stride", 1), ("padding", 0), ("dilation", 1)):
         if min(getattr(options, name)) < least:
@@ -191,35 +188,29 @@ def _check(input: Tensor, weight: Tensor, *rest: Any, training: bool = False) ->
     if input.shape[1] != weight.shape[1] * options.groups:
         wanted = weight.shape[1] * options.groups
         raise ValueError(f"input must have {wanted} channels as weight and groups have, got {input.shape[1]}")
-    shape = _output_shape(input.shape, weight.shape, options)
+    shape = output_shape(False, input.shape, weight.shape, options)
     if shape[2] < 1 or shape[3] < 1:
         raise ValueError(f"the output would be {shape[2]} x {shape[3]}: the kernel is larger than the padded input")
-    check_norm(channels, shape[1], training)
-    if training and shape[0] * shape[2] * shape[3] == 1:
+    check_norm(channels, shape[1], options.training)
+    if options.training and shape[0] * shape[2] * shape[3] == 1:
         raise ValueError(f"training needs more than one value per channel, got an output of {list(shape)}")
     check_same(input, {"weight": weight, **channels})
 
 
-def _check_training(input: Tensor, weight: Tensor, *rest: Any) -> None:
+def _check_training(*args: Any) -> None:
     """Of the arguments of the operators of a training step."""
-    options = cpu.Options(*rest[5:])
+    options = Options(*args[7:])
     if max(options.output_padding):
         raise ValueError(f"output_padding must be 0, got {options.output_padding}")
-    geometry = (options.stride, options.padding, options.groups, options.dilation)
-    given = Options(*geometry, options.eps, options.activation, options.parameter)
-    _check(input, weight, *rest[:5], *given, training=options.training)
-
-
-def _output_shape(input: Sequence[int], weight: Sequence[int], options: Options) -> tuple[int, int, int, int]:
-    return cpu.output_shape(False, input, weight, _with_training(options, False))
+    _check(args[:7], options)
 
 
 # Implementations
 
 
 def _forward(input: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-    tensors, options = (input, weight, *rest[:5]), Options(*map(_hashable, rest[5:]))
-    if _is_native_better(input, weight, options):
+    tensors, options = (input, weight, *rest[:5]), _options(*map(_hashable, rest[5:]))
+    if is_native_better(input.dtype, input.shape, weight.shape, options):
         call: Callable[..., Tensor] = _native(input, weight, tensors[3] is not None, options)
     else:
         call = _folded(input, weight, options)
@@ -233,15 +224,22 @@ _MAX_SERVED = 4096
 _served: dict[tuple[Any, ...], Callable[..., Tensor]] = {}  # what serves calls like one that was checked before
 
 
-def _is_native_better(input: Tensor, weight: Tensor, options: Options) -> bool:
-    out_channels, in_channels, height, width = weight.shape
-    if input.dtype not in (torch.float32, torch.float64, torch.bfloat16) or height * width == 1:
-        return False
-    if input.dtype is torch.bfloat16 and in_channels % 2:
+def served(tensors: Sequence[Tensor | None], options: Options) -> Callable[..., Tensor] | None:
+    """What serves a call with these options, if one like it was checked before."""
+    return _served.get(signature(tensors, options))
+
+
+def is_native_better(dtype: torch.dtype, input: Sequence[int], weight: Sequence[int], options: Options) -> bool:
+    """For inference, of an input and a weight of these shapes."""
+    out_channels, in_channels, *kernel = weight
+    if dtype not in (torch.float32, torch.float64, torch.bfloat16) or (dtype is torch.bfloat16 and in_channels % 2):
         return False
     if options.groups > 1:
-        return in_channels > _SMALL_GROUP
-    return in_channels >= _FEW_INPUTS or out_channels <= _FEW_OUTPUTS
+        return in_channels > _SMALL_GROUP and math.prod(kernel) > 1
+    work = _work(input, weight, options)
+    if math.prod(kernel) == 1:
+        return work < _MOST_ONE
+    return in_channels >= _FEW_INPUTS or out_channels <= _FEW_OUTPUTS or work < _MOST_FEW
 
 
 def _is_native_training_better(input: Tensor, weight: Tensor, options: Options) -> bool:
@@ -249,7 +247,7 @@ def _is_native_training_better(input: Tensor, weight: Tensor, options: Options) 
     if input.device.type != "cpu" or input.dtype not in (torch.float32, torch.float64):
         return False
     out_channels, in_channels, *kernel = weight.shape
-    if math.prod(_output_shape(input.shape, weight.shape, options)) * in_channels * math.prod(kernel) < _LEAST_WORK:
+    if _work(input.shape, weight.shape, options) < _LEAST_WORK:
         return False
     if out_channels <= _FEW_OUTPUTS:
         return in_channels >= _FEW_INPUTS and math.prod(kernel) > 1
@@ -259,6 +257,11 @@ def _is_native_training_better(input: Tensor, weight: Tensor, options: Options) 
     return min(out_channels, in_channels) >= _LEAST_FILTERED
 
 
+def _work(input: Sequence[int], weight: Sequence[int], options: Options) -> int:
+    """Multiply-adds of the forward pass."""
+    return math.prod(output_shape(False, input, weight, options)) * math.prod(weight[1:])
+
+
 def _why_not(*args: Any) -> str | None:
     layout = args[0].layout
     return None if layout is torch.strided else f"it takes strided tensors, got {layout}"
@@ -266,7 +269,7 @@ def _why_not(*args: Any) -> str | None:
 
 def _native(input: Tensor, weight: Tensor, batch_norm: bool, options: Options) -> Callable[..., Tensor]:
     sizes = input.shape, input.stride(), input.dtype
-    return cpu.Inference(False, *sizes, weight, batch_norm, _with_training(options, False))
+    return cpu.Inference(False, *sizes, weight, batch_norm, options)
 
 
 def _hashable(value: Any) -> Any:
@@ -279,7 +282,7 @@ def _folded(input: Tensor, weight: Tensor, options: Options) -> Callable[..., Te
     """
     one, dense = weight.shape[2:] == (1, 1), input.is_contiguous()
     layout = torch.contiguous_format if one and dense else torch.channels_last
-    eps, activation, parameter = options[-3:]
+    eps, activation, parameter = options.eps, options.activation, options.parameter
 
     def call(input: Tensor, *tensors: Tensor | None) -> Tensor:
         weight, bias = kept(tensors, (eps, layout), lambda: _fold(eps, layout, *tensors))  # type: ignore[arg-type]
@@ -331,14 +334,15 @@ def _activate_in_place(x: Tensor, activation: str, parameter: float) -> Tensor:
 
 
 def _real(*args: Any) -> Tensor:
-    _check(*args)
+    _check(args[:7], _options(*args[7:]))
     output = backends.select("conv2d_bn_act", *args)(*args)
     return output.contiguous(memory_format=torch.channels_last)
 
 
 def _fake(*args: Any) -> Tensor:
-    _check(*args)
-    return channels_last(args[0], _output_shape(args[0].shape, args[1].shape, Options(*args[7:])))
+    options = _options(*args[7:])
+    _check(args[:7], options)
+    return channels_last(args[0], output_shape(False, args[0].shape, args[1].shape, options))
 
 
 define_training(False, _check_training)

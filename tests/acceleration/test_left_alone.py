@@ -253,16 +253,6 @@ def test_other_activations():
 
 
 @torch.no_grad()
-def test_kernels_of_one_element():
-    """Alone they are PyTorch's; a weight that is computed anew at every call is worth keeping."""
-    network = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1), nn.Tanh())
-    network.append(nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 2, 1)))
-    fast = same(prepared(network), image())
-    assert whats(fast) == ["Conv2d"]
-    assert reasons(fast) == dict.fromkeys(("0", "3"), "a kernel of one element, where PyTorch is as fast")
-
-
-@torch.no_grad()
 def test_channels_by_themselves():
     """But with a norm or an activation behind it, an ordinary convolution is fused."""
     network = nn.Sequential(

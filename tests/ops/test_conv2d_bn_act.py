@@ -100,14 +100,14 @@ def test_plans_of_few_output_channels():
 def native(request, monkeypatch):
     """Which of the two computes it, whatever the shape."""
     monkeypatch.setattr(module, "_served", {})
-    monkeypatch.setattr(module, "_is_native_better", lambda *_: request.param)
+    monkeypatch.setattr(module, "is_native_better", lambda *_: request.param)
     return request.param
 
 
 @pytest.fixture
 def natively(monkeypatch):
     monkeypatch.setattr(module, "_served", {})
-    monkeypatch.setattr(module, "_is_native_better", lambda *_: True)
+    monkeypatch.setattr(module, "is_native_better", lambda *_: True)
 
 
 def plain(case, tensors, activation="none"):
@@ -270,7 +270,7 @@ def test_folded_weights_are_computed_once_and_forgotten(monkeypatch):
     packed = importlib.import_module("fastgen.ops.packed_weights")
     fold, folds = module._fold, []
     monkeypatch.setattr(module, "_fold", lambda *args: folds.append("") or fold(*args))
-    monkeypatch.setattr(module, "_is_native_better", lambda *_: False)
+    monkeypatch.setattr(module, "is_native_better", lambda *_: False)
     monkeypatch.setattr(module, "_served", {})
     case, before = CASES["k3s1p1"], len(packed._computed)
     tensors = case.tensors()
@@ -296,7 +296,9 @@ def test_calls_like_earlier_ones_are_not_checked_again(native, monkeypatch):
             fused(case, other, "relu")
 
 
-def test_kernels_of_one_element_keep_the_layout():
+def test_kernels_of_one_element_keep_the_layout(monkeypatch):
+    monkeypatch.setattr(module, "_served", {})
+    monkeypatch.setattr(module, "is_native_better", lambda *_: False)
     case = CASES["k1"]
     x, *rest = case.tensors()
     for layout in (torch.contiguous_format, torch.channels_last):
@@ -305,30 +307,33 @@ def test_kernels_of_one_element_keep_the_layout():
         torch.testing.assert_close(output, plain(case, [x, *rest], "relu"), rtol=1e-4, atol=1e-4)
 
 
-# Cin / groups, Cout, kernel, groups, dtype: does the native kernel compute it?
+# Cin / groups, Cout, kernel, groups, height and width, dtype: does the native kernel compute it?
 CHOICES = {
-    "middle": ((256, 256, 3, 1, torch.float32), True),
-    "double": ((256, 256, 3, 1, torch.float64), True),
-    "bfloat16": ((256, 256, 3, 1, torch.bfloat16), True),
-    "bfloat16, odd": ((255, 256, 3, 1, torch.bfloat16), False),
-    "half": ((256, 256, 3, 1, torch.half), False),
-    "1x1": ((256, 256, 1, 1, torch.float32), False),
-    "first layer": ((3, 64, 7, 1, torch.float32), False),
-    "last layer": ((64, 3, 7, 1, torch.float32), True),
-    "few channels": ((3, 3, 3, 1, torch.float32), True),
-    "depthwise": ((1, 64, 3, 64, torch.float32), False),
-    "groups": ((64, 128, 3, 2, torch.float32), True),
+    "middle": ((256, 256, 3, 1, 8, torch.float32), True),
+    "double": ((256, 256, 3, 1, 8, torch.float64), True),
+    "bfloat16": ((256, 256, 3, 1, 8, torch.bfloat16), True),
+    "bfloat16, odd": ((255, 256, 3, 1, 8, torch.bfloat16), False),
+    "half": ((256, 256, 3, 1, 8, torch.half), False),
+    "1x1": ((256, 256, 1, 1, 24, torch.float32), False),
+    "small 1x1": ((256, 256, 1, 1, 22, torch.float32), True),
+    "groups of 1x1": ((64, 64, 1, 2, 8, torch.float32), False),
+    "first layer": ((3, 64, 7, 1, 24, torch.float32), False),
+    "small first layer": ((3, 64, 7, 1, 20, torch.float32), True),
+    "last layer": ((64, 3, 7, 1, 8, torch.float32), True),
+    "few channels": ((3, 3, 3, 1, 400, torch.float32), True),
+    "depthwise": ((1, 64, 3, 64, 8, torch.float32), False),
+    "groups": ((64, 128, 3, 2, 8, torch.float32), True),
 }
 
 
 @pytest.mark.parametrize(("sizes", "native"), CHOICES.values(), ids=CHOICES.keys())
 def test_who_computes_it(sizes, native, monkeypatch):
-    inputs, outputs, kernel, groups, dtype = sizes
+    inputs, outputs, kernel, groups, size, dtype = sizes
     used = []
     for name in ("_native", "_folded"):
         monkeypatch.setattr(module, name, lambda *_, name=name: lambda *_: used.append(name))
     monkeypatch.setattr(module, "_served", {})
-    x = torch.ones(1, inputs * groups, 8, 8, dtype=dtype)
+    x = torch.ones(1, inputs * groups, size, size, dtype=dtype)
     ops.conv2d_bn_act(x, torch.ones(outputs, inputs, kernel, kernel, dtype=dtype), groups=groups)
     assert used == ["_native" if native else "_folded"]
 

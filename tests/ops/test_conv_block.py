@@ -10,7 +10,7 @@ from torch.utils._device import _device_constructors
 import fastgen
 from fastgen import models, ops
 from fastgen.ops.conv_cpu import Options
-from fastgen.ops.conv_sequence import conv_transpose2d_bn_act_sequence
+from fastgen.ops.conv_sequence import conv_bn_act_sequence
 
 IMAGES = torch.arange(24, dtype=torch.uint8).reshape(2, 1, 3, 4)
 PLAIN = Options((1, 1), (0, 0), (0, 0), 1, (1, 1), False, 1e-5, "elu", 0.7)
@@ -24,12 +24,16 @@ def conv2d(*tensors):
     return ops.conv2d_bn_act(*tensors, padding=1, activation="leaky_relu")
 
 
+def groups(*tensors):
+    return ops.conv2d_bn_act(*tensors, padding=1, groups=2, activation="leaky_relu")
+
+
 def group_norm(*tensors):
     return ops.group_norm_act(tensors[0], 5, *tensors[1:], activation="silu")
 
 
 def sequence(x, *tensors):
-    return conv_transpose2d_bn_act_sequence(x, tensors, (PLAIN, PLAIN))
+    return conv_bn_act_sequence(x, tensors, ((True, PLAIN), (False, PLAIN)))
 
 
 def masked(*tensors):
@@ -47,12 +51,12 @@ def latents(mu, logvar):
 def calls():
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        x, small, kernel = torch.randn(2, 10, 3, 4), torch.randn(2, 4, 3, 4), torch.randn(10, 10, 3, 3)
+        x, kernel = torch.randn(2, 10, 3, 4), torch.randn(10, 10, 3, 3)
         return {
             "masked_conv2d": (masked, (x, kernel, torch.randn(10))),
             "conv2d_bn_act": (conv2d, (x, kernel, *norm(10))),
             "group_norm_act": (group_norm, (x, *torch.randn(2, 10))),
-            "conv2d_bn_act, folded": (conv2d, (small, torch.randn(10, 4, 3, 3), *norm(10))),
+            "conv2d_bn_act, folded": (groups, (x, torch.randn(10, 5, 3, 3), *norm(10))),
             "conv_transpose2d_bn_act": (ops.conv_transpose2d_bn_act, (x, kernel, *norm(10))),
             "sequence": (sequence, (x, kernel, *norm(10), kernel.flip(0), *norm(10))),
             "logistic_mixture_nll": (likelihood, (torch.randn(2, 6, 3, 4),)),

@@ -15,25 +15,43 @@ from fastgen import backends, ops
 from fastgen.ops.conv_cpu import Options
 
 module = importlib.import_module("fastgen.ops.conv_sequence")
+conv2d_module = importlib.import_module("fastgen.ops.conv2d_bn_act")  # the package has the function of this name
 
 PLAIN = Options((1, 1), (0, 0), (0, 0), 1, (1, 1), False, 1e-5, "none", 0.0)
 UP = PLAIN._replace(stride=(2, 2), padding=(1, 1))
-# Channels from block to block, kernels, and options.
+SAME = PLAIN._replace(padding=(1, 1))
+GROUPS = SAME._replace(groups=2)  # of few channels: PyTorch computes it where the convolution is ordinary
+# Channels from block to block, kernels, options, and where the convolutions are not all transposed, which ones are.
 NETWORKS = {
     "dcgan": ([10, 32, 18, 3], [4, 4, 4], [PLAIN._replace(activation="relu"), UP, UP._replace(activation="tanh")]),
     "minimal filtering": ([32, 32, 16], [4, 4], [UP._replace(activation="elu", parameter=0.7)] * 2),
     "groups": ([6, 12, 8], [3, 3], [UP._replace(groups=3, output_padding=(1, 0)), PLAIN._replace(dilation=(2, 1))]),
     "growing": ([2, 4, 64, 2, 6], [3, 2, 3, 1], [UP, UP._replace(activation="leaky_relu", parameter=0.3), UP, PLAIN]),
+    "encoder": (
+        [10, 32, 18, 4],
+        [4, 3, 1],
+        [UP._replace(padding=(2, 2)), SAME, PLAIN._replace(dilation=(2, 2))],
+        "000",
+    ),
+    "autoencoder": ([10, 34, 40, 6], [3, 4, 3], [SAME._replace(activation="silu"), UP, SAME], "010"),
+}
+PARTS = {  # and what computes the parts
+    "first by PyTorch": ([10, 12, 8], [3, 3], [GROUPS, SAME], "00", [False, True]),
+    "last by PyTorch": ([10, 12, 8], [3, 3], [SAME, GROUPS._replace(activation="tanh")], "00", [True, False]),
+    "all by PyTorch": ([10, 12, 8], [3, 3], [GROUPS, GROUPS], "00", [False, False]),
+    "some by PyTorch": ([10, 12, 8, 6, 6], [3, 3, 4, 3], [SAME, GROUPS, UP, SAME], "0010", [True, False, True]),
 }
 
 
 class Network:
     def __init__(self, name, dtype=torch.float32):
-        widths, kernels, self.blocks = NETWORKS[name]
-        self.blocks = tuple(tuple(block) for block in self.blocks)
+        widths, kernels, blocks, *kinds = {**NETWORKS, **PARTS}[name]
+        kinds = [kind == "1" for kind in kinds[0]] if kinds else [True] * len(blocks)
+        self.blocks = tuple((kind, tuple(block)) for kind, block in zip(kinds, blocks, strict=True))
         self.inputs, self.dtype, self.tensors = widths[0], dtype, []
         for i, (width, out) in enumerate(itertools.pairwise(widths)):
-            weight = torch.randn(width, out // self.blocks[i][3], kernels[i], kernels[i], dtype=dtype) / 8
+            channels = (width, out // blocks[i].groups) if kinds[i] else (out, width // blocks[i].groups)
+            weight = torch.randn(*channels, kernels[i], kernels[i], dtype=dtype) / 8
             norm = [torch.randn(out, dtype=dtype), torch.rand(out, dtype=dtype) + 0.5, *torch.randn(2, out).to(dtype)]
             self.tensors += [
                 weight,
@@ -45,17 +63,23 @@ class Network:
         return torch.randn(batch, self.inputs, height, width, dtype=self.dtype)
 
     def __call__(self, x, contiguous=False):
-        return module.conv_transpose2d_bn_act_sequence(x, self.tensors, self.blocks, contiguous=contiguous)
+        return module.conv_bn_act_sequence(x, self.tensors, self.blocks, contiguous=contiguous)
 
     def one_by_one(self, x):
-        for i, block in enumerate(self.blocks):
+        for i, (transposed, block) in enumerate(self.blocks):
             o = Options(*block)
-            x = ops.conv_transpose2d_bn_act(
-                x, *self.tensors[6 * i : 6 * i + 6], stride=o.stride, padding=o.padding,
-                output_padding=o.output_padding, groups=o.groups, dilation=o.dilation, eps=o.eps,
-                activation=o.activation, negative_slope=o.parameter, alpha=o.parameter,
+            function, extra = ops.conv2d_bn_act, {}
+            if transposed:
+                function, extra = ops.conv_transpose2d_bn_act, {"output_padding": o.output_padding}
+            x = function(
+                x, *self.tensors[6 * i : 6 * i + 6], stride=o.stride, padding=o.padding, groups=o.groups,
+                dilation=o.dilation, eps=o.eps, activation=o.activation, negative_slope=o.parameter,
+                alpha=o.parameter, **extra,
             )  # fmt: skip
         return x
+
+    def set_first(self, options):
+        self.blocks = ((self.blocks[0][0], tuple(options)), *self.blocks[1:])
 
     def check(self, x):
         expected, actual = self.one_by_one(x), self(x)
@@ -64,6 +88,11 @@ class Network:
     def kept(self):
         sizes = module._kept.get(id(self.tensors[0]), {}).values()
         return [sequence for of_one_kind in sizes for sequence in of_one_kind.values()]
+
+
+def native_part(sequence):
+    (part,) = sequence.parts
+    return part
 
 
 @pytest.fixture
@@ -84,6 +113,49 @@ def test_the_bits_are_those_of_the_blocks(name, dtype, calls):
         for _ in range(3):
             network.check(x)
     assert len(calls) == 8 and None not in calls  # all but the first
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", PARTS)
+def test_parts_that_pytorch_computes(name, dtype, calls):
+    network = Network(name, dtype)
+    for contiguous in (False, True):
+        for batch in (3, 1):
+            x = network.input(batch)
+            for _ in range(3):
+                expected = network.one_by_one(x)
+                assert torch.equal(network(x, contiguous), expected)
+    assert len(calls) == 8 and None not in calls
+    for sequence in network.kept():
+        assert [isinstance(part, module._Native) for part in sequence.parts] == PARTS[name][-1]
+    for tensor in (network.tensors[0], network.tensors[6]):
+        tensor.data.mul_(2.0)  # past the version counter
+        assert torch.equal(network(x, contiguous), network.one_by_one(x))
+
+
+def test_another_size_may_be_for_pytorch(monkeypatch, calls):
+    network = Network("encoder")
+    network.check(network.input(1, 3, 2))
+    monkeypatch.setattr(conv2d_module, "_served", {})
+    for where in (module, conv2d_module):
+        monkeypatch.setattr(where, "is_native_better", lambda dtype, input, weight, options: input[2] < 12)
+    network.check(network.input(1, 4, 4))
+    assert len(calls) == 1
+    network.check(network.input(1, 20, 4))
+    network.check(network.input(1, 20, 4))
+    assert len(calls) == 2 and None not in calls
+    natives = [[isinstance(part, module._Native) for part in sequence.parts] for sequence in network.kept()]
+    assert natives == [[True], [True], [False, True]]
+
+
+def test_channels_last_weights(calls):
+    network = Network("encoder")
+    for i in (0, 6, 12):
+        network.tensors[i] = network.tensors[i].contiguous(memory_format=torch.channels_last)
+    x = network.input(2, 5, 4)
+    network.check(x)
+    network.check(x)
+    assert len(calls) == 1 and calls[0] is not None
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -115,7 +187,7 @@ def test_large_batches_run_in_groups(dtype, layout, calls):
         network(x[:1], contiguous)
         assert torch.equal(network(x, contiguous), network.one_by_one(x))
     assert len(calls) == 2
-    native, scratch = network.kept()[-1].native, network.kept()[-1].scratch
+    native, scratch = native_part(network.kept()[-1]).native, native_part(network.kept()[-1]).scratch
     assert native.scratch_size(10 * batch, x.stride()) < 1.5 * scratch
 
 
@@ -169,17 +241,28 @@ def test_layouts_and_sizes(calls):
 def test_other_sizes_may_need_other_packs(name, calls):
     network = Network(name)
     network.check(network.input())
-    before = network.kept()[0].packs
+    before = native_part(network.kept()[0]).packs
     for height, width in ((2, 2), (17, 19), (2, 9)):
         network.check(network.input(2, height, width))
     assert len(calls) == 3 and None not in calls
-    packs = [sequence.packs for sequence in network.kept()[1:]]
+    packs = [native_part(sequence).packs for sequence in network.kept()[1:]]
     assert any(pack is not old for of_size in packs for pack, old in zip(of_size, before, strict=True))
+
+
+def test_encoders_of_sizes_that_do_not_fit(calls):
+    network = Network("encoder")
+    network.set_first(PLAIN)
+    network(network.input(1, 4, 4))
+    for height, width in ((3, 4), (4, 2)):
+        with pytest.raises(ValueError, match="larger than the padded input"):
+            network(network.input(1, height, width))
+    network.check(network.input(1, 5, 4))
+    assert len(calls) == 1
 
 
 def test_sizes_that_do_not_fit():
     network = Network("growing")
-    network.blocks = (tuple(UP._replace(padding=(2, 2))), *network.blocks[1:])
+    network.set_first(UP._replace(padding=(2, 2)))
     network(network.input(1, 3, 3))
     with pytest.raises(ValueError, match="padding"):
         network(network.input(1, 1, 1))
@@ -259,7 +342,7 @@ def test_a_change_is_noticed_at_another_size(calls):
 def test_other_weights_at_another_size(old, new):
     """Nothing of the old weights' plans may be used for weights of another shape: their packs would be kept."""
     network = Network("growing")
-    network.blocks = (tuple(UP._replace(activation="none")),) * 2
+    network.blocks = ((True, tuple(UP._replace(activation="none"))),) * 2
     first = torch.randn(16, 64, 4, 4) / 8
     heads = [[first, *[None] * 5, torch.randn(64, out, 4, 4) / 8, *[None] * 5] for out in (old, new)]
     for height, head in ((16, 0), (1, 1), (1, 1), (16, 1), (1, 0)):
