@@ -32,16 +32,32 @@ _ACTIVATIONS = (
     nn.SiLU,
     nn.Softplus,
     nn.Hardtanh,
+    nn.Hardswish,
+    nn.Hardsigmoid,
+    nn.Mish,
+    nn.SELU,
+    nn.CELU,
     nn.PReLU,
 )
 _LAYERS = (
     nn.modules.conv._ConvNd,
     nn.modules.batchnorm._NormBase,
     nn.modules.pooling._AvgPoolNd,
+    nn.modules.pooling._MaxPoolNd,
+    nn.modules.pooling._AdaptiveAvgPoolNd,
+    nn.modules.pooling._AdaptiveMaxPoolNd,
     nn.modules.padding._ConstantPadNd,
     nn.modules.padding._ReflectionPadNd,
     nn.modules.padding._ReplicationPadNd,
-    *(nn.GroupNorm, nn.PixelShuffle, nn.Identity, nn.Upsample, nn.UpsamplingNearest2d, nn.UpsamplingBilinear2d),
+    *(
+        nn.GroupNorm,
+        nn.PixelShuffle,
+        nn.PixelUnshuffle,
+        nn.Identity,
+        nn.Upsample,
+        nn.UpsamplingNearest2d,
+        nn.UpsamplingBilinear2d,
+    ),
     *_ACTIVATIONS,
 )
 _BLOCKS = {
@@ -51,16 +67,23 @@ _BLOCKS = {
 _NEW = {  # return new memory
     *_BLOCKS,
     blocks.add_into,
-    *(operator.add, operator.sub, operator.mul, operator.truediv, operator.neg, F.conv2d, F.conv_transpose2d),
+    *(operator.add, operator.sub, operator.mul, operator.truediv, operator.pow, operator.neg),
+    *(operator.gt, operator.ge, operator.lt, operator.le),
     *(torch.add, torch.sub, torch.mul, torch.div, torch.cat, torch.concat, torch.tanh, torch.sigmoid, torch.relu),
-    *(F.batch_norm, F.instance_norm, F.pad, F.interpolate, F.avg_pool2d, F.gelu, F.softplus, F.tanh, F.sigmoid),
+    *(torch.clamp, torch.exp, torch.abs, torch.sqrt, torch.maximum, torch.minimum, torch.where),
+    *(F.conv2d, F.conv_transpose2d, F.pixel_shuffle, F.pixel_unshuffle),
+    *(F.batch_norm, F.instance_norm, F.pad, F.interpolate, F.gelu, F.softplus, F.tanh, F.sigmoid),
+    *(F.avg_pool2d, F.max_pool2d, torch.max_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d),
+}
+_WITH_INPLACE = {  # have such an argument
+    *(F.relu, F.leaky_relu, F.elu, F.silu, F.hardtanh, F.relu6, F.hardswish, F.hardsigmoid, F.mish, F.selu, F.celu),
 }
 _FUNCTIONS = {
-    *(_NEW | IN_PLACE),
-    *(operator.getitem, F.relu, F.leaky_relu, F.elu, F.silu, F.hardtanh),
+    *(_NEW | _WITH_INPLACE | IN_PLACE),
+    operator.getitem,
     *(torch.relu_, torch.tanh_, torch.sigmoid_, F.relu_, F.leaky_relu_, F.elu_, F.hardtanh_),
 }
-_ELEMENTWISE = "add sub mul div tanh sigmoid relu clamp exp abs".split()
+_ELEMENTWISE = "add sub mul div pow neg tanh sigmoid relu clamp clamp_min clamp_max exp abs sqrt square".split()
 _METHODS = {*_ELEMENTWISE, *(name + "_" for name in _ELEMENTWISE), "chunk", "detach", "float", "mean", "sum"}
 
 # Take any strides, too, and what they return owes them nothing.
@@ -143,8 +166,6 @@ def _reorders(node: fx.Node, trace: Trace) -> bool:
 
 
 def _is_free(node: fx.Node, trace: Trace) -> bool:
-    if node.op == "call_module":
-        return isinstance(trace.modules[str(node.target)], nn.modules.pooling._AdaptiveAvgPoolNd)
     if node.target is getattr:
         return node.args[1] in ("shape", "dtype", "device", "ndim")
     return node.op == "call_method" and node.target in _FREE
@@ -177,4 +198,4 @@ def _may_alias(node: fx.Node, trace: Trace) -> bool:
         return not isinstance(trace.modules[str(node.target)], _LAYERS) or is_identity(node, trace)
     if node.op == "call_method":
         return node.target not in _ELEMENTWISE
-    return node.target not in _NEW and node.target not in (F.relu, F.leaky_relu, F.elu, F.silu, F.hardtanh)
+    return node.target not in _NEW | _WITH_INPLACE

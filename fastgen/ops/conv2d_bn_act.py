@@ -40,7 +40,8 @@ _FEW_INPUTS = 8
 _FEW_OUTPUTS = 8  # which oneDNN does not fill vectors with
 _SMALL_GROUP = 16
 _MOST_FEW = 1 << 21  # multiply-adds of few inputs: below, it is the calls that cost, of which PyTorch needs more
-_MOST_ONE = 1 << 25  # and of kernels of one element
+_MOST_ONE = 1 << 25  # and of kernels of one element with no activation behind it, unless their results are large:
+_LARGE = 12 << 20  # bytes, where new memory costs PyTorch as much as the products
 _LEAST_FILTERED = 32  # channels, as in csrc/cpu/conv_weight_gradient.h
 _LEAST_WORK = 1 << 25  # multiply-adds of a forward pass in training: below, the calls around the kernels cost more
 
@@ -236,9 +237,9 @@ def is_native_better(dtype: torch.dtype, input: Sequence[int], weight: Sequence[
         return False
     if options.groups > 1:
         return in_channels > _SMALL_GROUP and math.prod(kernel) > 1
-    work = _work(input, weight, options)
+    size, work = math.prod(output_shape(False, input, weight, options)), _work(input, weight, options)
     if math.prod(kernel) == 1:
-        return work < _MOST_ONE
+        return work < _MOST_ONE or options.activation != "none" or size * dtype.itemsize >= _LARGE
     return in_channels >= _FEW_INPUTS or out_channels <= _FEW_OUTPUTS or work < _MOST_FEW
 
 

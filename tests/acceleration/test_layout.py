@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -147,6 +149,47 @@ def test_no_copy_between_blocks(monkeypatch):
     fast = fastgen.accelerate(Plain().eval())
     text = fast.forward.__self__.sources[("x",)].text
     assert text.count("contiguous = True") == 1 and ".contiguous()" not in text  # what the caller gets
+
+
+TAKE_ANY = {
+    "max": nn.MaxPool2d(2),
+    "max, function": lambda h: F.max_pool2d(h, 2),
+    "average": nn.AvgPool2d(2),
+    "adaptive": nn.AdaptiveAvgPool2d(3),
+    "adaptive, one": nn.AdaptiveAvgPool2d(1),
+    "adaptive maximum": nn.AdaptiveMaxPool2d(3),
+    "adaptive, function": lambda h: F.adaptive_avg_pool2d(h, 3),
+    "hardswish": nn.Hardswish(inplace=True),
+    "mish": F.mish,
+    "relu6": lambda h: F.relu6(h, inplace=True),
+    "shuffle": lambda h: F.pixel_shuffle(h, 2),
+    "unshuffle": nn.PixelUnshuffle(2),
+    "where": lambda h: torch.where(h > 0, h, 0.1 * h),
+    "clamp": lambda h: torch.clamp(h, 0, 1),
+    "method": lambda h: h.clamp_min(0.1).sqrt(),
+    "power": lambda h: h**2,
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layer", TAKE_ANY.values(), ids=TAKE_ANY.keys())
+def test_layers_that_take_any_strides(layer):
+    """One copy, of what they return, where that is viewed as if it were contiguous."""
+
+    class Viewed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.layer = nn.Conv2d(3, 8, 3), layer
+
+        def forward(self, x):
+            h = self.layer(self.conv(x))
+            return h.view(h.size(0), -1)
+
+    network, x = Viewed().eval(), torch.randn(2, 3, 10, 12)
+    fast = fastgen.accelerate(copy.deepcopy(network))
+    torch.testing.assert_close(fast(x), network(x), rtol=1e-4, atol=1e-5)
+    text = fast.forward.__self__.sources[("x",)].text
+    assert text.count(".contiguous()") == 1 and "contiguous = True" not in text
 
 
 @torch.no_grad()
