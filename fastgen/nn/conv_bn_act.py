@@ -35,16 +35,22 @@ class _Block(torch.nn.Sequential):
         A step of training is counted.
         """
         conv: Any
-        conv, *rest = self
-        options: dict[str, Any] = {name: getattr(conv, name) for name in ("stride", "padding", "groups", "dilation")}
+        conv, *rest = self._modules.values()
+        options: dict[str, Any] = {
+            "stride": conv.stride, "padding": conv.padding, "groups": conv.groups, "dilation": conv.dilation
+        }  # fmt: skip
         tensors: tuple[Tensor | None, ...] = ()
         if rest and isinstance(rest[0], torch.nn.BatchNorm2d):
             norm: Any = rest.pop(0)
             tensors, options["momentum"] = _batch_norm(norm, input)
-            options |= {"training": tensors[0] is None or norm.training, "eps": norm.eps}
+            options["training"], options["eps"] = tensors[0] is None or norm.training, norm.eps
         if rest:
-            options["activation"] = _NAMES[type(rest[0])]
-            options |= {name: getattr(rest[0], name) for name in ("negative_slope", "alpha") if hasattr(rest[0], name)}
+            act: Any = rest[0]
+            options["activation"] = _NAMES[type(act)]
+            if type(act) is torch.nn.LeakyReLU:
+                options["negative_slope"] = act.negative_slope
+            elif type(act) is torch.nn.ELU:
+                options["alpha"] = act.alpha
         return (conv.weight, conv.bias, *tensors), options
 
     def __getitem__(self, index: Any) -> Any:
@@ -100,7 +106,7 @@ class ConvBNAct(_Block):
         super().__init__(conv, out_channels, batch_norm, activation, negative_slope, alpha, norm)
 
     def forward(self, input: Tensor) -> Tensor:
-        if not _is_fusible(self, torch.nn.Conv2d, input) or self[0].padding_mode != "zeros":
+        if not _is_fusible(self, torch.nn.Conv2d, input):
             return self.in_turn(input)
         tensors, options = self._call(input)
         return ops.conv2d_bn_act(input, *tensors, **options)  # type: ignore[arg-type]
@@ -167,10 +173,12 @@ class ConvTransposeBNAct(_Block):
         """`output_size` (H', W') chooses among the sizes that the stride leaves open, as in `ConvTranspose2d`."""
         if not _is_fusible(self, torch.nn.ConvTranspose2d, input):
             return self.in_turn(input, output_size)
-        conv: Any = self[0]
-        padding = conv._output_padding(
-            input, output_size, conv.stride, conv.padding, conv.kernel_size, 2, conv.dilation
-        )
+        conv: Any = next(iter(self))
+        padding = conv.output_padding
+        if output_size is not None:
+            padding = conv._output_padding(
+                input, output_size, conv.stride, conv.padding, conv.kernel_size, 2, conv.dilation
+            )
         tensors, options = self._call(input)
         return ops.conv_transpose2d_bn_act(input, *tensors, output_padding=padding, **options)  # type: ignore[arg-type]
 
@@ -197,19 +205,25 @@ _NAMES = {module: name for name, module in _ACTIVATIONS.items()}
 
 
 def _is_fusible(members: Iterable[torch.nn.Module], conv: type[torch.nn.Module], input: Tensor) -> bool:
-    """Whether the members are as they were made: the classes alone, a GELU that is not approximate, and no hooks; and
-    whether they are of the input's dtype, and that a batch of images.
+    """Whether the members are as they were made: the classes alone, padding by zeros, a GELU that is not approximate,
+    and no hooks; and whether they are of the input's dtype, and that a batch of images.
     """
-    members = list(members)
-    parameters = [value for member in members for value in member._parameters.values() if value is not None]
-    if input.dim() != 4 or any(value.dtype != input.dtype for value in parameters):
+    if input.dim() != 4:
         return False
-    kinds = [type(member) for member in members]
-    wanted = [conv, *([torch.nn.BatchNorm2d] if torch.nn.BatchNorm2d in kinds else [])]
-    fits = kinds == wanted or (kinds[:-1] == wanted and kinds[-1] in _NAMES)
-    if any(getattr(member, "approximate", "none") != "none" for member in members):
-        return False
-    return fits and not any(map(has_hooks, members))
+    dtype, kinds = input.dtype, []
+    member: Any
+    for member in members:
+        kind = type(member)
+        kinds.append(kind)
+        for value in member._parameters.values():
+            if value is not None and value.dtype != dtype:
+                return False
+        if (kind is torch.nn.GELU and member.approximate != "none") or has_hooks(member):
+            return False
+        if kind is conv and member.padding_mode != "zeros":
+            return False
+    wanted = [conv, torch.nn.BatchNorm2d] if torch.nn.BatchNorm2d in kinds else [conv]
+    return kinds == wanted or (kinds[:-1] == wanted and kinds[-1] in _NAMES)
 
 
 def _activation(name: str, negative_slope: float, alpha: float) -> torch.nn.Module:

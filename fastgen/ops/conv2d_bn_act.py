@@ -29,19 +29,12 @@ from fastgen.ops.conv_block import (
     signature,
     wants_grad,
 )
-from fastgen.ops.conv_cpu import Options, output_shape
+from fastgen.ops.conv_cpu import Options, is_native_better, output_shape
 from fastgen.ops.conv_training import define_training, reference, train
 from fastgen.ops.feature_maps import channels_last
+from fastgen.ops.known_convs import call_known, serve
 from fastgen.ops.packed_weights import kept
 
-# Where PyTorch's convolution (oneDNN's) is faster than the kernels here, see bench/LOG.md. Elsewhere, too, it may be
-# a few per cent faster for channels-last data, but its error is then two to five times that for contiguous data.
-_FEW_INPUTS = 8
-_FEW_OUTPUTS = 8  # which oneDNN does not fill vectors with
-_SMALL_GROUP = 16
-_MOST_FEW = 1 << 21  # multiply-adds of few inputs: below, it is the calls that cost, of which PyTorch needs more
-_MOST_ONE = 1 << 25  # and of kernels of one element with no activation behind it, unless their results are large:
-_LARGE = 12 << 20  # bytes, where new memory costs PyTorch as much as the products
 _LEAST_FILTERED = 32  # channels, as in csrc/cpu/conv_weight_gradient.h
 _LEAST_WORK = 1 << 25  # multiply-adds of a forward pass in training: below, the calls around the kernels cost more
 
@@ -111,10 +104,15 @@ def conv2d_bn_act(
     training = training and (running_mean is not None or bn_weight is not None or bn_bias is not None)
     options, args = _options(*given, training=training), (*tensors, *given)
     compiling = torch.compiler.is_compiling()
-    if not compiling and not training and isinstance(input, Tensor) and goes_straight(tensors):
-        call = served(tensors, options)
-        if call is not None:
-            return call(*tensors)
+    if not compiling and not training and isinstance(input, Tensor):
+        block = (False, options)
+        known = call_known(input, tensors[1:], (block,))
+        if known is not None:
+            return known
+        if goes_straight(tensors):
+            call = served(tensors, options)
+            if call is not None:
+                return serve(call, tensors, block)
     _check(tensors, options)
     if training or wants_grad(tensors):
         return _train(tensors, options, momentum)
@@ -230,37 +228,19 @@ def served(tensors: Sequence[Tensor | None], options: Options) -> Callable[..., 
     return _served.get(signature(tensors, options))
 
 
-def is_native_better(dtype: torch.dtype, input: Sequence[int], weight: Sequence[int], options: Options) -> bool:
-    """For inference, of an input and a weight of these shapes."""
-    out_channels, in_channels, *kernel = weight
-    if dtype not in (torch.float32, torch.float64, torch.bfloat16) or (dtype is torch.bfloat16 and in_channels % 2):
-        return False
-    if options.groups > 1:
-        return in_channels > _SMALL_GROUP and math.prod(kernel) > 1
-    size, work = math.prod(output_shape(False, input, weight, options)), _work(input, weight, options)
-    if math.prod(kernel) == 1:
-        return work < _MOST_ONE or options.activation != "none" or size * dtype.itemsize >= _LARGE
-    return in_channels >= _FEW_INPUTS or out_channels <= _FEW_OUTPUTS or work < _MOST_FEW
-
-
 def _is_native_training_better(input: Tensor, weight: Tensor, options: Options) -> bool:
     """Of enough work, where minimal filtering may compute all three products, or the output channels are few."""
     if input.device.type != "cpu" or input.dtype not in (torch.float32, torch.float64):
         return False
     out_channels, in_channels, *kernel = weight.shape
-    if _work(input.shape, weight.shape, options) < _LEAST_WORK:
+    if math.prod(output_shape(False, input.shape, weight.shape, options)) * math.prod(weight.shape[1:]) < _LEAST_WORK:
         return False
-    if out_channels <= _FEW_OUTPUTS:
-        return in_channels >= _FEW_INPUTS and math.prod(kernel) > 1
+    if out_channels <= cpu.FEW_OUTPUTS:
+        return in_channels >= cpu.FEW_INPUTS and math.prod(kernel) > 1
     taps = [size / step for size, step in zip(kernel, options.stride, strict=True)]
     if taps not in ([2, 2], [3, 3]) or tuple(options.dilation) != (1, 1) or options.groups != 1:
         return False
     return min(out_channels, in_channels) >= _LEAST_FILTERED
-
-
-def _work(input: Sequence[int], weight: Sequence[int], options: Options) -> int:
-    """Multiply-adds of the forward pass."""
-    return math.prod(output_shape(False, input, weight, options)) * math.prod(weight[1:])
 
 
 def _why_not(*args: Any) -> str | None:

@@ -18,6 +18,15 @@ from fastgen.ops.packed_weights import borrowed_weight, packed_weight
 CPU = torch.device("cpu")  # whatever the default device is
 _SLACK = 64  # bytes behind a gradient that the kernels may read
 
+# Where PyTorch's convolution (oneDNN's) is faster than the kernels here, see bench/LOG.md. Elsewhere, too, it may be
+# a few per cent faster for channels-last data, but its error is then two to five times that for contiguous data.
+FEW_INPUTS = 8
+FEW_OUTPUTS = 8  # which oneDNN does not fill vectors with
+_SMALL_GROUP = 16
+_MOST_FEW = 1 << 21  # multiply-adds of few inputs: below, it is the calls that cost, of which PyTorch needs more
+_MOST_ONE = 1 << 25  # and of kernels of one element with no activation behind, unless their results are large:
+_LARGE = 12 << 20  # bytes, where new memory costs PyTorch as much as the products
+
 Tensors = Sequence["Tensor | None"]  # bias, running_mean, running_var, bn_weight, bn_bias
 
 
@@ -54,6 +63,20 @@ def output_shape(
         for i in range(2)
     )
     return input[0], weight[1] * options.groups, height, width
+
+
+def is_native_better(dtype: torch.dtype, input: Sequence[int], weight: Sequence[int], options: Options) -> bool:
+    """For inference by an ordinary convolution, of an input and a weight of these shapes."""
+    out_channels, in_channels, *kernel = weight
+    if dtype not in (torch.float32, torch.float64, torch.bfloat16) or (dtype is torch.bfloat16 and in_channels % 2):
+        return False
+    if options.groups > 1:
+        return in_channels > _SMALL_GROUP and math.prod(kernel) > 1
+    size = math.prod(output_shape(False, input, weight, options))
+    work = size * math.prod(weight[1:])
+    if math.prod(kernel) == 1:
+        return work < _MOST_ONE or options.activation != "none" or size * dtype.itemsize >= _LARGE
+    return in_channels >= FEW_INPUTS or out_channels <= FEW_OUTPUTS or work < _MOST_FEW
 
 
 def why_not(*args: Any) -> str | None:

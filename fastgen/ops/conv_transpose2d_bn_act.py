@@ -29,6 +29,7 @@ from fastgen.ops.conv_block import (
 from fastgen.ops.conv_cpu import Options, output_shape
 from fastgen.ops.conv_training import OPTIONS, TENSORS, define_training, reference, saving_reference, train
 from fastgen.ops.feature_maps import channels_last
+from fastgen.ops.known_convs import call_known, serve
 from fastgen.ops.registration import Implementation, define
 
 
@@ -95,10 +96,15 @@ def conv_transpose2d_bn_act(
     parameter = alpha if activation == "elu" else negative_slope
     args = (*tensors, *geometry, groups, pair("dilation", dilation), training, eps, activation, parameter)
     compiling = torch.compiler.is_compiling()
-    if not compiling and not training and isinstance(input, Tensor) and goes_straight(tensors):
-        call = cpu.served(tensors, args[7:])
-        if call is not None:
-            return call(*tensors)
+    if not compiling and not training and isinstance(input, Tensor):
+        block = (True, args[7:])
+        known = call_known(input, tensors[1:], (block,))
+        if known is not None:
+            return known
+        if goes_straight(tensors):
+            call = cpu.served(tensors, args[7:])
+            if call is not None:
+                return serve(call, tensors, block)
     _check(*args)
     if _is_depthwise(input, weight, groups) and (compiling or backends.asked() == "auto"):
         return reference(True, *args, momentum=momentum)

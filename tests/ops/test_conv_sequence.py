@@ -13,8 +13,9 @@ import torch.nn.functional as F
 import fastgen
 from fastgen import backends, ops
 from fastgen.ops.conv_cpu import Options
+from fastgen.ops.conv_sequence import conv_bn_act_sequence
 
-module = importlib.import_module("fastgen.ops.conv_sequence")
+module = importlib.import_module("fastgen.ops.known_convs")
 conv2d_module = importlib.import_module("fastgen.ops.conv2d_bn_act")  # the package has the function of this name
 
 PLAIN = Options((1, 1), (0, 0), (0, 0), 1, (1, 1), False, 1e-5, "none", 0.0)
@@ -63,7 +64,7 @@ class Network:
         return torch.randn(batch, self.inputs, height, width, dtype=self.dtype)
 
     def __call__(self, x, contiguous=False):
-        return module.conv_bn_act_sequence(x, self.tensors, self.blocks, contiguous=contiguous)
+        return conv_bn_act_sequence(x, self.tensors, self.blocks, contiguous=contiguous)
 
     def one_by_one(self, x):
         for i, (transposed, block) in enumerate(self.blocks):
@@ -99,8 +100,8 @@ def native_part(sequence):
 def calls(monkeypatch):
     """What native calls returned."""
     results = []
-    call = module._Sequence.__call__
-    monkeypatch.setattr(module._Sequence, "__call__", lambda *args: results.append(call(*args)) or results[-1])
+    call = module._Known.__call__
+    monkeypatch.setattr(module._Known, "__call__", lambda *args: results.append(call(*args)) or results[-1])
     return results
 
 
@@ -366,6 +367,25 @@ def test_what_noticed_a_change_is_made_again(calls):
     second = network.kept()
     assert len(first) == len(second) == 2 and not set(map(id, first)) & set(map(id, second))
     assert [call is None for call in calls] == [False] * 3 + [True] + [False] * 3
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["ordinary", "transposed"])
+def test_single_operations_of_parameters_are_known(transposed, calls):
+    """Other weights may be computed anew for each call, and nothing is kept of them."""
+    function = ops.conv_transpose2d_bn_act if transposed else ops.conv2d_bn_act
+    plain = F.conv_transpose2d if transposed else F.conv2d
+    x, weight, bias = torch.randn(2, 10, 4, 5), torch.randn(10, 10, 3, 3), torch.randn(10)
+    parameter = torch.nn.Parameter(weight.clone(), requires_grad=False)
+    for given, known in ((weight, 0), (parameter, 1)):
+        for factor in (1.0, 2.0):
+            given.mul_(factor)
+            for _ in range(3):
+                expected = plain(x.double(), given.double(), bias.double(), 2, 1).relu()
+                actual = function(x, given, bias, stride=2, padding=1, activation="relu")
+                torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-4)
+        assert len(calls) - calls.count(None) == 4 * known  # but the first of either values
+    parameter.requires_grad_()
+    assert function(x, parameter, bias).grad_fn is not None
 
 
 def test_it_is_forgotten_with_the_first_weight():
