@@ -123,7 +123,8 @@ def fold(network: nn.Module) -> nn.Module:
     folded = copy.deepcopy(network)
     for module in folded.modules():
         if isinstance(module, nn.Sequential) and len(module) > 2 and isinstance(module[1], nn.BatchNorm2d):
-            module[0] = nn.utils.fuse_conv_bn_eval(module[0], module[1], transpose=True)
+            transposed = isinstance(module[0], nn.ConvTranspose2d)
+            module[0] = nn.utils.fuse_conv_bn_eval(module[0], module[1], transpose=transposed)
             module[1] = nn.Identity()
     return folded
 

@@ -13,6 +13,7 @@ from bench import (
     conv_transpose2d_bn_act,
     crowded,
     decoder,
+    encoder,
     gated_unit,
     generator,
     group_norm_act,
@@ -35,6 +36,7 @@ SUITES = [
     conv_transpose2d_bn_act,
     crowded,
     decoder,
+    encoder,
     gated_unit,
     generator,
     group_norm_act,
@@ -171,8 +173,9 @@ def test_sizes_differ():
     assert len(set(generator.sizes_of(200))) == 200
 
 
-def test_folded_generators_are_the_same():
-    for kind in generator.GENERATORS.values():
-        network = generator.make(kind, 2).double()
+def test_folded_networks_are_the_same():
+    networks = [(kind, (2,)) for kind in generator.GENERATORS.values()]
+    for kind, sizes in networks + [(kind, sizes) for kind, sizes, _ in encoder.NETWORKS.values()]:
+        network = generator.make(kind, *sizes).double()
         inputs = [x.double() for x in network.inputs(2)]
         torch.testing.assert_close(generator.fold(network)(*inputs), network(*inputs))
