@@ -59,7 +59,7 @@ def fuse(trace: Trace, prefix: str) -> tuple[Report, set[str]]:
             bypassed |= chain.bypassed
     if report.fused:
         _add_in_place(trace)
-    for run in _runs(trace.graph):
+    for run in _runs(trace):
         _join(run, trace.graph)
     return report, bypassed
 
@@ -87,10 +87,17 @@ def _is_fresh(node: Any, trace: Trace) -> bool:
     return node.target in _FUSED or (plain and not has_hooks(trace.modules[str(node.target)]))
 
 
-def _runs(graph: fx.Graph) -> list[list[fx.Node]]:
-    """Fused convolutions that each are all that takes the result of the one before, or that stand alone."""
+def _runs(trace: Trace) -> list[list[fx.Node]]:
+    """Fused convolutions that each are all that takes the result of the one before, or that stand alone.
+
+    A run takes its input where its last one stands, so that nothing may be written to in between.
+    """
     runs: dict[fx.Node, list[fx.Node]] = {}  # by the last
-    for node in graph.nodes:
+    ended: list[list[fx.Node]] = []
+    for node in trace.graph.nodes:
+        if any(True for _ in written(node, trace)):
+            ended += runs.values()
+            runs = {}
         if node.target not in (blocks.conv_transpose2d_bn_act, ops.conv2d_bn_act):
             continue
         if "output_size" in node.kwargs or isinstance(node.kwargs["padding"], str):
@@ -98,7 +105,7 @@ def _runs(graph: fx.Graph) -> list[list[fx.Node]]:
         input = node.args[0]
         alone = isinstance(input, fx.Node) and len(input.users) == 1
         runs[node] = [*(runs.pop(input, []) if alone else []), node]
-    return list(runs.values())
+    return ended + list(runs.values())
 
 
 def _join(run: list[fx.Node], graph: fx.Graph) -> None:

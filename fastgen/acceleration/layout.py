@@ -88,19 +88,20 @@ _METHODS = {*_ELEMENTWISE, *(name + "_" for name in _ELEMENTWISE), "chunk", "det
 
 # Take any strides, too, and what they return owes them nothing.
 _FREE = {"size", "dim"}
-_REORDERING = {torch.flatten, torch.reshape, "flatten", "reshape", "contiguous"}  # copies, unless it is contiguous
 
 
 def keep_contiguous(trace: Trace) -> None:
     """Inserts ``contiguous()`` into the graph where it is needed."""
     early: set[fx.Node] = set()  # made contiguous as soon as they are there
     while True:
-        loose, copies, hidden = _follow(trace, early)
-        more = _written_behind(trace, loose, copies + hidden)
+        loose, copies = _follow(trace, early)
+        more = _written_behind(trace, loose, copies)
         if not more:
             break
         early |= more
     for node, source in copies:
+        if node.op == "call_method" and node.target == "contiguous":
+            continue
         with trace.graph.inserting_before(node):
             node.replace_input_with(source, trace.graph.call_method("contiguous", (source,)))
     for node in early:
@@ -125,20 +126,21 @@ def _ask_sequences(graph: fx.Graph) -> None:
 _Use = tuple[fx.Node, fx.Node]  # a node and one of its inputs
 
 
-def _follow(trace: Trace, early: set[fx.Node]) -> tuple[set[fx.Node], list[_Use], list[_Use]]:
-    """The nodes that may be of any strides, the uses that need a contiguous copy, and those that copy by themselves."""
+def _follow(trace: Trace, early: set[fx.Node]) -> tuple[set[fx.Node], list[_Use]]:
+    """The nodes that may be of any strides, and the uses that need a contiguous copy.
+
+    Flattening is one of these: it copies by itself only where it joins channels and positions.
+    """
     loose: set[fx.Node] = set()
-    copies, hidden = [], []
+    copies = []
     for node in trace.graph.nodes:
         found = [(node, source) for source in node.all_input_nodes if source in loose]
         if node.target in _BLOCKS or (found and _takes_any(node, trace)):
             if node not in early:
                 loose.add(node)
-        elif _reorders(node, trace):
-            hidden += found
         elif not _is_free(node, trace):
             copies += found
-    return loose, copies, hidden
+    return loose, copies
 
 
 def _written_behind(trace: Trace, loose: set[fx.Node], copies: Iterable[_Use]) -> set[fx.Node]:
@@ -151,18 +153,24 @@ def _written_behind(trace: Trace, loose: set[fx.Node], copies: Iterable[_Use]) -
 
 
 def _takes_any(node: fx.Node, trace: Trace) -> bool:
-    """Dropout does not: it draws in the order of memory."""
+    """Dropout does not: it draws in the order of memory. Nor does what returns several tensors at once to code that is
+    not known, for which all of them would have to be copied.
+    """
     if is_identity(node, trace):
         return True
+    if _returns_several(node, trace) and any(user.target is not operator.getitem for user in node.users):
+        return False
     if node.op == "call_module":
         return isinstance(trace.modules[str(node.target)], _LAYERS)
     return node.op in ("call_function", "call_method") and node.target in (_FUNCTIONS | _METHODS)
 
 
-def _reorders(node: fx.Node, trace: Trace) -> bool:
+def _returns_several(node: fx.Node, trace: Trace) -> bool:
     if node.op == "call_module":
-        return isinstance(trace.modules[str(node.target)], nn.Flatten)
-    return node.op in ("call_function", "call_method") and node.target in _REORDERING
+        return bool(getattr(trace.modules[str(node.target)], "return_indices", False))
+    if node.target is torch.where:
+        return len(node.args) + len(node.kwargs) == 1
+    return node.target == "chunk" or bool(node.kwargs.get("return_indices"))
 
 
 def _is_free(node: fx.Node, trace: Trace) -> bool:

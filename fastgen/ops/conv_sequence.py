@@ -11,19 +11,21 @@ from fastgen.ops.conv2d_bn_act import served as served_ordinary
 from fastgen.ops.conv_block import goes_straight
 from fastgen.ops.conv_cpu import Options
 from fastgen.ops.conv_transpose2d_bn_act import conv_transpose2d_bn_act
-from fastgen.ops.known_convs import Blocks, Call, Tensors, call_known, keep, of_block
+from fastgen.ops.known_convs import BLOCK_TENSORS, Blocks, Call, Tensors, call_known, keep, of_block
 
 
 def conv_bn_act_sequence(input: Tensor, tensors: Tensors, blocks: Blocks, contiguous: bool = False) -> Tensor:
     """The last result of `conv2d_bn_act` and `conv_transpose2d_bn_act` in turn, each of the result of the one before.
 
     Args:
-        input: [N, Cin, H, W].
+        input: [N, Cin, H, W], or [Cin, H, W] where no block has a norm.
         tensors: weight, bias, running_mean, running_var, bn_weight and bn_bias of the first block, then of the second,
             and so on.
         blocks: of each whether its convolution is a transposed one, and its `Options` as a tuple.
         contiguous: whether the result is made contiguous.
     """
+    if isinstance(input, Tensor) and input.dim() == 3 and all(mean is None for mean in tensors[2::BLOCK_TENSORS]):
+        return conv_bn_act_sequence(input[None], tensors, blocks, contiguous)[0]  # which convolutions take, norms not
     if torch.compiler.is_compiling() or not isinstance(input, Tensor):
         output = _one_by_one(input, tensors, blocks)
     else:

@@ -23,6 +23,7 @@ from fastgen.ops.packed_weights import packed_weight, span_bytes
 
 BLOCK_TENSORS = 6  # weight, bias, running_mean, running_var, bn_weight, bn_bias
 _MAX_KEPT = 256  # of one first weight and way, for inputs of other sizes; some 10 KB each
+_MAX_WAYS = 16  # of one first weight
 
 Blocks = tuple[tuple[bool, tuple[Any, ...]], ...]  # whether the convolution is a transposed one, and its `Options`
 Tensors = Sequence["Tensor | None"]  # BLOCK_TENSORS for each block
@@ -39,7 +40,7 @@ def call_known(input: Tensor, tensors: Tensors, blocks: Blocks, contiguous: bool
     # What is kept is for tensors that went straight, and notices others, but not that they want gradients now.
     if not ways or not goes_straight((input, *tensors) if torch.is_grad_enabled() else (input,)):
         return None
-    way, size = _way(input, blocks, contiguous), (input.shape, input.stride())
+    way, size = _way(input, tensors, blocks, contiguous), (input.shape, input.stride())
     sizes = ways.get(way, {})
     known = sizes.get(size)
     if known is not None:
@@ -80,12 +81,15 @@ def keep(
     if first not in _kept:
         weakref.finalize(weight, _kept.pop, first, None).atexit = False
         _kept[first] = {}
-    size = input.shape, input.stride()
-    _keep(_Known.of(tensors, calls, contiguous), first, _way(input, blocks, contiguous), size)
+    way, ways = _way(input, tensors, blocks, contiguous), _kept[first]
+    if len(ways) >= _MAX_WAYS or any(other[0] is not input.dtype for other in list(ways)):
+        ways.clear()  # of tensors that have another dtype now, which are not asked for again
+    _keep(_Known.of(tensors, calls, contiguous), first, way, (input.shape, input.stride()))
 
 
-def _way(input: Tensor, blocks: Blocks, contiguous: bool) -> tuple[Any, ...]:
-    return input.dtype, blocks, contiguous, torch.get_num_threads(), backends.native_cpu().isa()
+def _way(input: Tensor, tensors: Tensors, blocks: Blocks, contiguous: bool) -> tuple[Any, ...]:
+    further = [id(weight) for weight in tensors[BLOCK_TENSORS::BLOCK_TENSORS]]  # two networks may begin alike
+    return input.dtype, blocks, contiguous, torch.get_num_threads(), backends.native_cpu().isa(), *further
 
 
 def _keep(known: _Known, first: int, way: tuple[Any, ...], size: tuple[Any, ...]) -> None:

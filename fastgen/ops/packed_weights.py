@@ -111,7 +111,9 @@ def kept(tensors: Sequence[Tensor | None], option: Any, compute: Callable[[], An
     if entry is None or entry[0] != state:
         if len(entries) >= _MAX_COMPUTED:
             entries.clear()
-        with torch.no_grad(), torch.inference_mode(False):  # so that the result has a version counter, too
+        # So that the result has a version counter, too; and no graph, which would keep its sources for good:
+        # leaving inference mode turns gradients on.
+        with torch.inference_mode(False), torch.no_grad():
             entry = entries[key] = (state, compute())
     return entry[1]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastgen
+from fastgen.ops import conv_sequence, known_convs, packed_weights
 
 from .networks import dcgan_sequential
 
@@ -151,6 +153,129 @@ def test_no_copy_between_blocks(monkeypatch):
     assert text.count("contiguous = True") == 1 and ".contiguous()" not in text  # what the caller gets
 
 
+def added(x, y, v):
+    y += 1
+    return y
+
+
+def through_a_view(x, y, v):
+    v.zero_()
+    return y
+
+
+WRITES = {
+    "sum": added,
+    "view": through_a_view,
+    "module": lambda x, y, v: nn.ReLU(inplace=True)(y),
+    "function": lambda x, y, v: F.hardtanh(y, inplace=True),
+    "out": lambda x, y, v: torch.exp(y, out=y),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("write", WRITES.values(), ids=WRITES.keys())
+@pytest.mark.parametrize("fused", [False, True], ids=["elementwise", "block"])
+def test_writes_between_blocks_in_a_row(write, fused):
+    """To what the first of them takes: it must not be called later than it was."""
+
+    class Between(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.a, self.b = nn.Conv2d(4, 4, 3), nn.Conv2d(4, 8, 3), nn.Conv2d(8, 4, 3)
+
+        def forward(self, x):
+            y = self.first(x) if fused else x * 2
+            v = y[:, :2]
+            h = self.a(y)
+            y = write(x, y, v)
+            return self.b(h) + y.mean()
+
+    network, x = Between().eval(), torch.randn(2, 4, 9, 8)
+    fast = fastgen.accelerate(copy.deepcopy(network))
+    for _ in range(2):
+        torch.testing.assert_close(fast(x), network(x), rtol=1e-4, atol=1e-5)
+
+
+class Heads(nn.Module):
+    """Of one trunk, called for each."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.trunk, self.a, self.b = (nn.Conv2d(width, width, 3, padding=1) for _ in range(3))
+
+    def forward(self, x):
+        return self.a(F.relu(self.trunk(x))), self.b(F.relu(self.trunk(x)))
+
+
+@torch.no_grad()
+def test_networks_that_begin_alike(monkeypatch):
+    network, x = Heads(16).eval(), torch.randn(2, 16, 5, 6)
+    fast = fastgen.accelerate(network)
+    fast(x)
+    monkeypatch.setattr(conv_sequence, "_first_time", None)  # both are known
+    torch.testing.assert_close(fast(x), network(x), rtol=1e-4, atol=1e-5)
+
+
+SEVERAL = {
+    "indices": nn.MaxPool2d(2, return_indices=True),
+    "indices, adaptive": nn.AdaptiveMaxPool2d(2, return_indices=True),
+    "where": lambda h: torch.where(h > 0),
+    "chunk": lambda h: h.chunk(2, 1),
+    "flat positions": lambda h: [h.flatten(2), h.reshape(2, 8, -1), torch.flatten(h, 2).view(-1)],
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kernel", [1, 3])
+@pytest.mark.parametrize("layer", SEVERAL.values(), ids=SEVERAL.keys())
+def test_several_results(layer, kernel):
+    class Several(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.layer = nn.Conv2d(3, 8, kernel), layer
+
+        def forward(self, x):
+            return self.layer(self.conv(x))
+
+    network, x = Several().eval(), torch.randn(2, 3, 10, 12)
+    fast = fastgen.accelerate(copy.deepcopy(network))
+    for _ in range(2):
+        results, expected = fast(x), network(x)
+        assert [tensor.stride() for tensor in results] == [tensor.stride() for tensor in expected]
+        torch.testing.assert_close(list(results), list(expected), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_an_image_without_a_batch(kernel):
+    network, x = nn.Sequential(nn.Conv2d(3, 8, kernel), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval(), torch.randn(3, 9, 7)
+    fast = fastgen.accelerate(network)
+    for _ in range(2):
+        torch.testing.assert_close(fast(x), network(x), rtol=1e-4, atol=1e-5)
+    assert fast(x).stride() == network(x).stride()
+
+
+COMPUTED = {
+    "upsampling": lambda: nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(8, 8, 3, padding=1)),
+    "groups": lambda: nn.Sequential(nn.Conv2d(8, 8, 3, groups=2), nn.ReLU(), nn.Conv2d(8, 8, 3)),
+    "norm": lambda: nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 8, 3))),
+}
+
+
+@pytest.mark.parametrize("make", COMPUTED.values(), ids=COMPUTED.keys())
+def test_computed_weights_die_with_their_network(make):
+    gc.collect()
+    before = len(packed_weights._computed), len(known_convs._kept)
+    fast = fastgen.accelerate(make().eval())
+    with torch.no_grad():
+        for _ in range(3):
+            fast(torch.randn(1, 8, 8, 8))
+    assert (len(packed_weights._computed), len(known_convs._kept)) != before
+    del fast
+    gc.collect()
+    assert (len(packed_weights._computed), len(known_convs._kept)) == before
+
+
 TAKE_ANY = {
     "max": nn.MaxPool2d(2),
     "max, function": lambda h: F.max_pool2d(h, 2),
@@ -187,7 +312,8 @@ def test_layers_that_take_any_strides(layer):
 
     network, x = Viewed().eval(), torch.randn(2, 3, 10, 12)
     fast = fastgen.accelerate(copy.deepcopy(network))
-    torch.testing.assert_close(fast(x), network(x), rtol=1e-4, atol=1e-5)
+    for _ in range(2):
+        torch.testing.assert_close(fast(x), network(x), rtol=1e-4, atol=1e-5)
     text = fast.forward.__self__.sources[("x",)].text
     assert text.count(".contiguous()") == 1 and "contiguous = True" not in text
 
