@@ -78,10 +78,11 @@ def conv2d_bn_act(
         [N, Cout, H', W'], channels-last in memory where no gradient is wanted or a native kernel computed it;
         contiguous if the input is, the kernel has one element and PyTorch computes it.
 
-    Where no gradient is wanted, float32, float64 and bfloat16 (of an even number of input channels) run natively on the
-    CPU, but for small groups of channels and for layers of more than a few million multiply-adds whose kernels have one
-    element or whose input channels are fewer than eight: there, and in other dtypes, PyTorch's convolution is used,
-    with the BatchNorm folded into weights that are kept from call to call, and the activation in place.
+    Where no gradient is wanted, float32, float64 and bfloat16 run natively on the CPU, but for small groups of channels
+    and for layers of more than a few million multiply-adds whose kernels have one element or whose input channels are
+    fewer than eight: there, and in other dtypes, PyTorch's convolution is used, with the BatchNorm folded into weights
+    that are kept from call to call, and the activation in place. So it is in bfloat16 of an odd number of input
+    channels; but where oneDNN has no bfloat16 for the processor, all but groups of such run natively.
 
     Where a gradient is wanted, or with `training`, float32 and float64 run natively on the CPU, forward and backward,
     where that is faster: kernels of two or three times the stride without groups and dilation, of 32 channels or more
@@ -249,8 +250,27 @@ def _why_not(*args: Any) -> str | None:
 
 
 def _native(input: Tensor, weight: Tensor, batch_norm: bool, options: Options) -> Callable[..., Tensor]:
+    if input.dtype is torch.bfloat16 and weight.shape[1] % 2:
+        return _with_even_channels(input, weight, batch_norm, options)
     sizes = input.shape, input.stride(), input.dtype
     return cpu.Inference(False, *sizes, weight, batch_norm, options)
+
+
+def _with_even_channels(input: Tensor, weight: Tensor, batch_norm: bool, options: Options) -> Callable[..., Tensor]:
+    """The kernels for bfloat16 multiply pairs of input channels; here the last one of zeros completes a pair."""
+    padded = _one_channel_more(input)
+    sizes = padded.shape, padded.stride(), padded.dtype
+    native = cpu.Inference(False, *sizes, _one_channel_more(weight), batch_norm, options)
+
+    def call(input: Tensor, weight: Tensor, *tensors: Tensor | None) -> Tensor:
+        even = kept((weight,), "even", lambda: _one_channel_more(weight))
+        return native(_one_channel_more(input), even, *tensors)
+
+    return call
+
+
+def _one_channel_more(tensor: Tensor) -> Tensor:
+    return F.pad(tensor, (0, 0, 0, 0, 0, 1))
 
 
 def _hashable(value: Any) -> Any:

@@ -68,6 +68,8 @@ def output_shape(
 def is_native_better(dtype: torch.dtype, input: Sequence[int], weight: Sequence[int], options: Options) -> bool:
     """For inference by an ordinary convolution, of an input and a weight of these shapes."""
     out_channels, in_channels, *kernel = weight
+    if dtype is torch.bfloat16 and not has_fast_bfloat16():
+        return in_channels % 2 == 0 or options.groups == 1
     if dtype not in (torch.float32, torch.float64, torch.bfloat16) or (dtype is torch.bfloat16 and in_channels % 2):
         return False
     if options.groups > 1:
@@ -77,6 +79,12 @@ def is_native_better(dtype: torch.dtype, input: Sequence[int], weight: Sequence[
     if math.prod(kernel) == 1:
         return work < _MOST_ONE or options.activation != "none" or size * dtype.itemsize >= _LARGE
     return in_channels >= FEW_INPUTS or out_channels <= FEW_OUTPUTS or work < _MOST_FEW
+
+
+@functools.cache
+def has_fast_bfloat16() -> bool:
+    """Whether oneDNN computes convolutions in it here; otherwise PyTorch takes 4 to 60 times as long as the kernels."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def why_not(*args: Any) -> str | None:

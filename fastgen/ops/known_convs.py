@@ -113,12 +113,12 @@ def of_block(tensors: Tensors, block: int) -> Any:
 class _Known:
     """Of inputs that are alike, and blocks that were served one by one."""
 
-    def __init__(self, seen: Any, parts: Sequence[_Native | _PyTorch]):
+    def __init__(self, seen: Any, parts: Sequence[_Native | _Single]):
         self.seen, self.parts = seen, parts
 
     @classmethod
     def of(cls, tensors: Tensors, calls: Sequence[Call], contiguous: bool) -> _Known:
-        parts: list[_Native | _PyTorch] = []
+        parts: list[_Native | _Single] = []
         begin = 0
         while begin < len(calls):
             end = begin
@@ -128,7 +128,7 @@ class _Known:
                 parts.append(_Native(tensors, begin, calls[begin:end], contiguous and end == len(calls)))  # type: ignore[arg-type]
             else:
                 end += 1
-                parts.append(_PyTorch(begin, calls[begin]))
+                parts.append(_Single(begin, calls[begin]))
             begin = end
         return cls(backends.native_cpu().SeenTensors(tensors), parts)
 
@@ -137,7 +137,7 @@ class _Known:
         not be computed natively.
         """
         part = self.parts[0]
-        if input.dim() != 4 or len(self.parts) > 1 or isinstance(part, _PyTorch):
+        if input.dim() != 4 or len(self.parts) > 1 or isinstance(part, _Single):
             return None
         other = part.resized(input, tensors)
         if other is None:
@@ -162,8 +162,8 @@ class _Known:
         return input
 
 
-class _PyTorch:
-    """A block that PyTorch computes."""
+class _Single:
+    """A block that is called by itself, as those are that PyTorch computes."""
 
     def __init__(self, block: int, call: Call):
         self.block, self.call = block, call

@@ -313,6 +313,8 @@ CHOICES = {
     "double": ((256, 256, 3, 1, 8, torch.float64), True),
     "bfloat16": ((256, 256, 3, 1, 8, torch.bfloat16), True),
     "bfloat16, odd": ((255, 256, 3, 1, 8, torch.bfloat16), False),
+    "bfloat16, 1x1": ((256, 256, 1, 1, 24, torch.bfloat16), False),
+    "bfloat16, first layer": ((4, 64, 7, 1, 24, torch.bfloat16), False),
     "half": ((256, 256, 3, 1, 8, torch.half), False),
     "1x1": ((256, 256, 1, 1, 24, torch.float32), False),
     "small 1x1": ((256, 256, 1, 1, 22, torch.float32), True),
@@ -330,12 +332,36 @@ CHOICES = {
 def test_who_computes_it(sizes, native, monkeypatch):
     inputs, outputs, kernel, groups, size, dtype = sizes
     used = []
+    monkeypatch.setattr(cpu, "has_fast_bfloat16", lambda: True)
     for name in ("_native", "_folded"):
         monkeypatch.setattr(module, name, lambda *_, name=name: lambda *_: used.append(name))
     monkeypatch.setattr(module, "_served", {})
     x = torch.ones(1, inputs * groups, size, size, dtype=dtype)
     ops.conv2d_bn_act(x, torch.ones(outputs, inputs, kernel, kernel, dtype=dtype), groups=groups)
     assert used == ["_native" if native else "_folded"]
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("inputs", [1, 3, 4, 9])
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_bfloat16_where_pytorch_has_none(inputs, groups, kernel, layout, monkeypatch):
+    """Natively, whatever the shape; odd channels, which the kernels do not take, get one of zeros, but in groups."""
+    monkeypatch.setattr(cpu, "has_fast_bfloat16", lambda: False)
+    monkeypatch.setattr(module, "_served", {})
+    folds = []
+    fold = module._folded
+    monkeypatch.setattr(module, "_folded", lambda *args: folds.append(args) or fold(*args))
+    case = Case((2, inputs * groups, 6, 7), 12, (kernel, kernel), {"groups": groups, "padding": kernel // 2})
+    x, weight, *rest = [tensor.bfloat16() for tensor in case.tensors()]
+    x = x.contiguous(memory_format=layout)
+    for _ in range(2):
+        for _ in range(2):
+            expected = plain(case, [tensor.double() for tensor in (x, weight, *rest)], "relu")
+            actual = fused(case, [x, weight, *rest], "relu")
+            torch.testing.assert_close(actual.double(), expected, rtol=2e-2, atol=2e-2)
+        weight.mul_(-1.5)
+    assert bool(folds) == (groups > 1 and inputs % 2 == 1)
 
 
 # Gradients, transforms, registration

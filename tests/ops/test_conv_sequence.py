@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 import fastgen
 from fastgen import backends, ops
+from fastgen.ops import conv_cpu as cpu
 from fastgen.ops.conv_cpu import Options
 from fastgen.ops.conv_sequence import conv_bn_act_sequence
 
@@ -118,7 +119,9 @@ def test_the_bits_are_those_of_the_blocks(name, dtype, calls):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", PARTS)
-def test_parts_that_pytorch_computes(name, dtype, calls):
+def test_parts_that_pytorch_computes(name, dtype, calls, monkeypatch):
+    monkeypatch.setattr(cpu, "has_fast_bfloat16", lambda: True)
+    monkeypatch.setattr(conv2d_module, "_served", {})
     network = Network(name, dtype)
     for contiguous in (False, True):
         for batch in (3, 1):
