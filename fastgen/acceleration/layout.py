@@ -101,7 +101,7 @@ def keep_contiguous(trace: Trace) -> None:
         early |= more
     for node, source in copies:
         if node.op == "call_method" and node.target == "contiguous":
-            continue
+            continue  # is the copy itself
         with trace.graph.inserting_before(node):
             node.replace_input_with(source, trace.graph.call_method("contiguous", (source,)))
     for node in early:

@@ -26,7 +26,6 @@ from fastgen.ops.conv_block import (
     is_transformed,
     is_unobserved,
     pair,
-    signature,
     wants_grad,
 )
 from fastgen.ops.conv_cpu import Options, is_native_better, output_shape
@@ -111,7 +110,7 @@ def conv2d_bn_act(
         if known is not None:
             return known
         if goes_straight(tensors):
-            call = served(tensors, options)
+            call = cpu.served(False, tensors, options)
             if call is not None:
                 return serve(call, tensors, block)
     _check(tensors, options)
@@ -214,19 +213,8 @@ def _forward(input: Tensor, weight: Tensor, *rest: Any) -> Tensor:
         call: Callable[..., Tensor] = _native(input, weight, tensors[3] is not None, options)
     else:
         call = _folded(input, weight, options)
-    if len(_served) >= _MAX_SERVED:
-        _served.clear()
-    _served[signature(tensors, options)] = call
+    cpu.serve_later(False, tensors, options, call)
     return call(*tensors)
-
-
-_MAX_SERVED = 4096
-_served: dict[tuple[Any, ...], Callable[..., Tensor]] = {}  # what serves calls like one that was checked before
-
-
-def served(tensors: Sequence[Tensor | None], options: Options) -> Callable[..., Tensor] | None:
-    """What serves a call with these options, if one like it was checked before."""
-    return _served.get(signature(tensors, options))
 
 
 def _is_native_training_better(input: Tensor, weight: Tensor, options: Options) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -83,7 +83,7 @@ def is_native_better(dtype: torch.dtype, input: Sequence[int], weight: Sequence[
 
 @functools.cache
 def has_fast_bfloat16() -> bool:
-    """Whether oneDNN computes convolutions in it here; otherwise PyTorch takes 4 to 60 times as long as the kernels."""
+    """Whether oneDNN computes convolutions in it here; where not, PyTorch mostly takes 4 to 60 times as long."""
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
@@ -114,12 +114,11 @@ def _why_not_here(first: Tensor) -> str | None:
 def forward(input: Tensor, weight: Tensor, *rest: Any) -> Tensor:
     tensors = (input, weight, *rest[:5])
     options = Options(*[tuple(option) if isinstance(option, list) else option for option in rest[5:]])  # type: ignore[arg-type]
-    call = served(tensors, options)
+    call = served(True, tensors, options)
     if call is None:
-        if len(_served) >= _MAX_SERVED:
-            _served.clear()
         sizes = input.shape, input.stride(), input.dtype
-        call = _served[signature(tensors, options)] = Inference(True, *sizes, weight, tensors[3] is not None, options)
+        call = Inference(True, *sizes, weight, tensors[3] is not None, options)
+        serve_later(True, tensors, options, call)
     return call(*tensors)
 
 
@@ -162,12 +161,20 @@ class Inference:
 
 
 _MAX_SERVED = 4096
-_served: dict[tuple[Any, ...], Inference] = {}
+_served: dict[tuple[Any, ...], Callable[..., Tensor]] = {}
 
 
-def served(tensors: Sequence[Tensor | None], options: tuple[Any, ...]) -> Inference | None:
-    """What serves a call with these options, if one like it was checked before."""
-    return _served.get(signature(tensors, options))
+def served(transposed: bool, tensors: Tensors, options: tuple[Any, ...]) -> Callable[..., Tensor] | None:
+    """What serves a call of these tensors, the input first, and options, if one like it was checked before."""
+    return _served.get((transposed, *signature(tensors, options)))
+
+
+def serve_later(transposed: bool, tensors: Tensors, options: tuple[Any, ...], call: Callable[..., Tensor]) -> None:
+    """Calls like this one, which was checked."""
+    if len(_served) >= _MAX_SERVED:
+        _served.clear()
+    key = (transposed, *signature(tensors, options))
+    _served[key] = call
 
 
 def follows_from_output(transposed: bool, options: Options, statistics: bool) -> bool:

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from fastgen.ops import conv_cpu as cpu
 from fastgen.ops.conv2d_bn_act import conv2d_bn_act
-from fastgen.ops.conv2d_bn_act import served as served_ordinary
 from fastgen.ops.conv_block import goes_straight
 from fastgen.ops.conv_cpu import Options
 from fastgen.ops.conv_transpose2d_bn_act import conv_transpose2d_bn_act
@@ -56,7 +55,6 @@ def _one_by_one(input: Tensor, tensors: Tensors, blocks: Blocks, calls: list[Cal
         else:
             output = conv2d_bn_act(input, weight, *channels, **given)
         if calls is not None:
-            served = cpu.served if transposed else served_ordinary
-            calls.append(served((input, weight, *channels), options))
+            calls.append(cpu.served(transposed, (input, weight, *channels), options))
         input = output
     return input

@@ -102,7 +102,7 @@ def conv_transpose2d_bn_act(
         if known is not None:
             return known
         if goes_straight(tensors):
-            call = cpu.served(tensors, args[7:])
+            call = cpu.served(True, tensors, args[7:])
             if call is not None:
                 return serve(call, tensors, block)
     _check(*args)

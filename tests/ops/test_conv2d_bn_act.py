@@ -99,14 +99,14 @@ def test_plans_of_few_output_channels():
 @pytest.fixture(params=[True, False], ids=["native", "folded"])
 def native(request, monkeypatch):
     """Which of the two computes it, whatever the shape."""
-    monkeypatch.setattr(module, "_served", {})
+    monkeypatch.setattr(cpu, "_served", {})
     monkeypatch.setattr(module, "is_native_better", lambda *_: request.param)
     return request.param
 
 
 @pytest.fixture
 def natively(monkeypatch):
-    monkeypatch.setattr(module, "_served", {})
+    monkeypatch.setattr(cpu, "_served", {})
     monkeypatch.setattr(module, "is_native_better", lambda *_: True)
 
 
@@ -271,7 +271,7 @@ def test_folded_weights_are_computed_once_and_forgotten(monkeypatch):
     fold, folds = module._fold, []
     monkeypatch.setattr(module, "_fold", lambda *args: folds.append("") or fold(*args))
     monkeypatch.setattr(module, "is_native_better", lambda *_: False)
-    monkeypatch.setattr(module, "_served", {})
+    monkeypatch.setattr(cpu, "_served", {})
     case, before = CASES["k3s1p1"], len(packed._computed)
     tensors = case.tensors()
     for batch in (1, 2):
@@ -297,7 +297,7 @@ def test_calls_like_earlier_ones_are_not_checked_again(native, monkeypatch):
 
 
 def test_kernels_of_one_element_keep_the_layout(monkeypatch):
-    monkeypatch.setattr(module, "_served", {})
+    monkeypatch.setattr(cpu, "_served", {})
     monkeypatch.setattr(module, "is_native_better", lambda *_: False)
     case = CASES["k1"]
     x, *rest = case.tensors()
@@ -335,7 +335,7 @@ def test_who_computes_it(sizes, native, monkeypatch):
     monkeypatch.setattr(cpu, "has_fast_bfloat16", lambda: True)
     for name in ("_native", "_folded"):
         monkeypatch.setattr(module, name, lambda *_, name=name: lambda *_: used.append(name))
-    monkeypatch.setattr(module, "_served", {})
+    monkeypatch.setattr(cpu, "_served", {})
     x = torch.ones(1, inputs * groups, size, size, dtype=dtype)
     ops.conv2d_bn_act(x, torch.ones(outputs, inputs, kernel, kernel, dtype=dtype), groups=groups)
     assert used == ["_native" if native else "_folded"]
@@ -348,7 +348,7 @@ def test_who_computes_it(sizes, native, monkeypatch):
 def test_bfloat16_where_pytorch_has_none(inputs, groups, kernel, layout, monkeypatch):
     """Natively, whatever the shape; odd channels, which the kernels do not take, get one of zeros, but in groups."""
     monkeypatch.setattr(cpu, "has_fast_bfloat16", lambda: False)
-    monkeypatch.setattr(module, "_served", {})
+    monkeypatch.setattr(cpu, "_served", {})
     folds = []
     fold = module._folded
     monkeypatch.setattr(module, "_folded", lambda *args: folds.append(args) or fold(*args))

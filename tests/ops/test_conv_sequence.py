@@ -121,7 +121,7 @@ def test_the_bits_are_those_of_the_blocks(name, dtype, calls):
 @pytest.mark.parametrize("name", PARTS)
 def test_parts_that_pytorch_computes(name, dtype, calls, monkeypatch):
     monkeypatch.setattr(cpu, "has_fast_bfloat16", lambda: True)
-    monkeypatch.setattr(conv2d_module, "_served", {})
+    monkeypatch.setattr(cpu, "_served", {})
     network = Network(name, dtype)
     for contiguous in (False, True):
         for batch in (3, 1):
@@ -142,7 +142,7 @@ def test_parts_that_pytorch_computes(name, dtype, calls, monkeypatch):
 def test_another_size_may_be_for_pytorch(monkeypatch, calls):
     network = Network("encoder")
     network.check(network.input(1, 3, 2))
-    monkeypatch.setattr(conv2d_module, "_served", {})
+    monkeypatch.setattr(cpu, "_served", {})
     for where in (module, conv2d_module):
         monkeypatch.setattr(where, "is_native_better", lambda dtype, input, weight, options: input[2] < 12)
     network.check(network.input(1, 4, 4))

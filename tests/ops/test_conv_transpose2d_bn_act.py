@@ -674,7 +674,7 @@ def test_calls_like_earlier_ones_are_checked_all_the_same():
 
     for _ in range(2):  # the second one goes straight
         torch.testing.assert_close(call(*tensors), plain(case, tensors), rtol=1e-4, atol=1e-4)
-    assert cpu.served(tensors, ((2, 2), (1, 1), (0, 0), 1, (1, 1), False, 0.8, "none", 0.01)) is not None
+    assert cpu.served(True, tensors, ((2, 2), (1, 1), (0, 0), 1, (1, 1), False, 0.8, "none", 0.01)) is not None
     with pytest.raises(ValueError, match="bn_weight must be"):
         call(*tensors[:5], torch.ones(2), tensors[6])
     with pytest.raises(TypeError, match="bn_weight must have the dtype"):
