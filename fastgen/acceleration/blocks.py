@@ -87,7 +87,7 @@ def add_into(fresh: Tensor, other: Any) -> Tensor:
 def normed_weight(conv: torch.nn.Module) -> Tensor:
     """The weight of a convolution under weight or spectral norm in eval, computed again once it may have changed."""
     sources = norm_sources(conv)
-    return kept(sources, None, lambda: _compute_weight(conv)) if _may_keep(sources) else _compute_weight(conv)
+    return kept(sources, None, lambda: _compute_weight(conv)) if may_keep(sources) else _compute_weight(conv)
 
 
 def norm_sources(conv: torch.nn.Module) -> list[Tensor]:
@@ -114,7 +114,7 @@ def _compute_weight(conv: torch.nn.Module) -> Tensor:
     return hook.compute_weight(conv) if hook is not None else conv.weight  # type: ignore[return-value]
 
 
-def _may_keep(tensors: Sequence[Tensor]) -> bool:
+def may_keep(tensors: Sequence[Tensor]) -> bool:
     """Whether something computed from these may be kept: not where it has a gradient, is traced or transformed."""
     if torch.compiler.is_compiling() or is_transformed() or not is_unobserved(tensors):
         return False
@@ -127,7 +127,7 @@ def upsampling_weight(weight: Tensor, scale: tuple[int, int]) -> Tensor:
     """Of the transposed convolution, in steps of `scale`, that is equal to a convolution of each pixel repeated so many
     times: an output reads most pixels through several elements, whose sum is its weight.
     """
-    return kept([weight], scale, lambda: _spread(weight, scale)) if _may_keep([weight]) else _spread(weight, scale)
+    return kept([weight], scale, lambda: _spread(weight, scale)) if may_keep([weight]) else _spread(weight, scale)
 
 
 def _spread(weight: Tensor, scale: tuple[int, int]) -> Tensor:
@@ -145,6 +145,16 @@ def tensor(value: Any) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"expected a tensor of a module that was not traced, got {type(value).__name__}")
     return value
+
+
+class OtherThanAssumed(Exception):
+    """Of an input that the rewritten code is not for."""
+
+
+def expect_rank(tensor: Tensor, rank: int) -> None:
+    """Where the rewritten code was written for so many dimensions."""
+    if tensor.dim() != rank:
+        raise OtherThanAssumed(f"has inputs of other than {rank} dimensions")
 
 
 def expect(value: Any, truth: bool) -> None:

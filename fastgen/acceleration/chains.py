@@ -17,6 +17,7 @@ from torch import fx, nn
 from fastgen import ops
 from fastgen._hooks import has_hooks
 from fastgen.acceleration import blocks
+from fastgen.acceleration.deferring import defer, is_deferred
 from fastgen.acceleration.links import (
     Link,
     Skip,
@@ -46,9 +47,10 @@ def fuse(trace: Trace, prefix: str) -> tuple[Report, set[str]]:
     """Rewrites the graph of the trace; also returns the paths of the modules that are no longer called."""
     report, bypassed = Report(), set()
     _write_silu(trace)
+    defer(trace, prefix, report)
     for node in list(trace.graph.nodes):
         kind = kind_of(node, trace)
-        if kind is None:
+        if kind is None or is_deferred(node):
             continue
         chain = _Chain(trace, node, prefix, report)
         try:
@@ -281,8 +283,12 @@ class _Chain:
     def _fetch(self, tensor: TensorAt | None) -> fx.Node | None:
         if tensor is None:
             return None
-        node = self.trace.graph.create_node("get_attr", tensor.path)
-        return self.trace.graph.call_function(blocks.normed_weight, (node,)) if tensor.normed else node
+        graph = self.trace.graph
+        if tensor.function is not None:
+            nodes = [graph.create_node("get_attr", path) for path in tensor.paths]
+            return graph.call_function(tensor.function, tuple(nodes))
+        node = graph.create_node("get_attr", tensor.path)
+        return graph.call_function(blocks.normed_weight, (node,)) if tensor.normed else node
 
 
 def _is_depthwise(link: Link) -> bool:

@@ -16,6 +16,8 @@ from torch import fx, nn
 
 from fastgen import ops
 from fastgen.acceleration import blocks
+from fastgen.acceleration.deferred import plain
+from fastgen.acceleration.deferred_images import images
 from fastgen.acceleration.links import is_identity
 from fastgen.acceleration.tracing import Trace
 from fastgen.acceleration.writes import IN_PLACE, written
@@ -63,6 +65,7 @@ _LAYERS = (
 _BLOCKS = {
     *(blocks.conv_transpose2d_bn_act, conv_bn_act_sequence, ops.conv2d_bn_act),
     *(blocks.group_norm_act, blocks.instance_norm_act),
+    plain,
 }
 _NEW = {  # return new memory
     *_BLOCKS,
@@ -87,7 +90,7 @@ _ELEMENTWISE = "add sub mul div pow neg tanh sigmoid relu clamp clamp_min clamp_
 _METHODS = {*_ELEMENTWISE, *(name + "_" for name in _ELEMENTWISE), "chunk", "detach", "float", "mean", "sum"}
 
 # Take any strides, too, and what they return owes them nothing.
-_FREE = {"size", "dim"}
+_FREE = {"size", "dim", images}
 
 
 def keep_contiguous(trace: Trace) -> None:
@@ -176,7 +179,7 @@ def _returns_several(node: fx.Node, trace: Trace) -> bool:
 def _is_free(node: fx.Node, trace: Trace) -> bool:
     if node.target is getattr:
         return node.args[1] in ("shape", "dtype", "device", "ndim")
-    return node.op == "call_method" and node.target in _FREE
+    return node.op in ("call_function", "call_method") and node.target in _FREE
 
 
 # Who shares memory with whom

@@ -15,7 +15,9 @@ from torch.nn.utils import parametrizations, parametrize
 
 from fastgen._hooks import has_hooks
 from fastgen.acceleration import blocks
+from fastgen.acceleration.constants import Constant, constant_of
 from fastgen.acceleration.tracing import Trace
+from fastgen.acceleration.writes import changed
 
 
 class Skip(Exception):
@@ -23,11 +25,15 @@ class Skip(Exception):
 
 
 class TensorAt(NamedTuple):
-    """A parameter or buffer, or, where `normed` is set, the weight that a convolution under a norm computes."""
+    """A parameter or buffer, or, where `normed` is set, the weight that a convolution under a norm computes; or what a
+    function makes of those at several `paths`.
+    """
 
     path: str
     values: tuple[Tensor, ...]
     normed: bool = False
+    function: Constant | None = None
+    paths: tuple[str, ...] = ()
 
 
 @dataclass
@@ -117,7 +123,7 @@ def _functional(node: fx.Node, trace: Trace, kind: str, what: str) -> tuple[Link
     options = {name: _pair(arguments[name]) if name != "groups" else arguments[name] for name in _PARAMETERS[kind]}
     if any(isinstance(value, fx.Node) for value in options.values()):
         raise Skip("its options are computed")
-    weight, bias = _own_tensor(arguments["weight"], trace), _own_tensor(arguments["bias"], trace)
+    weight, bias = own_tensor(arguments["weight"], trace), own_tensor(arguments["bias"], trace)
     if weight is None:
         raise Skip("it has no weight")
     owner, _, _ = weight.path.rpartition(".")
@@ -160,7 +166,7 @@ def input_norm(node: fx.Node, trace: Trace) -> tuple[Link, Any]:
         arguments = _bind(node.target, node)
         if arguments.get("use_input_stats", True) is not True:
             raise Skip("its options are computed")
-        tensors, eps = [_own_tensor(arguments[name], trace) for name in ("weight", "bias")], arguments["eps"]
+        tensors, eps = [own_tensor(arguments[name], trace) for name in ("weight", "bias")], arguments["eps"]
         input = arguments["input"]
         if node.target is F.group_norm:
             options["num_groups"] = arguments["num_groups"]
@@ -178,7 +184,7 @@ def norm(node: fx.Node, trace: Trace) -> Link | None:
         arguments = _bind(node.target, node)
         if arguments.get("training", arguments.get("use_input_stats")) is not False:
             raise Skip("it normalises by its batch")
-        tensors = [_own_tensor(arguments[name], trace) for name in names]
+        tensors = [own_tensor(arguments[name], trace) for name in names]
         eps = arguments["eps"]
     elif node.op == "call_module" and isinstance(trace.modules[str(node.target)], nn.modules.batchnorm._NormBase):
         path = str(node.target)
@@ -318,13 +324,26 @@ def _parameter(module: torch.nn.Module, path: str, name: str) -> TensorAt | None
     return None if value is None else TensorAt(f"{path}.{name}".lstrip("."), (value,))
 
 
-def _own_tensor(node: Any, trace: Trace) -> TensorAt | None:
+def own_tensor(node: Any, trace: Trace) -> TensorAt | None:
+    """A parameter or buffer, what is computed from such alone, or nothing."""
     if node is None:
         return None
-    if not isinstance(node, fx.Node) or node.op != "get_attr":
+    if isinstance(node, fx.Node) and node.op == "get_attr":
+        return TensorAt(str(node.target), (_value_at(str(node.target), trace),))
+    found = constant_of(node, lambda n: n in changed(trace)) if isinstance(node, fx.Node) else None
+    if found is None:
         raise Skip("its weights are computed in forward")
-    owner, _, name = str(node.target).rpartition(".")
-    return TensorAt(str(node.target), (getattr(trace.modules[owner], name),))
+    paths, function = found
+    with torch.no_grad():
+        value = function(*[_value_at(path, trace) for path in paths])
+    if not isinstance(value, Tensor):
+        raise Skip("its weights are computed in forward")
+    return TensorAt(paths[0], (value,), function=function, paths=tuple(paths))
+
+
+def _value_at(path: str, trace: Trace) -> Tensor:
+    owner, _, name = path.rpartition(".")
+    return getattr(trace.modules[owner], name)  # type: ignore[no-any-return]
 
 
 def _bind(function: Any, node: fx.Node) -> dict[str, Any]:

@@ -199,6 +199,9 @@ class Program:
             return type(self.root).forward(self.root, *args, **kwargs)
         try:
             return function(self.root, *tensors.values())
+        except blocks.OtherThanAssumed as reason:
+            self._tell(str(reason))
+            return type(self.root).forward(self.root, *args, **kwargs)
         except Exception as error:
             problem = error
         result = type(self.root).forward(self.root, *args, **kwargs)  # or the error that the user knows

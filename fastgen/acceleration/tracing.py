@@ -13,9 +13,7 @@ import copy
 import dis
 import functools
 import inspect
-import operator
 import random
-import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,13 +23,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, fx
-from torch.fx.proxy import Attribute
+from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 from fastgen._hooks import has_hooks
 from fastgen.acceleration import blocks
 from fastgen.acceleration.states import Incomparable, state, unchanged
+from fastgen.acceleration.symbols import Symbol, returns_tensor
 from fastgen.nn import ConvBNAct, ConvTransposeBNAct
 
 # Gradients, inference mode, autocast: a forward that asks for them is one that is not the same in all of these.
@@ -66,6 +65,7 @@ class Trace:
     read: set[str] = field(default_factory=set)
     kinds: dict[tuple[str, str], Any] = field(default_factory=dict)
     kept: set[tuple[str, str]] = field(default_factory=set)
+    changed: set[fx.Node] | None = None  # those that are written to, once asked for
 
 
 def trace(module: torch.nn.Module, tensors: Sequence[str]) -> Trace:
@@ -248,162 +248,6 @@ def _writes_to_own_tensor(node: fx.Node) -> bool:
     return in_place and isinstance(node.args[0], fx.Node) and node.args[0].op == "get_attr"
 
 
-class _Symbol(fx.Proxy):
-    """A value of the graph, which Python code sees as the tensor that it stands for, where it is known to be one."""
-
-    _OWN = ("tracer", "node", "root", "attr", "_node")
-
-    def _is_tensor(self) -> bool:
-        return not isinstance(self, Attribute) and (
-            self.node.op in ("placeholder", "get_attr") or self.node.target is blocks.tensor
-        )
-
-    def _seen_class(self) -> type:
-        """For ``isinstance``, which asks for it where the type itself does not match; so do checks of PyTorch."""
-        caller = sys._getframe(1)
-        if caller.f_globals.get("__name__", "").startswith(("torch.", __name__)):
-            return type(self)
-        if self._is_tensor():
-            return Tensor
-        if "isinstance" not in caller.f_code.co_names:
-            return type(self)
-        raise fx.proxy.TraceError("it asks for the type of a computed value")
-
-    __class__ = property(_seen_class)
-
-    def __getattr__(self, name: str) -> Any:
-        if not hasattr(Tensor, name):
-            if self._is_tensor():
-                raise AttributeError(f"'Tensor' object has no attribute '{name}'")
-            raise fx.proxy.TraceError(f"it asks a computed value for {name!r}")
-        return _Attribute(self, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name not in self._OWN:
-            raise fx.proxy.TraceError(f"it sets the attribute {name!r} of a tensor")
-        object.__setattr__(self, name, value)
-
-    def __getitem__(self, index: Any) -> Any:
-        self._refuse_parts()
-        return super().__getitem__(index)  # type: ignore[misc]
-
-    def __iter__(self) -> Any:
-        self._refuse_parts()
-        opcode = _following(sys._getframe(1))[0]
-        if opcode.opname != "UNPACK_SEQUENCE":
-            return self.tracer.iter(self)
-        return iter([self[i] for i in range(opcode.argval)])
-
-    def __bool__(self) -> bool:
-        """Of ``assert value`` and ``if value: raise ...``, taken to hold and checked at each call."""
-        truth = _truth_without_raising(_following(sys._getframe(1)))
-        if truth is None:
-            return self.tracer.to_bool(self)
-        self.tracer.create_proxy("call_function", blocks.expect, (self, truth), {})
-        return truth
-
-    def _known_size(self) -> int:
-        """Of a number of channels, which the layer before decides, where Python code asks for an integer or a float."""
-        size = _channels(self.node, self.tracer.root)  # type: ignore[attr-defined]
-        if size is None:
-            raise fx.proxy.TraceError("it makes a number of a size, which is not recorded")
-        return size
-
-    def __int__(self) -> int:
-        return self._known_size()
-
-    def __float__(self) -> float:
-        return float(self._known_size())
-
-    def _refuse_parts(self) -> None:
-        """Of a module that is one node, as nothing shows whether they are those of a tensor."""
-        if not isinstance(self, Attribute) and self.node.target is blocks.tensor:
-            raise fx.proxy.TraceError(f"it takes parts of what {self.node.args[0]} returns, which cannot be traced")
-
-    def _in_place(self, function: Callable[..., Any], other: Any) -> Any:
-        return self.tracer.create_proxy("call_function", function, (self, other), {})
-
-    def __iadd__(self, other: Any) -> Any:
-        return self._in_place(blocks.iadd, other)
-
-    def __isub__(self, other: Any) -> Any:
-        return self._in_place(blocks.isub, other)
-
-    def __imul__(self, other: Any) -> Any:
-        return self._in_place(blocks.imul, other)
-
-    def __itruediv__(self, other: Any) -> Any:
-        return self._in_place(blocks.itruediv, other)
-
-    def _refuse_in_place(self, other: Any) -> Any:
-        raise fx.proxy.TraceError("it changes a tensor by an operator that is not recorded")
-
-    __ifloordiv__ = __imod__ = __ipow__ = __iand__ = __ior__ = __ixor__ = __imatmul__ = _refuse_in_place
-    __ilshift__ = __irshift__ = _refuse_in_place
-
-
-_CHANNELS: dict[type, str] = {
-    **dict.fromkeys((torch.nn.Conv2d, torch.nn.ConvTranspose2d), "out_channels"),
-    **{torch.nn.BatchNorm2d: "num_features", torch.nn.GroupNorm: "num_channels"},
-}
-
-
-def _channels(node: fx.Node, root: torch.nn.Module) -> int | None:
-    """The number that ``x.shape[1]``, or ``x.size(1)`` or ``x.size()[1]``, is of the result of a layer."""
-    if node.target == "size" and node.args[1:] == (1,):
-        source: Any = node.args[0]
-    elif node.target is operator.getitem and node.args[1] == 1:
-        shape: Any = node.args[0]
-        if not (shape.target == "size" and len(shape.args) == 1) and not (
-            shape.target is getattr and shape.args[1] == "shape"
-        ):
-            return None
-        source = shape.args[0]
-    else:
-        return None
-    layer = root.get_submodule(str(source.target)) if source.op == "call_module" else None
-    return getattr(layer, _CHANNELS[type(layer)]) if type(layer) in _CHANNELS else None
-
-
-class _Attribute(_Symbol, Attribute):
-    """An attribute or method of a symbol. The dtype or device of a parameter or buffer is known if it is looked at."""
-
-    def _known(self) -> Any:
-        tracer, of_own = self.tracer, not isinstance(self.root, Attribute) and self.root.node.op == "get_attr"
-        assert isinstance(tracer, _Tracer)
-        known = of_own and self.attr in ("dtype", "device")
-        return tracer.kind_of(str(self.root.node.target), self.attr) if known else None
-
-    def __getattr__(self, name: str) -> Any:
-        known = self._known()
-        return super().__getattr__(name) if known is None else getattr(known, name)
-
-    def __eq__(self, other: object) -> Any:
-        known = self._known()
-        return super().__eq__(other) if known is None else known == other
-
-    def __ne__(self, other: object) -> Any:
-        known = self._known()
-        return super().__ne__(other) if known is None else known != other
-
-    __hash__ = fx.Proxy.__hash__
-
-
-def _following(frame: Any) -> list[dis.Instruction]:
-    """The instructions of a function from the present one on."""
-    return [step for step in dis.get_instructions(frame.f_code) if step.offset >= frame.f_lasti]
-
-
-def _truth_without_raising(steps: list[dis.Instruction]) -> bool | None:
-    """The truth value that skips a block which does nothing but raise, where that is what it decides."""
-    jump = next((step for step in steps[:2] if step.opname.startswith("POP_JUMP")), None)
-    if jump is None or not jump.opname.endswith(("IF_TRUE", "IF_FALSE")):
-        return None
-    body = [step.opname for step in steps if jump.offset < step.offset < jump.argval]
-    leaves = [name for name in body if "JUMP" in name or name.startswith(("RETURN", "YIELD", "FOR_", "SEND", "RAISE"))]
-    return jump.opname.endswith("IF_TRUE") if leaves == ["RAISE_VARARGS"] == body[-1:] else None
-
-
 @contextlib.contextmanager
 def _recorded_factories(tracer: _Tracer) -> Iterator[None]:
     """In other threads, too, but these pass no symbols."""
@@ -463,13 +307,19 @@ class _Tracer(fx.Tracer):
         self.kept: set[tuple[str, str]] = set()
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        return _Symbol(node, self)
+        return Symbol(node, self)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
         if _ambient() != self.ambient:
             raise fx.proxy.TraceError("it switches gradients or autocast on or off")
         node = super().create_node(*args, **kwargs)
         node.meta["caller"] = self.caller
+        node.meta["layer"] = type(self.root.get_submodule(str(node.target))) if node.op == "call_module" else None
+        node.meta["tensor"] = returns_tensor(node)
+        if node.op == "get_attr":
+            with torch._C.DisableTorchFunction():
+                own = self._own_tensor(str(node.target))
+                node.meta["rank"] = None if is_lazy(own) else own.dim()
         return node
 
     def create_arg(self, a: Any) -> Any:
@@ -489,9 +339,19 @@ class _Tracer(fx.Tracer):
         return next((path for path, own in self._own_tensors() if own is tensor), None)
 
     def kind_of(self, path: str, name: str) -> Any:
-        """A dtype or device, which must stay what it is."""
+        """A dtype, device, shape or number of dimensions, which must stay what it is."""
         with torch._C.DisableTorchFunction():
-            return self.kinds.setdefault((path, name), getattr(dict(self._own_tensors())[path], name))
+            return self.kinds.setdefault((path, name), getattr(self._own_tensor(path), name))
+
+    def _own_tensor(self, path: str) -> Tensor:
+        return dict(self._own_tensors())[path]
+
+    def device(self) -> torch.device | None:
+        """The device of all parameters and buffers, which must then stay there; None if there are several, or none."""
+        own = self._own_tensors()
+        with torch._C.DisableTorchFunction():
+            devices = {tensor.device for _, tensor in own}
+        return self.kind_of(own[0][0], "device") if len(devices) == 1 else None
 
     def _own_tensors(self) -> list[tuple[str, Tensor]]:
         named = self.root.named_parameters(remove_duplicate=False), self.root.named_buffers(remove_duplicate=False)

@@ -29,6 +29,13 @@ def written(node: fx.Node, trace: Trace) -> Iterator[fx.Node]:
             yield from inputs[:1]
 
 
+def changed(trace: Trace) -> set[fx.Node]:
+    """All nodes that one may write to."""
+    if trace.changed is None:
+        trace.changed = {target for node in trace.graph.nodes for target in written(node, trace)}
+    return trace.changed
+
+
 def _is_in_place(node: fx.Node) -> bool:
     """Of functions with an argument ``inplace``."""
     function = node.target

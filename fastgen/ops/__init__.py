@@ -15,6 +15,7 @@ from fastgen.ops.normal import normal
 from fastgen.ops.reparameterize import reparameterize
 from fastgen.ops.row_lstm import row_lstm
 from fastgen.ops.shifted_conv2d import shifted_conv2d
+from fastgen.ops.upfirdn2d import upfirdn2d
 
 __all__ = [
     "concat_elu",
@@ -31,4 +32,5 @@ __all__ = [
     "reparameterize",
     "row_lstm",
     "shifted_conv2d",
+    "upfirdn2d",
 ]

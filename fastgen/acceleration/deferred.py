@@ -1,0 +1,149 @@
+"""Values that stand for tensors while code that was written for these reshapes them, and are computed when they are known.
+
+What a value is made of has axes. Its dimensions, as the code sees them, are these axes in some order, several of them in
+one dimension where they were joined; views change nothing else. Whatever a value has no answer to makes a tensor of it,
+and the original operation follows.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+Axes = tuple[str, ...]  # of one dimension; those of size 1 are left out
+
+
+class Deferred:
+    """Of a dtype and on a device, with `sizes` of its axes, and the axes of its dimensions."""
+
+    functions: ClassVar[dict[Any, str]] = {}  # of PyTorch, and the methods that stand for them
+
+    def __init__(self, sizes: dict[str, int], dims: Sequence[Axes], like: Tensor) -> None:
+        self.sizes = sizes
+        self.dims = tuple(tuple(axis for axis in axes if sizes[axis] > 1) for axes in dims)
+        self.dtype, self.device = like.dtype, like.device
+
+    def _with(self, **changes: Any) -> Any:
+        other = object.__new__(type(self))
+        other.__dict__.update(self.__dict__ | changes)
+        return other
+
+    def tensor(self) -> Tensor:
+        """What it stands for."""
+        raise NotImplementedError
+
+    def arranged(self, value: Tensor, axes: str) -> Tensor:
+        """A tensor with one dimension for each of all axes, as the code would see it."""
+        order = [axis for dim in self.dims for axis in dim]
+        order += [axis for axis in axes if axis not in order]
+        return value.permute([axes.index(axis) for axis in order]).reshape(self.shape)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or "sizes" not in self.__dict__:  # as copies ask for, before there is anything
+            raise AttributeError(name)
+        return getattr(self.tensor(), name)
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        args = args or (kwargs.pop("input", None),)
+        method = cls.functions.get(function, _VIEWS.get(function))
+        if method is not None and isinstance(args[0], cls):
+            return getattr(args[0], method)(*args[1:], **kwargs)
+        return function(*map(plain, args), **{name: plain(value) for name, value in kwargs.items()})
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size(math.prod(self.sizes[axis] for axis in axes) for axes in self.dims)
+
+    @property
+    def ndim(self) -> int:
+        return len(self.dims)
+
+    def dim(self) -> int:
+        return len(self.dims)
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.shape if dim is None else self.shape[dim]
+
+    def numel(self) -> int:
+        return self.shape.numel()
+
+    def contiguous(self, *_: Any, **__: Any) -> Any:
+        return self
+
+    def view(self, *shape: Any) -> Any:
+        shape = _flat(shape)
+        if not all(isinstance(size, int) for size in shape):
+            return self.tensor().view(*shape)
+        dims = _split([axis for axes in self.dims for axis in axes], self.sizes, resolved(self.numel(), shape))
+        return self.tensor().reshape(shape) if dims is None else self._with(dims=dims)
+
+    reshape = view
+
+    def permute(self, *order: Any) -> Any:
+        order = _flat(order)
+        if sorted(i % len(self.dims) for i in order) != list(range(len(self.dims))):
+            return self.tensor().permute(order)  # which raises
+        return self._with(dims=tuple(self.dims[i] for i in order))
+
+    def transpose(self, first: int, second: int) -> Any:
+        order = list(range(len(self.dims)))
+        order[first], order[second] = order[second], order[first]
+        return self.permute(order)
+
+    def unsqueeze(self, dim: int) -> Any:
+        at = dim if dim >= 0 else dim + len(self.dims) + 1
+        return self._with(dims=(*self.dims[:at], (), *self.dims[at:]))
+
+    def squeeze(self, *dims: Any) -> Any:
+        if len(dims) != 1 or not isinstance(dims[0], int):
+            return self.tensor().squeeze(*dims)
+        at = dims[0] % len(self.dims)
+        return self if self.dims[at] else self._with(dims=(*self.dims[:at], *self.dims[at + 1 :]))
+
+    def __getitem__(self, index: Any) -> Any:
+        """Of new dimensions, and all of the others."""
+        index = index if isinstance(index, tuple) else (index,)
+        if any(i is not None and i != slice(None) for i in index) or index.count(slice(None)) > len(self.dims):
+            return self.tensor()[index]
+        left = list(self.dims)
+        return self._with(dims=(*[() if i is None else left.pop(0) for i in index], *left))
+
+
+_VIEWS: dict[Any, str] = {
+    **{torch.reshape: "view", torch.transpose: "transpose", torch.permute: "permute"},
+    **{torch.unsqueeze: "unsqueeze", torch.squeeze: "squeeze"},
+}
+
+
+def plain(value: Any) -> Any:
+    """A tensor, of what stands for one."""
+    return value.tensor() if isinstance(value, Deferred) else value
+
+
+def _flat(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(arguments[0]) if len(arguments) == 1 and isinstance(arguments[0], Sequence) else arguments
+
+
+def resolved(count: int, shape: Sequence[int]) -> list[int]:
+    """The shape of so many elements, of which one size may be -1."""
+    known = math.prod(size for size in shape if size != -1)
+    return [count // known if size == -1 and known else size for size in shape]
+
+
+def _split(axes: list[str], sizes: dict[str, int], shape: Sequence[int]) -> tuple[Axes, ...] | None:
+    """The axes in turn as dimensions of these sizes; None if one of them would be parted."""
+    dims, left = [], list(axes)
+    for size in shape:
+        inside: list[str] = []
+        while left and math.prod(sizes[axis] for axis in inside) < size:
+            inside.append(left.pop(0))
+        if math.prod(sizes[axis] for axis in inside) != size:
+            return None
+        dims.append(tuple(inside))
+    return None if left else tuple(dims)

@@ -1,0 +1,158 @@
+"""Finds convolutions by other than their channels in a traced graph, and has their images, and weights, deferred.
+
+Two kinds: weights of each sample, that are computed from a parameter, with samples as groups; and filters that are
+computed from a small buffer, the same for all channels.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+import torch.nn.functional as F
+from torch import fx
+from torch.nn.parameter import is_lazy
+
+from fastgen.acceleration.deferred import plain
+from fastgen.acceleration.deferred_images import images
+from fastgen.acceleration.links import name_of, own_tensor
+from fastgen.acceleration.report import Entry, Report
+from fastgen.acceleration.scaled_weights import own_weight
+from fastgen.acceleration.tracing import Trace
+from fastgen.acceleration.writes import written
+
+_GROUPS_AT = 6  # among the arguments of either
+_VIEWS = ("view", "reshape", "permute")
+_BY_SAMPLE = "one convolution for all samples, their scales on the images"
+_FILTER = "as one filter for all channels"
+
+
+class _Found(NamedTuple):
+    """A convolution, the views that lead to its input, the first first, and, of one by sample, what its weights are
+    computed from, and by.
+    """
+
+    conv: fx.Node
+    views: list[fx.Node]
+    kernel: fx.Node | None
+    path: set[fx.Node]
+
+
+def defer(trace: Trace, prefix: str, report: Report) -> None:
+    """Rewrites the graph of the trace; what it found is no convolution for others any more, by `is_deferred`."""
+    graph = trace.graph
+    found = [found for node in graph.nodes if (found := _find(node, trace)) is not None]
+    found = [f for f in found if not _is_written_to(f, trace)]
+    if not found:
+        return
+    deferred: set[fx.Node] = set()
+    for conv, views, kernel, path in found:
+        reason = _FILTER if kernel is None else _BY_SAMPLE
+        report.fused.append(Entry(*name_of(conv, trace, prefix), reason))
+        conv.meta["deferred"] = True
+        deferred |= {conv, *views, *path}
+    for node in graph.nodes:
+        if _is_view(node) and _viewed(node) in deferred:
+            deferred.add(node)
+    for _, views, kernel, path in found:
+        source = _viewed(views[0])
+        if source not in deferred and source.target is not images:
+            with graph.inserting_before(views[0]):
+                views[0].replace_input_with(source, graph.call_function(images, (source,)))
+        if kernel is not None:
+            with graph.inserting_after(kernel):
+                weight = graph.call_function(own_weight, (kernel,))
+            kernel.replace_all_uses_with(weight, lambda user, path=path: user in path)  # type: ignore[misc]
+    for node in deferred:
+        users = [user for user in node.users if user not in deferred and not _asks_for_size(user)]
+        if users:
+            with graph.inserting_after(node):
+                tensor = graph.call_function(plain, (node,))
+            node.replace_all_uses_with(tensor, lambda user, users=users: user in users)  # type: ignore[misc]
+
+
+def is_deferred(node: fx.Node) -> bool:
+    return "deferred" in node.meta
+
+
+def _find(node: fx.Node, trace: Trace) -> _Found | None:
+    if node.op != "call_function" or node.target not in (F.conv2d, F.conv_transpose2d):
+        return None
+    given = dict(zip(("input", "weight", "bias"), node.args, strict=False)) | node.kwargs
+    groups = node.args[_GROUPS_AT] if len(node.args) > _GROUPS_AT else node.kwargs.get("groups")
+    weight: Any = given["weight"]
+    if given.get("bias") is not None or not isinstance(weight, fx.Node) or weight.op == "get_attr":
+        return None
+    views = _views_to(given["input"])
+    before = _reached([weight], lambda n: n.all_input_nodes)
+    sizes = [(n, _dim(n, trace)) for n in before if n.op == "get_attr"]
+    kernels = [n for n, dim in sizes if dim >= 4]
+    if isinstance(groups, fx.Node) and views and len(kernels) == 1:
+        path = before & _reached(kernels, lambda n: list(n.users)) - set(kernels)
+        if all(n.op in ("call_function", "call_method") for n in path):
+            return _Found(node, views, kernels[0], path)
+    if node.target is F.conv2d and views and sizes and all(1 <= dim <= 2 for _, dim in sizes):
+        return _Found(node, views, None, set())
+    return None
+
+
+def _is_written_to(found: _Found, trace: Trace) -> bool:
+    """Whether anything is written to while it is deferred, or what it becomes, in place, where others see it."""
+    order = {node: i for i, node in enumerate(trace.graph.nodes)}
+    begin = min(order[node] for node in (*found.views, *found.path))
+    behind = {found.conv}
+    for node in trace.graph.nodes:
+        if _is_view(node) and _viewed(node) in behind:
+            behind.add(node)
+    end = max(order[node] for node in behind)
+    for node, i in order.items():
+        for target in written(node, trace):
+            if begin <= i <= end or (target in behind and len(target.users) > 1):
+                return True
+    return False
+
+
+def _views_to(node: Any) -> list[fx.Node]:
+    views: list[fx.Node] = []
+    while isinstance(node, fx.Node) and _is_view(node):
+        views.insert(0, node)
+        node = _viewed(node)
+    return views if isinstance(node, fx.Node) else []
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Or an image with zeros around it."""
+    if node.op == "call_method":
+        return node.target in _VIEWS and not node.kwargs
+    if node.target is operator.getitem:
+        index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+        return all(isinstance(i, slice) for i in index)
+    return node.op == "call_function" and node.target is F.pad and bool(node.args)
+
+
+def _viewed(node: fx.Node) -> Any:
+    return node.args[0]
+
+
+def _asks_for_size(node: fx.Node) -> bool:
+    if node.target is getattr:
+        return node.args[1] in ("shape", "ndim", "dtype", "device")
+    return node.op == "call_method" and node.target in ("size", "dim")
+
+
+def _reached(nodes: Iterable[fx.Node], step: Callable[[fx.Node], list[fx.Node]]) -> set[fx.Node]:
+    """These, and all that the steps lead to."""
+    found: set[fx.Node] = set()
+    left = list(nodes)
+    while left:
+        node = left.pop()
+        if node not in found:
+            found.add(node)
+            left += step(node)
+    return found
+
+
+def _dim(node: fx.Node, trace: Trace) -> int:
+    tensor = own_tensor(node, trace)
+    return 0 if tensor is None or is_lazy(tensor.values[0]) else tensor.values[0].dim()

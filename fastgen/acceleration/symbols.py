@@ -1,0 +1,296 @@
+"""What Python code of a traced forward sees in place of tensors and their attributes.
+
+Symbols answer what is known of the tensor that they stand for, and refuse what is not.
+"""
+
+from __future__ import annotations
+
+import dis
+import operator
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.fx.proxy import Attribute
+
+from fastgen.acceleration import blocks
+
+
+class Symbol(fx.Proxy):
+    """A value of the graph, which Python code sees as the tensor that it stands for, where it is known to be one."""
+
+    _OWN = ("tracer", "node", "root", "attr", "_node")
+
+    def _is_tensor(self) -> bool:
+        return not isinstance(self, Attribute) and is_tensor(self.node)
+
+    def _seen_class(self) -> type:
+        """For ``isinstance``, which asks for it where the type itself does not match; so do checks of PyTorch."""
+        caller = sys._getframe(1)
+        if caller.f_globals.get("__name__", "").startswith(("torch.", __name__)):
+            return type(self)
+        if self._is_tensor():
+            return Tensor
+        if "isinstance" not in caller.f_code.co_names:
+            return type(self)
+        raise fx.proxy.TraceError("it asks for the type of a computed value")
+
+    __class__ = property(_seen_class)
+
+    def __getattr__(self, name: str) -> Any:
+        if not hasattr(Tensor, name):
+            if self._is_tensor():
+                raise AttributeError(f"'Tensor' object has no attribute '{name}'")
+            raise fx.proxy.TraceError(f"it asks a computed value for {name!r}")
+        known = _known_of_own(self, name) if name in ("shape", "ndim") else None
+        return _Attribute(self, name) if known is None else known
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in self._OWN:
+            raise fx.proxy.TraceError(f"it sets the attribute {name!r} of a tensor")
+        object.__setattr__(self, name, value)
+
+    def __getitem__(self, index: Any) -> Any:
+        self._refuse_parts()
+        return super().__getitem__(index)  # type: ignore[misc]
+
+    def __iter__(self) -> Any:
+        self._refuse_parts()
+        opcode = _following(sys._getframe(1))[0]
+        if opcode.opname == "UNPACK_SEQUENCE":
+            source = _attribute_of(self.node, "shape")
+            if source is not None:
+                source.meta["rank"] = opcode.argval  # or Python raises
+            return iter([self[i] for i in range(opcode.argval)])
+        return iter([self[i] for i in range(self._length_of_sizes())])
+
+    def __len__(self) -> int:
+        return self._length_of_sizes()
+
+    def _length_of_sizes(self) -> int:
+        """Of a shape or a part of it: that of images, where nothing else is known of the tensor, checked at each call."""
+        part = slice(None)
+        shape = self.node
+        if shape.target is operator.getitem and isinstance(shape.args[1], slice):
+            shape, part = shape.args  # type: ignore[assignment]
+        source = _attribute_of(shape, "shape") or (shape.target == "size" and len(shape.args) == 1 and shape.args[0])
+        bounds = (part.start, part.stop, part.step)
+        if not isinstance(source, fx.Node) or not all(bound is None or isinstance(bound, int) for bound in bounds):
+            return self.tracer.iter(self)  # type: ignore[return-value]  # which raises
+        rank = _rank(source) or _RANK_OF_IMAGES
+        if "rank" not in source.meta:
+            self.tracer.create_proxy("call_function", blocks.expect_rank, (fx.Proxy(source, self.tracer), rank), {})
+            source.meta["rank"] = rank
+        return len(range(*part.indices(rank)))
+
+    def __bool__(self) -> bool:
+        """Of ``assert value`` and ``if value: raise ...``, taken to hold and checked at each call; and of the device of a
+        tensor, taken to be that of the module.
+        """
+        truth = _truth_of_device(self)
+        if truth is None:
+            truth = _truth_without_raising(_following(sys._getframe(1)))
+        if truth is None:
+            return self.tracer.to_bool(self)
+        self.tracer.create_proxy("call_function", blocks.expect, (self, truth), {})
+        return truth
+
+    def _known_size(self) -> int:
+        """Of a number of channels, which the layer before decides, where Python code asks for an integer or a float."""
+        size = _channels(self.node, self.tracer.root)  # type: ignore[attr-defined]
+        if size is None:
+            raise fx.proxy.TraceError("it makes a number of a size, which is not recorded")
+        return size
+
+    def __int__(self) -> int:
+        return self._known_size()
+
+    def __float__(self) -> float:
+        return float(self._known_size())
+
+    def _refuse_parts(self) -> None:
+        """Of a module that is one node, as nothing shows whether they are those of a tensor."""
+        if not isinstance(self, Attribute) and self.node.target is blocks.tensor:
+            raise fx.proxy.TraceError(f"it takes parts of what {self.node.args[0]} returns, which cannot be traced")
+
+    def _in_place(self, function: Callable[..., Any], other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
+    def __iadd__(self, other: Any) -> Any:
+        return self._in_place(blocks.iadd, other)
+
+    def __isub__(self, other: Any) -> Any:
+        return self._in_place(blocks.isub, other)
+
+    def __imul__(self, other: Any) -> Any:
+        return self._in_place(blocks.imul, other)
+
+    def __itruediv__(self, other: Any) -> Any:
+        return self._in_place(blocks.itruediv, other)
+
+    def _refuse_in_place(self, other: Any) -> Any:
+        raise fx.proxy.TraceError("it changes a tensor by an operator that is not recorded")
+
+    __ifloordiv__ = __imod__ = __ipow__ = __iand__ = __ior__ = __ixor__ = __imatmul__ = _refuse_in_place
+    __ilshift__ = __irshift__ = _refuse_in_place
+
+
+_LAYERS = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.Linear, nn.Embedding)
+_FUNCTIONS = {
+    *(F.conv2d, F.conv_transpose2d, F.linear, F.interpolate, F.pad, F.normalize, F.softmax, F.embedding),
+    *(F.relu, F.leaky_relu, F.elu, F.silu, F.gelu, F.softplus, torch.relu, torch.tanh, torch.sigmoid, torch.exp),
+    *(torch.cat, torch.stack, torch.flip, torch.sqrt, torch.rsqrt, torch.square, torch.pow, torch.abs, torch.clamp),
+    *(torch.mean, torch.sum, torch.matmul, torch.bmm, torch.addmm),
+    *(F.avg_pool2d, F.adaptive_avg_pool2d, F.batch_norm, F.instance_norm, F.group_norm, F.layer_norm),
+}
+_OPERATORS = {
+    *(operator.add, operator.sub, operator.mul, operator.truediv, operator.pow, operator.neg, operator.matmul),
+    *(operator.getitem, torch.add, torch.sub, torch.mul, torch.div, blocks.iadd, blocks.isub, blocks.imul),
+    blocks.itruediv,
+}
+_METHODS = set(
+    "add sub mul div pow square sqrt rsqrt exp abs neg tanh sigmoid relu clamp sum mean view reshape flatten permute"
+    " transpose t unsqueeze squeeze expand repeat contiguous clone detach float double half to type_as flip".split()
+)
+
+
+def is_tensor(node: fx.Node) -> bool:
+    """Whether the result of a node is known to be one, by what computes it."""
+    return bool(node.meta.get("tensor"))
+
+
+def returns_tensor(node: fx.Node) -> bool:
+    """The same of a new node."""
+    if node.op in ("placeholder", "get_attr"):
+        return True
+    if node.op == "call_module":
+        layer: type = node.meta["layer"]
+        elementwise = layer.__module__ == "torch.nn.modules.activation" and layer is not nn.MultiheadAttention
+        return elementwise or issubclass(layer, _LAYERS)
+    if node.op == "call_method":
+        return node.target in _METHODS and isinstance(node.args[0], fx.Node) and is_tensor(node.args[0])
+    if node.target in _OPERATORS:
+        given = node.args[:1] if node.target is operator.getitem else node.args
+        return any(isinstance(argument, fx.Node) and is_tensor(argument) for argument in given)
+    return node.target is blocks.tensor or node.target in _FUNCTIONS
+
+
+_RANK_OF_IMAGES = 4
+_LAYERS_2D = (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d, nn.InstanceNorm2d)
+_MOST_STEPS = 30
+
+
+def _rank(node: Any, steps: int = 0) -> int | None:
+    """The number of dimensions of a tensor, as far as it shows from what computes it: of several, the most."""
+    if not isinstance(node, fx.Node) or not is_tensor(node) or steps > _MOST_STEPS:
+        return None
+    if "rank" in node.meta:
+        return node.meta["rank"]  # type: ignore[no-any-return]
+    if node.op == "call_module" or node.target in (F.conv2d, F.conv_transpose2d):
+        return _RANK_OF_IMAGES if node.op == "call_function" or node.meta["layer"] in _LAYERS_2D else None
+    if node.op == "call_method" and node.target in ("view", "reshape"):
+        sizes: Any = node.args[1:]
+        return len(sizes[0]) if len(sizes) == 1 and isinstance(sizes[0], list | tuple) else len(sizes)
+    if node.target is operator.getitem:
+        index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+        inner = max(_rank(node.args[0], steps + 1) or 0, len(index) - index.count(None))
+        return inner + index.count(None) if all(i is None or isinstance(i, slice) for i in index) else None
+    if (node.op == "call_method" and node.target in _CHANGING) or node.target in _CHANGING_FUNCTIONS:
+        return None
+    ranks = [_rank(argument, steps + 1) for argument in node.all_input_nodes]
+    return max(filter(None, ranks), default=None)
+
+
+_CHANGING = set("flatten unsqueeze squeeze sum mean".split())
+_CHANGING_FUNCTIONS = {torch.stack, torch.mean, torch.sum, F.embedding, torch.matmul, operator.matmul}
+
+
+def _known_of_own(symbol: Symbol, name: str) -> Any:
+    """Of a parameter or buffer, what must stay as it is; None of other tensors."""
+    tracer: Any = symbol.tracer
+    return tracer.kind_of(str(symbol.node.target), name) if symbol.node.op == "get_attr" else None
+
+
+def _truth_of_device(symbol: Symbol) -> bool | None:
+    """Of ``x.is_cuda``, ``x.device.type == "cpu"`` and the like: that of a module on one device, and of its inputs."""
+    node, equal = symbol.node, True
+    if node.target in (operator.eq, operator.ne) and len(node.args) == 2:
+        asked, name = node.args
+        equal = node.target is operator.eq
+        source: Any = _attribute_of(_attribute_of(asked, "type"), "device")
+    else:
+        source, name = _attribute_of(node, "is_cuda"), "cuda"
+    if source is None or not is_tensor(source) or not isinstance(name, str):
+        return None
+    device = symbol.tracer.device()  # type: ignore[attr-defined]
+    return None if device is None else (device.type == name) is equal
+
+
+def _attribute_of(node: Any, name: str) -> fx.Node | None:
+    """What a node takes the attribute of that name of."""
+    if isinstance(node, fx.Node) and node.target is getattr and node.args[1] == name:
+        return node.args[0]  # type: ignore[return-value]
+    return None
+
+
+_CHANNELS: dict[type, str] = {
+    **dict.fromkeys((torch.nn.Conv2d, torch.nn.ConvTranspose2d), "out_channels"),
+    **{torch.nn.BatchNorm2d: "num_features", torch.nn.GroupNorm: "num_channels"},
+}
+
+
+def _channels(node: fx.Node, root: torch.nn.Module) -> int | None:
+    """The number that ``x.shape[1]``, or ``x.size(1)`` or ``x.size()[1]``, is of the result of a layer."""
+    if node.target == "size" and node.args[1:] == (1,):
+        source: Any = node.args[0]
+    elif node.target is operator.getitem and node.args[1] == 1:
+        shape: Any = node.args[0]
+        if not (shape.target == "size" and len(shape.args) == 1) and not (
+            shape.target is getattr and shape.args[1] == "shape"
+        ):
+            return None
+        source = shape.args[0]
+    else:
+        return None
+    layer = root.get_submodule(str(source.target)) if source.op == "call_module" else None
+    return getattr(layer, _CHANNELS[type(layer)]) if type(layer) in _CHANNELS else None
+
+
+class _Attribute(Symbol, Attribute):
+    """An attribute or method of a symbol. The dtype or device of a parameter or buffer is known if it is looked at."""
+
+    def _known(self) -> Any:
+        known = not isinstance(self.root, Attribute) and self.attr in ("dtype", "device")
+        return _known_of_own(self.root, self.attr) if known else None
+
+    def __getattr__(self, name: str) -> Any:
+        known = self._known()
+        return super().__getattr__(name) if known is None else getattr(known, name)
+
+    def __eq__(self, other: object) -> Any:
+        known = self._known()
+        return super().__eq__(other) if known is None else known == other
+
+    def __ne__(self, other: object) -> Any:
+        known = self._known()
+        return super().__ne__(other) if known is None else known != other
+
+    __hash__ = fx.Proxy.__hash__
+
+
+def _following(frame: Any) -> list[dis.Instruction]:
+    """The instructions of a function from the present one on."""
+    return [step for step in dis.get_instructions(frame.f_code) if step.offset >= frame.f_lasti]
+
+
+def _truth_without_raising(steps: list[dis.Instruction]) -> bool | None:
+    """The truth value that skips a block which does nothing but raise, where that is what it decides."""
+    jump = next((step for step in steps[:2] if step.opname.startswith("POP_JUMP")), None)
+    if jump is None or not jump.opname.endswith(("IF_TRUE", "IF_FALSE")):
+        return None
+    body = [step.opname for step in steps if jump.offset < step.offset < jump.argval]
+    leaves = [name for name in body if "JUMP" in name or name.startswith(("RETURN", "YIELD", "FOR_", "SEND", "RAISE"))]
+    return jump.opname.endswith("IF_TRUE") if leaves == ["RAISE_VARARGS"] == body[-1:] else None
