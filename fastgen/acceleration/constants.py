@@ -24,9 +24,11 @@ _FUNCTIONS = {
     *(torch.matmul, F.normalize, F.pad, F.softplus, getattr),
 }
 _METHODS = set(
-    "add sub mul div pow square sqrt rsqrt exp abs neg sum mean var std norm flip view reshape flatten permute transpose"
-    " t unsqueeze squeeze expand expand_as contiguous clamp clamp_min tanh sigmoid size dim numel repeat float".split()
+    "add sub mul div pow square sqrt rsqrt exp abs neg sum mean var std norm flip view reshape flatten permute"
+    " transpose t unsqueeze squeeze expand expand_as contiguous clamp clamp_min tanh sigmoid size dim numel repeat"
+    " float".split()
 )
+_ATTRIBUTES = ("shape", "ndim", "dtype", "device", "data", "T", "mT")
 
 
 class _Value(NamedTuple):
@@ -82,6 +84,7 @@ def _collect(node: fx.Node, order: list[fx.Node], is_changed: Callable[[fx.Node]
         if n in found:
             continue
         pure = n.target in _FUNCTIONS if n.op == "call_function" else n.op == "call_method" and n.target in _METHODS
+        pure = pure and (n.target is not getattr or n.args[1] in _ATTRIBUTES)
         if n.op != "get_attr" and (not pure or is_changed(n)):
             return False
         found.add(n)
@@ -99,8 +102,8 @@ class Constant:
 
     def __call__(self, *tensors: Tensor) -> Tensor:
         if may_keep(tensors):
-            return kept(tensors, self.steps, lambda: _compute(self.steps, tensors))  # type: ignore[no-any-return]
-        return _compute(self.steps, tensors)  # type: ignore[no-any-return]
+            return kept(tensors, self.steps, lambda: _compute(self.steps, tensors))
+        return _compute(self.steps, tensors)
 
 
 def _compute(steps: Sequence[_Step], tensors: Sequence[Tensor]) -> Any:

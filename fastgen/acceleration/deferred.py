@@ -1,8 +1,9 @@
-"""Values that stand for tensors while code that was written for these reshapes them, and are computed when they are known.
+"""Values that stand for tensors while code that was written for these reshapes them, and are computed when it is known
+what for.
 
-What a value is made of has axes. Its dimensions, as the code sees them, are these axes in some order, several of them in
-one dimension where they were joined; views change nothing else. Whatever a value has no answer to makes a tensor of it,
-and the original operation follows.
+What a value is made of has axes. Its dimensions, as the code sees them, are these axes in some order, several of them
+in one dimension where they were joined; views change nothing else. Whatever a value has no answer to makes a tensor of
+it, and the original operation follows.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Images that are joined, or parted, to be convolved by other than their channels: each sample as a group with weights of
-its own, or each channel of each sample as an image, with one small filter for all of them.
+"""Images that are joined, or parted, to be convolved by other than their channels: each sample as a group with weights
+of its own, or each channel of each sample as an image, with one small filter for all of them.
 """
 
 from __future__ import annotations
@@ -72,32 +72,35 @@ class Images(Deferred):
         return found
 
     def _padded(self, at: int, before: int, after: int) -> Images | None:
-        axes, sizes = self.dims[at], dict(self.sizes)
-        dims = list(self.dims)
-        along = self._along(axes)
+        along = self._along(self.dims[at])
         if along is not None:
-            padding = list(self.padding)
-            for side, more in ((2 - 2 * along, before), (3 - 2 * along, after)):
-                if padding[side] < 0 < more:
-                    return None  # zeros in the place of what was cut off
-                padding[side] += more
-            size = self.shape[at] + before + after
-            if size < 1:
-                return None
-            pixel, zeros = (_W, _V) if along else (_H, _U)
-            sizes |= {pixel: size, zeros: 1}
-            dims[at] = (pixel,) if size > 1 else ()
-            return self._with(padding=tuple(padding), sizes=sizes, dims=tuple(dims))
-        if axes or before or after < 0 or at == 0 or self._along(self.dims[at - 1]) is None:
+            return self._with_zeros_around(at, along, before, after)
+        follows = self._along(self.dims[at - 1]) if at and not self.dims[at] else None
+        return (
+            self._with_zeros_between(at, follows, after) if follows is not None and not before and after > 0 else None
+        )
+
+    def _with_zeros_around(self, at: int, along: int, before: int, after: int) -> Images | None:
+        """Or, negative, without what is cut off."""
+        padding, size = list(self.padding), self.shape[at] + before + after
+        for side, more in ((2 - 2 * along, before), (3 - 2 * along, after)):
+            if padding[side] < 0 < more:
+                return None  # zeros in the place of what was cut off
+            padding[side] += more
+        if size < 1:
             return None
-        along = self._along(self.dims[at - 1])
+        pixel, zeros = ((_H, _U), (_W, _V))[along]
+        dims = list(self.dims)
+        dims[at] = (pixel,) if size > 1 else ()
+        return self._with(padding=tuple(padding), sizes=self.sizes | {pixel: size, zeros: 1}, dims=tuple(dims))
+
+    def _with_zeros_between(self, at: int, along: int, count: int) -> Images | None:
         if self.up[along] > 1 or any(self.padding[2 - 2 * along : 4 - 2 * along]):
             return None
-        zeros = (_U, _V)[along]
-        up = list(self.up)
-        up[along] = sizes[zeros] = after + 1
+        zeros, up, dims = (_U, _V)[along], list(self.up), list(self.dims)
+        up[along] = count + 1
         dims[at] = (zeros,)
-        return self._with(up=tuple(up), sizes=sizes, dims=tuple(dims))
+        return self._with(up=tuple(up), sizes=self.sizes | {zeros: count + 1}, dims=tuple(dims))
 
     def _along(self, axes: Axes) -> int | None:
         """0 of a dimension that is the rows of the images, 1 of their columns."""
@@ -176,7 +179,7 @@ class Images(Deferred):
         scaled = source if inner is None else source * inner
         output = operation(scaled, weight.kernel(transposed), **options)
         result = Images(output if outer is None else output.mul_(outer))
-        return result.view(1, -1, *result.source.shape[2:])  # type: ignore[no-any-return]
+        return result.view(1, -1, *result.source.shape[2:])
 
     def _filtered(self, weight: Any, groups: int) -> Images | None:
         """Of [N * C, 1, H, W], or [N, C, H, W] with the same filter for each channel."""
@@ -194,7 +197,7 @@ class Images(Deferred):
             return None
         output = ops.upfirdn2d(self.source, weight[0, 0], up=self.up, padding=self.padding, flip_filter=True)
         result = Images(output)
-        return result.view(n * c, 1, *output.shape[2:]) if apart else result  # type: ignore[no-any-return]
+        return result.view(n * c, 1, *output.shape[2:]) if apart else result
 
 
 Images.functions = {

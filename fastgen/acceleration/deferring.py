@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import fx
 from torch.nn.parameter import is_lazy
 
+from fastgen.acceleration.blocks import expect_rank
 from fastgen.acceleration.deferred import plain
 from fastgen.acceleration.deferred_images import images
 from fastgen.acceleration.links import name_of, own_tensor
@@ -29,8 +30,8 @@ _FILTER = "as one filter for all channels"
 
 
 class _Found(NamedTuple):
-    """A convolution, the views that lead to its input, the first first, and, of one by sample, what its weights are
-    computed from, and by.
+    """A convolution; the views that lead to its input, none from one that is deferred, too; and, of one by sample, what
+    its weights are computed from, and by.
     """
 
     conv: fx.Node
@@ -42,8 +43,11 @@ class _Found(NamedTuple):
 def defer(trace: Trace, prefix: str, report: Report) -> None:
     """Rewrites the graph of the trace; what it found is no convolution for others any more, by `is_deferred`."""
     graph = trace.graph
-    found = [found for node in graph.nodes if (found := _find(node, trace)) is not None]
-    found = [f for f in found if not _is_written_to(f, trace)]
+    found: list[_Found] = []
+    for node in graph.nodes:
+        one = _find(node, trace, {other.conv for other in found})
+        if one is not None and not _is_written_to(one, trace):
+            found.append(one)
     if not found:
         return
     deferred: set[fx.Node] = set()
@@ -55,8 +59,8 @@ def defer(trace: Trace, prefix: str, report: Report) -> None:
     for node in graph.nodes:
         if _is_view(node) and _viewed(node) in deferred:
             deferred.add(node)
-    for _, views, kernel, path in found:
-        source = _viewed(views[0])
+    for conv, views, kernel, path in found:
+        source = _viewed(views[0]) if views else conv
         if source not in deferred and source.target is not images:
             with graph.inserting_before(views[0]):
                 views[0].replace_input_with(source, graph.call_function(images, (source,)))
@@ -76,7 +80,7 @@ def is_deferred(node: fx.Node) -> bool:
     return "deferred" in node.meta
 
 
-def _find(node: fx.Node, trace: Trace) -> _Found | None:
+def _find(node: fx.Node, trace: Trace, others: set[fx.Node]) -> _Found | None:
     if node.op != "call_function" or node.target not in (F.conv2d, F.conv_transpose2d):
         return None
     given = dict(zip(("input", "weight", "bias"), node.args, strict=False)) | node.kwargs
@@ -85,14 +89,16 @@ def _find(node: fx.Node, trace: Trace) -> _Found | None:
     if given.get("bias") is not None or not isinstance(weight, fx.Node) or weight.op == "get_attr":
         return None
     views = _views_to(given["input"])
-    before = _reached([weight], lambda n: n.all_input_nodes)
+    if not views and given["input"] not in others:
+        return None
+    before = _reached([weight], lambda n: [] if _asks_for_size(n) else n.all_input_nodes)
     sizes = [(n, _dim(n, trace)) for n in before if n.op == "get_attr"]
     kernels = [n for n, dim in sizes if dim >= 4]
-    if isinstance(groups, fx.Node) and views and len(kernels) == 1:
+    if isinstance(groups, fx.Node) and len(kernels) == 1:
         path = before & _reached(kernels, lambda n: list(n.users)) - set(kernels)
         if all(n.op in ("call_function", "call_method") for n in path):
             return _Found(node, views, kernels[0], path)
-    if node.target is F.conv2d and views and sizes and all(1 <= dim <= 2 for _, dim in sizes):
+    if node.target is F.conv2d and sizes and all(1 <= dim <= 2 for _, dim in sizes):
         return _Found(node, views, None, set())
     return None
 
@@ -100,7 +106,7 @@ def _find(node: fx.Node, trace: Trace) -> _Found | None:
 def _is_written_to(found: _Found, trace: Trace) -> bool:
     """Whether anything is written to while it is deferred, or what it becomes, in place, where others see it."""
     order = {node: i for i, node in enumerate(trace.graph.nodes)}
-    begin = min(order[node] for node in (*found.views, *found.path))
+    begin = min(order[node] for node in (found.conv, *found.views, *found.path))
     behind = {found.conv}
     for node in trace.graph.nodes:
         if _is_view(node) and _viewed(node) in behind:
@@ -138,7 +144,7 @@ def _viewed(node: fx.Node) -> Any:
 def _asks_for_size(node: fx.Node) -> bool:
     if node.target is getattr:
         return node.args[1] in ("shape", "ndim", "dtype", "device")
-    return node.op == "call_method" and node.target in ("size", "dim")
+    return node.target is expect_rank or (node.op == "call_method" and node.target in ("size", "dim"))
 
 
 def _reached(nodes: Iterable[fx.Node], step: Callable[[fx.Node], list[fx.Node]]) -> set[fx.Node]:

@@ -343,7 +343,7 @@ def own_tensor(node: Any, trace: Trace) -> TensorAt | None:
 
 def _value_at(path: str, trace: Trace) -> Tensor:
     owner, _, name = path.rpartition(".")
-    return getattr(trace.modules[owner], name)  # type: ignore[no-any-return]
+    return getattr(trace.modules[owner], name)
 
 
 def _bind(function: Any, node: fx.Node) -> dict[str, Any]:

@@ -99,7 +99,8 @@ class ScaledWeight(Deferred):
             return None
         missing = tensor.dim() - len(self.dims)
         dims, shape = [*[()] * missing, *self.dims], [*[1] * -missing, *tensor.shape]
-        sizes, found = dict(self.sizes), []
+        sizes = dict(self.sizes)
+        found: list[str] = []
         for at, size in enumerate(shape):
             if size == 1:
                 continue
@@ -128,7 +129,7 @@ class ScaledWeight(Deferred):
 
     def sum(self, dim: Any = None, keepdim: bool = False, **options: Any) -> Tensor:
         """Of squares over all but samples and output channels."""
-        given = [dim] if isinstance(dim, int) else list(dim) if dim is not None else range(len(self.dims))
+        given = [dim] if isinstance(dim, int) else list(range(len(self.dims)) if dim is None else dim)
         summed = {at % len(self.dims) for at in given}
         axes = {axis for at in summed for axis in self.dims[at]}
         if options or self.power != 2 or axes != {axis for axis in (_I, _Y, _X) if self.sizes[axis] > 1}:
@@ -172,7 +173,7 @@ class ScaledWeight(Deferred):
         return tuple(None if scale is None else scale[:, :, None, None] for scale in (inner, outer))  # type: ignore
 
 
-_PRODUCTS = (torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)  # type: ignore[attr-defined]
+_PRODUCTS = (torch.mul, Tensor.mul, Tensor.__mul__, Tensor.__rmul__)
 ScaledWeight.functions = {
     **dict.fromkeys(_PRODUCTS, "__mul__"),
     **dict.fromkeys((torch.div, Tensor.div, Tensor.__truediv__), "__truediv__"),

@@ -71,7 +71,7 @@ class Symbol(fx.Proxy):
         return self._length_of_sizes()
 
     def _length_of_sizes(self) -> int:
-        """Of a shape or a part of it: that of images, where nothing else is known of the tensor, checked at each call."""
+        """Of a shape or a part of it: that of images where nothing else is known of the tensor; checked at calls."""
         part = slice(None)
         shape = self.node
         if shape.target is operator.getitem and isinstance(shape.args[1], slice):
@@ -87,8 +87,8 @@ class Symbol(fx.Proxy):
         return len(range(*part.indices(rank)))
 
     def __bool__(self) -> bool:
-        """Of ``assert value`` and ``if value: raise ...``, taken to hold and checked at each call; and of the device of a
-        tensor, taken to be that of the module.
+        """Of ``assert value`` and ``if value: raise ...``, taken to hold and checked at each call; and of the device of
+        a tensor, taken to be that of the module.
         """
         truth = _truth_of_device(self)
         if truth is None:
@@ -188,7 +188,7 @@ def _rank(node: Any, steps: int = 0) -> int | None:
     if not isinstance(node, fx.Node) or not is_tensor(node) or steps > _MOST_STEPS:
         return None
     if "rank" in node.meta:
-        return node.meta["rank"]  # type: ignore[no-any-return]
+        return node.meta["rank"]
     if node.op == "call_module" or node.target in (F.conv2d, F.conv_transpose2d):
         return _RANK_OF_IMAGES if node.op == "call_function" or node.meta["layer"] in _LAYERS_2D else None
     if node.op == "call_method" and node.target in ("view", "reshape"):
@@ -263,8 +263,10 @@ class _Attribute(Symbol, Attribute):
     """An attribute or method of a symbol. The dtype or device of a parameter or buffer is known if it is looked at."""
 
     def _known(self) -> Any:
-        known = not isinstance(self.root, Attribute) and self.attr in ("dtype", "device")
-        return _known_of_own(self.root, self.attr) if known else None
+        known = (
+            isinstance(self.root, Symbol) and not isinstance(self.root, Attribute) and self.attr in ("dtype", "device")
+        )
+        return _known_of_own(self.root, self.attr) if known else None  # type: ignore[arg-type]
 
     def __getattr__(self, name: str) -> Any:
         known = self._known()

@@ -1,7 +1,7 @@
 """Up- and downsampling with a small filter for all channels: the blurs and resamplings of StyleGAN.
 
-R. Zhang, "Making Convolutional Networks Shift-Invariant Again", ICML 2019.  T. Karras, S. Laine, T. Aila, "A Style-Based
-Generator Architecture for Generative Adversarial Networks", CVPR 2019.
+R. Zhang, "Making Convolutional Networks Shift-Invariant Again", ICML 2019.  T. Karras et al., "Analyzing and Improving
+the Image Quality of StyleGAN", CVPR 2020.
 """
 
 from __future__ import annotations
@@ -50,7 +50,8 @@ def upfirdn2d(
         up, down: integers, or two (height, width).
         padding: an integer, or (left, right, top, bottom) as for `torch.nn.functional.pad`, in pixels of the upsampled
             image; negative values cut off.
-        flip_filter: correlate with the filter as it stands, as `torch.nn.functional.conv2d` does, instead of convolving.
+        flip_filter: correlate with the filter as it stands, as `torch.nn.functional.conv2d` does, instead of
+            convolving.
 
     Returns:
         [N, C, (H * up + top + bottom - kh) // down + 1, and the same of W], channels-last in memory where the
@@ -67,14 +68,15 @@ def upfirdn2d(
     sides = (padding,) * 4 if isinstance(padding, int) else tuple(padding)
     options = Options(pair("up", up), pair("down", down), sides, flip_filter)  # type: ignore[arg-type]
     tensors = (input, filter)
-    _check(*tensors, *options)
+    args: tuple[Any, ...] = (*tensors, *options)
+    _check(*args)
     if wants_grad(tensors) or backends.is_autocast(input) or is_transformed():
-        return upfirdn2d_reference(*tensors, *options)
+        return upfirdn2d_reference(*args)
     if torch.compiler.is_compiling() or not is_unobserved(tensors):
-        return torch.ops.fastgen.upfirdn2d(*tensors, *options)
+        return torch.ops.fastgen.upfirdn2d(*args)
     if goes_straight(tensors) and _why_not(*tensors) is None:
-        return _forward(*tensors, *options)
-    return backends.select("upfirdn2d", *tensors, *options)(*tensors, *options)
+        return _forward(*args)
+    return backends.select("upfirdn2d", *args)(*args)
 
 
 def upfirdn2d_reference(

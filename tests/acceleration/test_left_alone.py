@@ -191,9 +191,9 @@ def test_attributes_that_do_not_compare():
     torch.testing.assert_close(fast(x), network(x), rtol=1e-4, atol=1e-5)
 
 
-class EqualizedConv(nn.ConvTranspose2d):
+class ConvByMean(nn.ConvTranspose2d):
     def forward(self, input):
-        return F.conv_transpose2d(input, self.weight * 0.5, self.bias, self.stride, self.padding)
+        return F.conv_transpose2d(input, self.weight * input.mean(), self.bias, self.stride, self.padding)
 
 
 class Doubled(nn.BatchNorm2d):
@@ -202,7 +202,7 @@ class Doubled(nn.BatchNorm2d):
 
 
 LEFT = {
-    "computed weights": (lambda: EqualizedConv(3, 4, 4, 2, 1), "its weights are computed in forward"),
+    "computed weights": (lambda: ConvByMean(3, 4, 4, 2, 1), "its weights are computed in forward"),
     "reflection": (lambda: nn.Conv2d(3, 4, 3, padding=1, padding_mode="reflect"), "padding_mode is 'reflect'"),
     "three-dimensional": (lambda: nn.Conv3d(2, 4, 1), "not a plain two-dimensional convolution"),
     "lazy": (lambda: nn.LazyConvTranspose2d(4, 3), "not a plain two-dimensional convolution"),
@@ -346,7 +346,7 @@ class DrawsInPython(Body):
 
 class AsksForTheType(Body):
     def forward(self, x):
-        x = self.body(x)
+        x = self.body(x).roll(1, -1)  # not known to be a tensor's
         return self.alone(x) if isinstance(x, torch.Tensor) else x
 
 
