@@ -156,31 +156,41 @@ def build(kind: Callable[..., Any], sizes: Sequence[int], batch: int, with_compi
     network = make(kind, *sizes)
     inputs = network.inputs(batch)
     rows = tuple(x.contiguous(memory_format=torch.channels_last) if x.dim() == 4 else x for x in inputs)
-    exact = infer(copy.deepcopy(network).double(), *(x.double() for x in inputs))
-    providers, skipped = {}, {}
-
-    def add(name: str, prepare: Callable[[], Module], given: Sequence[Tensor], baseline: bool = True) -> None:
-        module, seconds = timed(prepare)
-        output, first = timed(partial(infer, module, *given))
-        error = float((output.double() - exact).abs().max())
-        extra = {"prepare_s": seconds, "first_call_s": first, "max_error": error}
-        providers[name] = Provider(partial(infer, module, *given), baseline, extra=extra)
-
-    add("eager", lambda: network, inputs)
-    add("eager channels_last", partial(channels_last, network), rows)
-    add("folded channels_last", lambda: channels_last(fold(network)), rows)
+    peers: Makers = {
+        "eager": (lambda: network, inputs),
+        "eager channels_last": (partial(channels_last, network), rows),
+        "folded channels_last": (lambda: channels_last(fold(network)), rows),
+    }
     for name, freezing in (("compile", False), ("compile freezing", True)) if with_compile else ():
-        try:
-            add(name, partial(compiled, channels_last(network), freezing, *rows), rows)
-        except Exception as error:  # whatever the compiler's stack raises: it is not what is measured
-            skipped[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
-    add("fastgen", partial(fastgen.accelerate, network), rows, baseline=False)
+        peers[name] = (partial(compiled, channels_last(network), freezing, *rows), rows)
+    ours: Makers = {"fastgen": (partial(fastgen.accelerate, network), rows)}
     if hasattr(backends.native_cpu(), "conv_bn_act_bfloat16"):
         half = tuple(x.bfloat16() for x in rows)
-        add("fastgen bf16", lambda: fastgen.accelerate(network).bfloat16(), half, baseline=False)
+        ours["fastgen bf16"] = (lambda: fastgen.accelerate(network).bfloat16(), half)
+    return measure(network, inputs, peers, ours, flops(network, inputs))
+
+
+Makers = dict[str, tuple[Callable[[], Module], Sequence[Tensor]]]  # by provider, what makes its module, and the inputs
+
+
+def measure(network: nn.Module, inputs: Sequence[Tensor], peers: Makers, ours: Makers, flops: int) -> Work:
+    """Of the makers, each with its largest error against float64; what torch.compile cannot make is skipped."""
+    exact = infer(copy.deepcopy(network).double(), *(x.double() for x in inputs))
+    providers, skipped = {}, {}
+    for name, (prepare, given) in (peers | ours).items():
+        try:
+            module, seconds = timed(prepare)
+            output, first = timed(partial(infer, module, *given))
+        except Exception as error:  # whatever the compiler's stack raises: it is not what is measured
+            if not name.startswith("compile"):
+                raise
+            skipped[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"
+            continue
+        extra = {"prepare_s": seconds, "first_call_s": first, "max_error": float((output.double() - exact).abs().max())}
+        providers[name] = Provider(partial(infer, module, *given), name in peers, extra=extra)
     weights = sum(parameter.numel() for parameter in network.parameters())
     numbers = weights + exact.numel() + sum(x.numel() for x in inputs)
-    return Work(providers, flops(network, inputs), 4 * numbers, skipped)
+    return Work(providers, flops, 4 * numbers, skipped)
 
 
 def build_first_call(kind: Callable[..., Any], sizes: Sequence[int]) -> Work:
