@@ -157,6 +157,12 @@ def expect_rank(tensor: Tensor, rank: int) -> None:
         raise OtherThanAssumed(f"has inputs of other than {rank} dimensions")
 
 
+def assume(value: Any, truth: bool) -> None:
+    """Where the rewritten code was written for this answer to a question of the original."""
+    if bool(value) is not truth:
+        raise OtherThanAssumed("has inputs of another device, dtype or number than assumed")
+
+
 def expect(value: Any, truth: bool) -> None:
     """Where the original raises an error otherwise."""
     if bool(value) is not truth:

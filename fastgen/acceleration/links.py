@@ -347,7 +347,10 @@ def _value_at(path: str, trace: Trace) -> Tensor:
 
 
 def _bind(function: Any, node: fx.Node) -> dict[str, Any]:
-    bound = inspect.signature(function).bind(*node.args, **node.kwargs)
+    try:
+        bound = inspect.signature(function).bind(*node.args, **node.kwargs)
+    except TypeError as error:  # as in branches that are not taken
+        raise Skip(f"it is called with other arguments: {error}") from error
     bound.apply_defaults()
     return bound.arguments
 

@@ -206,6 +206,7 @@ class Program:
             problem = error
         result = type(self.root).forward(self.root, *args, **kwargs)  # or the error that the user knows
         self._tell(f"failed where the original did not: {problem}", warn=True)
+        self.functions.pop(tuple(tensors), None)  # not to fail again at every call
         return result
 
     def _tensors(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor] | None:

@@ -19,6 +19,11 @@ from torch.fx.proxy import Attribute
 from fastgen.acceleration import blocks
 
 
+_LEGACY = type(torch.FloatTensor)  # of types of tensors that say dtype and device
+_QUESTIONS = {"isinstance", "issubclass", "__class__"}
+_OF_GRADIENTS = ("grad_fn", "grad", "_base")  # which are None, or not, by how they came about
+
+
 class Symbol(fx.Proxy):
     """A value of the graph, which Python code sees as the tensor that it stands for, where it is known to be one."""
 
@@ -30,13 +35,20 @@ class Symbol(fx.Proxy):
     def _seen_class(self) -> type:
         """For ``isinstance``, which asks for it where the type itself does not match; so do checks of PyTorch."""
         caller = sys._getframe(1)
-        if caller.f_globals.get("__name__", "").startswith(("torch.", __name__)):
+        module = caller.f_globals.get("__name__", "")
+        if module.startswith(("torch.", __name__)):
             return type(self)
-        if self._is_tensor():
-            return Tensor
-        if "isinstance" not in caller.f_code.co_names:
-            return type(self)
-        raise fx.proxy.TraceError("it asks for the type of a computed value")
+        asks = module in ("abc", "functools") or not _QUESTIONS.isdisjoint(caller.f_code.co_names)
+        if self._is_tensor() or asks or _following(caller)[0].opname == "MATCH_CLASS":
+            return self.believed_type()
+        return type(self)
+
+    def believed_type(self) -> type:
+        """Of what it stands for."""
+        if not self._is_tensor():
+            raise fx.proxy.TraceError("it asks for the type of a computed value")
+        tracer: Any = self.tracer
+        return Tensor if self.node.op != "get_attr" else tracer.type_of(str(self.node.target))  # type: ignore[no-any-return]
 
     __class__ = property(_seen_class)
 
@@ -45,6 +57,8 @@ class Symbol(fx.Proxy):
             if self._is_tensor():
                 raise AttributeError(f"'Tensor' object has no attribute '{name}'")
             raise fx.proxy.TraceError(f"it asks a computed value for {name!r}")
+        if name in _OF_GRADIENTS:
+            raise fx.proxy.TraceError(f"it asks a tensor for {name!r}")
         known = _known_of_own(self, name) if name in ("shape", "ndim") else None
         return _Attribute(self, name) if known is None else known
 
@@ -87,15 +101,16 @@ class Symbol(fx.Proxy):
         return len(range(*part.indices(rank)))
 
     def __bool__(self) -> bool:
-        """Of ``assert value`` and ``if value: raise ...``, taken to hold and checked at each call; and of the device of
-        a tensor, taken to be that of the module.
+        """Of ``assert value`` and ``if value: raise ...``, taken to hold, and of what is assumed of inputs; checked at
+        each call.
         """
-        truth = _truth_of_device(self)
+        check: Any = blocks.expect
+        truth = _truth_without_raising(_following(sys._getframe(1)))
         if truth is None:
-            truth = _truth_without_raising(_following(sys._getframe(1)))
+            check, truth = blocks.assume, _assumed(self)
         if truth is None:
             return self.tracer.to_bool(self)
-        self.tracer.create_proxy("call_function", blocks.expect, (self, truth), {})
+        self.tracer.create_proxy("call_function", check, (self, truth), {})
         return truth
 
     def _known_size(self) -> int:
@@ -136,6 +151,41 @@ class Symbol(fx.Proxy):
 
     __ifloordiv__ = __imod__ = __ipow__ = __iand__ = __ior__ = __ixor__ = __imatmul__ = _refuse_in_place
     __ilshift__ = __irshift__ = _refuse_in_place
+
+
+def believed_type(value: Any) -> type:
+    """The type of a value, of a symbol that of what it stands for."""
+    return value.believed_type() if issubclass(type(value), Symbol) else type(value)
+
+
+class _MetaType(type):
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        return believed_type(args[0]) if len(args) == 1 and not kwargs else type(*args, **kwargs)
+
+    def __instancecheck__(cls, value: Any) -> bool:
+        return isinstance(value, type)
+
+    def __subclasscheck__(cls, other: Any) -> bool:
+        return issubclass(other, type)
+
+
+class BelievedType(type, metaclass=_MetaType):
+    """Stands for `type` in code that is traced."""
+
+
+def _is_instance(value: Any, kinds: Any) -> bool:
+    if not issubclass(type(value), Symbol):
+        return isinstance(value, kinds)
+    if any(isinstance(kind, _LEGACY) for kind in (kinds if isinstance(kinds, tuple) else (kinds,))):
+        raise fx.proxy.TraceError("it asks for a type of tensors that says their dtype and device")
+    return issubclass(value.believed_type(), kinds)
+
+
+def _is_callable(value: Any) -> bool:
+    return callable(value) and not (issubclass(type(value), Symbol) and is_tensor(value.node))
+
+
+BELIEVED = {"type": BelievedType, "isinstance": _is_instance, "callable": _is_callable}  # built in, as code sees them
 
 
 _LAYERS = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.Linear, nn.Embedding)
@@ -214,19 +264,51 @@ def _known_of_own(symbol: Symbol, name: str) -> Any:
     return tracer.kind_of(str(symbol.node.target), name) if symbol.node.op == "get_attr" else None
 
 
-def _truth_of_device(symbol: Symbol) -> bool | None:
-    """Of ``x.is_cuda``, ``x.device.type == "cpu"`` and the like: that of a module on one device, and of its inputs."""
-    node, equal = symbol.node, True
-    if node.target in (operator.eq, operator.ne) and len(node.args) == 2:
-        asked, name = node.args
-        equal = node.target is operator.eq
-        source: Any = _attribute_of(_attribute_of(asked, "type"), "device")
-    else:
-        source, name = _attribute_of(node, "is_cuda"), "cuda"
-    if source is None or not is_tensor(source) or not isinstance(name, str):
+def _assumed(symbol: Symbol) -> bool | None:
+    """Of a question for device or dtype, those of a module that has but one; and of one for the batch, that it is of a
+    single image.
+    """
+    tracer, node = symbol.tracer, symbol.node
+    assert isinstance(tracer, fx.Tracer)
+    if node.target not in _COMPARISONS:
+        device = tracer.device() if is_tensor_node(_attribute_of(node, "is_cuda")) else None  # type: ignore[attr-defined]
+        return None if device is None else device.type == "cuda"
+    if len(node.args) != 2:
         return None
-    device = symbol.tracer.device()  # type: ignore[attr-defined]
-    return None if device is None else (device.type == name) is equal
+    asked, value = node.args
+    compare: Any = node.target
+    if isinstance(value, str):
+        source = _attribute_of(_attribute_of(asked, "type"), "device")
+        device = tracer.device() if is_tensor_node(source) else None  # type: ignore[attr-defined]
+        return None if device is None else compare(device.type, value)
+    if isinstance(value, torch.dtype):
+        dtype = tracer.dtype() if is_tensor_node(_attribute_of(asked, "dtype")) else None  # type: ignore[attr-defined]
+        return None if dtype is None else compare(dtype, value)
+    size = _size_of_one_image(asked)
+    return compare(size, value) if size is not None and isinstance(value, int | float) else None
+
+
+_COMPARISONS = {operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge}
+
+
+def _size_of_one_image(node: Any) -> float | None:
+    """Of ``x.shape[0]`` and ``x.size(0)``, 1; of the number of elements, which is compared with what is large, too; of
+    multiples of these.
+    """
+    if not isinstance(node, fx.Node):
+        return None
+    if node.target is operator.getitem and node.args[1] == 0 and is_tensor_node(_attribute_of(node.args[0], "shape")):
+        return 1
+    if (node.target == "size" and node.args[1:] == (0,)) or (node.target == "numel" and len(node.args) == 1):
+        return 1 if is_tensor_node(node.args[0]) else None
+    if node.target is operator.mul and isinstance(node.args[1], int | float):
+        size = _size_of_one_image(node.args[0])
+        return None if size is None else size * node.args[1]
+    return None
+
+
+def is_tensor_node(node: Any) -> bool:
+    return isinstance(node, fx.Node) and is_tensor(node)
 
 
 def _attribute_of(node: Any, name: str) -> fx.Node | None:

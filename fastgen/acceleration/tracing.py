@@ -13,8 +13,11 @@ import copy
 import dis
 import functools
 import inspect
+import os
 import random
+import sys
 import threading
+import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -27,10 +30,11 @@ from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+import fastgen
 from fastgen._hooks import has_hooks
 from fastgen.acceleration import blocks
 from fastgen.acceleration.states import Incomparable, state, unchanged
-from fastgen.acceleration.symbols import Symbol, returns_tensor
+from fastgen.acceleration.symbols import BELIEVED, Symbol, believed_type, returns_tensor
 from fastgen.nn import ConvBNAct, ConvTransposeBNAct
 
 # Gradients, inference mode, autocast: a forward that asks for them is one that is not the same in all of these.
@@ -128,7 +132,7 @@ def _record(
     attributes = {part: dict(part.__dict__) for part in before}
     with torch.inference_mode(inference), torch.set_grad_enabled(gradients), _autocast(autocast):
         tracer.ambient = _ambient()
-        with _recorded_factories(tracer), _Recorder(tracer):
+        with _recorded_factories(tracer), _believed_types(module), _Recorder(tracer):
             graph = tracer.trace(module)
             _record_kept_shapes(tracer, graph, attributes)
     for part, was in before.items():
@@ -196,9 +200,21 @@ def describe(error: Exception) -> str:
     """One line."""
     text = str(error).strip().split("\n")[0] or type(error).__name__
     if "control flow" in text:
-        return "control flow that depends on data"
+        return "control flow that depends on data" + _where(error)
     known = isinstance(error, fx.proxy.TraceError | Incomparable)
     return text if known else f"{type(error).__name__} while tracing: {text}"
+
+
+def _where(error: Exception) -> str:
+    """The line of the user's code that an error comes from."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith(_NOT_USERS)]
+    if not frames:
+        return ""
+    last = frames[-1]
+    return f": {last.line} ({os.path.basename(last.filename)}, line {last.lineno})"
+
+
+_NOT_USERS = (os.path.dirname(torch.__file__), os.path.dirname(fastgen.__file__))
 
 
 def _is_within(path: str, others: Iterable[str]) -> bool:
@@ -265,6 +281,33 @@ def _recorded_factories(tracer: _Tracer) -> Iterator[None]:
     finally:
         for name, original in originals.items():
             setattr(torch, name, original)
+
+
+@contextlib.contextmanager
+def _believed_types(root: torch.nn.Module) -> Iterator[None]:
+    """Questions for types, in the code of the module's classes, answered for symbols as for what they stand for."""
+    classes = {base for part in root.modules() for base in type(part).__mro__}
+    names = {base.__module__ for base in classes if not base.__module__.startswith(("torch.", "fastgen.", "builtins"))}
+    scopes = [vars(sys.modules[name]) for name in names if name in sys.modules]
+    hidden = [(scope, name, value) for scope in scopes for name, value in BELIEVED.items() if name not in scope]
+    jit_isinstance = torch.jit.isinstance
+
+    def isinstance_of(value: Any, target: Any) -> bool:
+        symbols = [leaf for leaf in tree_leaves(value) if isinstance(leaf, fx.Proxy)]
+        if symbols and (len(symbols) > 1 or value is not symbols[0]):
+            raise fx.proxy.TraceError("it asks for the type of a computed value")
+        with torch._C.DisableTorchFunction():
+            return jit_isinstance(torch.empty(0).as_subclass(believed_type(value)) if symbols else value, target)
+
+    torch.jit.isinstance = isinstance_of
+    for scope, name, value in hidden:
+        scope[name] = value
+    try:
+        yield
+    finally:
+        torch.jit.isinstance = jit_isinstance
+        for scope, name, _ in hidden:
+            del scope[name]
 
 
 class _Recorder(TorchFunctionMode):
@@ -343,6 +386,15 @@ class _Tracer(fx.Tracer):
         with torch._C.DisableTorchFunction():
             return self.kinds.setdefault((path, name), getattr(self._own_tensor(path), name))
 
+    def dtype(self) -> torch.dtype | None:
+        """The floating dtype of all parameters and buffers that have one; None if there are several, or none."""
+        with torch._C.DisableTorchFunction():
+            dtypes = {tensor.dtype for _, tensor in self._own_tensors() if tensor.is_floating_point()}
+        return dtypes.pop() if len(dtypes) == 1 else None
+
+    def type_of(self, path: str) -> type:
+        return type(self._own_tensor(path))
+
     def _own_tensor(self, path: str) -> Tensor:
         return dict(self._own_tensors())[path]
 
@@ -364,6 +416,7 @@ class _Tracer(fx.Tracer):
         }
 
         def forward(root: Any) -> Any:
+            fx._symbolic_trace._is_fx_tracing_flag = False  # which code asks for, to do something else
             return (_in_turn(root) or functools.partial(root_fn, root))(**given)
 
         forward.__annotations__ = {}
