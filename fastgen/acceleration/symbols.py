@@ -18,7 +18,6 @@ from torch.fx.proxy import Attribute
 
 from fastgen.acceleration import blocks
 
-
 _LEGACY = type(torch.FloatTensor)  # of types of tensors that say dtype and device
 _QUESTIONS = {"isinstance", "issubclass", "__class__"}
 _OF_GRADIENTS = ("grad_fn", "grad", "_base")  # which are None, or not, by how they came about
@@ -48,7 +47,7 @@ class Symbol(fx.Proxy):
         if not self._is_tensor():
             raise fx.proxy.TraceError("it asks for the type of a computed value")
         tracer: Any = self.tracer
-        return Tensor if self.node.op != "get_attr" else tracer.type_of(str(self.node.target))  # type: ignore[no-any-return]
+        return Tensor if self.node.op != "get_attr" else tracer.type_of(str(self.node.target))
 
     __class__ = property(_seen_class)
 
@@ -265,8 +264,8 @@ def _known_of_own(symbol: Symbol, name: str) -> Any:
 
 
 def _assumed(symbol: Symbol) -> bool | None:
-    """Of a question for device or dtype, those of a module that has but one; and of one for the batch, that it is of a
-    single image.
+    """Of a question for device or dtype, those of a module that has but one; of one for dimensions, what shows of them;
+    of one for the batch, that it is of a single image.
     """
     tracer, node = symbol.tracer, symbol.node
     assert isinstance(tracer, fx.Tracer)
@@ -284,6 +283,8 @@ def _assumed(symbol: Symbol) -> bool | None:
     if isinstance(value, torch.dtype):
         dtype = tracer.dtype() if is_tensor_node(_attribute_of(asked, "dtype")) else None  # type: ignore[attr-defined]
         return None if dtype is None else compare(dtype, value)
+    if (source := _attribute_of(asked, "ndim") or _called_on(asked, "dim")) is not None and is_tensor(source):
+        return compare(_rank(source) or _RANK_OF_IMAGES, value)
     size = _size_of_one_image(asked)
     return compare(size, value) if size is not None and isinstance(value, int | float) else None
 
@@ -305,6 +306,12 @@ def _size_of_one_image(node: Any) -> float | None:
         size = _size_of_one_image(node.args[0])
         return None if size is None else size * node.args[1]
     return None
+
+
+def _called_on(node: Any, name: str) -> fx.Node | None:
+    """What a node calls the method of that name of, without arguments."""
+    is_call = isinstance(node, fx.Node) and node.op == "call_method" and node.target == name and len(node.args) == 1
+    return node.args[0] if is_call else None
 
 
 def is_tensor_node(node: Any) -> bool:

@@ -1,0 +1,192 @@
+"""What a forward may ask of its values, to decide by it: answered as for tensors, or the forward is left as it is; what
+is assumed of inputs is checked at each call.
+"""
+
+from __future__ import annotations
+
+import collections.abc
+import functools
+import logging
+import numbers
+import sys
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastgen
+
+from .networks import prepared
+from .test_left_alone import reasons
+
+
+class Asks(nn.Module):
+    """One of two branches, by the answer."""
+
+    def __init__(self, ask):
+        super().__init__()
+        self.ask, self.first, self.second = ask, nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x):
+        y = torch.relu(self.first(x))
+        return y if self.ask(self, x, y) else torch.relu(self.second(y)) + 1
+
+
+def matches(module, x, y):
+    match y:
+        case Tensor():
+            return True
+        case _:
+            return False
+
+
+def tries(module, x, y):
+    try:
+        return y.missing
+    except AttributeError:
+        return True
+
+
+@functools.singledispatch
+def dispatched(value):
+    return False
+
+
+@dispatched.register
+def _(value: Tensor):
+    return True
+
+
+QUESTIONS = {
+    "is a tensor": lambda m, x, y: isinstance(x, Tensor) and isinstance(y, Tensor),
+    "is a tensor or nothing": lambda m, x, y: isinstance(y, Tensor | None),
+    "is several": lambda m, x, y: isinstance(y, list | tuple),
+    "is iterable": lambda m, x, y: isinstance(y, collections.abc.Iterable),
+    "is a sequence": lambda m, x, y: isinstance(y, collections.abc.Sequence),
+    "is a number": lambda m, x, y: isinstance(x.shape[0], numbers.Number),
+    "a size is an integer": lambda m, x, y: isinstance(y.shape[0], int),
+    "a shape is a torch.Size": lambda m, x, y: isinstance(y.shape, torch.Size),
+    "is a parameter": lambda m, x, y: isinstance(m.first.weight, nn.Parameter) and not isinstance(x, nn.Parameter),
+    "of a dtype": lambda m, x, y: isinstance(y, torch.FloatTensor),
+    "type": lambda m, x, y: type(y) is Tensor,
+    "type of the input": lambda m, x, y: type(x) == Tensor,  # noqa: E721
+    "subclass": lambda m, x, y: issubclass(type(y), Tensor),
+    "type of a parameter": lambda m, x, y: type(m.first.weight) is nn.Parameter,
+    "type of a module": lambda m, x, y: type(m) is Asks,
+    "type in a table": lambda m, x, y: {Tensor: True}.get(type(y), False),
+    "__class__": lambda m, x, y: y.__class__ is Tensor,
+    "torch.is_tensor": lambda m, x, y: torch.is_tensor(y),
+    "torch.jit.isinstance": lambda m, x, y: torch.jit.isinstance(x, Tensor) and torch.jit.isinstance(y, Tensor),
+    "torch.jit.isinstance of a list": lambda m, x, y: torch.jit.isinstance([x, y], list[Tensor]),
+    "match": matches,
+    "singledispatch": lambda m, x, y: dispatched(y),
+    "callable": lambda m, x, y: callable(y),
+    "hasattr": lambda m, x, y: hasattr(y, "shape") and not hasattr(y, "missing"),
+    "try": tries,
+    "gradient": lambda m, x, y: y.grad_fn is None,
+    "gradient of a parameter": lambda m, x, y: m.first.weight.grad is None,
+    "traced by torch.fx": lambda m, x, y: torch.fx._symbolic_trace._is_fx_tracing_flag,
+    "a proxy": lambda m, x, y: isinstance(x, torch.fx.Proxy),
+    "dtype": lambda m, x, y: x.dtype == torch.float32,
+    "other dtype": lambda m, x, y: y.dtype in (torch.float16, torch.bfloat16),
+    "device": lambda m, x, y: x.device.type != "cpu",
+    "cuda": lambda m, x, y: y.is_cuda,
+    "batch": lambda m, x, y: x.shape[0] >= 3,
+    "batch by size": lambda m, x, y: y.size(0) == 1,
+    "elements": lambda m, x, y: y.numel() * 2 > 2**31,
+    "dimensions": lambda m, x, y: len(x.shape) == 4 and y.ndim == 4 and len(y.shape[2:]) == 2,
+    "sizes": lambda m, x, y: x.shape[2] > 5,
+    "contiguous": lambda m, x, y: y.is_contiguous(),
+    "requires_grad": lambda m, x, y: x.requires_grad,
+}
+
+
+@pytest.mark.parametrize("question", QUESTIONS)
+@pytest.mark.parametrize("gradients", [False, True], ids=["without gradients", "with gradients"])
+def test_the_same_branch(question, gradients):
+    torch.manual_seed(0)
+    network = prepared(Asks(QUESTIONS[question]))
+    fast = fastgen.accelerate(network)
+    with torch.set_grad_enabled(gradients):
+        for n in (1, 3):
+            x = torch.randn(n, 4, 6, 5)
+            torch.testing.assert_close(fast(x), network(x), rtol=1e-4, atol=1e-5)
+    module = sys.modules[__name__]
+    assert not any(name in vars(module) for name in ("type", "isinstance", "callable"))
+
+
+FUSED = ["is a tensor", "type", "subclass", "torch.jit.isinstance", "match", "singledispatch", "callable", "__class__"]
+FUSED += ["dtype", "other dtype", "device", "cuda", "batch", "batch by size", "elements", "dimensions"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("question", FUSED)
+def test_what_is_known_does_not_stop_fusion(question):
+    fast = fastgen.accelerate(prepared(Asks(QUESTIONS[question])))
+    assert [entry.what for entry in fast.fastgen_report.fused][:1] == ["Conv2d + relu"]
+    assert set(reasons(fast).values()) <= {"never called in forward"}
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(("question", "n", "dtype"), [("batch", 3, torch.float32), ("dtype", 1, torch.float64)])
+def test_other_inputs_than_assumed(question, n, dtype, caplog):
+    """Run the original, without a warning, and do not spoil what was made for the others."""
+    network = prepared(Asks(QUESTIONS[question]))
+    fast = fastgen.accelerate(network)
+    expected = torch.ones(1, 4, 6, 5)
+    expected = fast(expected)
+    x, others = torch.randn(n, 4, 6, 5, dtype=dtype), (network.to(dtype), fast.to(dtype))
+    with caplog.at_level(logging.INFO, logger="fastgen"):
+        torch.testing.assert_close(others[1](x), others[0](x))
+    assert "other device, dtype or number" in caplog.text or dtype != torch.float32
+    assert torch.equal(fast.to(torch.float32)(torch.ones(1, 4, 6, 5)), expected)
+
+
+@torch.no_grad()
+def test_a_reason_names_the_line():
+    fast = fastgen.accelerate(prepared(Asks(QUESTIONS["sizes"])))
+    (reason, *_) = [r for r in reasons(fast).values() if "control flow" in r]
+    assert "control flow that depends on data: return y if self.ask(self, x, y)" in reason
+    assert "(test_questions.py, line " in reason
+
+
+@torch.no_grad()
+def test_a_program_that_fails_is_not_tried_again(monkeypatch):
+    network = prepared(nn.Sequential(nn.Conv2d(4, 4, 1), nn.ReLU()))
+    fast = fastgen.accelerate(network)
+    program = fast.forward.__self__
+    calls = []
+
+    def broken(*args):
+        calls.append(args)
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(program, "functions", dict.fromkeys(program.functions, broken))
+    x = torch.randn(1, 4, 3, 3)
+    with pytest.warns(RuntimeWarning, match="failed where the original did not: broken"):
+        torch.testing.assert_close(fast(x), network(x))
+    torch.testing.assert_close(fast(x), network(x))
+    assert len(calls) == 1
+
+
+class OtherBranch(nn.Module):
+    """A norm that is called with more than it takes, where a second tensor is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.last = nn.Conv2d(4, 8, 3), nn.GroupNorm(2, 8), nn.Conv2d(8, 3, 1)
+
+    def forward(self, x, latents=None):
+        x = self.conv(x)
+        x = self.norm(x) if latents is None else self.norm(x, latents)
+        return self.last(x)
+
+
+@torch.no_grad()
+def test_a_branch_that_would_fail():
+    network = prepared(OtherBranch())
+    fast, x = fastgen.accelerate(network), torch.randn(2, 4, 6, 5)
+    torch.testing.assert_close(fast(x), network(x), rtol=1e-4, atol=1e-5)
+    with pytest.raises(TypeError):
+        fast(x, x)
