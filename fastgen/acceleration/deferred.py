@@ -8,6 +8,7 @@ it, and the original operation follows.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -15,7 +16,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-Axes = tuple[str, ...]  # of one dimension; those of size 1 are left out
+Sizes = tuple[int, ...]  # of the axes
+Axes = tuple[int, ...]  # of one dimension; those of size 1 are left out
+Dims = tuple[Axes, ...]
+of_shapes = functools.lru_cache(maxsize=4096)  # what follows from shapes alone is found once
 
 
 class Deferred:
@@ -23,25 +27,24 @@ class Deferred:
 
     functions: ClassVar[dict[Any, str]] = {}  # of PyTorch, and the methods that stand for them
 
-    def __init__(self, sizes: dict[str, int], dims: Sequence[Axes], like: Tensor) -> None:
-        self.sizes = sizes
-        self.dims = tuple(tuple(axis for axis in axes if sizes[axis] > 1) for axes in dims)
+    def __init__(self, sizes: Sizes, dims: Dims, like: Tensor) -> None:
+        self.sizes, self.dims = sizes, without_ones(sizes, dims)
         self.dtype, self.device = like.dtype, like.device
 
     def _with(self, **changes: Any) -> Any:
         other = object.__new__(type(self))
-        other.__dict__.update(self.__dict__ | changes)
+        other.__dict__.update(self.__dict__, **changes)
         return other
 
     def tensor(self) -> Tensor:
         """What it stands for."""
         raise NotImplementedError
 
-    def arranged(self, value: Tensor, axes: str) -> Tensor:
-        """A tensor with one dimension for each of all axes, as the code would see it."""
-        order = [axis for dim in self.dims for axis in dim]
-        order += [axis for axis in axes if axis not in order]
-        return value.permute([axes.index(axis) for axis in order]).reshape(self.shape)
+    def arranged(self, value: Tensor) -> Tensor:
+        """A tensor with one dimension for each of the axes, as the code would see it."""
+        order = [axis for axes in self.dims for axis in axes]
+        order += [axis for axis in range(len(self.sizes)) if axis not in order]
+        return value.permute(order).reshape(self.shape)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "sizes" not in self.__dict__:  # as copies ask for, before there is anything
@@ -59,7 +62,7 @@ class Deferred:
 
     @property
     def shape(self) -> torch.Size:
-        return torch.Size(math.prod(self.sizes[axis] for axis in axes) for axes in self.dims)
+        return shape_of(self.sizes, self.dims)
 
     @property
     def ndim(self) -> int:
@@ -79,9 +82,9 @@ class Deferred:
 
     def view(self, *shape: Any) -> Any:
         shape = _flat(shape)
-        if not all(isinstance(size, int) for size in shape):
+        if not all(type(size) is int for size in shape):
             return self.tensor().view(*shape)
-        dims = _split([axis for axes in self.dims for axis in axes], self.sizes, resolved(self.numel(), shape))
+        dims = _split(self.sizes, self.dims, shape)
         return self.tensor().reshape(shape) if dims is None else self._with(dims=dims)
 
     reshape = view
@@ -131,20 +134,29 @@ def _flat(arguments: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(arguments[0]) if len(arguments) == 1 and isinstance(arguments[0], Sequence) else arguments
 
 
-def resolved(count: int, shape: Sequence[int]) -> list[int]:
-    """The shape of so many elements, of which one size may be -1."""
+@of_shapes
+def without_ones(sizes: Sizes, dims: Dims) -> Dims:
+    return tuple(tuple(axis for axis in axes if sizes[axis] > 1) for axes in dims)
+
+
+@of_shapes
+def shape_of(sizes: Sizes, dims: Dims) -> torch.Size:
+    return torch.Size(math.prod(sizes[axis] for axis in axes) for axes in dims)
+
+
+@of_shapes
+def _split(sizes: Sizes, dims: Dims, shape: Sizes) -> Dims | None:
+    """The axes in turn as dimensions of these sizes, one of which may be -1; None if one axis would be parted."""
+    left = [axis for axes in dims for axis in axes]
     known = math.prod(size for size in shape if size != -1)
-    return [count // known if size == -1 and known else size for size in shape]
-
-
-def _split(axes: list[str], sizes: dict[str, int], shape: Sequence[int]) -> tuple[Axes, ...] | None:
-    """The axes in turn as dimensions of these sizes; None if one of them would be parted."""
-    dims, left = [], list(axes)
+    count = math.prod(sizes[axis] for axis in left)
+    found = []
     for size in shape:
-        inside: list[str] = []
+        size = count // known if size == -1 and known else size
+        inside: list[int] = []
         while left and math.prod(sizes[axis] for axis in inside) < size:
             inside.append(left.pop(0))
         if math.prod(sizes[axis] for axis in inside) != size:
             return None
-        dims.append(tuple(inside))
-    return None if left else tuple(dims)
+        found.append(tuple(inside))
+    return None if left else tuple(found)

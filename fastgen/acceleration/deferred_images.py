@@ -12,12 +12,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgen import ops
-from fastgen.acceleration.deferred import Axes, Deferred, plain
+from fastgen.acceleration.deferred import Axes, Deferred, Dims, Sizes, of_shapes, plain
 from fastgen.acceleration.scaled_weights import DTYPES, ScaledWeight
 from fastgen.ops.conv_block import is_transformed, is_unobserved, pair, wants_grad
+from fastgen.ops.conv_cpu import Options
+from fastgen.ops.conv_sequence import conv_bn_act_sequence
+from fastgen.ops.known_convs import BLOCK_TENSORS
 
 # Samples, channels, rows, a pixel and the zeros that follow it in a column, columns, and the same in a row.
-_N, _C, _H, _U, _W, _V = _AXES = "NCHUWV"
+_N, _C, _H, _U, _W, _V = range(6)
+_NO_PADDING, _BY_NAME = (0, (0, 0), [0, 0]), ("same", "valid")
+_NO_NORM = (None,) * (BLOCK_TENSORS - 1)
 
 
 def images(value: Any) -> Any:
@@ -38,8 +43,8 @@ class Images(Deferred):
     """
 
     def __init__(self, source: Tensor) -> None:
-        sizes = dict(zip((_N, _C, _H, _W), source.shape, strict=True)) | {_U: 1, _V: 1}
-        super().__init__(sizes, [(_N,), (_C,), (_H,), (_W,)], source)
+        n, c, h, w = source.shape
+        super().__init__((n, c, h, 1, w, 1), ((_N,), (_C,), (_H,), (_W,)), source)
         self.source, self.padding = source, (0, 0, 0, 0)
         self.up = (1, 1)
 
@@ -50,13 +55,9 @@ class Images(Deferred):
             value = F.pad(value.reshape(n, c, h, 1, w, 1), (0, self.up[1] - 1, 0, 0, 0, self.up[0] - 1))
             value = value.reshape(n, c, h * self.up[0], w * self.up[1])
         value = F.pad(value, self.padding) if any(self.padding) else value
-        if self.shape == value.shape and [axis for axes in self.dims for axis in axes] == self._order():
+        if self.shape == value.shape and _is_in_order(self.sizes, self.dims):
             return value
-        sizes = [self.sizes[axis] for axis in _AXES]
-        return self.arranged(value.reshape(sizes), _AXES)
-
-    def _order(self) -> list[str]:
-        return [axis for axis in _AXES if self.sizes[axis] > 1]
+        return self.arranged(value.reshape(self.sizes))
 
     def pad(self, sides: Sequence[int], mode: str = "constant", value: float | None = None) -> Any:
         """Of zeros: between pixels where a dimension of one follows these, around the images elsewhere."""
@@ -90,17 +91,18 @@ class Images(Deferred):
         if size < 1:
             return None
         pixel, zeros = ((_H, _U), (_W, _V))[along]
-        dims = list(self.dims)
+        sizes, dims = list(self.sizes), list(self.dims)
+        sizes[pixel], sizes[zeros] = size, 1
         dims[at] = (pixel,) if size > 1 else ()
-        return self._with(padding=tuple(padding), sizes=self.sizes | {pixel: size, zeros: 1}, dims=tuple(dims))
+        return self._with(padding=tuple(padding), sizes=tuple(sizes), dims=tuple(dims))
 
     def _with_zeros_between(self, at: int, along: int, count: int) -> Images | None:
         if self.up[along] > 1 or any(self.padding[2 - 2 * along : 4 - 2 * along]):
             return None
-        zeros, up, dims = (_U, _V)[along], list(self.up), list(self.dims)
-        up[along] = count + 1
+        zeros, up, sizes, dims = (_U, _V)[along], list(self.up), list(self.sizes), list(self.dims)
+        up[along] = sizes[zeros] = count + 1
         dims[at] = (zeros,)
-        return self._with(up=tuple(up), sizes=self.sizes | {zeros: count + 1}, dims=tuple(dims))
+        return self._with(up=tuple(up), sizes=tuple(sizes), dims=tuple(dims))
 
     def _along(self, axes: Axes) -> int | None:
         """0 of a dimension that is the rows of the images, 1 of their columns."""
@@ -138,11 +140,9 @@ class Images(Deferred):
         groups: int = 1,
     ) -> Any:
         found = None
-        plainly = ("stride", stride, 1), ("padding", padding, 0), ("dilation", dilation, 1)
         if bias is None and isinstance(weight, ScaledWeight):
-            options = {"stride": stride, "padding": padding, "dilation": dilation}
-            found = self._by_sample(weight, groups, False, ops.conv2d_bn_act, options)
-        elif bias is None and all(pair(name, value) == (least, least) for name, value, least in plainly):
+            found = self._by_sample(weight, groups, False, stride, padding, 0, dilation)
+        elif bias is None and pair("stride", stride) == pair("dilation", dilation) == (1, 1) and padding in _NO_PADDING:
             found = self._filtered(weight, groups)
         if found is not None:
             return found
@@ -158,26 +158,33 @@ class Images(Deferred):
         groups: int = 1,
         dilation: Any = 1,
     ) -> Any:
-        options = {"stride": stride, "padding": padding, "output_padding": output_padding, "dilation": dilation}
+        found = None
         if bias is None and isinstance(weight, ScaledWeight):
-            found = self._by_sample(weight, groups, True, ops.conv_transpose2d_bn_act, options)
-            if found is not None:
-                return found
-        return F.conv_transpose2d(self.tensor(), plain(weight), bias, groups=groups, **options)
+            found = self._by_sample(weight, groups, True, stride, padding, output_padding, dilation)
+        if found is not None:
+            return found
+        tensors = self.tensor(), plain(weight), bias
+        return F.conv_transpose2d(*tensors, stride, padding, output_padding, groups, dilation)
 
     def _by_sample(
-        self, weight: ScaledWeight, groups: int, transposed: bool, operation: Any, options: dict[str, Any]
+        self, weight: ScaledWeight, groups: int, transposed: bool, stride: Any, padding: Any, more: Any, dilation: Any
     ) -> Images | None:
         """Of [1, N * C, H, W]."""
         (n, c, h, w), source = self.source.shape, self.source
-        joined = self.shape == (1, n * c, h, w) and [axis for axes in self.dims for axis in axes] == self._order()
-        if not joined or any(self.padding) or self.up != (1, 1) or weight.dtype != self.dtype:
+        joined = self.shape == (1, n * c, h, w) and _is_in_order(self.sizes, self.dims)
+        if not joined or any(self.padding) or self.up != (1, 1) or weight.dtype != self.dtype or padding in _BY_NAME:
             return None
         inner, outer = weight.scales()
         if not weight.of_groups(n, c, groups, transposed) or wants_grad((inner, outer)):
             return None
-        scaled = source if inner is None else source * inner
-        output = operation(scaled, weight.kernel(transposed), **options)
+        scaled, kernel = source if inner is None else source * inner, weight.kernel(transposed)
+        if kernel.shape[2:] == (1, 1) and not transposed:  # with nothing behind it
+            output = F.conv2d(scaled, kernel, None, stride, padding, dilation)
+        else:
+            sides = pair("stride", stride), pair("padding", padding), pair("output_padding", more)
+            options = Options(*sides, 1, pair("dilation", dilation), False, 0.0, "none", 0.0)
+            blocks = ((transposed, tuple(options)),)
+            output = conv_bn_act_sequence(scaled, (kernel, *_NO_NORM), blocks, contiguous=source.is_contiguous())
         result = Images(output if outer is None else output.mul_(outer))
         return result.view(1, -1, *result.source.shape[2:])
 
@@ -185,8 +192,8 @@ class Images(Deferred):
         """Of [N * C, 1, H, W], or [N, C, H, W] with the same filter for each channel."""
         if not isinstance(weight, Tensor) or weight.dim() != 4 or wants_grad((weight,)) or weight.dtype != self.dtype:
             return None
-        n, c, h, w = (self.sizes[axis] for axis in (_N, _C, _H, _W))
-        if self.sizes[_U] > 1 or self.sizes[_V] > 1 or [a for axes in self.dims for a in axes] != self._order():
+        n, c, h, between_rows, w, between_columns = self.sizes
+        if between_rows > 1 or between_columns > 1 or not _is_in_order(self.sizes, self.dims):
             return None
         apart = self.shape == (n * c, 1, h, w) and groups == 1
         if not apart and not (self.shape == (n, c, h, w) and groups == c):
@@ -198,6 +205,11 @@ class Images(Deferred):
         output = ops.upfirdn2d(self.source, weight[0, 0], up=self.up, padding=self.padding, flip_filter=True)
         result = Images(output)
         return result.view(n * c, 1, *output.shape[2:]) if apart else result
+
+
+@of_shapes
+def _is_in_order(sizes: Sizes, dims: Dims) -> bool:
+    return [axis for axes in dims for axis in axes] == [axis for axis, size in enumerate(sizes) if size > 1]
 
 
 Images.functions = {

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 import torch.nn.functional as F
-from torch import fx
+from torch import Tensor, fx
 from torch.nn.parameter import is_lazy
 
 from fastgen.acceleration.blocks import expect_rank
@@ -24,6 +24,7 @@ from fastgen.acceleration.tracing import Trace
 from fastgen.acceleration.writes import written
 
 _GROUPS_AT = 6  # among the arguments of either
+_LEAST = 1 << 16  # weights: fewer cost less to compute for each sample than it costs to do without
 _VIEWS = ("view", "reshape", "permute")
 _BY_SAMPLE = "one convolution for all samples, their scales on the images"
 _FILTER = "as one filter for all channels"
@@ -92,13 +93,14 @@ def _find(node: fx.Node, trace: Trace, others: set[fx.Node]) -> _Found | None:
     if not views and given["input"] not in others:
         return None
     before = _reached([weight], lambda n: [] if _asks_for_size(n) else n.all_input_nodes)
-    sizes = [(n, _dim(n, trace)) for n in before if n.op == "get_attr"]
-    kernels = [n for n, dim in sizes if dim >= 4]
+    sources = {n: _source(n, trace) for n in before if n.op == "get_attr"}
+    kernels = [n for n, value in sources.items() if value is not None and value.dim() >= 4]
     if isinstance(groups, fx.Node) and len(kernels) == 1:
         path = before & _reached(kernels, lambda n: list(n.users)) - set(kernels)
-        if all(n.op in ("call_function", "call_method") for n in path):
+        if sources[kernels[0]].numel() >= _LEAST and all(n.op in ("call_function", "call_method") for n in path):  # type: ignore[union-attr]
             return _Found(node, views, kernels[0], path)
-    if node.target is F.conv2d and sizes and all(1 <= dim <= 2 for _, dim in sizes):
+    small = [value is not None and value.dim() in (1, 2) for value in sources.values()]
+    if node.target is F.conv2d and small and all(small):
         return _Found(node, views, None, set())
     return None
 
@@ -159,6 +161,6 @@ def _reached(nodes: Iterable[fx.Node], step: Callable[[fx.Node], list[fx.Node]])
     return found
 
 
-def _dim(node: fx.Node, trace: Trace) -> int:
+def _source(node: fx.Node, trace: Trace) -> Tensor | None:
     tensor = own_tensor(node, trace)
-    return 0 if tensor is None or is_lazy(tensor.values[0]) else tensor.values[0].dim()
+    return None if tensor is None or is_lazy(tensor.values[0]) else tensor.values[0]

@@ -15,17 +15,17 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastgen.acceleration.deferred import Axes, Deferred, plain
+from fastgen.acceleration.deferred import Deferred, Dims, Sizes, of_shapes, plain, shape_of
 from fastgen.ops.conv_block import is_transformed, is_unobserved, wants_grad
 from fastgen.ops.packed_weights import kept
 
 DTYPES = (torch.float32, torch.float64)
-_N, _O, _I, _Y, _X = _AXES = "NOIYX"  # samples, output and input channels, the kernel
+_N, _O, _I, _Y, _X = range(5)  # samples, output and input channels, the kernel
 
 
 def own_weight(weight: Tensor) -> Any:
@@ -36,28 +36,27 @@ def own_weight(weight: Tensor) -> Any:
         return weight
     if weight.device.type != "cpu" or weight.dtype not in DTYPES or math.prod(weight.shape[:-4]) != 1:
         return weight
-    sizes = dict(zip(_AXES[1:], weight.shape[-4:], strict=True)) | {_N: 1}
-    return ScaledWeight(sizes, [*[()] * (weight.dim() - 4), (_O,), (_I,), (_Y,), (_X,)], weight)
+    dims: Dims = (*[()] * (weight.dim() - 4), (_O,), (_I,), (_Y,), (_X,))
+    return ScaledWeight((1, *weight.shape[-4:]), dims, weight)
 
 
 class ScaledWeight(Deferred):
     """``(weight * factor * inner * outer) ** power``."""
 
-    def __init__(self, sizes: dict[str, int], dims: list[Axes], weight: Tensor) -> None:
+    def __init__(self, sizes: Sizes, dims: Dims, weight: Tensor) -> None:
         super().__init__(sizes, dims, weight)
         self.weight, self.factor, self.power = weight, 1.0, 1
         self.inner: Tensor | None = None  # [N, I], either may be 1
         self.outer: Tensor | None = None  # [N or 1, O]
 
     def tensor(self) -> Tensor:
-        n, o, i, y, x = (self.sizes[axis] for axis in _AXES)
-        value = self.weight.reshape(1, o, i, y, x) * self.factor
+        value = self.weight.reshape(1, *self.sizes[1:]) * self.factor
         if self.inner is not None:
             value = value * self.inner[:, None, :, None, None]
         if self.outer is not None:
             value = value * self.outer[:, :, None, None, None]
         value = value**self.power if self.power != 1 else value
-        return self.arranged(value.expand(n, o, i, y, x), _AXES)
+        return self.arranged(value.expand(self.sizes))
 
     def to(self, *args: Any, **kwargs: Any) -> Any:
         return self if args == (self.dtype,) and not kwargs else self.tensor().to(*args, **kwargs)
@@ -86,38 +85,16 @@ class ScaledWeight(Deferred):
 
     def _scaled(self, other: Tensor, operation: Callable[[Any, Any], Any]) -> Any:
         """By a tensor that differs between samples and channels alone."""
-        found = self._find_scale(other) if self.power == 1 else None
+        if self.power != 1 or other.dtype != self.dtype or other.device != self.device:
+            return operation(self.tensor(), other)
+        found = _scale(self.sizes, self.dims, other.shape)
         if found is None:
             return operation(self.tensor(), other)
-        side, value, sizes, dims = found
-        before = getattr(self, side)
-        return self._with(**{side: operation(1.0 if before is None else before, value)}, sizes=sizes, dims=dims)
-
-    def _find_scale(self, tensor: Tensor) -> tuple[str, Tensor, dict[str, int], tuple[Axes, ...]] | None:
-        """Whether the tensor scales input or output channels, as [N, channels], and what the product is then."""
-        if tensor.dtype != self.dtype or tensor.device != self.device:
-            return None
-        missing = tensor.dim() - len(self.dims)
-        dims, shape = [*[()] * missing, *self.dims], [*[1] * -missing, *tensor.shape]
-        sizes = dict(self.sizes)
-        found: list[str] = []
-        for at, size in enumerate(shape):
-            if size == 1:
-                continue
-            if not dims[at] and sizes[_N] == 1:  # this is where the samples are from now on
-                dims[at], sizes[_N] = (_N,), size
-            elif math.prod(sizes[axis] for axis in dims[at]) != size:
-                return None
-            found += dims[at]
-        for side, channels in (("inner", _I), ("outer", _O)):
-            if set(found) <= {_N, channels}:
-                value = tensor.reshape([sizes[axis] for axis in found])
-                value = value.t() if found == [channels, _N] else value
-                value = value if _N in found else value[None]
-                value = value if channels in found else value.reshape(-1, 1)
-                value = value.expand(-1, sizes[_O]) if side == "outer" else value
-                return side, value, sizes, tuple(dims)
-        return None
+        value = other.reshape(found.shape)
+        value = value.t() if found.transposed else value
+        before = getattr(self, found.side)
+        value = operation(1.0 if before is None else before, value)
+        return self._with(**{found.side: value}, sizes=found.sizes, dims=found.dims)
 
     def square(self) -> Any:
         return self._with(power=2) if self.power == 1 else self.tensor().square()
@@ -135,10 +112,15 @@ class ScaledWeight(Deferred):
         if options or self.power != 2 or axes != {axis for axis in (_I, _Y, _X) if self.sizes[axis] > 1}:
             return self.tensor().sum(given, keepdim=keepdim, **options)
         squares = kept([self.weight], "squares", lambda: _squares(self.weight))
-        inner = squares.new_ones(1, 1) if self.inner is None else self.inner
-        value = inner.square().expand(-1, self.sizes[_I]) @ squares * self.factor**2
+        if self.inner is None:
+            value = squares.sum(0)[None]
+        elif self.inner.shape[1] == 1:
+            value = self.inner.square() * squares.sum(0)
+        else:
+            value = self.inner.square() @ squares
+        value = value * self.factor**2 if self.factor != 1.0 else value
         value = value if self.outer is None else value * self.outer.square()
-        value = value.expand(self.sizes[_N], -1)
+        value = value.expand(self.sizes[_N], self.sizes[_O])
         if [axis for at, dim in enumerate(self.dims) for axis in dim if at not in summed] == [_O, _N]:
             value = value.t()
         shape = [1 if at in summed else size for at, size in enumerate(self.shape) if keepdim or at not in summed]
@@ -146,16 +128,8 @@ class ScaledWeight(Deferred):
 
     def of_groups(self, samples: int, channels: int, groups: int, transposed: bool) -> bool:
         """Whether a convolution of so many groups takes a sample with its own weights in each."""
-        outer, inner = (_I, _O) if transposed else (_O, _I)
-        expected = [axis for axis in (_N, outer, inner, _Y, _X) if self.sizes[axis] > 1]
-        shape = (samples * self.sizes[outer], self.sizes[inner], self.sizes[_Y], self.sizes[_X])
-        return (
-            [axis for axes in self.dims for axis in axes] == expected
-            and self.shape == shape
-            and self.power == 1
-            and groups == samples == self.sizes[_N]
-            and self.sizes[_I] == channels
-        )
+        fits = self.power == 1 and groups == samples == self.sizes[_N] and self.sizes[_I] == channels
+        return fits and _is_by_sample(self.sizes, self.dims, transposed)
 
     def kernel(self, transposed: bool) -> Tensor:
         """The parameter's own memory, as a convolution takes it."""
@@ -164,11 +138,11 @@ class ScaledWeight(Deferred):
     def scales(self) -> tuple[Tensor | None, Tensor | None]:
         """What images are to be multiplied with before and after, [N or 1, channels or 1, 1, 1]."""
         inner, outer = self.inner, self.outer
-        if outer is not None:
+        if self.factor != 1.0 and outer is not None:
             outer = outer * self.factor
-        elif inner is not None:
+        elif self.factor != 1.0 and inner is not None:
             inner = inner * self.factor
-        else:
+        elif self.factor != 1.0:
             outer = self.weight.new_full((1, 1), self.factor)
         return tuple(None if scale is None else scale[:, :, None, None] for scale in (inner, outer))  # type: ignore
 
@@ -181,11 +155,55 @@ ScaledWeight.functions = {
 }
 
 
+class _Scale(NamedTuple):
+    """What a tensor is to a weight that it is multiplied with: once it has the shape, and perhaps is transposed, a
+    scale of the channels of a side, [N or 1, channels or 1]; and what the product has for sizes and dimensions.
+    """
+
+    side: str
+    shape: tuple[int, ...]
+    transposed: bool
+    sizes: Sizes
+    dims: Dims
+
+
+@of_shapes
+def _scale(sizes: Sizes, dims: Dims, shape: tuple[int, ...]) -> _Scale | None:
+    missing = len(shape) - len(dims)
+    now, n = [*[()] * missing, *dims], sizes[_N]
+    found: list[int] = []
+    for at, size in enumerate([*[1] * -missing, *shape]):
+        if size == 1:
+            continue
+        if not now[at] and n == 1:  # this is where the samples are from now on
+            now[at], n = (_N,), size
+        elif math.prod(n if axis == _N else sizes[axis] for axis in now[at]) != size:
+            return None
+        found += now[at]
+    of_all, counts = (n, *sizes[1:]), {_N: n, _O: sizes[_O], _I: sizes[_I]}
+    for side, channels in (("inner", _I), ("outer", _O)):
+        if set(found) <= {_N, channels}:
+            order = found if len(found) == 2 else [_N, channels]
+            parts = tuple(counts[axis] if axis in found else 1 for axis in order)
+            return _Scale(side, parts, order == [channels, _N], of_all, tuple(now))
+    return None
+
+
+@of_shapes
+def _is_by_sample(sizes: Sizes, dims: Dims, transposed: bool) -> bool:
+    """Whether the weights lie as a convolution takes them, samples first."""
+    outer, inner = (_I, _O) if transposed else (_O, _I)
+    expected = [axis for axis in (_N, outer, inner, _Y, _X) if sizes[axis] > 1]
+    shape = (sizes[_N] * sizes[outer], sizes[inner], sizes[_Y], sizes[_X])
+    return [axis for axes in dims for axis in axes] == expected and shape_of(sizes, dims) == shape
+
+
 def _squares(weight: Tensor) -> Tensor:
     """[I, O], each the sum over the kernel."""
     return weight.reshape(weight.shape[-4:]).square().sum((2, 3)).t().contiguous()
 
 
 def _kernel(weight: Tensor, transposed: bool) -> Tensor:
+    """As a parameter, so that what a convolution needs to know of it is kept."""
     kernel = weight.detach().view(weight.shape[-4:])
-    return kernel.transpose(0, 1) if transposed else kernel
+    return torch.nn.Parameter(kernel.transpose(0, 1) if transposed else kernel, requires_grad=False)

@@ -5,10 +5,13 @@ Symbols answer what is known of the tensor that they stand for, and refuse what 
 
 from __future__ import annotations
 
+import bisect
 import dis
+import functools
 import operator
 import sys
 from collections.abc import Callable
+from types import CodeType
 from typing import Any
 
 import torch
@@ -374,7 +377,13 @@ class _Attribute(Symbol, Attribute):
 
 def _following(frame: Any) -> list[dis.Instruction]:
     """The instructions of a function from the present one on."""
-    return [step for step in dis.get_instructions(frame.f_code) if step.offset >= frame.f_lasti]
+    steps = _instructions(frame.f_code)
+    return steps[bisect.bisect_left(steps, frame.f_lasti, key=operator.attrgetter("offset")) :]
+
+
+@functools.lru_cache(maxsize=1024)
+def _instructions(code: CodeType) -> list[dis.Instruction]:
+    return list(dis.get_instructions(code))
 
 
 def _truth_without_raising(steps: list[dis.Instruction]) -> bool | None:

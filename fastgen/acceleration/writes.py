@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 from torch import fx
 
@@ -38,10 +40,20 @@ def changed(trace: Trace) -> set[fx.Node]:
 
 def _is_in_place(node: fx.Node) -> bool:
     """Of functions with an argument ``inplace``."""
-    function = node.target
-    if node.op != "call_function" or not callable(function):
+    if node.op != "call_function" or not callable(node.target):
+        return False
+    signature = _signature(node.target)
+    if signature is None or "inplace" not in signature.parameters:
         return False
     try:
-        return bool(inspect.signature(function).bind(*node.args, **node.kwargs).arguments.get("inplace"))
-    except (TypeError, ValueError):  # built in: these have none
+        return bool(signature.bind(*node.args, **node.kwargs).arguments.get("inplace"))
+    except TypeError:
         return False
+
+
+@functools.lru_cache(maxsize=1024)
+def _signature(function: Callable[..., Any]) -> inspect.Signature | None:
+    try:
+        return inspect.signature(function)
+    except (TypeError, ValueError):  # built in
+        return None

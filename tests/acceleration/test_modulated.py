@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastgen
+from fastgen.acceleration import deferring
 from fastgen.acceleration.deferred import plain
 from fastgen.acceleration.deferred_images import Images, images
 from fastgen.acceleration.scaled_weights import ScaledWeight, own_weight
@@ -172,6 +173,12 @@ def make(name):
     return prepared(factory()), (torch.randn(3, *shape), torch.randn(3, 4)), found
 
 
+@pytest.fixture(autouse=True)
+def small_weights(monkeypatch):
+    """As if they were large."""
+    monkeypatch.setattr(deferring, "_LEAST", 0)
+
+
 @pytest.fixture
 def no_tensors(monkeypatch):
     """Of the weights of each sample: none is computed, nor are joined images copied."""
@@ -242,6 +249,15 @@ def test_modes(name):
     half = copy.deepcopy(network).bfloat16()
     args = [x.bfloat16() for x in inputs]
     torch.testing.assert_close(fastgen.accelerate(half)(*args), half(*args), rtol=0.05, atol=0.1)
+
+
+@torch.no_grad()
+def test_a_few_weights_are_computed(monkeypatch):
+    monkeypatch.undo()
+    network, inputs, _ = make("upwards")
+    fast = fastgen.accelerate(network)
+    assert [entry.reason for entry in fast.fastgen_report.fused] == ["as one filter for all channels"]
+    torch.testing.assert_close(fast(*inputs), network(*inputs), rtol=1e-4, atol=1e-4)
 
 
 # What looks like it
