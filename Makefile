@@ -1,6 +1,6 @@
 # Everything happens in this checkout: the environment in .venv, build products and caches in build/.
 PYTHON ?= python3
-SUITES ?= masked_conv2d shifted_conv2d concat_elu gated_unit training logistic_mixture_nll reparameterize group_norm_act nearest_code sampling code_prior generator decoder encoder vae vqvae crowded
+SUITES ?= masked_conv2d shifted_conv2d concat_elu gated_unit training logistic_mixture_nll reparameterize group_norm_act upfirdn2d nearest_code sampling code_prior generator decoder encoder stylegan2 vae vqvae crowded
 NATIVE_TESTS ?= tests/ops tests/nn tests/sampling
 
 VENV := .venv

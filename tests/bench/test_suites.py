@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 
 from bench import __main__ as command
 from bench import (
@@ -23,7 +25,9 @@ from bench import (
     reparameterize,
     sampling,
     shifted_conv2d,
+    stylegan2,
     training,
+    upfirdn2d,
     vae,
     vqvae,
 )
@@ -46,7 +50,9 @@ SUITES = [
     reparameterize,
     sampling,
     shifted_conv2d,
+    stylegan2,
     training,
+    upfirdn2d,
     vae,
     vqvae,
 ]
@@ -179,3 +185,43 @@ def test_folded_networks_are_the_same():
         network = generator.make(kind, *sizes).double()
         inputs = [x.double() for x in network.inputs(2)]
         torch.testing.assert_close(generator.fold(network)(*inputs), network(*inputs))
+
+
+class _CountsProducts(TorchFunctionMode):
+    """Of convolutions by the definition: ones convolved with ones count the pairs of an input and an output."""
+
+    def __init__(self):
+        super().__init__()
+        self.products = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function in (F.conv2d, F.conv_transpose2d) and args[1].shape[1] > 1:  # no filters
+            x, weight = args[:2]
+            groups = kwargs.pop("groups")
+            with torch._C.DisableTorchFunction():
+                pairs = function(
+                    torch.ones(1, 1, *x.shape[2:]), torch.ones(1, 1, *weight.shape[2:]), *args[2:], **kwargs
+                )
+                samples = groups * (weight.shape[0] // groups) * weight.shape[1]
+                self.products += samples * int(pairs.sum())
+            kwargs["groups"] = groups
+        return function(*args, **kwargs)
+
+
+@torch.no_grad()
+def test_products_of_stylegan2_by_counting():
+    network = generator.make(stylegan2.StyleGAN2, 16, 4, 32)
+    inputs, counts = network.inputs(3), _CountsProducts()
+    with counts:
+        image = network(*inputs)
+    assert image.shape == (3, 3, 16, 16)
+    assert network.flops(3) == 2 * counts.products
+
+
+@torch.no_grad()
+def test_stylegan2_with_one_weight_is_the_same():
+    network = generator.make(stylegan2.StyleGAN2, 16, 4, 32).double()
+    w = network.inputs(2)[0].double()
+    for format in (torch.contiguous_format, torch.channels_last):
+        torch.testing.assert_close(stylegan2.one_weight(network, format)(w), network(w))

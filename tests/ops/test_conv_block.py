@@ -56,6 +56,7 @@ def calls():
             "masked_conv2d": (masked, (x, kernel, torch.randn(10))),
             "conv2d_bn_act": (conv2d, (x, kernel, *norm(10))),
             "group_norm_act": (group_norm, (x, *torch.randn(2, 10))),
+            "upfirdn2d": (ops.upfirdn2d, (x, torch.randn(2, 3))),
             "conv2d_bn_act, folded": (groups, (x, torch.randn(10, 5, 3, 3), *norm(10))),
             "conv_transpose2d_bn_act": (ops.conv_transpose2d_bn_act, (x, kernel, *norm(10))),
             "sequence": (sequence, (x, kernel, *norm(10), kernel.flip(0), *norm(10))),
@@ -170,6 +171,8 @@ def test_transforms(function, tensors):
 
 @every_call
 def test_compiled_transforms(function, tensors):
+    torch._dynamo.reset()  # all of these are one code object, which may be compiled a few times
+
     def summed(x):
         return function(x, *tensors[1:]).sum()
 

@@ -37,6 +37,7 @@ WITHOUT_GRADIENT = {
     "conv_transpose2d_bn_act inference": CALLS["conv_transpose2d_bn_act"],
     "conv2d_bn_act": (lambda x, w: ops.conv2d_bn_act(x, w, None, mean, var, activation="relu"), (maps, weight)),
     "group_norm_act": (lambda x: ops.group_norm_act(x, 4, activation="silu"), (maps,)),
+    "upfirdn2d": (lambda x: ops.upfirdn2d(x, torch.ones(3, 3), padding=1), (maps,)),
     "nearest_code": (ops.nearest_code, (maps, torch.randn(80, 32))),
     "normal": (lambda x: ops.normal(64, (256,), seed=1) + x, (torch.zeros(()),)),
 }
