@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Callable, Iterator, Sequence, Set
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -32,13 +32,22 @@ _TIMING = {"warmup": 5, "rep": 25}  # milliseconds of a configuration
 
 @contextmanager
 def compiling_side_by_side() -> Iterator[None]:
-    """What is warmed up in this context is compiled by several threads where this Triton can; it takes seconds each."""
+    """What is warmed up in this context is compiled by several threads where this Triton can; it takes seconds each.
+
+    A compilation that fails raises at the launch of its kernel, where a tuner heeds it, not here.
+    """
     mode = getattr(triton, "AsyncCompileMode", None)
     if mode is None:
         yield
         return
-    with ThreadPoolExecutor(min(os.cpu_count() or 1, _COMPILERS)) as pool, mode(pool):
-        yield
+    with ThreadPoolExecutor(min(os.cpu_count() or 1, _COMPILERS)) as pool, mode(pool) as active:
+        try:
+            yield
+        finally:
+            # The mode would raise before it ends, up to Triton 3.7, and stay for good: no other could begin.
+            futures = getattr(active, "raw_futures", [])
+            wait(futures)
+            futures[:] = [future for future in futures if future.exception() is None]
 
 
 def architecture() -> int:

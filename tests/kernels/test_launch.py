@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import triton
+from triton.runtime import _async_compile
 
 from fastgen.kernels import launch
 
@@ -83,6 +85,21 @@ def test_integers_that_are_not_specialised_may_differ(monkeypatch: pytest.Monkey
         kernel[lambda _: (1,)](x, x, size, SCALE=3, ROWS=16)
     assert len(kernel.fn.compiled) == 1
     assert kernel.fn.launched == [((1, 1, 1), (x, x, 4, 3, 16))]
+
+
+def test_a_compilation_that_fails_ends_neither_the_others_nor_the_mode() -> None:
+    """It raises where its kernel is launched; and again in the next context, which could not begin."""
+    finished: list[str] = []
+    for _ in range(2):
+        with launch.compiling_side_by_side():
+            mode = _async_compile.active_mode.get()
+            further = [lambda *_: None] * (len(inspect.signature(mode.submit).parameters) - 3)
+            failing = mode.submit("failing", lambda: 1 / 0, finished.append, *further)
+            mode.submit("fine", lambda: "fine", finished.append, *further)
+        assert _async_compile.active_mode.get() is None
+        with pytest.raises(ZeroDivisionError):
+            failing.result()
+    assert finished == ["fine"] * 2
 
 
 def test_triton_itself_would_launch_the_same(tmp_path: Path) -> None:
