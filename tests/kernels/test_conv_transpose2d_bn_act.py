@@ -195,12 +195,13 @@ def test_empty_batch(device):
     assert grads[0].shape == tensors[0].shape and not any(grad.any() for grad in grads[1:])
 
 
-def test_groups_and_dilation_are_for_others():
+def test_groups_and_dilation_are_for_others(device):
     for name, reason in (("groups", "one group"), ("dilation", "no dilation")):
         case = CASES[name]
         args = [*options(case)]
         args[3:5] = [case.groups, list(case.options.get("dilation", (1, 1)))]
-        assert reason in backends.reasons("conv_transpose2d_bn_act", *case.tensors(), *args)["triton"]
+        tensors = moved(case.tensors(), device)
+        assert reason in backends.reasons("conv_transpose2d_bn_act", *tensors, *args)["triton"]
 
 
 @pytest.mark.parametrize("training", [False, True])

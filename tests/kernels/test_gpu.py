@@ -89,11 +89,16 @@ def test_compiled(make):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_every_tile_gives_the_same_bits(dtype, monkeypatch):
+    """Each compiled and launched, whatever was chosen and compiled before."""
     from fastgen.kernels import tap_gemm
 
     call, tuner = masked(dtype), tap_gemm._tap_gemm
+    half = [*(tap_gemm._WIDE if tap_gemm.architecture() == 90 else []), *tap_gemm._HALF]  # as in `_configs`
     results = []
-    for config in tap_gemm._FULL if dtype == torch.float32 else tap_gemm._HALF:
-        monkeypatch.setattr(tuner, "configs", [config])
+    for config in tap_gemm._FULL if dtype == torch.float32 else half:
+        monkeypatch.setattr(tuner, "configs", lambda *_, config=config, **__: [config])
+        monkeypatch.setattr(tuner, "chosen", {})
+        monkeypatch.setattr(tuner, "compiled", {})
         results.append(call())
+        assert list(tuner.chosen.values()) == [config.all_kwargs()]
     assert all(torch.equal(result, results[0]) for result in results)
