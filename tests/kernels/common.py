@@ -7,12 +7,20 @@ import mmap
 import torch
 from torch import Tensor
 
+_FEW = 16
+_HARDWARE = 8 * 2**-23
+
 
 def as_accurate(actual: Tensor, plain: Tensor, exact: Tensor) -> None:
-    """As plain PyTorch in the same dtype: at most twice its error, or half a unit in the last place."""
+    """As plain PyTorch in the same dtype: at most twice its error, or half a unit in the last place; of a few numbers
+    on a GPU, whose errors do not average out, as much more as its approximate ex2, rcp and div may be off together.
+    """
     assert actual.shape == exact.shape and actual.dtype == plain.dtype
     error, allowed = _rms(actual.cpu() - exact), 2 * _rms(plain - exact)
-    assert error <= max(allowed, torch.finfo(actual.dtype).eps / 2 * _rms(exact))
+    floor = torch.finfo(actual.dtype).eps / 2
+    if actual.is_cuda and actual.numel() < _FEW:
+        floor += _HARDWARE
+    assert error <= max(allowed, floor * _rms(exact))
 
 
 def _rms(error: Tensor) -> float:

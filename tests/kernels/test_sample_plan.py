@@ -339,9 +339,15 @@ def _primitive(a, b, out, OP: tl.constexpr, SIZE: tl.constexpr):
     tl.store(out + i, sample_plan._apply(OP, tl.load(a + i), tl.load(b + i)))
 
 
+# Of these the PTX ISA allows a GPU more: a relative error of 2^-22.5 to ex2.approx, and two units in the last place to
+# div.full. With the roundings around them that is 4.4 * 2^-23 for a sigmoid, 4.3 for tanh and, at 1/2, for expm1.
+HARDWARE = ("exp", "expm1", "expm1_of_minus_abs", "elu", "tanh", "sigmoid")
+
+
 @pytest.mark.parametrize("op", PRIMITIVES)
 def test_primitives(op, device):
-    """At most twice the error of PyTorch in float32, or two units in the last place."""
+    """At most twice the error of PyTorch in float32, or two units in the last place; five of what is `HARDWARE`."""
+    units = 2 if INTERPRETED or op not in HARDWARE else 5
     a = torch.cat([torch.randn(500) * 4, torch.randn(500) * 0.01, torch.tensor([0.0, -0.0, 1.0, -1.0] * 6)])
     b = torch.randn(1024) * 4
     a, b = (a.abs() if op in ("log", "sqrt") else a), torch.where(b.abs() < 0.1, 1.0, b)
@@ -351,7 +357,7 @@ def test_primitives(op, device):
     exact = apply(op, *(x.double() for x in operands))
     error = (apply(op, *operands).double() - exact).abs().nan_to_num(0, 0, 0)
     difference = torch.where(out.cpu() == exact, 0.0, (out.cpu().double() - exact).abs())
-    assert (difference <= 2 * error.clamp(min=2.0**-23 * exact.abs().clamp(min=2.0**-126))).all()
+    assert (difference <= (2 * error).clamp(min=units * 2.0**-23 * exact.abs().clamp(min=2.0**-126))).all()
 
 
 @triton.jit
