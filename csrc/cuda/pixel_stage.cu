@@ -2,8 +2,11 @@
 #include <cuda_bf16.h>
 #include <cuda_runtime.h>
 
+#include <map>
+#include <mutex>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "cuda/instructions.h"
 #include "device.h"
@@ -345,14 +348,27 @@ struct Launch {
 
 bool fits(const Space& space) { return space.total() <= attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
 
-void configure(Launch& launch, const void* kernel, const Space& space, int64_t size, int64_t clusters,
-               CUstream_st* stream) {
-    const int64_t bytes = space.total();
+// Lets a kernel have as much shared memory as any launch of it has had on this GPU: graphs replay launches of before.
+void allow(const void* kernel, int64_t bytes) {
+    static std::mutex lock;
+    static std::map<std::pair<const void*, int>, int64_t> allowed;
+    const std::lock_guard<std::mutex> locked(lock);
+    int device = 0;
+    check(cudaGetDevice(&device), "no GPU");
+    int64_t& most = allowed[{kernel, device}];
+    if (bytes <= most) return;
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
           "cannot get shared memory");
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared),
           "cannot get shared memory");
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), "cannot get clusters");
+    most = bytes;
+}
+
+void configure(Launch& launch, const void* kernel, const Space& space, int64_t size, int64_t clusters,
+               CUstream_st* stream) {
+    const int64_t bytes = space.total();
+    allow(kernel, bytes);
     launch.attribute.id = cudaLaunchAttributeClusterDimension;
     launch.attribute.val.clusterDim.x = static_cast<unsigned>(size);
     launch.attribute.val.clusterDim.y = launch.attribute.val.clusterDim.z = 1;

@@ -11,6 +11,7 @@
 #include <atomic>
 #include <cstdint>
 #include <cstring>
+#include <map>
 #include <memory>
 #include <thread>
 #include <utility>
@@ -183,7 +184,7 @@ inline float __uint_as_float(uint32_t bits) {
 }
 
 // The runtime, on a GPU like an H200.
-enum cudaError_t { cudaSuccess };
+enum cudaError_t { cudaSuccess, cudaErrorInvalidValue };
 enum cudaDeviceAttr {
     cudaDevAttrMaxSharedMemoryPerMultiprocessor = 233472,
     cudaDevAttrMaxSharedMemoryPerBlockOptin = 232448,
@@ -223,7 +224,13 @@ inline cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr name, int) 
 inline cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* facts, const void*) {
     return facts->sharedSizeBytes = 1024, cudaSuccess;
 }
-inline cudaError_t cudaFuncSetAttribute(const void*, cudaFuncAttribute, int) { return cudaSuccess; }
+inline std::map<const void*, int> dynamic_shared;  // bytes that a kernel may have
+// That they become fewer is an error here: graphs of a GPU may still replay launches that had more.
+inline cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute name, int value) {
+    if (name != cudaFuncAttributeMaxDynamicSharedMemorySize) return cudaSuccess;
+    if (value < dynamic_shared[kernel]) return cudaErrorInvalidValue;
+    return dynamic_shared[kernel] = value, cudaSuccess;
+}
 inline cudaError_t cudaOccupancyMaxActiveClusters(int* clusters, const void*, const cudaLaunchConfig_t* config) {
     const unsigned size = config->attrs[0].val.clusterDim.x;
     const size_t share = cudaDevAttrMaxSharedMemoryPerMultiprocessor /
@@ -241,6 +248,7 @@ void fill_shared(size_t bytes);
 
 inline cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* kernel, void** arguments) {
     using namespace cuda_on_host;
+    if (config->dynamicSmemBytes > static_cast<size_t>(dynamic_shared[kernel])) return cudaErrorInvalidValue;
     const unsigned size = config->attrs[0].val.clusterDim.x, blocks = config->gridDim.x, lanes = config->blockDim.x;
     std::vector<std::unique_ptr<Cluster>> clusters;
     std::vector<std::thread> threads;

@@ -26,7 +26,9 @@ void cuda_on_host::fill_shared(size_t bytes) {
 int main(int, char** arguments) {
     const PixelCall call(arguments[1]);
     const int64_t size = call.number("size"), share = call.number("share"), clusters = call.number("clusters");
-    if (fastgen::cuda::pixel_clusters(call.stage, call.stage.steps, size, share) < 1) std::abort();
+    for (const int64_t blocks : {int64_t{1}, size}) {  // one has most memory, which may not be taken back
+        if (fastgen::cuda::pixel_clusters(call.stage, call.stage.steps, blocks, share) < 1) std::abort();
+    }
     fastgen::cuda::run_pixel_stage(call.stage, call.stage.steps, call.batch, size, share, clusters, nullptr);
     call.write(arguments[2]);
     return 0;
