@@ -131,6 +131,8 @@ def _why_no_triton() -> str | None:
 def backend(name: str) -> Iterator[None]:
     """Forces a backend within a ``with`` block, for this thread and context only; "auto" returns to the free choice.
 
+    A backward pass on a GPU runs on a thread of autograd's, which chooses freely; ``FASTGEN_BACKEND`` forces it, too.
+
     Raises:
         ValueError: `name` is none of auto, reference, cpu, triton, cuda.
     """
