@@ -29,6 +29,9 @@ from setuptools.command.build_ext import build_ext
 ROOT = Path(__file__).resolve().parent
 CSRC = Path("csrc")  # paths are relative to ROOT, so that a moved checkout is not compiled again
 PER_ISA = "// fastgen: per-isa"  # first line of the sources in csrc/cpu that are compiled once per instruction set
+# Sources that take up to a minute, 48 s of a processor alone: they are compiled first, or all others would be done and
+# wait for them, as tap_gemm comes last in the order of names.
+LONGEST = ("tap_gemm", "tap_conv", "bind_conv", "pixel_stage")
 
 AVX512 = "-mavx2 -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl -mprefer-vector-width=512"
 X86_ISAS = {"baseline": "", "avx2": "-mavx2 -mfma", "avx512": AVX512, "avx512bf16": f"{AVX512} -mavx512bf16"}
@@ -241,7 +244,8 @@ rule cudalink
 
     def compile(self, source: Path, rule: str = "cxx", name: str | None = None, extra: str = "") -> str:
         output = escape(self.folder / f"{name or source.stem}.o")
-        self.edges.append(f"build {output}: {rule} {escape(source)}\n  extra = {extra}\n")
+        edge = f"build {output}: {rule} {escape(source)}\n  extra = {extra}\n"
+        self.edges.insert(0 if source.stem in LONGEST else len(self.edges), edge)
         return output
 
     def module(self, name: str, rule: str, objects: list[str]) -> Path:

@@ -208,6 +208,16 @@ def test_architectures_are_those_that_nvcc_knows(setup, monkeypatch):
     assert setup.find_archs("nvcc") == ["86", "90a"]
 
 
+def test_what_takes_longest_is_compiled_first(setup, tmp_path):
+    """Ninja begins edges in the order of the file."""
+    file = setup.NinjaFile(tmp_path, "0")
+    file.cpu()
+    file.cuda_module()
+    stems = [Path(edge.split(".o: ")[0]).name.split(".")[0] for edge in file.edges if ".o: " in edge]
+    count = sum(stem in setup.LONGEST for stem in stems)
+    assert set(stems[:count]) == set(setup.LONGEST) and not set(stems[count:]) & set(setup.LONGEST)
+
+
 def test_a_missing_compiler_is_named(setup, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     with pytest.raises(setup.BuildError, match="'no-such-compiler' does not compile"):
