@@ -45,7 +45,7 @@ asan: $(VENV)/test.stamp ## native tests under AddressSanitizer and UBSan
 	    $(BIN)/pytest -p no:cacheprovider $(NATIVE_TESTS) $(ARGS)
 
 # With .venv where make test has completed it and its torch sees the GPU, else with PYTHON, which then needs all packages.
-gpu: ## build, test and measure on a GPU (10 minutes), into bench/results; fails without nvcc or GPU
+gpu: ## build, test and measure on a GPU (10 minutes), into bench/results; fails without a GPU
 	$(PYTHON) -m bench.gpu $(ARGS)
 
 bench: $(VENV)/bench.stamp ## measure SUITES and write bench/results

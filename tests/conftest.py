@@ -99,7 +99,15 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.write_line("\n".join(told))
 
 
+def share(text: str) -> tuple[int, int]:
+    number, count = map(int, text.split("/"))
+    if not 1 <= number <= count:
+        raise ValueError
+    return number, count
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--share", type=share, default=(1, 1), metavar="I/N", help="the I-th of N parts of the tests")
     parser.addoption("--require-gpu", action="store_true", help="fail, rather than skip, where there is no GPU")
 
 
@@ -113,6 +121,10 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    number, count = config.getoption("--share")
+    first, last = len(items) * (number - 1) // count, len(items) * number // count
+    config.hook.pytest_deselected(items=items[:first] + items[last:])
+    items[:] = items[first:last]
     reason = _why_no_gpu()
     if reason and config.getoption("--require-gpu"):
         raise pytest.UsageError(reason)

@@ -14,7 +14,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from bench.gpu.python import Facts, choose
@@ -23,31 +23,31 @@ from bench.harness import environment, report
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT = 580.0  # seconds for all; ten minutes with the time that it takes to end what is too slow
+PROBE = 15.0  # of them, for `choose`, which imports torch
 LOGS = Path("build/gpu")
-COMPILED = "tests/kernels/test_compiled.py"  # needs no GPU
+NO_GPU = ("tests/kernels/test_compiled.py", "tests/kernels/test_launch.py")  # compile for a minute, and need none
+# Of the files that compile most kernels, each in a process of its own.
+SHARES = {"tests/kernels/test_sample_plan.py": 3, "tests/kernels/test_conv_transpose2d_bn_act.py": 3}
+EXECUTORS, CUDA_EXECUTOR = "tests/sampling/test_gpu_executors.py", "tests/sampling/test_cuda_plan.py"
+NO_NVCC = "no nvcc on PATH, in $CUDA_HOME or in /usr/local/cuda"
+GPU_MARK = re.compile(r"^(pytestmark = |@)pytest\.mark\.gpu$", re.MULTILINE)
 # The small cases for compute-sanitizer: forward and backward kernels of every operation, and no CUDA graphs.
 SMALL = (
     "known_answers or test_layouts or weight_gradient_is_split or memory_layouts or only_the_gradients or "
     "(test_gradients and both)"
 )
-SPLIT = ("sampling", "acceleration")  # folders whose tests take longest: a part for each file
 
 
 def kernel_tests() -> list[str]:
     """The files whose tests run on a GPU where there is one."""
     files = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests/kernels").glob("test_*.py"))
-    return [file for file in files if file != COMPILED]
+    return [file for file in files if file not in NO_GPU]
 
 
-def other_tests() -> list[list[str]]:
-    """All the others, in groups of about the same time."""
-    folders = sorted(path.parent for path in (ROOT / "tests").glob("*/test_*.py"))
-    groups = []
-    for folder in dict.fromkeys(folders):
-        files = sorted(str(path.relative_to(ROOT)) for path in folder.glob("test_*.py"))
-        files = [file for file in files if file not in kernel_tests()]
-        groups += [[file] for file in files] if folder.name in SPLIT else [files]
-    return [*groups, sorted(str(path.relative_to(ROOT)) for path in (ROOT / "tests").glob("test_*.py"))]
+def gpu_tests() -> list[str]:
+    """The other files with tests that need a GPU."""
+    files = sorted(path for path in (ROOT / "tests").rglob("test_*.py") if GPU_MARK.search(path.read_text()))
+    return [str(path.relative_to(ROOT)) for path in files if path.parent.name != "kernels"]
 
 
 def find(program: str) -> str | None:
@@ -60,65 +60,67 @@ def plan(python: Path, facts: Facts, results: Path, rehearse: bool, commit: str)
     unbuffered = {"PYTHONUNBUFFERED": "1"}  # what was printed before a part is ended is kept
     count = ["--collect-only", "-q"] if rehearse else ["-v", "--tb=short", "-o", "faulthandler_timeout=40"]
     gpu = [] if rehearse else ["--require-gpu"]
+    no_nvcc = "" if rehearse or os.environ.get("NVCC") or find("nvcc") else NO_NVCC
     sanitizer = find("compute-sanitizer") or "compute-sanitizer"
     memcheck, racecheck = ["--tool=memcheck", "--report-api-errors=no"], ["--tool=racecheck"]
 
-    def tests(name: str, seconds: float, *arguments: str) -> Part:
-        return Part(name, [str(python), "-m", "pytest", *count, *arguments], seconds, environment=unbuffered)
+    def tests(file: str, *arguments: str, share: str = "", lacks: str = "") -> Part:
+        command = [str(python), "-m", "pytest", *count, *gpu, *arguments, *(["--share", share] if share else []), file]
+        return Part(f"{file} {share}".strip(), command, 130, environment=unbuffered, lacks=lacks)
+
+    def shared(file: str) -> list[Part]:
+        count = SHARES.get(file, 1)
+        return [tests(file, share=f"{i}/{count}" if count > 1 else "") for i in range(1, count + 1)]
 
     def watched(name: str, tool: Sequence[str], *arguments: str, **variables: str) -> Part:
         command = [] if rehearse else [sanitizer, "--error-exitcode=1", *tool]
         command += [str(python), "-m", "pytest", *count, *gpu, *arguments]
-        return Part(name, command, 70, environment={**unbuffered, **variables})
+        return Part(name, command, 30, environment={**unbuffered, **variables})
 
-    def suite(seconds: float, *names: str, needs: Iterable[str] = (), compile: bool = False) -> Part:
+    def suite(seconds: float, name: str, needs: Sequence[Part] = (), compile: bool = False, lacks: str = "") -> Part:
         options = ["--results", str(results), *(["--commit", commit] if commit else [])]
         options += ["--compile"] * compile + ["--rehearse"] * rehearse
-        command = [str(python), "-m", "bench.gpu.suites", *names, *options]
-        name = f"bench {' '.join(names)}{' compiled' * compile}"
-        return Part(name, command, seconds, [] if rehearse else [*needs], unbuffered)
+        command = [str(python), "-m", "bench.gpu.suites", name, *options]
+        proofs = [] if rehearse else [part.name for part in needs]
+        return Part(f"bench {name}{' compiled' * compile}", command, seconds, proofs, unbuffered, lacks)
 
-    build = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--no-build-isolation", "--no-deps"]
+    install = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--no-build-isolation", "--no-deps"]
+    # An nvcc that fails takes nothing else with it: the CUDA module is left out then.
+    build = ["sh", "-c", '"$@" || FASTGEN_CUDA=0 "$@"', "build", *install, "-e", "."]
     archs = os.environ.get("FASTGEN_CUDA_ARCHS", facts["arch"])
-    proofs = {
-        "generator": "tests/kernels/test_conv_transpose2d_bn_act.py",
-        "reparameterize": "tests/kernels/test_reparameterize.py",
-        "logistic_mixture_nll": "tests/kernels/test_logistic_mixture_nll.py",
-        "masked_conv2d": "tests/kernels/test_masked_conv2d.py",
+    kernels = {file: shared(file) for file in kernel_tests()}
+    others = {file: tests(file, "-m", "gpu", lacks=no_nvcc if file == CUDA_EXECUTOR else "") for file in gpu_tests()}
+    sampling = [others[EXECUTORS], *kernels["tests/kernels/test_sample_plan.py"]]
+    generator = kernels["tests/kernels/test_conv_transpose2d_bn_act.py"]
+    operations = {
+        "logistic_mixture_nll": kernels["tests/kernels/test_logistic_mixture_nll.py"],
+        "reparameterize": kernels["tests/kernels/test_reparameterize.py"],
+        "masked_conv2d": kernels["tests/kernels/test_masked_conv2d.py"],
     }
     memory = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # every tensor an allocation whose ends are watched
     small = [*kernel_tests(), "-k", SMALL]
-    executors = ["tests/sampling", "-m", "gpu", "-k", "executors and gated"]
+    executors = [EXECUTORS, "-k", "gated"]
     stages = [
-        [suite(15, "ceilings")],
-        [Part("build", [*build, "-e", "."], 65, environment={"FASTGEN_CUDA": "1", "FASTGEN_CUDA_ARCHS": archs})],
         [
-            tests("gpu tests of sampling", 80, *gpu, "-m", "gpu", "tests/sampling"),
-            tests(
-                "other gpu tests", 80, *gpu, "-m", "gpu", "tests", "--ignore=tests/kernels", "--ignore=tests/sampling"
-            ),
-            *(tests(file, 90, *gpu, file) for file in kernel_tests()),
+            suite(40, "ceilings"),  # the best of ten runs, so that it may be measured beside the compilers
+            Part("build", build, 110, environment={"FASTGEN_CUDA": "auto", "FASTGEN_CUDA_ARCHS": archs}),
         ],
-        [suite(65, "sampling-cuda", needs=["gpu tests of sampling"])],
-        [suite(65, "sampling-triton", needs=["gpu tests of sampling"])],
-        [suite(40, "sampling-codes-triton", needs=["gpu tests of sampling"])],
-        # A generator has many tiles to compile and to time.
-        *([suite(35 if name == "generator" else 20, name, needs=[proof])] for name, proof in proofs.items()),
-        [suite(40, "generator", needs=[proofs["generator"]], compile=True)],
-        [suite(35, *list(proofs)[1:], needs=proofs.values(), compile=True)],
+        [*others.values(), *(part for parts in kernels.values() for part in parts)],
+        [suite(75, "sampling-cuda", needs=[others[CUDA_EXECUTOR], others[EXECUTORS]], lacks=no_nvcc)],
+        [suite(50, "sampling-triton", needs=sampling)],
+        [suite(30, "generator", needs=generator)],  # which has many tiles to compile and to time
+        *([suite(15, name, needs=proofs)] for name, proofs in operations.items()),
+        [suite(50, "generator", needs=generator, compile=True)],
+        *([suite(15, name, needs=proofs, compile=True)] for name, proofs in operations.items()),
         [
             watched("memcheck executors", memcheck, *executors),
             watched("memcheck operations", memcheck, *small, **memory),
             watched("racecheck executors", racecheck, *executors),
             watched("racecheck operations", racecheck, *small),
-            *(
-                tests(group[0] if len(group) == 1 else str(Path(group[0]).parent), 70, *group)
-                for group in other_tests()
-            ),
         ],
     ]
     if rehearse:
-        stages = [stage for stage in stages if stage[0].name != "build"]
+        stages = [[part for part in stage if part.name != "build"] for stage in stages]
     return stages
 
 
@@ -127,9 +129,14 @@ def slug(text: str) -> str:
 
 
 def describe(stages: Sequence[Sequence[Part]], limit: float) -> str:
-    lines = [f"{seconds_of(stages):.0f} s at most, {limit:.0f} s for all; parts beside each other on one line"]
+    lines = [
+        f"{PROBE + seconds_of(stages):.0f} s by the ceilings of parts, {limit:.0f} s for all; side by side what is on "
+        "one line; a part may take as long again of what those before it left",
+        f"{PROBE:4.0f} s  to find a Python that sees the GPU",
+    ]
     for stage in stages:
-        lines.append(f"{max(part.ceiling for part in stage):4.0f} s  {', '.join(part.name for part in stage)}")
+        names = (part.name + (" (skipped)" if part.lacks else "") for part in stage)
+        lines.append(f"{seconds_of([stage]):4.0f} s  {', '.join(names)}")
     return "\n".join(lines)
 
 
@@ -157,13 +164,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--rehearse", action="store_true", help="tiny, on the CPU; tests are collected, nothing is built"
     )
+    begin = time.monotonic()
     options = parser.parse_args(arguments)
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     python, facts = Path(sys.executable), {"gpu": "rehearsal", "arch": "none"}
-    if not options.rehearse:
+    if not options.rehearse and not options.plan:
         try:
-            if not os.environ.get("NVCC") and find("nvcc") is None:
-                raise RuntimeError("no nvcc on PATH, in $CUDA_HOME or in /usr/local/cuda")
             python, facts = choose(ROOT)
         except RuntimeError as error:
             print(f"make gpu: {error}", file=sys.stderr)
@@ -176,9 +182,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     first, wanted = stages[0][0].name, re.compile(options.only)  # the ceilings begin the file
     stages = [[part for part in stage if part.name == first or wanted.search(part.name)] for stage in stages]
     stages = [stage for stage in stages if stage]
-    print(f"{facts['gpu']}, {python}; rows go to {path.name}, logs to {LOGS}\n{describe(stages, options.seconds)}\n")
     if options.plan:
+        print(describe(stages, options.seconds))
         return 0
+    print(f"{facts['gpu']}, {python}; rows go to {path.name}, logs to {LOGS}\n{describe(stages, options.seconds)}\n")
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.exists():  # rows of an earlier run, which may be better than what is to come
         path.replace(path.with_name(path.name + ".before"))
@@ -193,7 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if row["status"] != "passed":
             print("  " + row["error"][-1200:].replace("\n", "\n  "), flush=True)
 
-    done = run(stages, options.seconds, ROOT, ROOT / LOGS, on_row)
+    done = run(stages, options.seconds - (time.monotonic() - begin), ROOT, ROOT / LOGS, on_row)
     passed = sum(row["status"] == "passed" for row in done)
     print(f"\n{summary(path)}\n\n{path.name}: {passed} of {len(done)} parts passed")
     cut = {part.name for part in stages[-1]}  # by the limit for all: it has what time is left

@@ -31,6 +31,7 @@ class Part:
         ceiling: seconds that it may take.
         needs: names of parts; unless all of them passed, `--no-tests` joins the command.
         environment: what differs from this process's.
+        lacks: what it needs and this machine has not; then it is skipped.
     """
 
     name: str
@@ -38,11 +39,12 @@ class Part:
     ceiling: float
     needs: Sequence[str] = ()
     environment: dict[str, str] = field(default_factory=dict)
+    lacks: str = ""
 
 
 def seconds_of(stages: Iterable[Sequence[Part]]) -> float:
-    """The longest that stages can take: parts of a stage run side by side."""
-    return sum(max(part.ceiling for part in stage) for stage in stages)
+    """What stages may take by their ceilings: parts of a stage run side by side."""
+    return sum(max((part.ceiling for part in stage if not part.lacks), default=0.0) for stage in stages)
 
 
 def run(
@@ -56,7 +58,9 @@ def run(
 
     Args:
         stages: of parts.
-        limit: seconds for all. A part is skipped where none are left; the last stage may take all that are.
+        limit: seconds for all. What is more than the ceilings of all stages that are to come may be taken by whoever
+            needs it, up to its own ceiling once more; the last stage may take all that is left. A part is skipped where
+            nothing is.
         root: the folder in which commands run.
         logs: a folder for the output of parts, made if missing.
         on_row: called with every part that has come to its end.
@@ -69,13 +73,14 @@ def run(
     logs.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + limit
     done: list[Row] = []
-    for stage in stages:
+    for number, stage in enumerate(stages):
         passed = {row["part"] for row in done if row["status"] == "passed"}
         running: list[Running] = []
         try:
+            left = max(0.0, end - time.monotonic())
+            spare = max(0.0, left - seconds_of(stages[number:]))
             for part in stage:
-                left = max(0.0, end - time.monotonic())
-                ceiling = left if stage is stages[-1] else min(part.ceiling, left)
+                ceiling = left if stage is stages[-1] else min(part.ceiling + min(spare, part.ceiling), left)
                 running.append(Running(part, ceiling, passed, root, logs))
             waiting = list(running)
             while waiting:
@@ -106,6 +111,8 @@ class Running:
 
     def _begin(self, root: Path) -> Row:
         """Start the command; what is wrong if that cannot be."""
+        if self.part.lacks:
+            return {"status": "skipped", "error": self.part.lacks}
         if self.ceiling == 0:
             return {"status": "skipped", "error": "no time was left"}
         try:

@@ -17,10 +17,9 @@ from bench.gpu.place import Check, Place, Row, reason
 from bench.harness.case import Case, Provider, Work
 from bench.sampling import plain_forward, timed
 
-NAIVE_PIXELS = 4  # of the naive loop that are run
 CHECKED_IMAGES = 4
-# Of fastgen's samplers: the name in rows -> precision of weights, of float32 products.
-VARIANTS = {"": ("fp32", "highest"), " tf32": ("fp32", "high"), " bf16 weights": ("bf16", "highest")}
+# Of fastgen's samplers: the name in rows -> precision of weights, of float32 products. The most wanted ones first.
+VARIANTS = {"": ("fp32", "highest"), " bf16 weights": ("bf16", "highest"), " tf32": ("fp32", "high")}
 
 
 class Subject(ABC):
@@ -54,29 +53,25 @@ class Subject(ABC):
             self.samplers[precision] = timed(partial(fastgen.Sampler, self.model, **options))
         return self.samplers[precision]
 
-    def build(self, batch: int) -> Work:
+    def build(self, batch: int, variant: str) -> Work:
         providers, bytes = self.peers(batch)
-        skipped, flops = {}, 0.0
-        for variant, (precision, products) in VARIANTS.items():
-            name = f"fastgen {self.backend}{variant}"
-            try:
-                sampler, seconds = self.sampler(precision)
-                draw = partial(with_products, products, sampler.sample, batch)
-                _, first = timed(draw)
-            except Exception as error:  # no such executor, or one that fails: the peers are measured all the same
-                skipped[name] = reason(error)
-                continue
-            if not flops:
-                flops, bytes = sampler.plan.flops * batch, bytes + sampler.weight_bytes
-            extra = {
-                "compile_s": seconds,
-                "first_call_s": first,
-                "workspace_bytes": sampler.plan.cache_bytes * batch,
-                "weight_bytes": sampler.weight_bytes,
-                "executed_mflop_per_sample": sampler.flops / 1e6,
-            }
-            providers[name] = Provider(draw, extra=extra)
-        return Work(providers, flops, bytes, skipped)
+        precision, products = VARIANTS[variant]
+        name = f"fastgen {self.backend}{variant}"
+        try:
+            sampler, seconds = self.sampler(precision)
+            draw = partial(with_products, products, sampler.sample, batch)
+            _, first = timed(draw)
+        except Exception as error:  # no such executor, or one that fails: the peers are measured all the same
+            return Work(providers, 0.0, bytes, {name: reason(error)})
+        extra = {
+            "compile_s": seconds,
+            "first_call_s": first,
+            "workspace_bytes": sampler.plan.cache_bytes * batch,
+            "weight_bytes": sampler.weight_bytes,
+            "executed_mflop_per_sample": sampler.flops / 1e6,
+        }
+        providers[name] = Provider(draw, extra=extra)
+        return Work(providers, sampler.plan.flops * batch, bytes + sampler.weight_bytes)
 
     def check(self, precision: str) -> Row:
         """The same images as on the CPU, but for ties; the hash is to be compared with that of other executors."""
@@ -98,10 +93,15 @@ class Subject(ABC):
         }
 
     def cases(self) -> Iterator[Case | Check]:
-        for batch in reversed(self.batches):
-            yield Case(f"{self.name}, batch {batch}", {"batch": batch}, partial(self.build, batch))
-        for precision in self.samplers:
-            yield Check(f"{self.name}, images of {self.backend}, {precision}", partial(self.check, precision))
+        """A case for each sampler, beside the peers, so that a run that is cut off has rows of the first ones."""
+        checked = set()
+        for variant, (precision, _) in VARIANTS.items():
+            for batch in reversed(self.batches):
+                name = f"{self.name}, batch {batch}{variant and ','}{variant}"
+                yield Case(name, {"batch": batch}, partial(self.build, batch, variant))
+            if precision in self.samplers and precision not in checked:
+                checked.add(precision)
+                yield Check(f"{self.name}, images of {self.backend}, {precision}", partial(self.check, precision))
 
 
 class Pixels(Subject):
@@ -121,29 +121,27 @@ class Pixels(Subject):
         images = torch.randint(256, (batch, channels, height, width), dtype=torch.uint8)
         encoded = self.model.head.encode(images).to(self.place.device)
         note = (
-            f"extrapolated: the first {NAIVE_PIXELS} of {height * width} pixels were drawn, with PyTorch's kernels and "
-            "PyTorch's default precision (convolutions in TF32)"
+            f"extrapolated: the first of {height * width} pixels was drawn, with PyTorch's kernels and PyTorch's "
+            "default precision (convolutions in TF32)"
         )
-        scale = height * width / NAIVE_PIXELS
         providers = {
-            "naive": Provider(partial(self.naive, batch), True, scale, note),
+            "naive": Provider(partial(self.naive, batch), True, height * width, note),
             "forward": Provider(partial(plain_forward, self.model, encoded), True, note="scores, draws nothing"),
         }
         return providers, images.numel()
 
     def naive(self, batch: int) -> None:
-        """The first pixels of the loop: a forward pass of the whole batch for each, and its draw."""
+        """The first pixel of the loop: a forward pass of the whole batch, and its draw."""
         from fastgen.sampling.subject import make_subject
 
         subject = make_subject(self.model, None, None, None)
         head = subject.head
         images = torch.zeros(batch, *subject.image_shape, dtype=torch.uint8)
-        for x in range(NAIVE_PIXELS):
-            for group in head.groups(len(images[0])):
-                params = subject.head.encode(images).to(self.place.device)
-                params = plain_forward(self.model, params)[:, group.params, 0, x].cpu()
-                uniforms = torch.rand(batch, head.num_uniforms(len(images[0])))[:, group.uniforms]
-                images[:, group.colours, 0, x] = head.draw(params, uniforms, 1.0)
+        for group in head.groups(len(images[0])):
+            params = subject.head.encode(images).to(self.place.device)
+            params = plain_forward(self.model, params)[:, group.params, 0, 0].cpu()
+            uniforms = torch.rand(batch, head.num_uniforms(len(images[0])))[:, group.uniforms]
+            images[:, group.colours, 0, 0] = head.draw(params, uniforms, 1.0)
 
 
 class Codes(Subject):

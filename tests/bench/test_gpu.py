@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -16,6 +18,7 @@ from bench.gpu.python import choose
 from bench.gpu.runner import Part, run, seconds_of
 from bench.harness import rows
 
+ENVIRONMENT = {**os.environ, "PYTHONPATH": str(command.ROOT)}
 FACTS = {"gpu": "NVIDIA H200", "arch": "90", "torch": "2.6"}
 
 
@@ -52,6 +55,22 @@ def test_every_part_leaves_a_row(tmp_path):
     assert found["proven"]["error"].startswith("[]") and found["unproven"]["error"].startswith("['--no-tests']")
 
 
+def test_time_that_is_left_goes_to_whoever_needs_it(tmp_path):
+    """As long again as its own ceiling at most; what cannot run needs none, the last stage has all that is left."""
+    stages = [
+        [python("quick", "", 20)],
+        [Part("lacking", ["no-such-program"], 30, lacks="no such thing")],
+        [python("second", "", 12), python("beside", "", 1)],
+        [python("last", "", 5)],
+    ]
+    rows = {row["part"]: row for row in run(stages, 40, tmp_path, tmp_path)}
+    assert rows["lacking"]["status"] == "skipped" and rows["lacking"]["error"] == "no such thing"
+    assert rows["quick"]["ceiling_s"] == pytest.approx(23, abs=0.2)
+    took = sum(row["seconds"] for name, row in rows.items() if name != "beside")
+    assert rows["second"]["ceiling_s"] == 24 and rows["beside"]["ceiling_s"] == 2
+    assert 40 - took - 1 <= rows["last"]["ceiling_s"] < 40
+
+
 def test_ctrl_c_is_not_heeded(tmp_path, monkeypatch):
     """Then the part is ended at once; what comes after has no time left."""
     monkeypatch.setattr("bench.gpu.runner.GRACE_SECONDS", 0.5)
@@ -69,7 +88,7 @@ def stages() -> list[list[Part]]:
 
 
 def test_it_fits_into_ten_minutes(stages):
-    assert seconds_of(stages) <= command.LIMIT < 600
+    assert command.PROBE + seconds_of(stages) <= command.LIMIT < 600
     parts = [part for stage in stages for part in stage]
     assert len({part.name for part in parts}) == len(parts)
     done: set[str] = set()
@@ -78,18 +97,72 @@ def test_it_fits_into_ten_minutes(stages):
         done |= {part.name for part in stage}
 
 
-def test_every_test_is_run(stages):
-    """Each file whole, beside the choice of those that need a GPU."""
-    named = [
-        argument
-        for stage in stages
-        for part in stage
-        if "-m" not in part.command[3:] and "-k" not in part.command
-        for argument in part.command
-        if argument.startswith("tests/")
-    ]
-    files = [str(path.relative_to(command.ROOT)) for path in (command.ROOT / "tests").rglob("test_*.py")]
-    assert sorted(named) == sorted(files)
+def test_every_test_of_kernels_and_of_gpus_is_run(stages):
+    """And those for which each file is the only one, by what pytest collects; the others are no business of a GPU."""
+    tests = {part.name: part.command for stage in stages for part in stage if "-k" not in part.command}
+    tests = {name: words for name, words in tests.items() if words[-1].startswith("tests/")}
+    assert all("--require-gpu" in words for words in tests.values())
+    whole = {words[-1] for words in tests.values() if "-m" not in words[3:]}
+    kernels = {str(path.relative_to(command.ROOT)) for path in (command.ROOT / "tests/kernels").glob("test_*.py")}
+    assert whole == kernels - set(command.NO_GPU)
+    chosen = {words[-1] for words in tests.values() if words[3:].count("-m")}
+    root = command.ROOT / "tests"
+    marked = {str(path.relative_to(command.ROOT)) for path in root.rglob("test_*.py") if "mark.gpu" in path.read_text()}
+    assert chosen == marked - kernels - {str(Path(__file__).relative_to(command.ROOT))}
+    for file in whole:
+        shares = [
+            words[words.index("--share") + 1] for words in tests.values() if words[-1] == file and "--share" in words
+        ]
+        assert shares == [f"{i + 1}/{len(shares)}" for i in range(len(shares))]
+
+
+def test_shares_are_all_tests(tmp_path, pytestconfig):
+    """Of the option --share, in their order."""
+    (tmp_path / "test_five.py").write_text(
+        "import pytest\n@pytest.mark.parametrize('i', range(5))\ndef test(i): pass\n"
+    )
+    options = ["-q", "--collect-only", "-c", str(pytestconfig.inipath), "--rootdir", str(tmp_path)]
+    found = []
+    for share in ("1/3", "2/3", "3/3"):
+        words = [sys.executable, "-m", "pytest", *options, "-p", "tests.conftest", "--share", share, "test_five.py"]
+        done = subprocess.run(words, cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True)
+        found.append([line for line in done.stdout.splitlines() if "::" in line])
+    assert [len(part) for part in found] == [1, 2, 2]
+    assert [line[-2] for part in found for line in part] == list("01234")
+
+
+def test_without_nvcc_what_needs_it_is_skipped(monkeypatch, capsys):
+    monkeypatch.delenv("NVCC", raising=False)
+    monkeypatch.setattr(command, "find", lambda program: None)
+    stages = command.plan(Path("python"), FACTS, Path("results.jsonl"), False, "")
+    skipped = {part.name for stage in stages for part in stage if part.lacks}
+    assert skipped == {command.CUDA_EXECUTOR, "bench sampling-cuda"}
+    assert command.main(["--plan"]) == 0
+    assert "bench sampling-cuda (skipped)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_build_falls_back(stages, fails, tmp_path):
+    """To one without the CUDA module, where an attempt with it failed."""
+    (build,) = (part for stage in stages for part in stage if part.name == "build")
+    code = f"import os; print(os.environ['FASTGEN_CUDA']); exit({fails} and os.environ['FASTGEN_CUDA'] != '0')"
+    shell = [*build.command[: build.command.index("build") + 1], sys.executable, "-c", code]
+    (row,) = run([[Part("build", shell, 20, environment=build.environment)]], 20, tmp_path, tmp_path)
+    assert row["status"] == "passed"
+    assert (tmp_path / "build.log").read_text().split() == ["auto", "0"][: 1 + fails]
+
+
+def test_the_clock_starts_before_a_python_is_looked_for(tmp_path, monkeypatch, capsys):
+    seconds = []
+
+    def slow(root: Path) -> tuple[Path, dict]:
+        time.sleep(0.3)
+        return Path(sys.executable), FACTS
+
+    monkeypatch.setattr(command, "choose", slow)
+    monkeypatch.setattr(command, "run", lambda stages, limit, *_: seconds.append(limit) or [])
+    assert command.main(["--seconds", "50", "--results", str(tmp_path)]) == 0
+    assert 40 < seconds[0] < 49.8
 
 
 def test_the_interpreter(tmp_path):
@@ -111,7 +184,6 @@ def test_the_plan_is_said(capsys):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so(capsys, monkeypatch):
     monkeypatch.setattr(command, "choose", lambda root: choose(root, lambda path: "torch sees no GPU"))
-    monkeypatch.setenv("NVCC", "nvcc")
     assert command.main([]) == 2
     assert "torch sees no GPU" in capsys.readouterr().err
 
