@@ -28,16 +28,21 @@ def accelerate(module: nn.Module) -> nn.Module:
     recognised alike, through any number of containers. Weights may be changed afterwards (optimiser,
     ``load_state_dict``, ``.to()``); packed and folded weights follow.
 
+    Weights computed from parameters and buffers alone are kept until these change. Weights of each sample, a parameter
+    scaled by sample and channel with samples as groups (StyleGAN2), become one convolution of scaled images, and small
+    filters from a buffer, the same for all channels, `upfirdn2d`.
+
     Left alone is whatever is not known to be equal: norms by statistics of the batch, dropout in training mode, hooks,
-    weights that are computed in forward, intermediate results that are used elsewhere. What cannot be traced (control
-    flow on data, ``no_grad`` inside, another result where gradients or autocast are on) keeps its own forward, its
-    submodules are looked at one by one.
+    other weights that are computed in forward, intermediate results that are used elsewhere. What cannot be traced
+    (control flow on data, ``no_grad`` inside, another result where gradients or autocast are on) keeps its own forward,
+    its submodules are looked at one by one.
 
     Where the copy is no longer what it was, the forward of the class runs: after ``.train()``, until ``.eval()``, and
     for good where a hook, a member or an attribute of a module that takes part was added or changed, be it a value deep
     in a configuration. So does it for arguments that are neither tensors nor defaults, or more than the forward names;
-    and under ``torch.compile`` where a module has attributes that cannot be followed there (objects, containers in
-    containers). What lies outside of the module, globals and ``os.environ``, is read once.
+    for inputs of another device, dtype, number of dimensions or of images than the forward was traced for, where it
+    asks for these; and under ``torch.compile`` where a module has attributes that cannot be followed there (objects,
+    containers in containers). What lies outside of the module, globals and ``os.environ``, is read once.
 
     Args:
         module: any module; it is not modified, and shares no memory with the copy.

@@ -102,6 +102,18 @@ class Symbol(fx.Proxy):
             source.meta["rank"] = rank
         return len(range(*part.indices(rank)))
 
+    def __contains__(self, item: Any) -> bool:
+        """Of ``"cuda" in x.device.type``."""
+        device = self.tracer.device() if self._is_device_type() else None  # type: ignore[attr-defined]
+        if device is None:
+            raise fx.proxy.TraceError("it looks into a computed value")
+        self.tracer.create_proxy("call_function", blocks.assume, (self == device.type, True), {})
+        return item in device.type
+
+    def _is_device_type(self) -> bool:
+        source = _attribute_of(_attribute_of(self.node, "type"), "device")
+        return source is not None and is_tensor(source)
+
     def __bool__(self) -> bool:
         """Of ``assert value`` and ``if value: raise ...``, taken to hold, and of what is assumed of inputs; checked at
         each call.
@@ -283,6 +295,11 @@ def _assumed(symbol: Symbol) -> bool | None:
         source = _attribute_of(_attribute_of(asked, "type"), "device")
         device = tracer.device() if is_tensor_node(source) else None  # type: ignore[attr-defined]
         return None if device is None else compare(device.type, value)
+    if isinstance(value, fx.Node) and value.target is torch.device and not value.all_input_nodes:
+        with torch._C.DisableTorchFunction():
+            value = torch.device(*value.args, **value.kwargs)  # type: ignore[arg-type]
+        device = tracer.device() if is_tensor_node(_attribute_of(asked, "device")) else None  # type: ignore[attr-defined]
+        return None if device is None else compare(device, value)
     if isinstance(value, torch.dtype):
         dtype = tracer.dtype() if is_tensor_node(_attribute_of(asked, "dtype")) else None  # type: ignore[attr-defined]
         return None if dtype is None else compare(dtype, value)

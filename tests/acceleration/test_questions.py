@@ -91,6 +91,9 @@ QUESTIONS = {
     "other dtype": lambda m, x, y: y.dtype in (torch.float16, torch.bfloat16),
     "device": lambda m, x, y: x.device.type != "cpu",
     "cuda": lambda m, x, y: y.is_cuda,
+    "cuda in a name": lambda m, x, y: "cuda" in x.device.type,
+    "this device": lambda m, x, y: x.device == torch.device("cpu"),
+    "in a tensor": lambda m, x, y: 100.0 in x,
     "batch": lambda m, x, y: x.shape[0] >= 3,
     "batch by size": lambda m, x, y: y.size(0) == 1,
     "elements": lambda m, x, y: y.numel() * 2 > 2**31,
@@ -116,7 +119,18 @@ def test_the_same_branch(question, gradients):
 
 
 FUSED = ["is a tensor", "type", "subclass", "torch.jit.isinstance", "match", "singledispatch", "callable", "__class__"]
-FUSED += ["dtype", "other dtype", "device", "cuda", "batch", "batch by size", "elements", "dimensions"]
+FUSED += [
+    "cuda in a name",
+    "this device",
+    "dtype",
+    "other dtype",
+    "device",
+    "cuda",
+    "batch",
+    "batch by size",
+    "elements",
+    "dimensions",
+]
 
 
 @torch.no_grad()
