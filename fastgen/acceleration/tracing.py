@@ -25,17 +25,20 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
 import fastgen
+from fastgen import ops
 from fastgen._hooks import has_hooks
 from fastgen.acceleration import blocks
 from fastgen.acceleration.states import Incomparable, state, unchanged
 from fastgen.acceleration.symbols import BELIEVED, Symbol, believed_type, returns_tensor
 from fastgen.nn import ConvBNAct, ConvTransposeBNAct
+from fastgen.ops.conv_block import activate
 
 # Gradients, inference mode, autocast: a forward that asks for them is one that is not the same in all of these.
 _MODES = [(True, False, False), (False, False, False), (False, True, False)]
@@ -132,7 +135,7 @@ def _record(
     attributes = {part: dict(part.__dict__) for part in before}
     with torch.inference_mode(inference), torch.set_grad_enabled(gradients), _autocast(autocast):
         tracer.ambient = _ambient()
-        with _recorded_factories(tracer), _believed_types(module), _Recorder(tracer):
+        with _recorded_functions(tracer), _believed_types(module), _Recorder(tracer):
             graph = tracer.trace(module)
             _record_kept_shapes(tracer, graph, attributes)
     for part, was in before.items():
@@ -265,22 +268,55 @@ def _writes_to_own_tensor(node: fx.Node) -> bool:
 
 
 @contextlib.contextmanager
-def _recorded_factories(tracer: _Tracer) -> Iterator[None]:
-    """In other threads, too, but these pass no symbols."""
+def _recorded_functions(tracer: _Tracer) -> Iterator[None]:
+    """Those that make tensors, and our own operations, as what they are by definition, so that they are fused with what
+    is around them. In other threads, too, but these pass no symbols.
+    """
 
     def make(function: Any, *args: Any, **kwargs: Any) -> Any:
-        if any(isinstance(leaf, fx.Proxy) for leaf in tree_leaves((args, kwargs))):
+        if _has_symbols(args, kwargs):
             return tracer.create_proxy("call_function", function, args, kwargs)
         return function(*args, **kwargs)
 
-    originals = {name: getattr(torch, name) for name in _FACTORIES}
+    def define(function: Any, *args: Any, **kwargs: Any) -> Any:
+        if _has_symbols(args, kwargs):
+            return _by_definition(function, *args, **kwargs)
+        return function(*args, **kwargs)
+
+    replaced = [(torch, name, make) for name in _FACTORIES]
+    replaced += [(ops, name, define) for name in ("conv2d_bn_act", "conv_transpose2d_bn_act", "group_norm_act")]
+    originals = [(place, name, getattr(place, name)) for place, name, _ in replaced]
     try:
-        for name, original in originals.items():
-            setattr(torch, name, functools.partial(make, original))
+        for (place, name, wrapper), (*_, original) in zip(replaced, originals, strict=True):
+            setattr(place, name, functools.partial(wrapper, original))
         yield
     finally:
-        for name, original in originals.items():
-            setattr(torch, name, original)
+        for place, name, original in originals:
+            setattr(place, name, original)
+
+
+def _has_symbols(*values: Any) -> bool:
+    return any(isinstance(leaf, fx.Proxy) for leaf in tree_leaves(values))
+
+
+def _by_definition(operation: Any, *args: Any, **kwargs: Any) -> Any:
+    """An operation of ours for inference, in functions of PyTorch."""
+    bound = inspect.signature(operation).bind(*args, **kwargs)
+    bound.apply_defaults()
+    given = bound.arguments
+    if given.get("training"):
+        raise fx.proxy.TraceError(f"it calls {operation.__name__} in training mode")
+    input, weight, bias = given["input"], given["weight"], given["bias"]
+    if "num_groups" in given:
+        x = F.group_norm(input, given["num_groups"], weight, bias, given["eps"])
+    else:
+        convolve = F.conv_transpose2d if "output_padding" in given else F.conv2d
+        names = ("stride", "padding", "output_padding", "groups", "dilation")
+        x = convolve(input, weight, bias, **{name: given[name] for name in names if name in given})
+        if given["running_mean"] is not None:
+            statistics, affine = (given["running_mean"], given["running_var"]), (given["bn_weight"], given["bn_bias"])
+            x = F.batch_norm(x, *statistics, *affine, training=False, eps=given["eps"])
+    return activate(x, given["activation"], given["alpha" if given["activation"] == "elu" else "negative_slope"])
 
 
 @contextlib.contextmanager

@@ -10,10 +10,11 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 import fastgen
+from fastgen import models
 from fastgen.acceleration.program import Program
 
 from . import networks
-from .networks import NETWORKS, make
+from .networks import NETWORKS, make, prepared
 
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")  # of code that fails where the original does not
 
@@ -419,3 +420,33 @@ def test_saved_state():
     file.seek(0)
     network.load_state_dict(torch.load(file, weights_only=True))
     assert [p.requires_grad for p in fast.parameters()] == [p.requires_grad for p in network.parameters()]
+
+
+class OwnOperations(nn.Module):
+    """Calls operations of this library itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.up = nn.Conv2d(3, 8, 3), nn.ConvTranspose2d(8, 6, 4)
+        self.norm, self.groups = nn.BatchNorm2d(6), nn.GroupNorm(2, 8)
+
+    def forward(self, x):
+        x = fastgen.ops.conv2d_bn_act(x, self.conv.weight, self.conv.bias, padding=1, activation="elu", alpha=0.5)
+        x = fastgen.ops.group_norm_act(x, 2, self.groups.weight, self.groups.bias, activation="silu")
+        norm = self.norm.running_mean, self.norm.running_var, self.norm.weight, self.norm.bias
+        options = {"stride": 2, "padding": 1, "activation": "leaky_relu", "negative_slope": 0.3}
+        return torch.tanh(fastgen.ops.conv_transpose2d_bn_act(x, self.up.weight, self.up.bias, *norm, **options))
+
+
+@torch.no_grad()
+def test_own_operations_are_recorded():
+    network = prepared(OwnOperations())
+    fast, x = fastgen.accelerate(network), torch.randn(2, 3, 6, 5)
+    torch.testing.assert_close(fast(x), network(x))
+    whats = ["conv2d + elu", "group_norm + silu", "conv_transpose2d + batch_norm + leaky_relu"]
+    assert [entry.what for entry in fast.fastgen_report.fused] == whats and not fast.fastgen_report.skipped
+    network = models.VQVAE(image_shape=(3, 8, 8), num_filters=8, latent_dim=4, num_codes=5).eval()
+    fast = fastgen.accelerate(network)
+    z = torch.randn(2, 4, 2, 2)
+    torch.testing.assert_close(fast.decoder(z), network.decoder(z))
+    assert len(fast.fastgen_report.fused) == 14
