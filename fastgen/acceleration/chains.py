@@ -23,6 +23,7 @@ from fastgen.acceleration.links import (
     Skip,
     TensorAt,
     activation,
+    asks_for_kind,
     check_alike,
     convolution,
     even_padding,
@@ -33,6 +34,7 @@ from fastgen.acceleration.links import (
     name_of,
     norm,
     silu_gate,
+    takers,
     upsampling,
 )
 from fastgen.acceleration.report import Entry, Report
@@ -105,9 +107,27 @@ def _runs(trace: Trace) -> list[list[fx.Node]]:
         if "output_size" in node.kwargs or isinstance(node.kwargs["padding"], str):
             continue
         input = node.args[0]
-        alone = isinstance(input, fx.Node) and len(input.users) == 1
+        alone = isinstance(input, fx.Node) and all(user is node or _questions(user) for user in input.users)
         runs[node] = [*(runs.pop(input, []) if alone else []), node]
     return ended + list(runs.values())
+
+
+def _questions(user: fx.Node) -> list[fx.Node]:
+    """Of a node that asks for what all results in a run share, it and those that compare the answer with what was
+    assumed, if that is all: they may be asked after the run. Nothing of other nodes.
+    """
+    if not asks_for_kind(user):
+        return []
+    found = [user]
+    for node in found:
+        if node.target is blocks.assume:
+            continue
+        if not all(next.target in (getattr, operator.eq, operator.ne, blocks.assume) for next in node.users):
+            return []
+        if any(other is not node and other.op != "get_attr" for next in node.users for other in next.all_input_nodes):
+            return []
+        found += node.users
+    return found
 
 
 def _join(run: list[fx.Node], graph: fx.Graph) -> None:
@@ -123,6 +143,11 @@ def _join(run: list[fx.Node], graph: fx.Graph) -> None:
         arguments = run[0].args[0], tuple(tensors), tuple(options)
         joined = graph.call_function(conv_bn_act_sequence, arguments)
     run[-1].replace_all_uses_with(joined)
+    for node in run[:-1]:
+        for user in list(node.users):
+            for question in reversed(_questions(user)):
+                joined.append(question)
+                question.replace_input_with(node, joined)
     for node in reversed(run):
         graph.erase_node(node)
 
@@ -239,6 +264,9 @@ class _Chain:
             given["padding"] = tuple(k - 1 - p for k, p in zip(kernel, padding, strict=True))
             how = "in one pass, as a transposed convolution of what was upsampled"
             self._replace(blocks.conv_transpose2d_bn_act, input, links, how, scale, **given)
+        for user in list(up.users):
+            if asks_for_kind(user):  # the same of what was upsampled
+                user.replace_input_with(up, input)
         if not up.users:
             self._erase(up)
 
@@ -250,7 +278,7 @@ class _Chain:
             try:
                 link = self._next(match)
             except Skip as reason:
-                user = next(iter(self.nodes[-1].users))
+                user = takers(self.nodes[-1])[0]
                 self.report.skipped.append(Entry(*name_of(user, self.trace, self.prefix), str(reason)))
                 self.leaves_norm = match is norm
                 break
@@ -259,11 +287,12 @@ class _Chain:
 
     def _next(self, match: Callable[[fx.Node, Trace], Link | None]) -> Link | None:
         last = self.nodes[-1]
-        first = next((node for node in self.trace.graph.nodes if node in last.users), None)
+        users = takers(last)
+        first = next((node for node in self.trace.graph.nodes if node in users), None)
         if first is None:
             return None
-        if len(last.users) > 1 and last not in written(first, self.trace):  # in place, all others see what it does
-            if any(_matches(match, user, self.trace) for user in last.users):
+        if len(users) > 1 and last not in written(first, self.trace):  # in place, all others see what it does
+            if any(_matches(match, user, self.trace) for user in users):
                 raise Skip("what it takes is used elsewhere too")
             return None
         link = match(first, self.trace)
@@ -274,8 +303,8 @@ class _Chain:
         return link
 
     def _pass_identities(self) -> None:
-        while len(self.nodes[-1].users) == 1:
-            user = next(iter(self.nodes[-1].users))
+        while len(users := takers(self.nodes[-1])) == 1:
+            (user,) = users
             if not is_identity(user, self.trace):
                 return
             self.nodes.append(user)

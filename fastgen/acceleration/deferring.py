@@ -14,10 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 from torch.nn.parameter import is_lazy
 
-from fastgen.acceleration.blocks import expect_rank
 from fastgen.acceleration.deferred import plain
 from fastgen.acceleration.deferred_images import images
-from fastgen.acceleration.links import name_of, own_tensor
+from fastgen.acceleration.links import asks_for_size, name_of, own_tensor
 from fastgen.acceleration.report import Entry, Report
 from fastgen.acceleration.scaled_weights import own_weight
 from fastgen.acceleration.tracing import Trace
@@ -70,7 +69,7 @@ def defer(trace: Trace, prefix: str, report: Report) -> None:
                 weight = graph.call_function(own_weight, (kernel,))
             kernel.replace_all_uses_with(weight, lambda user, path=path: user in path)  # type: ignore[misc]
     for node in deferred:
-        users = [user for user in node.users if user not in deferred and not _asks_for_size(user)]
+        users = [user for user in node.users if user not in deferred and not asks_for_size(user)]
         if users:
             with graph.inserting_after(node):
                 tensor = graph.call_function(plain, (node,))
@@ -92,7 +91,7 @@ def _find(node: fx.Node, trace: Trace, others: set[fx.Node]) -> _Found | None:
     views = _views_to(given["input"])
     if not views and given["input"] not in others:
         return None
-    before = _reached([weight], lambda n: [] if _asks_for_size(n) else n.all_input_nodes)
+    before = _reached([weight], lambda n: [] if asks_for_size(n) else n.all_input_nodes)
     sources = {n: _source(n, trace) for n in before if n.op == "get_attr"}
     kernels = [n for n, value in sources.items() if value is not None and value.dim() >= 4]
     if isinstance(groups, fx.Node) and len(kernels) == 1:
@@ -141,12 +140,6 @@ def _is_view(node: fx.Node) -> bool:
 
 def _viewed(node: fx.Node) -> Any:
     return node.args[0]
-
-
-def _asks_for_size(node: fx.Node) -> bool:
-    if node.target is getattr:
-        return node.args[1] in ("shape", "ndim", "dtype", "device")
-    return node.target is expect_rank or (node.op == "call_method" and node.target in ("size", "dim"))
 
 
 def _reached(nodes: Iterable[fx.Node], step: Callable[[fx.Node], list[fx.Node]]) -> set[fx.Node]:

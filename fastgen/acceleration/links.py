@@ -366,6 +366,23 @@ def even_padding(conv: Link) -> tuple[int, int] | None:
     return (padding, padding) if isinstance(padding, int) else tuple(padding)
 
 
+def asks_for_size(node: fx.Node) -> bool:
+    """Or for dtype or device: for nothing that activations and norms change."""
+    if node.target is getattr:
+        return node.args[1] in ("shape", "ndim") or asks_for_kind(node)
+    return node.target is blocks.expect_rank or (node.op == "call_method" and node.target in ("size", "dim", "numel"))
+
+
+def asks_for_kind(node: fx.Node) -> bool:
+    """For dtype or device."""
+    return node.target is getattr and node.args[1] in ("dtype", "device", "is_cuda")
+
+
+def takers(node: fx.Node) -> list[fx.Node]:
+    """The users that take more of it than that."""
+    return [user for user in node.users if not asks_for_size(user)]
+
+
 def input_of(node: fx.Node) -> Any:
     return node.args[0] if node.args else node.kwargs.get("input")
 

@@ -202,7 +202,12 @@ def _is_callable(value: Any) -> bool:
 BELIEVED = {"type": BelievedType, "isinstance": _is_instance, "callable": _is_callable}  # built in, as code sees them
 
 
-_LAYERS = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm, nn.Linear, nn.Embedding)
+_LAYERS = (
+    *(nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd),
+    *(nn.modules.pooling._AvgPoolNd, nn.modules.pooling._AdaptiveAvgPoolNd, nn.modules.pooling._MaxPoolNd),
+    *(nn.modules.padding._ConstantPadNd, nn.modules.padding._ReflectionPadNd, nn.modules.padding._ReplicationPadNd),
+    *(nn.GroupNorm, nn.LayerNorm, nn.Linear, nn.Embedding, nn.Upsample, nn.PixelShuffle, nn.PixelUnshuffle),
+)
 _FUNCTIONS = {
     *(F.conv2d, F.conv_transpose2d, F.linear, F.interpolate, F.pad, F.normalize, F.softmax, F.embedding),
     *(F.relu, F.leaky_relu, F.elu, F.silu, F.gelu, F.softplus, torch.relu, torch.tanh, torch.sigmoid, torch.exp),
@@ -231,9 +236,11 @@ def returns_tensor(node: fx.Node) -> bool:
     if node.op in ("placeholder", "get_attr"):
         return True
     if node.op == "call_module":
-        layer: type = node.meta["layer"]
-        elementwise = layer.__module__ == "torch.nn.modules.activation" and layer is not nn.MultiheadAttention
-        return elementwise or issubclass(layer, _LAYERS)
+        layer = node.meta["layer"]
+        elementwise = (
+            type(layer).__module__ == "torch.nn.modules.activation" and type(layer) is not nn.MultiheadAttention
+        )
+        return elementwise or (isinstance(layer, _LAYERS) and not getattr(layer, "return_indices", False))
     if node.op == "call_method":
         return node.target in _METHODS and isinstance(node.args[0], fx.Node) and is_tensor(node.args[0])
     if node.target in _OPERATORS:
@@ -254,7 +261,7 @@ def _rank(node: Any, steps: int = 0) -> int | None:
     if "rank" in node.meta:
         return node.meta["rank"]
     if node.op == "call_module" or node.target in (F.conv2d, F.conv_transpose2d):
-        return _RANK_OF_IMAGES if node.op == "call_function" or node.meta["layer"] in _LAYERS_2D else None
+        return _RANK_OF_IMAGES if node.op == "call_function" or type(node.meta["layer"]) in _LAYERS_2D else None
     if node.op == "call_method" and node.target in ("view", "reshape"):
         sizes: Any = node.args[1:]
         return len(sizes[0]) if len(sizes) == 1 and isinstance(sizes[0], list | tuple) else len(sizes)

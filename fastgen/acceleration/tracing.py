@@ -393,7 +393,7 @@ class _Tracer(fx.Tracer):
             raise fx.proxy.TraceError("it switches gradients or autocast on or off")
         node = super().create_node(*args, **kwargs)
         node.meta["caller"] = self.caller
-        node.meta["layer"] = type(self.root.get_submodule(str(node.target))) if node.op == "call_module" else None
+        node.meta["layer"] = self.root.get_submodule(str(node.target)) if node.op == "call_module" else None
         node.meta["tensor"] = returns_tensor(node)
         if node.op == "get_attr":
             with torch._C.DisableTorchFunction():

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import fastgen
+from fastgen.acceleration.program import Program
 
 from .networks import prepared
 from .test_left_alone import reasons
@@ -204,3 +205,39 @@ def test_a_branch_that_would_fail():
     torch.testing.assert_close(fast(x), network(x), rtol=1e-4, atol=1e-5)
     with pytest.raises(TypeError):
         fast(x, x)
+
+
+class Careful(nn.Module):
+    """Looks at the kind of what it takes before each convolution."""
+
+    def __init__(self, upsample):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Conv2d(4, 8, 3), nn.Conv2d(8, 6, 3, padding=1), nn.ConvTranspose2d(6, 4, 4, 2)])
+        self.upsample = nn.Upsample(scale_factor=2) if upsample else None
+
+    def forward(self, x):
+        for i, layer in enumerate(self.layers):
+            if i == 1 and self.upsample is not None:
+                x = self.upsample(x)
+            if x.dtype != torch.float32:
+                x = x.float()
+            assert x.device == layer.weight.device
+            x = torch.relu(layer(x))
+            if x.device.type == "cuda":
+                x = x.clone()
+        return x
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("upsample", [False, True])
+def test_questions_between_blocks_do_not_part_them(upsample):
+    network = prepared(Careful(upsample))
+    fast, x = fastgen.accelerate(network), torch.randn(2, 4, 6, 5)
+    torch.testing.assert_close(fast(x), network(x), rtol=1e-4, atol=1e-5)
+    ((source),) = Program.of(fast).sources.values()
+    assert source.text.count("conv_sequence_conv_bn_act_sequence(") == 1
+    assert "upsample(" not in source.text
+    for mode in (torch.inference_mode(), torch.autocast("cpu", torch.bfloat16)):
+        with mode:
+            torch.testing.assert_close(fast(x), network(x), rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(fast(x.double()), network(x.double()))
