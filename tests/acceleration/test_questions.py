@@ -221,7 +221,8 @@ class Careful(nn.Module):
                 x = self.upsample(x)
             if x.dtype != torch.float32:
                 x = x.float()
-            assert x.device == layer.weight.device
+            if x.device != layer.weight.device:
+                raise ValueError
             x = torch.relu(layer(x))
             if x.device.type == "cuda":
                 x = x.clone()
