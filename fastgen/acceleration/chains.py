@@ -113,21 +113,24 @@ def _runs(trace: Trace) -> list[list[fx.Node]]:
 
 
 def _questions(user: fx.Node) -> list[fx.Node]:
-    """Of a node that asks for what all results in a run share, it and those that compare the answer with what was
-    assumed, if that is all: they may be asked after the run. Nothing of other nodes.
+    """Of a node that asks for what all results in a run share, it and those that check the answer, if that is all: this
+    may be asked after the run. Nothing of other nodes.
     """
     if not asks_for_kind(user):
         return []
     found = [user]
     for node in found:
-        if node.target is blocks.assume:
+        if node.target in (blocks.assume, blocks.expect):
             continue
-        if not all(next.target in (getattr, operator.eq, operator.ne, blocks.assume) for next in node.users):
+        if not all(next.target in _ANSWERED for next in node.users):
             return []
         if any(other is not node and other.op != "get_attr" for next in node.users for other in next.all_input_nodes):
             return []
         found += node.users
     return found
+
+
+_ANSWERED = (getattr, operator.eq, operator.ne, blocks.assume, blocks.expect)
 
 
 def _join(run: list[fx.Node], graph: fx.Graph) -> None:
