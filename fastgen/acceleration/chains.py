@@ -124,7 +124,8 @@ def _questions(user: fx.Node) -> list[fx.Node]:
             continue
         if not all(next.target in _ANSWERED for next in node.users):
             return []
-        if any(other is not node and other.op != "get_attr" for next in node.users for other in next.all_input_nodes):
+        others = [other for next in node.users for other in next.all_input_nodes if other is not node]
+        if not all(other.target is getattr and other.args[0].op == "get_attr" for other in others):  # type: ignore[union-attr]
             return []
         found += node.users
     return found
