@@ -29,7 +29,7 @@ class Deferred:
 
     def __init__(self, sizes: Sizes, dims: Dims, like: Tensor) -> None:
         self.sizes, self.dims = sizes, without_ones(sizes, dims)
-        self.dtype, self.device = like.dtype, like.device
+        self.dtype, self.device, self.is_cuda = like.dtype, like.device, like.is_cuda
 
     def _with(self, **changes: Any) -> Any:
         other = object.__new__(type(self))
