@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from fastgen._float32 import convolutions_like_products
+from fastgen.sampling.graph import UnsupportedModel
 from fastgen.sampling.heads import Categorical, Head
 
 MAX_CHANNELS = 256  # of an image: what the schedule's keys have room for
@@ -45,11 +46,36 @@ class Subject:
             dtype = self.like.dtype if condition.is_floating_point() else condition.dtype
             inputs.append(condition.to(self.like.device, dtype, copy=True))  # the module may write into it
         with convolutions_like_products():
-            output = self.module(*inputs)
-        as_loss_takes_it = (len(x), self.head.levels, *self.image_shape)
-        if isinstance(self.head, Categorical) and getattr(output, "shape", None) == as_loss_takes_it:
+            output = self._tensor_of(self.module(*inputs), len(x))
+        if output.shape in self._output_shapes(len(x))[1:]:
             return output.transpose(1, 2).flatten(1, 2)
         return output
+
+    def _output_shapes(self, n: int) -> list[tuple[int, ...]]:
+        """Of head parameters for n images; the second one as losses take it."""
+        channels, height, width = self.image_shape
+        shapes: list[tuple[int, ...]] = [(n, self.head.num_params(channels), height, width)]
+        return [*shapes, (n, self.head.levels, *self.image_shape)] if isinstance(self.head, Categorical) else shapes
+
+    def _tensor_of(self, output: Any, n: int) -> Tensor:
+        """What a module returned, or the one tensor of a tuple that has a shape of head parameters: beside them come
+        caches, hidden states and losses.
+        """
+        if isinstance(output, Tensor):
+            return output
+        shapes = self._output_shapes(n)
+        parts = output if isinstance(output, tuple | list) else ()
+        fitting = [part for part in parts if isinstance(part, Tensor) and part.shape in shapes]
+        if len(fitting) == 1:
+            return fitting[0]
+        got = type(output).__name__
+        if parts:
+            each = (str([*p.shape]) if isinstance(p, Tensor) else type(p).__name__ for p in parts)
+            got += f" ({', '.join(each)}) with {len(fitting) or 'none'} of that shape"
+        raise UnsupportedModel(
+            f"the network's output must be a tensor {' or '.join(str([*shape]) for shape in shapes)}, got {got}: "
+            "wrap the model so that it returns its logits"
+        )
 
     def encode(self, images: Tensor) -> Tensor:
         """What the module reads for levels [N, C, H, W], on its device and, unless it reads integers, in its dtype."""

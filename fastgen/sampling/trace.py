@@ -343,11 +343,10 @@ def trace(
         stack.enter_context(_Watch(tracer))
         stack.enter_context(tracer)
         output = _forward(subject, tracer, image, labels, condition)
-    if not isinstance(output, Tensor) or output.dim() != 4 or output.shape[0] != TRACE_BATCH:
-        got = f"shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
+    if output.dim() != 4 or output.shape[0] != TRACE_BATCH:
         raise UnsupportedModel(
             f"the network's output must be a tensor [N, parameters, H, W] or, for Categorical, [N, levels, C, H, W], "
-            f"got {got}"
+            f"got shape {tuple(output.shape)}"
         )
     if tuple(output.shape[2:]) != tuple(image.shape[2:]):
         raise UnsupportedModel(

@@ -147,10 +147,6 @@ def test_output_of_the_wrong_shape() -> None:
     strided = nn.Conv2d(1, LEVELS, 3, stride=2, padding=4)  # every second pixel, in an image's size
     with pytest.raises(UnsupportedModel, match="output is not made of shifted windows"):
         Sampler(strided, (1, 6, 6), Categorical(LEVELS))
-    module = nn.Module()
-    module.forward = lambda x: (x, x)
-    with pytest.raises(UnsupportedModel, match="got tuple"):
-        Sampler(module, (1, 6, 6), Categorical(LEVELS))
 
 
 def test_stages() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Callable
 
 import pytest
@@ -61,6 +62,83 @@ def test_orders_of_logits(end: Callable, backend: str) -> None:
     assert torch.equal(images, Sampler(network.network, **given).sample(4, seed=2))
     assert torch.equal(images, naive_sample(network, 4, **given, seed=2))
     assert audit(network, images, **given, seed=2).ok
+
+
+class Returns(nn.Module):
+    """Logits [N, 3 * LEVELS, H, W] beside other things, which the sampler has no use for."""
+
+    def __init__(self, returned: Callable[[Tensor, Tensor], object]) -> None:
+        super().__init__()
+        self.network, *_ = make("colours", 5, 4)
+        self.returned = returned
+
+    def forward(self, x: Tensor) -> object:
+        return self.returned(self.network(x), x)
+
+
+Pair = collections.namedtuple("Pair", ["logits", "loss"])
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.parametrize(
+    "returned",
+    [
+        lambda y, x: (y, None),
+        lambda y, x: [x.mean(1), y],
+        lambda y, x: (y, (y, [y])),
+        lambda y, x: (torch.tensor(0.5), {"kept": y}, levels_first(y), y[:, 1:]),
+        lambda y, x: Pair(y, torch.zeros(())),
+        lambda y, x: (y,),
+    ],
+    ids=["no loss", "second", "caches", "levels first", "named", "alone"],
+)
+def test_logits_in_a_tuple(returned: Callable, backend: str) -> None:
+    network, given = Returns(returned).eval(), {"image_shape": (3, 5, 4), "head": Categorical(LEVELS)}
+    images = Sampler(network, **given, backend=backend).sample(4, seed=2)
+    assert torch.equal(images, Sampler(network.network, **given).sample(4, seed=2))
+    assert torch.equal(images, naive_sample(network, 4, **given, seed=2))
+    report = audit(network, images, **given, seed=2)
+    assert report.ok and report == audit(network.network, images, **given, seed=2)
+    assert not audit(network, (images + 1) % LEVELS, **given, seed=2).ok  # in float64, too
+
+
+def test_logits_of_a_single_colour_in_a_tuple() -> None:
+    """Images of one channel: [N, levels, 1, H, W] and [N, levels, H, W] both are logits."""
+    logits = nn.Sequential(nn.ZeroPad2d((0, 0, 1, -1)), nn.Conv2d(1, LEVELS, 1))
+    for returned in (lambda y: (y, None), lambda y: (None, y.unsqueeze(2))):
+        network = nn.Module()
+        network.logits, network.forward = logits, lambda x, returned=returned: returned(logits(x))
+        given = {"image_shape": (1, 5, 4), "head": Categorical(LEVELS)}
+        images = Sampler(network, **given).sample(4)
+        assert torch.equal(images, Sampler(logits, **given).sample(4))
+        assert audit(network, images, **given).ok
+
+
+SHAPES = r"must be a tensor \[{n}, 15, 5, 4\] or \[{n}, 5, 3, 5, 4\], got "
+
+
+@pytest.mark.parametrize(
+    ("returned", "got"),
+    [
+        (lambda y, x: (x, None), r"tuple \(\[{n}, 3, 5, 4\], NoneType\) with none of that shape"),
+        (lambda y, x: [y, y], r"list \(\[{n}, 15, 5, 4\], \[{n}, 15, 5, 4\]\) with 2 of that shape"),
+        (lambda y, x: {"logits": y}, "dict"),
+        (lambda y, x: None, "NoneType"),
+        (lambda y, x: (), "tuple"),
+    ],
+    ids=["none", "two", "dictionary", "nothing", "empty"],
+)
+def test_no_or_several_logits_are_refused(returned: Callable, got: str) -> None:
+    network, given = Returns(returned).eval(), {"image_shape": (3, 5, 4), "head": Categorical(LEVELS)}
+    text = SHAPES + got + ": wrap the model so that it returns its logits"
+    images = torch.zeros(3, 3, 5, 4, dtype=torch.uint8)
+    for n, run in (
+        (2, lambda: Sampler(network, **given)),
+        (1, lambda: naive_sample(network, 1, **given)),
+        (3, lambda: audit(network, images, **given)),
+    ):
+        with pytest.raises(UnsupportedModel, match=text.replace("{n}", str(n))):
+            run()
 
 
 def test_log_softmax_with_temperature() -> None:
