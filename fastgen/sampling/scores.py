@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves
@@ -114,7 +115,9 @@ Known = Scores | Reduced | Unusable
 
 @contextlib.contextmanager
 def undisguised() -> Iterator[None]:
-    """PyTorch's attention comes as products and softmax, not as one of its fused operators."""
+    """PyTorch's attention comes as products and softmax, not as one of its fused operators, unless the module asks for
+    one (`unfused`).
+    """
     fast = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -122,6 +125,34 @@ def undisguised() -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
+
+
+# What PyTorch's attention becomes on other devices, and here where the module chooses the kernel.
+_FUSED = (
+    "flash_attention_for_cpu flash_attention efficient_attention cudnn_attention fused_attention_overrideable"
+).split()
+
+
+def unfused(func: Any, args: tuple, kwargs: dict) -> Any:
+    """The results of a fused operator, its first one by products and softmax; NotImplemented for other operators."""
+    if func._schema.name.removeprefix("aten::_scaled_dot_product_") not in _FUSED:
+        return NotImplemented
+    named = named_arguments(func, args, kwargs)
+    query, key, value = named["query"], named["key"], named["value"]
+    with sdpa_kernel(SDPBackend.MATH):
+        attended = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=named.get("attn_mask", named.get("attn_bias")),
+            dropout_p=named.get("dropout_p", 0.0),
+            is_causal=named.get("is_causal", False),
+            scale=named.get("scale"),
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+    # Heads lie beside each other in the results of such operators, and are views of one feature map.
+    others = (0 if str(r.type) != "Tensor" else torch.empty(0) for r in func._schema.returns[1:])
+    return attended.transpose(1, 2).contiguous().transpose(1, 2), *others
 
 
 def lower(tracer: Tracer, func: Any, args: tuple, kwargs: dict) -> Any:

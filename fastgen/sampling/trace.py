@@ -210,6 +210,8 @@ class Tracer(TorchDispatchMode):
         if not rules.named(func):
             with self:  # in inference mode composite operators come undecomposed
                 result = func.decompose(*args, **kwargs)
+                if result is NotImplemented:
+                    result = scores.unfused(func, args, kwargs)
             if result is not NotImplemented:
                 return result
         with self.refusing(func), host_defaults():

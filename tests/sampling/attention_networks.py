@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fastgen.sampling import Categorical, NotCausal, UnsupportedModel
 
@@ -72,6 +73,31 @@ def min_gpt(net: Prior, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 def nano_gpt(net: Prior, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=None, dropout_p=0, is_causal=True)
+
+
+def own_kernel(net: Prior, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Kernels by choice, as LlamaGen has them."""
+    with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    return y.transpose(1, 2).view(len(y), -1, net.heads * net.depth).unflatten(2, (net.heads, -1)).transpose(1, 2)
+
+
+def own_kernel_masked(net: Prior, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """A mask that is a number for each head, query and key, and one of booleans."""
+    mask = torch.zeros(len(q), 1, *net.bias.shape[1:]).masked_fill(~lower(q.shape[2]), -torch.inf)
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        found = F.scaled_dot_product_attention(q, k, v, attn_mask=mask + net.bias, scale=0.3)
+        return found + F.scaled_dot_product_attention(q, k, v, attn_mask=lower(q.shape[2]))
+
+
+def own_kernel_grouped(net: Prior, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
+def chosen_math(net: Prior, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with sdpa_kernel(SDPBackend.MATH):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
 def tensorflow(net: Prior, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -558,7 +584,8 @@ STYLES: dict[str, Case] = {
         keys_times_queries, scaled_query, scaled_both, less_the_maximum, less_the_maximum_first, softmax_by_hand,
         renormalised, cosine, normed, temperature_of_positions, bool_mask, float_mask, swin, t5, t5_old, alibi,
         window, band, heads_that_see_differently, values_of_inputs, each_head, in_chunks, in_chunks_of_keys,
-        not_a_number, masked_twice, written_by_mask, heads_last, twice, in_place, attention_sink,
+        not_a_number, masked_twice, written_by_mask, heads_last, twice, in_place, attention_sink, own_kernel,
+        own_kernel_masked, chosen_math,
     )
 }  # fmt: skip
 STYLES |= {
@@ -566,7 +593,7 @@ STYLES |= {
 }
 STYLES |= {
     f.__name__: prior(f, (3, 3), 4, 2, keys=2)
-    for f in (grouped_keys, repeated_keys, grouped_by_hand, grouped_by_matmul)
+    for f in (grouped_keys, own_kernel_grouped, repeated_keys, grouped_by_hand, grouped_by_matmul)
 }
 STYLES |= {f.__name__: prior(f, (3, 3), 3, 3, keys=1) for f in (one_key_head, one_key_head_einsum)}
 STYLES |= {

@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgen.sampling import Categorical, Sampler, UnsupportedModel, audit, naive_sample
 from fastgen.sampling.plan import Attention, Plan, Step
 from fastgen.sampling.schedule import Stage
+from fastgen.sampling.scores import unfused
 
 from .attention_models import MODELS, Arithmetic, Axial, Pooled, PrefixLM, Subpixels
 from .attention_networks import STYLES, WRONG, Case, Prior, alibi, lower, min_gpt, nano_gpt, prior, t5, window
@@ -47,6 +49,41 @@ def test_equals_naive_loop(case: Case) -> None:
     expected = naive_sample(network, 3, **given, **options)
     for backend in ("reference", "cpu"):
         assert torch.equal(sampler_of(case, network, given, backend=backend).sample(3, **options), expected)
+
+
+def test_own_kernel_in_inference_mode() -> None:
+    """Where its operator comes out of a composite one."""
+    network, given, options = built(STYLES["own_kernel_masked"])
+    with torch.inference_mode():
+        images = Sampler(network, **given).sample(3, **options)
+    assert torch.equal(images, naive_sample(network, 3, **given, **options))
+
+
+@pytest.mark.parametrize(
+    ("name", "mask", "options"),
+    [
+        ("flash_attention_for_cpu", "attn_mask", ()),
+        ("flash_attention", None, ()),
+        ("efficient_attention", "attn_bias", (False,)),
+        ("cudnn_attention", "attn_bias", (False,)),
+        ("fused_attention_overrideable", "attn_bias", ()),
+    ],
+    ids=lambda v: v if isinstance(v, str) else "",
+)
+def test_fused_operators(name: str, mask: str | None, options: tuple) -> None:
+    """As other devices have them, too: what they compute, and as many results as they give."""
+    operator = getattr(torch.ops.aten, f"_scaled_dot_product_{name}").default
+    q, k, v = torch.randn(2, 4, 5, 3), torch.randn(2, 2, 6, 3), torch.randn(2, 2, 6, 7)
+    bias = torch.randn(2, 1, 5, 6)
+    expected = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=None if mask is None else bias, is_causal=mask is None, scale=0.4, enable_gqa=True
+    )
+    by_name = {} if mask is None else {mask: bias}
+    positional = [by_name.pop(mask), *options] if mask == "attn_bias" else []
+    found, *others = unfused(operator, (q, k, v, *positional), {**by_name, "is_causal": mask is None, "scale": 0.4})
+    assert torch.allclose(found, expected, rtol=1e-6, atol=1e-6) and found.transpose(1, 2).is_contiguous()
+    assert len(others) + 1 == len(operator._schema.returns)
+    assert unfused(torch.ops.aten.softmax.int, (q, 1), {}) is NotImplemented
 
 
 @pytest.mark.parametrize(("case", "error", "text"), WRONG.values(), ids=WRONG)
@@ -85,7 +122,10 @@ def test_tokens_that_are_refused(token: Callable, text: str) -> None:
         Sampler(Arithmetic(token), (4, 5), Categorical(LEVELS, input_range=None))
 
 
-CASES = {name: (STYLES | MODELS)[name] for name in ("window", "t5", "rosinality conditional", "prefix gpt", "axial")}
+CASES = {
+    name: (STYLES | MODELS)[name]
+    for name in ("window", "t5", "own_kernel_masked", "rosinality conditional", "prefix gpt", "axial")
+}
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
