@@ -16,28 +16,62 @@ _Address = TypeVar("_Address", Read, StepTap, Store, Draw, Encoding)
 
 def join_steps(plan: Plan) -> None:
     """Join steps, and drop the stores that nobody reads any more and the planes that nobody stores to."""
-    kept: list[Step] = []
+    kept: list[_Joined] = []
     for step in sorted(plan.steps, key=lambda s: (s.stage, s.rank)):  # stable: the order in which they run
         if step.groups or not _join_earlier(plan, kept, step):
-            kept.append(step)
-    plan.steps = kept
+            kept.append(_Joined(step))
+    plan.steps = [joined.finished() for joined in kept]
     _drop_unread(plan)
     _drop_unread_channels(plan)
 
 
-def _join_earlier(plan: Plan, earlier: list[Step], step: Step) -> bool:
+class _Joined:
+    """A step, and those that were appended to it. There may be thousands, as where each channel has a program."""
+
+    def __init__(self, step: Step):
+        self.step = step
+        self.program: dict[Instr, int] = {}  # equal instructions are one
+        self.stores: list[Store] = []
+        self.planes: set[int] = set()
+        self._holds: dict[Read, int] = {}  # the register with what an instruction would load in place
+        self.append(step)
+
+    def holds(self, read: Read) -> bool:
+        return read in self._holds
+
+    def append(self, step: Step) -> None:
+        place: list[int] = []  # register of each instruction of the step
+        for instr in step.program:
+            if instr.read is not None and instr.read in self._holds:
+                place.append(self._holds[instr.read])
+                continue
+            if instr.operands:
+                instr = replace(instr, a=place[instr.a], b=place[instr.b] if instr.b >= 0 else -1)
+            place.append(self.program.setdefault(instr, len(self.program)))
+        for store in (replace(s, register=place[s.register]) for s in step.stores):
+            self.stores.append(store)
+            self.planes.add(store.plane)
+            self._holds.setdefault(Read(store.plane, 0, 0, store.channel), store.register)
+
+    def finished(self) -> Step:
+        self.step.program, self.step.stores = tuple(self.program), tuple(self.stores)
+        return self.step
+
+
+def _join_earlier(plan: Plan, earlier: list[_Joined], step: Step) -> bool:
     """Append a step to the one that computes an operand of it, if all its other operands are there by then."""
-    operands = {i.read.plane for i in step.program if i.read is not None}
+    reads = [i.read for i in step.program if i.read is not None]
+    operands = {read.plane for read in reads}
     for candidate in reversed(earlier):
-        if (candidate.stage, candidate.rank) != (step.stage, step.rank):
+        if (candidate.step.stage, candidate.step.rank) != (step.stage, step.rank):
             return False
-        shared = operands & {s.plane for s in candidate.stores}
+        shared = operands & candidate.planes
         if not shared:
             continue
-        in_place = all(_holds(candidate, i) for i in step.program if i.read is not None and i.read.plane in shared)
-        if not in_place or not _same_positions(plan, candidate, step):
+        in_place = all(candidate.holds(read) for read in reads if read.plane in shared)
+        if not in_place or not _same_positions(plan, candidate.step, step):
             return False
-        _append(candidate, step)
+        candidate.append(step)
         return True
     return False
 
@@ -48,28 +82,6 @@ def _same_positions(plan: Plan, a: Step, b: Step) -> bool:
         return out.height, out.width, out.stride, step.period, step.phase, step.lag_y, step.lag_x, step.width
 
     return frame(a) == frame(b)
-
-
-def _holds(step: Step, instr: Instr) -> Store | None:
-    """The store of a step that an instruction loads in place."""
-    read = instr.read
-    return next((s for s in step.stores if read is not None and read == Read(s.plane, 0, 0, s.channel)), None)
-
-
-def _append(step: Step, other: Step) -> None:
-    program = list(step.program)
-    place: list[int] = []  # register of each instruction of `other`
-    for instr in other.program:
-        store = _holds(step, instr)
-        if store is not None:
-            place.append(store.register)
-            continue
-        moved = replace(instr, a=place[instr.a], b=place[instr.b] if instr.b >= 0 else -1) if instr.operands else instr
-        if moved not in program:
-            program.append(moved)
-        place.append(program.index(moved))
-    step.stores += tuple(replace(s, register=place[s.register]) for s in other.stores)
-    step.program = tuple(program)
 
 
 def _drop_unread(plan: Plan) -> None:

@@ -20,6 +20,7 @@ from fastgen.sampling.join import join_steps
 from fastgen.sampling.plan import Attention as Attend
 from fastgen.sampling.plan import Draw, Encoding, Instr, Plan, Plane, Read, Step, StepTap, Store
 from fastgen.sampling.schedule import Part, Schedule, Stage, schedule
+from fastgen.sampling.spread import spread
 
 
 def compile_graph(graph: Graph, head: Head) -> tuple[Plan, list[Tensor]]:
@@ -42,6 +43,7 @@ def compile_graph(graph: Graph, head: Head) -> tuple[Plan, list[Tensor]]:
         )
     groups = head.groups(colours)
     schedule(graph, groups)  # on the graph as traced: errors name the user's modules
+    spread(graph)
     share(graph)
     crop(graph)
     settle_output(graph)

@@ -108,8 +108,10 @@ def rebuilt(tracer: Tracer, codes: Tensor) -> Tensor:
     nodes = tracer.graph.nodes
     constant: list[int] = []
     conditional: dict[int, list[int]] = {}
+    first = np.where(plane < 0, len(nodes), plane).min((0, 2, 3)).tolist()  # of each channel, where it has any
+    last = plane.max((0, 2, 3)).tolist()
     for c in range(codes.shape[1]):
-        sources = [int(p) for p in np.unique(plane[:, c]) if p >= 0]
+        sources = [first[c]] if first[c] == last[c] else [int(p) for p in np.unique(plane[:, c]) if p >= 0]
         if sources and all(isinstance(nodes[p], Constant) for p in sources):
             constant.append(c)
         elif len(sources) == 1 and isinstance(nodes[sources[0]], Condition):
@@ -178,16 +180,18 @@ def pieced(tracer: Tracer, codes: Tensor) -> Ref:
             raise LayoutError
     row, column = np.ogrid[: codes.shape[2], : codes.shape[3]]
     given = tracer.graph.given(plane)
-    views = np.stack([plane, np.where(given, 0, y - row), np.where(given, 0, x - column)])
-    constant = np.array([isinstance(n, Constant) for n in nodes])[plane]
-    views[:, constant] = -2
-    views[:, plane < 0] = -1
-    kinds = np.unique(views.reshape(3, -1), axis=1).T
-    kinds = kinds[kinds[:, 0] != -1]
+    # Views have numbers by plane and shift; all constants are one, which comes first.
+    down, right = (np.where(given, 0, v).astype(np.int64) for v in (y - row, x - column))
+    most = 1 + int(max(np.abs(down).max(), np.abs(right).max()))
+    views = ((plane + 1) * 2 * most + down + most) * 2 * most + right + most
+    views[np.array([isinstance(n, Constant) for n in nodes])[plane]] = 0
+    views[plane < 0] = -1
+    kinds = np.unique(views)
+    kinds = kinds[kinds >= 0]
     if not 1 < len(kinds) <= _MOST_PIECES:
         raise LayoutError
     parts = [
-        (kind[0], torch.where(torch.from_numpy((views == kind[:, None, None, None, None]).all(0)), codes, 0))
+        (int(kind) // (4 * most * most) - 1 if kind else -2, torch.where(torch.from_numpy(views == kind), codes, 0))
         for kind in kinds
     ]
     for source, part in parts:

@@ -237,6 +237,12 @@ def normed(net: Prior, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(net.query_norm(q), net.key_norm(k), v, is_causal=True, scale=0.9)
 
 
+def normed_by_squares(net: Prior, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """The mean square is one channel of each head."""
+    q, k = (t * torch.rsqrt(t.pow(2).mean(-1, keepdim=True) + 1e-6) * net.query_norm.weight for t in (q, k))
+    return F.scaled_dot_product_attention(q, k, F.rms_norm(v, (net.depth,)), is_causal=True, scale=0.9)
+
+
 def temperature_of_positions(net: Prior, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Scores divided by the logarithm of how much is seen."""
     scores = q @ k.transpose(2, 3) * torch.arange(2, q.shape[2] + 2)[:, None].float().log() * 3
@@ -582,10 +588,10 @@ STYLES: dict[str, Case] = {
         min_gpt, nano_gpt, tensorflow, tensorflow_by_samples, hugging_face, hugging_face_additive, baddbmm,
         baddbmm_upcast, by_einsum, by_einsum_over_positions, by_einsum_of_batches, by_einsum_of_heads_first, sagan,
         keys_times_queries, scaled_query, scaled_both, less_the_maximum, less_the_maximum_first, softmax_by_hand,
-        renormalised, cosine, normed, temperature_of_positions, bool_mask, float_mask, swin, t5, t5_old, alibi,
-        window, band, heads_that_see_differently, values_of_inputs, each_head, in_chunks, in_chunks_of_keys,
-        not_a_number, masked_twice, written_by_mask, heads_last, twice, in_place, attention_sink, own_kernel,
-        own_kernel_masked, chosen_math,
+        renormalised, cosine, normed, normed_by_squares, temperature_of_positions, bool_mask, float_mask, swin, t5,
+        t5_old, alibi, window, band, heads_that_see_differently, values_of_inputs, each_head, in_chunks,
+        in_chunks_of_keys, not_a_number, masked_twice, written_by_mask, heads_last, twice, in_place, attention_sink,
+        own_kernel, own_kernel_masked, chosen_math,
     )
 }  # fmt: skip
 STYLES |= {

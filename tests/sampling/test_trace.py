@@ -159,6 +159,34 @@ def other_norms(net: Causal, h: Tensor) -> Tensor:
     return pixel + F.normalize(h, dim=1) + F.normalize(h, p=1, dim=1) + h / (1 + h.abs().sum(1, keepdim=True))
 
 
+def rms_norms(net: Causal, h: Tensor) -> Tensor:
+    """Of all channels, and of heads, whose means are channels of one plane."""
+    last = h.permute(0, 2, 3, 1)
+    of_all = F.rms_norm(last, (6,), net.channels) + last * torch.rsqrt(last.pow(2).mean(-1, keepdim=True) + 1e-5)
+    heads = of_all.unflatten(-1, (2, 3))
+    normed = heads * torch.rsqrt(heads.pow(2).mean(-1, keepdim=True) + 1e-5)
+    return normed.flatten(-2).permute(0, 3, 1, 2)
+
+
+def gates(net: Causal, h: Tensor) -> Tensor:
+    """One channel for all, of different kinds: of a product, which is read by itself, too, and shifted; of places; of
+    an input; of a mask.
+    """
+    score = F.conv2d(h, net.channels.view(1, 6, 1, 1))
+    above = F.pad(torch.sigmoid(score), (0, 0, 1, 0))[:, :, :-1]
+    h = h * torch.sigmoid(score) + above * net.channels.view(6, 1, 1) + F.conv2d(score, net.channels.view(6, 1, 1, 1))
+    h = h * torch.exp(score * net.places[:1] - h[:, 2:3].abs()) * h[:, :1] + torch.cat(
+        [score, h[:, :2], above, above, score], 1
+    )
+    return torch.cat([h[:, :4] * (torch.arange(h.shape[3]) % 2), score, torch.tanh(score)], 1)
+
+
+def gated_by_a_layer(net: Causal, h: Tensor) -> Tensor:
+    """A single channel of more multiplications than a layer takes, where it is worth no copies."""
+    score = F.conv2d(F.pad(h, (4, 0, 1, 0)), net.channels.view(1, 6, 1, 1).expand(-1, -1, 2, 5))
+    return h * torch.sigmoid(score) - score
+
+
 def variances(net: Causal, h: Tensor) -> Tensor:
     last = h.permute(0, 2, 3, 1)
     found = [last.var(-1), last.var(-1, unbiased=False), last.std(-1), *torch.var_mean(last, -1), last.sum(-1)]
@@ -204,6 +232,9 @@ PLAIN = [
     layer_norm_of_rows,
     layer_norm_by_hand,
     other_norms,
+    rms_norms,
+    gates,
+    gated_by_a_layer,
     variances,
     frozen_on_tokens,
     attention,
@@ -269,7 +300,7 @@ def test_equals_naive_loop(mix: Callable, size: tuple[int, int], backend: str) -
         assert torch.equal(sampler.sample(7, labels=labels), expected)
 
 
-@pytest.mark.parametrize("mix", [layer_norm, other_norms, frozen_on_tokens], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("mix", [layer_norm, other_norms, rms_norms, gates, frozen_on_tokens], ids=lambda f: f.__name__)
 def test_weights_in_bfloat16(mix: Callable) -> None:
     """The ones that channels are summed with are no weights of the network."""
     network, given = make(mix)
@@ -488,6 +519,14 @@ def test_error_in_forward_leaves_nothing_behind() -> None:
             function(network, **given)
         assert all(m.training for m in network.modules())
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in network.modules())
+
+
+@pytest.mark.parametrize("mix", [layer_norm_by_hand, other_norms, rms_norms], ids=lambda f: f.__name__)
+def test_what_one_channel_gives_to_many_is_one_program(mix: Callable) -> None:
+    network, given = make(mix)
+    steps = Sampler(network, **given).plan.steps
+    assert all(step.width >= 3 for step in steps)
+    assert max(len(step.program) for step in steps) < 40
 
 
 class Wide(nn.Module):
