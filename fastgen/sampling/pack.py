@@ -7,6 +7,7 @@ the whole row into a partial plane, from which the pixel step starts.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 
 import numpy as np
@@ -14,8 +15,19 @@ import torch
 from torch import Tensor
 
 from fastgen.sampling.fuse import crop, merge_sums, roots, settle_output, share
-from fastgen.sampling.graph import Attention, Condition, Constant, Embedding, Graph, Image, Linear, Pointwise, Ref
-from fastgen.sampling.heads import Head
+from fastgen.sampling.graph import (
+    Attention,
+    Condition,
+    Constant,
+    Embedding,
+    Graph,
+    Image,
+    Linear,
+    NotCausal,
+    Pointwise,
+    Ref,
+)
+from fastgen.sampling.heads import Group, Head
 from fastgen.sampling.join import join_steps
 from fastgen.sampling.plan import Attention as Attend
 from fastgen.sampling.plan import Draw, Encoding, Instr, Plan, Plane, Read, Step, StepTap, Store
@@ -42,7 +54,10 @@ def compile_graph(graph: Graph, head: Head) -> tuple[Plan, list[Tensor]]:
             f"{colours} channels"
         )
     groups = head.groups(colours)
-    schedule(graph, groups)  # on the graph as traced: errors name the user's modules
+    try:
+        schedule(graph, groups)  # on the graph as traced: errors name the user's modules
+    except NotCausal as error:
+        raise NotCausal(f"{error}{_order_that_is_causal(graph, groups)}") from None
     spread(graph)
     share(graph)
     crop(graph)
@@ -50,6 +65,25 @@ def compile_graph(graph: Graph, head: Head) -> tuple[Plan, list[Tensor]]:
     merge_sums(graph)
     packer = _Packer(graph, schedule(graph, groups), head)
     return packer.plan(), packer.conditions
+
+
+def _order_that_is_causal(graph: Graph, groups: list[Group]) -> str:
+    """What to say of a network whose output would be causal with levels and colours the other way round."""
+    colours, levels = len(groups), len(groups[0].params)
+    output = graph.output
+    assert output is not None
+    if colours == 1 or levels == 1 or any(len(g.params) != levels for g in groups):
+        return ""
+    index = np.arange(colours * levels)
+    for order, what in (
+        (index.reshape(levels, colours).T, f"levels before colours: return y.unflatten(1, ({levels}, {colours}))"),
+        (index.reshape(colours, levels).T, "colours before levels: return y.flatten(1, 2)"),
+    ):
+        graph.output = output.take(order.flatten())
+        with contextlib.suppress(NotCausal):
+            schedule(graph, groups)
+            return f". The output y would be causal with its channels read as {what}"
+    return ""
 
 
 class _Packer:

@@ -114,6 +114,34 @@ def test_leak_between_colours() -> None:
         Sampler(model)
 
 
+def test_leak_by_the_order_of_the_output_is_told_so() -> None:
+    """A network that is causal, and whose levels and colours are read the other way round."""
+    network, *_ = make("colours", 5, 4)
+    given = {"image_shape": (3, 5, 4), "head": Categorical(LEVELS)}
+    levels_outermost = nn.Sequential(network, nn.Unflatten(1, (3, LEVELS)), Transposed())
+    flat = nn.Sequential(levels_outermost, nn.Flatten(1, 2))
+    text = r"causal with its channels read as levels before colours: return y\.unflatten\(1, \(5, 3\)\)$"
+    with pytest.raises(NotCausal, match=text):
+        Sampler(flat, **given)
+    expected = Sampler(network, **given).sample(3)
+    assert torch.equal(Sampler(nn.Sequential(flat, nn.Unflatten(1, (LEVELS, 3))), **given).sample(3), expected)
+
+    viewed = nn.Sequential(network, nn.Unflatten(1, (LEVELS, 3)))  # of channels with the colours outermost
+    with pytest.raises(NotCausal, match=r"read as colours before levels: return y\.flatten\(1, 2\)$"):
+        Sampler(viewed, **given)
+    assert torch.equal(Sampler(nn.Sequential(viewed, nn.Flatten(1, 2)), **given).sample(3), expected)
+
+    leak = nn.Sequential(network, nn.Conv2d(15, 15, 3, padding=1))
+    with pytest.raises(NotCausal, match=r"the layers between: .*$") as error:
+        Sampler(leak, **given)
+    assert "read as" not in str(error.value)
+
+
+class Transposed(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.transpose(1, 2)
+
+
 def test_masked_away_weights_do_not_count() -> None:
     """Causality is a matter of the weights: a full convolution with the right zeros is causal."""
     module = Leaky("A", nn.Conv2d(4, 4, 3, padding=1))
