@@ -96,6 +96,9 @@ _mul_real = find(torch.ops.aten.mul.Tensor)
 def _mul_any(tracer: Tracer, func: Any, args: tuple, kwargs: dict, outputs: list[Tensor]) -> None:
     """Complex numbers turn queries and keys; their parts lie beside each other."""
     if not outputs[0].is_complex():
+        masked = _masked_windows(tracer, args, outputs[0].shape)
+        if masked is not None:
+            return tracer.set_codes(outputs[0], masked)
         assert _mul_real is not None
         return _mul_real(tracer, func, args, kwargs, outputs)
     if not all(isinstance(a, Tensor) and a.is_complex() and not a.is_conj() for a in args):
@@ -105,6 +108,22 @@ def _mul_any(tracer: Tracer, func: Any, args: tuple, kwargs: dict, outputs: list
     real = emit("sub", emit("mul", a, c), emit("mul", b, d))
     imaginary = emit("add", emit("mul", a, d), emit("mul", b, c))
     tracer.set_codes(torch.view_as_real(outputs[0]), torch.stack([real, imaginary], -1))
+
+
+def _masked_windows(tracer: Tracer, args: tuple, shape: torch.Size) -> Tensor | None:
+    """Codes of what F.unfold gives, [..., kernel, positions], times zeros and ones for each of these, if they leave out
+    whole windows, or what lies outside of the image; else None.
+    """
+    mask = next((a for a in args if isinstance(a, Tensor) and not tracer.varies(a)), None)
+    x = next((a for a in args if isinstance(a, Tensor) and tracer.depends(a)), None)
+    if mask is None or x is None or len(shape) != 3 or x.shape != shape or mask.shape[-2:] != shape[-2:]:
+        return None
+    keep = mask.detach().cpu()
+    if not ((keep == 0) | (keep == 1)).all():
+        return None
+    codes, keep = tracer.codes(x), keep.bool().expand(shape)
+    lost = (codes != 0) & ~keep
+    return torch.where(keep, codes, 0) if (~lost.any(2) | ~keep.any(2)).all() else None
 
 
 @elementwise("div")

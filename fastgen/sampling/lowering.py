@@ -80,6 +80,29 @@ def _indexed(tracer: Tracer, func: Any, args: tuple, kwargs: dict, outputs: list
     tracer.set_codes(outputs[0], _rows_of(tracer, args[0], indices[0]).view(outputs[0].shape))
 
 
+@rule("im2col")
+def _unfold(tracer: Tracer, func: Any, args: tuple, kwargs: dict, outputs: list[Tensor]) -> None:
+    """[N, channels * kernel, positions]: shifted windows, those of a channel next to each other."""
+    x, kernel, dilation, padding, stride = args
+    if x.dim() != 4:
+        raise LayoutError("(F.unfold) of a single image")
+    codes = F.pad(tracer.codes(x), (padding[1], padding[1], padding[0], padding[0]))
+    reach = [(k - 1) * d for k, d in zip(kernel, dilation, strict=True)]
+    size = ((codes.shape[2] - reach[0] - 1) // stride[0] + 1, (codes.shape[3] - reach[1] - 1) // stride[1] + 1)
+    offsets = [(ky * dilation[0], kx * dilation[1]) for ky in range(kernel[0]) for kx in range(kernel[1])]
+    windows = [_window(codes, offset, tuple(stride), size) for offset in offsets]
+    outputs[0].untyped_storage().resize_(outputs[0].nbytes)  # it was as large as the input, if that is larger
+    tracer.set_codes(outputs[0], torch.stack(windows, 2).reshape(outputs[0].shape))
+
+
+@rule("col2im")
+def _fold(tracer: Tracer, func: Any, args: tuple, kwargs: dict, outputs: list[Tensor]) -> None:
+    x, _, kernel, _, padding, stride = args
+    if any(k != 1 for k in (*kernel, *stride)) or any(padding):
+        raise LayoutError("(F.fold) of windows larger than a pixel")
+    tracer.set_codes(outputs[0], tracer.codes(x).reshape(outputs[0].shape))
+
+
 @rule("zero_", "fill_")
 def _fill_in_place(tracer: Tracer, func: Any, args: tuple, kwargs: dict, outputs: list[Tensor]) -> None:
     if len(args) > 1 and isinstance(args[1], Tensor) and tracer.varies(args[1]):
@@ -351,14 +374,22 @@ def _product(tracer: Tracer, func: Any, args: tuple, kwargs: dict, outputs: list
         bias, x, weight = args[:3]
     else:
         x, weight, bias = args[0], args[1], None
-    if name == "aten::bmm" and (weight.shape[0] == 1 or weight.stride(0) == 0):  # what einsum and matmul make of it
+    left = name == "aten::bmm" and not tracer.depends(x) and _one_matrix(x)
+    if left:  # a matrix times vectors in columns
+        x, weight = weight.transpose(1, 2), x.transpose(1, 2)
+    if name == "aten::bmm" and _one_matrix(weight):  # what einsum and matmul make of it
         weight = weight[0]
     if tracer.varies(weight) or weight.dim() != 2 or kwargs:
         raise tracer.unsupported("a product with a matrix that is no parameter")
     if bias is not None and (tracer.varies(bias) or bias.dim() != 1):
         raise tracer.unsupported("a product plus a matrix that is no bias")
     out = product(tracer, tracer.codes(x).reshape(-1, x.shape[-1]), weight, bias)
-    tracer.set_codes(outputs[0], out.view(outputs[0].shape))
+    shape = outputs[0].mT.shape if left else outputs[0].shape
+    tracer.set_codes(outputs[0], out.view(shape).mT if left else out.view(shape))
+
+
+def _one_matrix(batch: Tensor) -> bool:
+    return batch.shape[0] == 1 or batch.stride(0) == 0
 
 
 def product(tracer: Tracer, rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -366,9 +397,20 @@ def product(tracer: Tracer, rows: Tensor, weight: Tensor, bias: Tensor | None = 
     out = torch.empty(len(rows), weight.shape[1], dtype=torch.int64)
     weight = weight.detach().to("cpu", torch.float32).contiguous()
     for order, grid, found in feature_maps(tracer, rows):
-        ref = spatial(tracer, found, grid)
+        ref, rows_of_weight = _by_window(spatial(tracer, found, grid), weight)
         height, width = grid.shape[2:]
-        taps = taps_of(ref, weight)
+        taps = taps_of(ref, rows_of_weight)
         node = Linear(tracer.module, weight.shape[1], height, width, stride=ref.stride, taps=taps, bias=_vector(bias))
         order.restore(tracer.add(node).permute(0, 2, 3, 1), out)
     return out
+
+
+def _by_window(ref: Ref, weight: Tensor) -> tuple[Ref, Tensor]:
+    """The factors of a product with the channels of a window next to each other, where that makes fewer taps: what
+    F.unfold gives has the windows of a channel next to each other.
+    """
+    order = np.lexsort((ref.channel, ref.dx, ref.dy, ref.plane))
+    ordered = ref.take(order)
+    if ordered.breaks().sum() >= ref.breaks().sum():
+        return ref, weight
+    return ordered, weight[torch.from_numpy(order)]

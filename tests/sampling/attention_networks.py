@@ -695,7 +695,7 @@ WRONG: dict[str, tuple[Case, type[Exception], str]] = {
             UnsupportedModel,
             "of products of queries and keys and anything but softmax and values",
         ),
-        (unfolded, UnsupportedModel, r"aten.im2col.default \(supported"),
+        (unfolded, UnsupportedModel, "aten._softmax.default on some of the products of queries and keys"),
         (lower_triangle_of_scores, UnsupportedModel, "on what aten.tril.default makes of products of queries and keys"),
         (
             of_log_probabilities,

@@ -181,6 +181,24 @@ def gates(net: Causal, h: Tensor) -> Tensor:
     return torch.cat([h[:, :4] * (torch.arange(h.shape[3]) % 2), score, torch.tanh(score)], 1)
 
 
+def locally_masked(net: Causal, h: Tensor) -> Tensor:
+    """F.unfold, a mask for each position, which may know of the border, and a product."""
+    mask = F.unfold(torch.ones(1, 1, *h.shape[2:]), 3, padding=1)
+    mask[:, 5:] = 0
+    x = F.unfold(torch.tanh(h), 3, padding=1)
+    first = (x.view(-1, 9, x.shape[2]) * mask).view(x.shape)
+    out = torch.sin(torch.arange(324.0)).view(6, 54).matmul(first).view(h.shape)
+    x = F.unfold(F.pad(out[:, :1], (1, 1, 1, 0)), (2, 3))
+    x = net.embedding.weight.matmul(x * torch.tensor([1.0, 1, 1, 1, 1, 0]).view(1, 6, 1).expand(1, -1, x.shape[2]))
+    return out + F.pad(x, (0, 0, 0, 1)).view(h.shape)
+
+
+def unfolded_and_folded(net: Causal, h: Tensor) -> Tensor:
+    x = F.unfold(F.pad(h, (4, 0, 2, 0)), (2, 3), dilation=2)
+    x = torch.einsum("ij,bjk->bik", torch.cos(torch.arange(216.0)).view(6, 36), x)
+    return F.fold(x, h.shape[2:], (1, 1))
+
+
 def gated_by_a_layer(net: Causal, h: Tensor) -> Tensor:
     """A single channel of more multiplications than a layer takes, where it is worth no copies."""
     score = F.conv2d(F.pad(h, (4, 0, 1, 0)), net.channels.view(1, 6, 1, 1).expand(-1, -1, 2, 5))
@@ -235,6 +253,8 @@ PLAIN = [
     rms_norms,
     gates,
     gated_by_a_layer,
+    locally_masked,
+    unfolded_and_folded,
     variances,
     frozen_on_tokens,
     attention,
@@ -475,6 +495,14 @@ def written_partly(net: Causal, h: Tensor, labels: Tensor) -> Tensor:
             lambda net, h: torch.softmax(h, 1),
             r"_softmax.default \(as the last layer leave it out: heads take logits",
         ),
+        (
+            lambda net, h: F.fold(F.unfold(h, (1, 2)), h.shape[2:], (1, 2)),
+            r"col2im.default \(F.fold\) of windows larger than a pixel",
+        ),
+        (
+            lambda net, h: torch.stack([F.unfold(part, 1).view(h[0].shape) for part in h]),
+            r"im2col.default \(F.unfold\) of",
+        ),
         (lambda net, h: torch.div(h, 2, rounding_mode="floor"), "with rounding mode 'floor'"),
         (lambda net, h: h * h.sum().item(), "aten.sum"),
         (lambda net, h: torch.from_numpy(h.numpy() + 1), r"reads the values of the image \(Tensor.numpy\)"),
@@ -490,6 +518,8 @@ def written_partly(net: Causal, h: Tensor, labels: Tensor) -> Tensor:
         "mean",
         "layer norm",
         "softmax",
+        "fold",
+        "single",
         "rounding",
         "item",
         "numpy",
@@ -527,6 +557,27 @@ def test_what_one_channel_gives_to_many_is_one_program(mix: Callable) -> None:
     steps = Sampler(network, **given).plan.steps
     assert all(step.width >= 3 for step in steps)
     assert max(len(step.program) for step in steps) < 40
+
+
+def test_unfold_is_planned_like_a_convolution() -> None:
+    """The windows of a channel lie next to each other; a tap has those of all channels at one offset."""
+    weight = torch.sin(torch.arange(324.0)).view(6, 6, 3, 3)
+    mask = torch.tensor([1.0, 1, 1, 1, 1, 0, 0, 0, 0])
+
+    def unfolded(net: Causal, h: Tensor) -> Tensor:
+        x = F.unfold(h, 3, padding=1).view(-1, 9, h[0, 0].numel())
+        x = (x * mask.view(1, 9, 1).expand(-1, -1, x.shape[2])).view(len(h), 54, -1)
+        return weight.view(6, 54).matmul(x).view(h.shape)
+
+    def convolved(net: Causal, h: Tensor) -> Tensor:
+        return F.conv2d(h, weight * mask.view(3, 3), padding=1)
+
+    plans = []
+    for mix in (unfolded, convolved):
+        network, given = make(mix)
+        plans.append(Sampler(network, **given).plan)
+    taps = [sorted((s.stage, s.width, t.dy, t.dx, t.count) for s in plan.steps for t in s.taps) for plan in plans]
+    assert taps[0] == taps[1] and plans[0].flops == plans[1].flops
 
 
 class Wide(nn.Module):
