@@ -111,8 +111,10 @@ def _mul_any(tracer: Tracer, func: Any, args: tuple, kwargs: dict, outputs: list
 
 
 def _masked_windows(tracer: Tracer, args: tuple, shape: torch.Size) -> Tensor | None:
-    """Codes of what F.unfold gives, [..., kernel, positions], times zeros and ones for each of these, if they leave out
-    whole windows, or what lies outside of the image; else None.
+    """Codes of what F.unfold gives, [..., kernel, positions], times zeros and ones for each of these, else None.
+
+    Windows that are left out as a whole are not seen at all, and where the others lose only what lies outside of the
+    image, there is nothing to compute.
     """
     mask = next((a for a in args if isinstance(a, Tensor) and not tracer.varies(a)), None)
     x = next((a for a in args if isinstance(a, Tensor) and tracer.depends(a)), None)
@@ -121,9 +123,11 @@ def _masked_windows(tracer: Tracer, args: tuple, shape: torch.Size) -> Tensor | 
     keep = mask.detach().cpu()
     if not ((keep == 0) | (keep == 1)).all():
         return None
-    codes, keep = tracer.codes(x), keep.bool().expand(shape)
-    lost = (codes != 0) & ~keep
-    return torch.where(keep, codes, 0) if (~lost.any(2) | ~keep.any(2)).all() else None
+    keep = keep.bool().expand(shape)
+    codes = torch.where(keep.any(2, keepdim=True), tracer.codes(x), 0)
+    if not ((codes != 0) & ~keep).any():
+        return torch.where(keep, codes, 0)
+    return pointwise(tracer, "mul", [codes, tracer.codes(mask)], shape) if shape[0] > tracer.graph.batch else None
 
 
 @elementwise("div")

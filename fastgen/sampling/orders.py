@@ -103,6 +103,8 @@ def _arrangements(tracer: Tracer, tensors: Sequence[Tensor], shape: Sequence[int
         layouts.append(index.view(batch, -1, shape[-1]).transpose(1, 2))  # channels last
         if len(shape) == 3 and shape[0] == batch and shape[2] > 1:
             layouts.append(index.view(*shape))
+        if len(shape) == 3 and pieces and shape[0] > batch and shape[0] % batch == 0:  # windows of F.unfold
+            layouts.append(index.view(batch, -1, shape[2]))
         if len(shape) == 3 and shape[1] == batch:
             layouts.append(index.view(*shape).permute(1, 2, 0))
     for tokens in layouts:
