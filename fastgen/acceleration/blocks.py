@@ -70,15 +70,39 @@ def _activate(x: Tensor, activation: str = "none", negative_slope: float = 0.01,
 
 
 def add_into(fresh: Tensor, other: Any) -> Tensor:
-    """``fresh + other``; in the memory of the first, which nobody else has, where the sum is such a tensor."""
+    """``fresh + other``, in the memory of the first, which nobody else has, where that can hold the sum."""
+    return fresh.add_(other) if _can_hold(fresh, other) else fresh + other
+
+
+def mul_into(fresh: Tensor, other: Any) -> Tensor:
+    """The same of a product."""
+    return fresh.mul_(other) if _can_hold(fresh, other) else fresh * other
+
+
+def activate_into(fresh: Tensor, activation: str, parameter: float) -> Tensor:
+    """The same of an activation of `IN_PLACE`."""
+    if _can_hold(fresh, 0):
+        return IN_PLACE[activation](fresh, *([parameter] if activation in ("leaky_relu", "elu") else []))
+    return activate(fresh, activation, parameter)
+
+
+IN_PLACE = {
+    **{"relu": torch.relu_, "tanh": torch.tanh_, "sigmoid": torch.sigmoid_},
+    **{"leaky_relu": F.leaky_relu_, "elu": F.elu_},
+}
+
+
+def _can_hold(fresh: Tensor, other: Any) -> bool:
+    """What the original makes of these two, element by element."""
+    if torch.compiler.is_compiling() or is_transformed() or wants_grad((fresh,)) or not fresh.is_floating_point():
+        return False
     if not isinstance(other, Tensor):
-        return fresh + other
-    alike = other.dtype == fresh.dtype and other.shape == fresh.shape
-    if not alike or torch.compiler.is_compiling() or is_transformed() or not is_unobserved((fresh, other)):
-        return fresh + other
-    if fresh.is_inference() != other.is_inference() or wants_grad((fresh, other)):
-        return fresh + other
-    return fresh.add_(other)
+        return isinstance(other, int | float) and is_unobserved((fresh,))
+    if other.dtype != fresh.dtype or wants_grad((other,)) or not is_unobserved((fresh, other)):
+        return False
+    sizes = zip(reversed(other.shape), reversed(fresh.shape), strict=False)
+    fits = other.dim() <= fresh.dim() and all(size in (1, whole) for size, whole in sizes)
+    return fits and fresh.is_inference() == other.is_inference()
 
 
 # Weights that are computed from others, constant in eval

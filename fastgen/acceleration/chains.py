@@ -17,7 +17,7 @@ from torch import fx, nn
 from fastgen import ops
 from fastgen._hooks import has_hooks
 from fastgen.acceleration import blocks
-from fastgen.acceleration.deferring import defer, is_deferred
+from fastgen.acceleration.deferring import defer, is_alone, is_deferred
 from fastgen.acceleration.links import (
     Link,
     Skip,
@@ -62,25 +62,49 @@ def fuse(trace: Trace, prefix: str) -> tuple[Report, set[str]]:
         else:
             bypassed |= chain.bypassed
     if report.fused:
-        _add_in_place(trace)
+        _compute_in_place(trace)
     for run in _runs(trace):
         _join(run, trace.graph)
     return report, bypassed
 
 
 _FUSED = (blocks.conv_transpose2d_bn_act, ops.conv2d_bn_act, blocks.group_norm_act, blocks.instance_norm_act)
-_ADDITIONS = (operator.add, torch.add, "add")
+_INTO: dict[Any, Any] = {
+    **dict.fromkeys((operator.add, torch.add, "add"), blocks.add_into),
+    **dict.fromkeys((operator.mul, torch.mul, "mul"), blocks.mul_into),
+}
 
 
-def _add_in_place(trace: Trace) -> None:
-    """Sums are left where one of their terms is, if nobody else takes that: new memory costs more than the sum."""
+def _compute_in_place(trace: Trace) -> None:
+    """Sums, products and activations are left where what they are of is, if nobody else takes that: new memory costs
+    more than they do.
+    """
     for node in trace.graph.nodes:
-        if node.target not in _ADDITIONS or len(node.args) != 2 or node.kwargs:
+        into = _INTO.get(node.target)
+        if into is not None and len(node.args) == 2 and not node.kwargs and node.args[0] is not node.args[1]:
+            fresh = next((term for term in node.args if _is_fresh(term, trace) and len(term.users) == 1), None)
+            if fresh is not None:
+                node.op, node.target = "call_function", into
+                node.args = (fresh, node.args[1] if fresh is node.args[0] else node.args[0])
             continue
-        fresh = next((term for term in node.args if _is_fresh(term, trace) and len(term.users) == 1), None)
-        if fresh is not None and node.args[0] is not node.args[1]:
-            node.op, node.target = "call_function", blocks.add_into
-            node.args = (fresh, node.args[1] if fresh is node.args[0] else node.args[0])
+        options = _function_of(node, trace)
+        input = input_of(node) if options else None
+        if options and _is_fresh(input, trace) and len(input.users) == 1:  # type: ignore[union-attr]
+            parameter = options.get("alpha", options.get("negative_slope", 0.0))
+            node.op, node.target, node.kwargs = "call_function", blocks.activate_into, {}
+            node.args = (input, options["activation"], parameter)
+
+
+def _function_of(node: fx.Node, trace: Trace) -> dict[str, Any]:
+    """The options of an activation that is a function or method, and none of those that are in place already."""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if node.op not in ("call_function", "call_method") or name.endswith("_") or node.kwargs.get("inplace"):
+        return {}
+    try:
+        link = activation(node, trace)
+    except Skip:
+        return {}
+    return link.options if link is not None and link.options["activation"] in blocks.IN_PLACE else {}
 
 
 def _is_fresh(node: Any, trace: Trace) -> bool:
@@ -88,6 +112,8 @@ def _is_fresh(node: Any, trace: Trace) -> bool:
     if not isinstance(node, fx.Node):
         return False
     plain = node.op == "call_module" and type(trace.modules[str(node.target)]) is nn.Conv2d
+    if node.target in (blocks.add_into, blocks.mul_into, blocks.activate_into) or is_alone(node):
+        return True
     return node.target in _FUSED or (plain and not has_hooks(trace.modules[str(node.target)]))
 
 

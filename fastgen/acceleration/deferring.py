@@ -68,16 +68,33 @@ def defer(trace: Trace, prefix: str, report: Report) -> None:
             with graph.inserting_after(kernel):
                 weight = graph.call_function(own_weight, (kernel,))
             kernel.replace_all_uses_with(weight, lambda user, path=path: user in path)  # type: ignore[misc]
+    tensors: dict[fx.Node, fx.Node] = {}  # where they are needed
     for node in deferred:
         users = [user for user in node.users if user not in deferred and not asks_for_size(user)]
         if users:
             with graph.inserting_after(node):
-                tensor = graph.call_function(plain, (node,))
-            node.replace_all_uses_with(tensor, lambda user, users=users: user in users)  # type: ignore[misc]
+                tensors[node] = graph.call_function(plain, (node,))
+            node.replace_all_uses_with(tensors[node], lambda user, users=users: user in users)  # type: ignore[misc]
+    convs = {one.conv for one in found}
+    for node, tensor in tensors.items():
+        behind = _reached([_last_conv(node, convs)], lambda n: [user for user in n.users if user in deferred])
+        tensor.meta["alone"] = _last_conv(node, convs) in convs and [n for n in behind if n in tensors] == [node]
 
 
 def is_deferred(node: fx.Node) -> bool:
     return "deferred" in node.meta
+
+
+def is_alone(node: fx.Node) -> bool:
+    """Of a tensor that a deferred convolution becomes: whether nothing else shares its memory."""
+    return bool(node.meta.get("alone"))
+
+
+def _last_conv(node: fx.Node, convs: set[fx.Node]) -> fx.Node:
+    """The convolution that a deferred value is a view of, if it is one."""
+    while node not in convs and _is_view(node):
+        node = _viewed(node)
+    return node
 
 
 def _find(node: fx.Node, trace: Trace, others: set[fx.Node]) -> _Found | None:

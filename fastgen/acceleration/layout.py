@@ -69,7 +69,7 @@ _BLOCKS = {
 }
 _NEW = {  # return new memory
     *_BLOCKS,
-    blocks.add_into,
+    *(blocks.add_into, blocks.mul_into, blocks.activate_into),
     *(operator.add, operator.sub, operator.mul, operator.truediv, operator.pow, operator.neg),
     *(operator.gt, operator.ge, operator.lt, operator.le),
     *(torch.add, torch.sub, torch.mul, torch.div, torch.cat, torch.concat, torch.tanh, torch.sigmoid, torch.relu),

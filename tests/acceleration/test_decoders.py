@@ -372,6 +372,38 @@ SUMS = {
 }
 
 
+# Products and activations, and how many of them may be left there.
+TAILS = {
+    "chain": (lambda x, h: F.leaky_relu(h * x + 1, 0.3) * 1.5, 4),
+    "by channel": (lambda x, h: torch.tanh(h * x[:, :, :1, :1]), 2),
+    "reversed": (lambda x, h: x[:, :1] * h, 1),
+    "methods": (lambda x, h: h.mul(0.5).sigmoid().relu(), 3),
+    "elu": (lambda x, h: F.elu(h + x, alpha=0.5), 2),
+    "squared": (lambda x, h: h * h, 0),
+    "used twice": (lambda x, h: (h + x) * torch.tanh(h), 0),
+    "in place already": (lambda x, h: F.relu(h * 2, inplace=True), 1),
+    "larger": (lambda x, h: torch.stack([x, x]) * h, 1),
+    "another dtype": (lambda x, h: torch.tanh(h * x.double()), 2),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", TAILS)
+def test_products_and_activations(name):
+    torch.manual_seed(0)
+    function, in_place = TAILS[name]
+    network, x = Sum(function).eval(), z(4, 5, 3)
+    fast, before = fastgen.accelerate(network), x.clone()
+    ((source,), expected) = Program.of(fast).sources.values(), network(x)
+    assert source.text.count("_into(") == in_place
+    torch.testing.assert_close(fast(x), expected, rtol=1e-4, atol=1e-5)
+    with torch.inference_mode():
+        torch.testing.assert_close(fast(x), expected, rtol=1e-4, atol=1e-5)
+    with torch.enable_grad():
+        torch.testing.assert_close(fast(x.requires_grad_()), expected, rtol=1e-4, atol=1e-5)
+    assert torch.equal(x, before)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("name", SUMS)
 def test_sums(name):
