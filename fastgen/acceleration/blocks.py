@@ -181,6 +181,12 @@ def expect_rank(tensor: Tensor, rank: int) -> None:
         raise OtherThanAssumed(f"has inputs of other than {rank} dimensions")
 
 
+def expect_plain(tensor: Tensor) -> None:
+    """Where the rewritten code was written for no subclass, nor a parameter."""
+    if type(tensor) is not Tensor:
+        raise OtherThanAssumed(f"has an input that is a {type(tensor).__name__}")
+
+
 def assume(value: Any, truth: bool) -> None:
     """Where the rewritten code was written for this answer to a question of the original."""
     if bool(value) is not truth:

@@ -85,7 +85,7 @@ def _collect(node: fx.Node, order: list[fx.Node], is_changed: Callable[[fx.Node]
             continue
         pure = n.target in _FUNCTIONS if n.op == "call_function" else n.op == "call_method" and n.target in _METHODS
         pure = pure and (n.target is not getattr or n.args[1] in _ATTRIBUTES)
-        if n.op != "get_attr" and (not pure or is_changed(n)):
+        if is_changed(n) or (n.op != "get_attr" and not pure):
             return False
         found.add(n)
         left += n.all_input_nodes
@@ -102,7 +102,10 @@ class Constant:
 
     def __call__(self, *tensors: Tensor) -> Tensor:
         if may_keep(tensors):
-            return kept(tensors, self.steps, lambda: _compute(self.steps, tensors))
+            # Known by the largest, as a small one may be shared by many. A view of that itself would keep it for good.
+            first = max(range(len(tensors)), key=lambda i: tensors[i].numel())
+            ordered = (tensors[first], *tensors[:first], *tensors[first + 1 :])
+            return kept(ordered, (first, self.steps), lambda: _compute(self.steps, [t.detach() for t in tensors]))
         return _compute(self.steps, tensors)
 
 

@@ -10,16 +10,43 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 Sizes = tuple[int, ...]  # of the axes
 Axes = tuple[int, ...]  # of one dimension; those of size 1 are left out
 Dims = tuple[Axes, ...]
 of_shapes = functools.lru_cache(maxsize=4096)  # what follows from shapes alone is found once
+
+
+def plain(value: Any) -> Any:
+    """A tensor, of what stands for one."""
+    return value.tensor() if isinstance(value, Deferred) else value
+
+
+def or_of_tensor(method: Callable[..., Any]) -> Callable[..., Any]:
+    """A method that raises ValueError, or TypeError, where that of the tensor has to do."""
+
+    @functools.wraps(method)
+    def called(self: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return method(self, *args, **kwargs)
+        except (TypeError, ValueError):
+            return getattr(self.lying(), method.__name__)(*tree_map(plain, args), **tree_map(plain, kwargs))
+
+    return called
+
+
+def _of_tensors(name: str) -> Callable[..., Any]:
+    return lambda self, *others: getattr(self.lying(), name)(*map(plain, others))
+
+
+def _names(operators: str) -> list[str]:
+    return [f"__{name}__" for name in operators.split()]
 
 
 class Deferred:
@@ -49,7 +76,11 @@ class Deferred:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__") or "sizes" not in self.__dict__:  # as copies ask for, before there is anything
             raise AttributeError(name)
-        return getattr(self.tensor(), name)
+        return getattr(self.lying(), name)
+
+    def lying(self) -> Tensor:
+        """As the code takes for granted that it lies, which then calls ``view``."""
+        return self.tensor().contiguous()
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -57,8 +88,11 @@ class Deferred:
         args = args or (kwargs.pop("input", None),)
         method = cls.functions.get(function, _VIEWS.get(function))
         if method is not None and isinstance(args[0], cls):
-            return getattr(args[0], method)(*args[1:], **kwargs)
-        return function(*map(plain, args), **{name: plain(value) for name, value in kwargs.items()})
+            try:
+                return getattr(args[0], method)(*args[1:], **kwargs)
+            except (TypeError, ValueError):  # called in another way
+                pass
+        return function(*tree_map(plain, args), **tree_map(plain, kwargs))
 
     @property
     def shape(self) -> torch.Size:
@@ -80,54 +114,59 @@ class Deferred:
     def contiguous(self, *_: Any, **__: Any) -> Any:
         return self
 
+    @or_of_tensor
     def view(self, *shape: Any) -> Any:
         shape = _flat(shape)
-        if not all(type(size) is int for size in shape):
-            return self.tensor().view(*shape)
-        dims = _split(self.sizes, self.dims, shape)
-        return self.tensor().reshape(shape) if dims is None else self._with(dims=dims)
+        dims = _split(self.sizes, self.dims, shape) if all(type(size) is int for size in shape) else None
+        return self.lying().reshape(shape) if dims is None else self._with(dims=dims)
 
     reshape = view
 
+    @or_of_tensor
     def permute(self, *order: Any) -> Any:
         order = _flat(order)
         if sorted(i % len(self.dims) for i in order) != list(range(len(self.dims))):
-            return self.tensor().permute(order)  # which raises
+            raise ValueError
         return self._with(dims=tuple(self.dims[i] for i in order))
 
+    @or_of_tensor
     def transpose(self, first: int, second: int) -> Any:
         order = list(range(len(self.dims)))
         order[first], order[second] = order[second], order[first]
         return self.permute(order)
 
+    @or_of_tensor
     def unsqueeze(self, dim: int) -> Any:
         at = dim if dim >= 0 else dim + len(self.dims) + 1
         return self._with(dims=(*self.dims[:at], (), *self.dims[at:]))
 
-    def squeeze(self, *dims: Any) -> Any:
-        if len(dims) != 1 or not isinstance(dims[0], int):
-            return self.tensor().squeeze(*dims)
-        at = dims[0] % len(self.dims)
+    @or_of_tensor
+    def squeeze(self, dim: int) -> Any:
+        at = dim % len(self.dims)
         return self if self.dims[at] else self._with(dims=(*self.dims[:at], *self.dims[at + 1 :]))
 
+    @or_of_tensor
     def __getitem__(self, index: Any) -> Any:
         """Of new dimensions, and all of the others."""
         index = index if isinstance(index, tuple) else (index,)
-        if any(i is not None and i != slice(None) for i in index) or index.count(slice(None)) > len(self.dims):
-            return self.tensor()[index]
+        whole = all(i is None or (isinstance(i, slice) and i == slice(None)) for i in index)
+        if not whole or index.count(slice(None)) > len(self.dims):
+            raise ValueError
         left = list(self.dims)
         return self._with(dims=(*[() if i is None else left.pop(0) for i in index], *left))
+
+    __hash__ = object.__hash__
+    __add__, __radd__, __sub__, __rsub__ = (_of_tensors(name) for name in _names("add radd sub rsub"))
+    __mul__, __rmul__, __truediv__, __rtruediv__ = (_of_tensors(n) for n in _names("mul rmul truediv rtruediv"))
+    __pow__, __rpow__, __matmul__, __rmatmul__ = (_of_tensors(name) for name in _names("pow rpow matmul rmatmul"))
+    __neg__, __abs__, __eq__, __ne__ = (_of_tensors(name) for name in _names("neg abs eq ne"))
+    __lt__, __le__, __gt__, __ge__ = (_of_tensors(name) for name in _names("lt le gt ge"))
 
 
 _VIEWS: dict[Any, str] = {
     **{torch.reshape: "view", torch.transpose: "transpose", torch.permute: "permute"},
     **{torch.unsqueeze: "unsqueeze", torch.squeeze: "squeeze"},
 }
-
-
-def plain(value: Any) -> Any:
-    """A tensor, of what stands for one."""
-    return value.tensor() if isinstance(value, Deferred) else value
 
 
 def _flat(arguments: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgen import ops
-from fastgen.acceleration.deferred import Axes, Deferred, Dims, Sizes, of_shapes, plain
+from fastgen.acceleration.deferred import Axes, Deferred, Dims, Sizes, of_shapes, or_of_tensor, plain
 from fastgen.acceleration.scaled_weights import DTYPES, ScaledWeight
 from fastgen.ops.conv_block import is_transformed, is_unobserved, pair, wants_grad
 from fastgen.ops.conv_cpu import Options
@@ -21,7 +21,7 @@ from fastgen.ops.known_convs import BLOCK_TENSORS
 
 # Samples, channels, rows, a pixel and the zeros that follow it in a column, columns, and the same in a row.
 _N, _C, _H, _U, _W, _V = range(6)
-_NO_PADDING, _BY_NAME = (0, (0, 0), [0, 0]), ("same", "valid")
+_ZERO, _ONE = [(n, (n,), (n, n), [n], [n, n]) for n in (0, 1)]  # as options of a convolution
 _NO_NORM = (None,) * (BLOCK_TENSORS - 1)
 
 
@@ -61,16 +61,13 @@ class Images(Deferred):
 
     def pad(self, sides: Sequence[int], mode: str = "constant", value: float | None = None) -> Any:
         """Of zeros: between pixels where a dimension of one follows these, around the images elsewhere."""
-        if mode != "constant" or value or not all(isinstance(side, int) for side in sides):
-            return F.pad(self.tensor(), sides, mode, value)
-        found = self
+        found: Images | None = None
+        if mode == "constant" and not value and all(isinstance(side, int) for side in sides):
+            found = self
         for i in range(0, len(sides), 2):
-            at = len(self.dims) - 1 - i // 2
-            wider = found._padded(at, sides[i], sides[i + 1]) if sides[i] or sides[i + 1] else found
-            if wider is None:
-                return F.pad(self.tensor(), sides, mode, value)
-            found = wider
-        return found
+            if found is not None and (sides[i] or sides[i + 1]):
+                found = found._padded(len(self.dims) - 1 - i // 2, sides[i], sides[i + 1])
+        return F.pad(self.lying(), sides, mode, value) if found is None else found
 
     def _padded(self, at: int, before: int, after: int) -> Images | None:
         along = self._along(self.dims[at])
@@ -111,23 +108,21 @@ class Images(Deferred):
                 return along
         return None
 
+    @or_of_tensor
     def __getitem__(self, index: Any) -> Any:
         """Also of parts of the rows and columns, which are cut off."""
         index = index if isinstance(index, tuple) else (index,)
-        whole = all(isinstance(i, slice) for i in index) and len(index) <= len(self.dims)
-        if not whole:
+        if not all(isinstance(i, slice) for i in index) or len(index) > len(self.dims):
             return super().__getitem__(index)
-        found = self
+        found: Images | None = self
         for at, (i, size) in enumerate(zip(index, self.shape, strict=False)):
             begin, end, step = i.indices(size)
-            if (begin, end, step) == (0, size, 1):
+            if found is None or (begin, end, step) == (0, size, 1):
                 continue
-            cut = (
-                found._padded(at, -begin, end - size) if step == 1 and self._along(self.dims[at]) is not None else None
-            )
-            if cut is None:
-                return self.tensor()[index]
-            found = cut
+            is_cut = step == 1 and self._along(self.dims[at]) is not None
+            found = found._padded(at, -begin, end - size) if is_cut else None
+        if found is None:
+            raise ValueError
         return found
 
     def conv2d(
@@ -142,11 +137,11 @@ class Images(Deferred):
         found = None
         if bias is None and isinstance(weight, ScaledWeight):
             found = self._by_sample(weight, groups, False, stride, padding, 0, dilation)
-        elif bias is None and pair("stride", stride) == pair("dilation", dilation) == (1, 1) and padding in _NO_PADDING:
+        elif bias is None and stride in _ONE and dilation in _ONE and padding in _ZERO:
             found = self._filtered(weight, groups)
         if found is not None:
             return found
-        return F.conv2d(self.tensor(), plain(weight), bias, stride, padding, dilation, groups)
+        return F.conv2d(self.lying(), plain(weight), bias, stride, padding, dilation, groups)
 
     def conv_transpose2d(
         self,
@@ -163,7 +158,7 @@ class Images(Deferred):
             found = self._by_sample(weight, groups, True, stride, padding, output_padding, dilation)
         if found is not None:
             return found
-        tensors = self.tensor(), plain(weight), bias
+        tensors = self.lying(), plain(weight), bias
         return F.conv_transpose2d(*tensors, stride, padding, output_padding, groups, dilation)
 
     def _by_sample(
@@ -172,7 +167,13 @@ class Images(Deferred):
         """Of [1, N * C, H, W]."""
         (n, c, h, w), source = self.source.shape, self.source
         joined = self.shape == (1, n * c, h, w) and _is_in_order(self.sizes, self.dims)
-        if not joined or any(self.padding) or self.up != (1, 1) or weight.dtype != self.dtype or padding in _BY_NAME:
+        if (
+            not joined
+            or any(self.padding)
+            or self.up != (1, 1)
+            or weight.dtype != self.dtype
+            or isinstance(padding, str)
+        ):
             return None
         inner, outer = weight.scales()
         if not weight.of_groups(n, c, groups, transposed) or wants_grad((inner, outer)):
@@ -181,8 +182,8 @@ class Images(Deferred):
         if kernel.shape[2:] == (1, 1) and not transposed:  # with nothing behind it
             output = F.conv2d(scaled, kernel, None, stride, padding, dilation)
         else:
-            sides = pair("stride", stride), pair("padding", padding), pair("output_padding", more)
-            options = Options(*sides, 1, pair("dilation", dilation), False, 0.0, "none", 0.0)
+            steps, sides, rest, spread = (_pair(value) for value in (stride, padding, more, dilation))
+            options = Options(steps, sides, rest, 1, spread, False, 0.0, "none", 0.0)
             blocks = ((transposed, tuple(options)),)
             output = conv_bn_act_sequence(scaled, (kernel, *_NO_NORM), blocks, contiguous=source.is_contiguous())
         result = Images(output if outer is None else output.mul_(outer))
@@ -205,6 +206,11 @@ class Images(Deferred):
         output = ops.upfirdn2d(self.source, weight[0, 0], up=self.up, padding=self.padding, flip_filter=True)
         result = Images(output)
         return result.view(n * c, 1, *output.shape[2:]) if apart else result
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    """An option of a convolution."""
+    return pair("options", value * 2 if isinstance(value, list | tuple) and len(value) == 1 else value)
 
 
 @of_shapes

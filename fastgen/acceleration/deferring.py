@@ -16,6 +16,7 @@ from torch.nn.parameter import is_lazy
 
 from fastgen.acceleration.deferred import plain
 from fastgen.acceleration.deferred_images import images
+from fastgen.acceleration.layout import memory
 from fastgen.acceleration.links import asks_for_size, name_of, own_tensor
 from fastgen.acceleration.report import Entry, Report
 from fastgen.acceleration.scaled_weights import own_weight
@@ -116,23 +117,33 @@ def _find(node: fx.Node, trace: Trace, others: set[fx.Node]) -> _Found | None:
         if sources[kernels[0]].numel() >= _LEAST and all(n.op in ("call_function", "call_method") for n in path):  # type: ignore[union-attr]
             return _Found(node, views, kernels[0], path)
     small = [value is not None and value.dim() in (1, 2) for value in sources.values()]
-    if node.target is F.conv2d and small and all(small):
+    plainly = len(node.args) <= 3 and not {"stride", "padding", "dilation"} & set(node.kwargs)
+    if node.target is F.conv2d and plainly and small and all(small):
         return _Found(node, views, None, set())
     return None
 
 
 def _is_written_to(found: _Found, trace: Trace) -> bool:
-    """Whether anything is written to while it is deferred, or what it becomes, in place, where others see it."""
-    order = {node: i for i, node in enumerate(trace.graph.nodes)}
+    """Whether anything that shares memory with what is deferred, or was before it, is written to from then on; but for
+    the last of the views that the convolution becomes, when the others are not used any more.
+    """
+    order, shared = {node: i for i, node in enumerate(trace.graph.nodes)}, memory(trace)
     begin = min(order[node] for node in (found.conv, *found.views, *found.path))
     behind = {found.conv}
     for node in trace.graph.nodes:
         if _is_view(node) and _viewed(node) in behind:
             behind.add(node)
-    end = max(order[node] for node in behind)
+    sources = [source for node in (*found.views, *found.path) for source in node.all_input_nodes]
+    firsts = {shared[node] for node in (found.conv, *found.views, *found.path, *sources)}
     for node, i in order.items():
-        for target in written(node, trace):
-            if begin <= i <= end or (target in behind and len(target.users) > 1):
+        for target in written(node, trace) if i >= begin else ():
+            if shared[target] not in firsts:
+                continue
+            if target not in behind:
+                return True
+            mine = _reached([node], lambda n: list(n.users)) | {target}
+            others = [n for n, first in shared.items() if first is shared[target] and n not in mine]
+            if any(order[user] > i for other in others for user in other.users):
                 return True
     return False
 

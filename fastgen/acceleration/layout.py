@@ -65,7 +65,6 @@ _LAYERS = (
 _BLOCKS = {
     *(blocks.conv_transpose2d_bn_act, conv_bn_act_sequence, ops.conv2d_bn_act),
     *(blocks.group_norm_act, blocks.instance_norm_act),
-    plain,
 }
 _NEW = {  # return new memory
     *_BLOCKS,
@@ -138,7 +137,7 @@ def _follow(trace: Trace, early: set[fx.Node]) -> tuple[set[fx.Node], list[_Use]
     copies = []
     for node in trace.graph.nodes:
         found = [(node, source) for source in node.all_input_nodes if source in loose]
-        if node.target in _BLOCKS or (found and _takes_any(node, trace)):
+        if node.target in _BLOCKS or node.target is plain or (found and _takes_any(node, trace)):
             if node not in early:
                 loose.add(node)
         elif not _is_free(node, trace):
@@ -149,10 +148,10 @@ def _follow(trace: Trace, early: set[fx.Node]) -> tuple[set[fx.Node], list[_Use]
 def _written_behind(trace: Trace, loose: set[fx.Node], copies: Iterable[_Use]) -> set[fx.Node]:
     """Where the memory comes from that would be copied and, from then on, written to: both would have to see it."""
     order = {node: i for i, node in enumerate(trace.graph.nodes)}
-    memory = _memory(trace)
-    writes = [(order[node], memory[target]) for node in order for target in written(node, trace)]
-    torn = {what for node, source in copies for at, what in writes if what is memory[source] and at >= order[node]}
-    return {node for node in loose if memory[node] in torn and not _may_alias(node, trace)}
+    shared = memory(trace)
+    writes = [(order[node], shared[target]) for node in order for target in written(node, trace)]
+    torn = {what for node, source in copies for at, what in writes if what is shared[source] and at >= order[node]}
+    return {node for node in loose if shared[node] in torn and not _may_alias(node, trace)}
 
 
 def _takes_any(node: fx.Node, trace: Trace) -> bool:
@@ -185,7 +184,7 @@ def _is_free(node: fx.Node, trace: Trace) -> bool:
 # Who shares memory with whom
 
 
-def _memory(trace: Trace) -> dict[fx.Node, fx.Node]:
+def memory(trace: Trace) -> dict[fx.Node, fx.Node]:
     """One node for each set of nodes that may share memory."""
     first: dict[fx.Node, fx.Node] = {}
 
@@ -194,8 +193,9 @@ def _memory(trace: Trace) -> dict[fx.Node, fx.Node]:
             node = first[node]
         return node
 
+    own: dict[str, fx.Node] = {}  # by path
     for node in trace.graph.nodes:
-        first[node] = node
+        first[node] = own.setdefault(str(node.target), node) if node.op == "get_attr" else node
         if _may_alias(node, trace):
             for source in node.all_input_nodes:
                 first[find(source)] = node

@@ -27,13 +27,15 @@ class Source(NamedTuple):
     text: str
     names: dict[str, Any]
     modules: dict[str, str]
+    assumes: bool  # something of inputs
 
     @classmethod
     def of(cls, graph: fx.Graph, root: torch.nn.Module) -> Source:
         code = graph.python_code("self")
         names = {name: value for name, value in code.globals.items() if not isinstance(value, ModuleType)}
         modules = {name: value.__name__ for name, value in code.globals.items() if isinstance(value, ModuleType)}
-        return cls(_with_direct_paths(code.src, graph, root), names, modules)
+        assumes = any(node.target in (blocks.assume, blocks.expect_rank, blocks.expect_plain) for node in graph.nodes)
+        return cls(_with_direct_paths(code.src, graph, root), names, modules, assumes)
 
     def function(self) -> Any:
         scope = {**self.names, **{name: _module(path) for name, path in self.modules.items()}}
@@ -91,6 +93,14 @@ def _module(path: str) -> ModuleType:
     import importlib
 
     return importlib.import_module(path)
+
+
+_MOST_OTHERS = 64
+
+
+def _kind_of(tensors: dict[str, Tensor]) -> tuple[Any, ...]:
+    """What code may assume of inputs."""
+    return tuple((name, type(x), x.dtype, x.device, x.dim(), x.shape[:1]) for name, x in tensors.items())
 
 
 class _Guard(NamedTuple):
@@ -157,6 +167,7 @@ class Program:
         self.changing: list[tuple[torch.nn.Module, dict[str, Any]]] = []  # of modules that get further attributes
         self.guards: list[_Guard] = []
         self.told = False
+        self.others: set[tuple[Any, ...]] = set()  # kinds of inputs for which the code is not
         self._seen: Any = None
         self._compile()
 
@@ -188,10 +199,10 @@ class Program:
     def run(self, *args: Any, **kwargs: Any) -> Any:
         tensors = self._tensors(args, kwargs)
         function = None if tensors is None else self.functions.get(tuple(tensors))
-        if function is None or tensors is None:
+        if function is None or tensors is None or (self.others and _kind_of(tensors) in self.others):
             return type(self.root).forward(self.root, *args, **kwargs)
         if torch.compiler.is_compiling():
-            if self._holds_compiled():
+            if not self.sources[tuple(tensors)].assumes and self._holds_compiled():
                 return function(self.root, *tensors.values())
             return type(self.root).forward(self.root, *args, **kwargs)
         if not self._holds():
@@ -201,9 +212,11 @@ class Program:
             return function(self.root, *tensors.values())
         except blocks.OtherThanAssumed as reason:
             self._tell(str(reason))
+            if len(self.others) < _MOST_OTHERS:
+                self.others.add(_kind_of(tensors))
             return type(self.root).forward(self.root, *args, **kwargs)
         except Exception as error:
-            problem = error
+            problem = str(error)  # without what it refers to
         result = type(self.root).forward(self.root, *args, **kwargs)  # or the error that the user knows
         self._tell(f"failed where the original did not: {problem}", warn=True)
         self.functions.pop(tuple(tensors), None)  # not to fail again at every call

@@ -15,6 +15,7 @@ from fastgen.acceleration.pickling import make_picklable
 from fastgen.acceleration.program import Program, Source
 from fastgen.acceleration.report import Entry, Report
 from fastgen.acceleration.tracing import Untraceable, is_torch_layer, trace, variants
+from fastgen.acceleration.writes import asks_late
 
 
 def accelerate(module: nn.Module) -> nn.Module:
@@ -134,6 +135,9 @@ def _program(part: nn.Module, path: str, report: Report, reasons: dict[str, str]
             traced = trace(part, names)
         except Untraceable as reason:
             reasons.setdefault(path, str(reason))
+            continue
+        if asks_late(traced):
+            reasons.setdefault(path, "it decides by its inputs after it has written to memory or drawn random numbers")
             continue
         found, bypassed = fuse(traced, path)
         keep_contiguous(traced)

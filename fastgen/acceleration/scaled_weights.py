@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastgen.acceleration.deferred import Deferred, Dims, Sizes, of_shapes, plain, shape_of
+from fastgen.acceleration.deferred import Deferred, Dims, Sizes, of_shapes, or_of_tensor, shape_of
 from fastgen.ops.conv_block import is_transformed, is_unobserved, wants_grad
 from fastgen.ops.packed_weights import kept
 
@@ -58,59 +58,71 @@ class ScaledWeight(Deferred):
         value = value**self.power if self.power != 1 else value
         return self.arranged(value.expand(self.sizes))
 
-    def to(self, *args: Any, **kwargs: Any) -> Any:
-        return self if args == (self.dtype,) and not kwargs else self.tensor().to(*args, **kwargs)
+    @or_of_tensor
+    def to(self, dtype: Any) -> Any:
+        if dtype != self.dtype:
+            raise ValueError
+        return self
 
+    def float(self) -> Any:
+        return self.to(torch.float32)
+
+    @or_of_tensor
     def __mul__(self, other: Any) -> Any:
-        if isinstance(other, int | float):
-            return self._with(factor=self.factor * other) if self.power == 1 else self.tensor() * other
-        if other is self:
-            return self.square()
-        return self._scaled(other, operator.mul) if isinstance(other, Tensor) else self.tensor() * plain(other)
+        if isinstance(other, int | float) and self.power == 1:
+            return self._with(factor=self.factor * other)
+        return self.square() if other is self else self._scaled(other, operator.mul)
 
     __rmul__ = mul = multiply = __mul__
 
+    @or_of_tensor
     def __truediv__(self, other: Any) -> Any:
-        if isinstance(other, int | float) and other:
-            return self * (1 / other)
-        return self._scaled(other, operator.truediv) if isinstance(other, Tensor) else self.tensor() / plain(other)
+        if isinstance(other, int | float) and other and self.power == 1:
+            return self._with(factor=self.factor / other)
+        return self._scaled(other, operator.truediv)
 
     div = __truediv__
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if function in _PRODUCTS and isinstance(args[1], ScaledWeight) and not kwargs:
+        if function in _PRODUCTS and len(args) == 2 and isinstance(args[1], ScaledWeight) and not kwargs:
             args = args[::-1]
         return super().__torch_function__(function, types, args, kwargs)
 
-    def _scaled(self, other: Tensor, operation: Callable[[Any, Any], Any]) -> Any:
+    def _scaled(self, other: Any, operation: Callable[[Any, Any], Any]) -> Any:
         """By a tensor that differs between samples and channels alone."""
-        if self.power != 1 or other.dtype != self.dtype or other.device != self.device:
-            return operation(self.tensor(), other)
-        found = _scale(self.sizes, self.dims, other.shape)
+        alike = isinstance(other, Tensor) and other.dtype == self.dtype and other.device == self.device
+        found = _scale(self.sizes, self.dims, other.shape) if alike and self.power == 1 else None
         if found is None:
-            return operation(self.tensor(), other)
+            raise ValueError
         value = other.reshape(found.shape)
         value = value.t() if found.transposed else value
         before = getattr(self, found.side)
         value = operation(1.0 if before is None else before, value)
         return self._with(**{found.side: value}, sizes=found.sizes, dims=found.dims)
 
+    @or_of_tensor
     def square(self) -> Any:
-        return self._with(power=2) if self.power == 1 else self.tensor().square()
+        if self.power != 1:
+            raise ValueError
+        return self._with(power=2)
 
+    @or_of_tensor
     def pow(self, exponent: Any) -> Any:
-        return self.square() if exponent == 2 and isinstance(exponent, int | float) else self.tensor() ** exponent
+        if not isinstance(exponent, int | float) or exponent != 2:
+            raise ValueError
+        return self.square()
 
     __pow__ = pow
 
-    def sum(self, dim: Any = None, keepdim: bool = False, **options: Any) -> Tensor:
+    @or_of_tensor
+    def sum(self, dim: Any = None, keepdim: bool = False) -> Tensor:
         """Of squares over all but samples and output channels."""
         given = [dim] if isinstance(dim, int) else list(range(len(self.dims)) if dim is None else dim)
         summed = {at % len(self.dims) for at in given}
         axes = {axis for at in summed for axis in self.dims[at]}
-        if options or self.power != 2 or axes != {axis for axis in (_I, _Y, _X) if self.sizes[axis] > 1}:
-            return self.tensor().sum(given, keepdim=keepdim, **options)
+        if self.power != 2 or axes != {axis for axis in (_I, _Y, _X) if self.sizes[axis] > 1}:
+            raise ValueError
         squares = kept([self.weight], "squares", lambda: _squares(self.weight))
         if self.inner is None:
             value = squares.sum(0)[None]

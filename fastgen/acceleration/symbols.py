@@ -45,11 +45,13 @@ class Symbol(fx.Proxy):
             return self.believed_type()
         return type(self)
 
-    def believed_type(self) -> type:
-        """Of what it stands for."""
+    def believed_type(self, checked: bool = False) -> type:
+        """Of what it stands for, an input by assumption, `checked` where a subclass would not do."""
         if not self._is_tensor():
             raise fx.proxy.TraceError("it asks for the type of a computed value")
         tracer: Any = self.tracer
+        if checked and self.node.op == "placeholder":
+            tracer.create_proxy("call_function", blocks.expect_plain, (self,), {})
         return Tensor if self.node.op != "get_attr" else tracer.type_of(str(self.node.target))
 
     __class__ = property(_seen_class)
@@ -122,6 +124,7 @@ class Symbol(fx.Proxy):
         truth = _truth_without_raising(_following(sys._getframe(1)))
         if truth is None:
             check, truth = blocks.assume, _assumed(self)
+            self.tracer.count_question()  # type: ignore[attr-defined]
         if truth is None:
             return self.tracer.to_bool(self)
         self.tracer.create_proxy("call_function", check, (self, truth), {})
@@ -169,7 +172,7 @@ class Symbol(fx.Proxy):
 
 def believed_type(value: Any) -> type:
     """The type of a value, of a symbol that of what it stands for."""
-    return value.believed_type() if issubclass(type(value), Symbol) else type(value)
+    return value.believed_type(checked=True) if issubclass(type(value), Symbol) else type(value)
 
 
 class _MetaType(type):
@@ -192,7 +195,7 @@ def _is_instance(value: Any, kinds: Any) -> bool:
         return isinstance(value, kinds)
     if any(isinstance(kind, _LEGACY) for kind in (kinds if isinstance(kinds, tuple) else (kinds,))):
         raise fx.proxy.TraceError("it asks for a type of tensors that says their dtype and device")
-    return issubclass(value.believed_type(), kinds)
+    return issubclass(value.believed_type(checked=kinds is not Tensor), kinds)
 
 
 def _is_callable(value: Any) -> bool:
@@ -311,7 +314,8 @@ def _assumed(symbol: Symbol) -> bool | None:
         dtype = tracer.dtype() if is_tensor_node(_attribute_of(asked, "dtype")) else None  # type: ignore[attr-defined]
         return None if dtype is None else compare(dtype, value)
     if (source := _attribute_of(asked, "ndim") or _called_on(asked, "dim")) is not None and is_tensor(source):
-        return compare(_rank(source) or _RANK_OF_IMAGES, value)
+        rank = _rank(source)
+        return compare(rank, value) if rank is not None and isinstance(value, int) else None
     size = _size_of_one_image(asked)
     return compare(size, value) if size is not None and isinstance(value, int | float) else None
 
@@ -325,14 +329,24 @@ def _size_of_one_image(node: Any) -> float | None:
     """
     if not isinstance(node, fx.Node):
         return None
-    if node.target is operator.getitem and node.args[1] == 0 and is_tensor_node(_attribute_of(node.args[0], "shape")):
-        return 1
+    if node.target is operator.getitem and node.args[1] == 0:
+        return 1 if _has_batch_of_input(_attribute_of(node.args[0], "shape")) else None
     if (node.target == "size" and node.args[1:] == (0,)) or (node.target == "numel" and len(node.args) == 1):
-        return 1 if is_tensor_node(node.args[0]) else None
+        return 1 if _has_batch_of_input(node.args[0]) else None
     if node.target is operator.mul and isinstance(node.args[1], int | float):
         size = _size_of_one_image(node.args[0])
         return None if size is None else size * node.args[1]
     return None
+
+
+def _has_batch_of_input(node: Any) -> bool:
+    """Of a tensor that layers and activations make of an input, which keep the number of images."""
+    while is_tensor_node(node) and node.op != "placeholder":
+        keeps = node.op == "call_module" or node.target in _FUNCTIONS - {torch.cat, torch.stack, torch.flip}
+        if not (keeps or node.target in (operator.add, operator.mul, operator.sub, operator.truediv)):
+            return False
+        node = node.args[0] if node.args else None
+    return is_tensor_node(node)
 
 
 def _called_on(node: Any, name: str) -> fx.Node | None:

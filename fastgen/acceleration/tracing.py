@@ -51,6 +51,9 @@ _LOCK = threading.RLock()  # a trace replaces functions of PyTorch for the whole
 _FACTORIES = "zeros ones full empty eye arange linspace tensor rand randn randint randperm normal".split()
 
 
+_MOST_QUESTIONS = 10_000  # of one forward
+
+
 class Untraceable(Exception):
     """The forward cannot be recorded faithfully; the text says why."""
 
@@ -324,7 +327,8 @@ def _believed_types(root: torch.nn.Module) -> Iterator[None]:
     """Questions for types, in the code of the module's classes, answered for symbols as for what they stand for."""
     classes = {base for part in root.modules() for base in type(part).__mro__}
     names = {base.__module__ for base in classes if not base.__module__.startswith(("torch.", "fastgen.", "builtins"))}
-    scopes = [vars(sys.modules[name]) for name in names if name in sys.modules]
+    places = {id(place): vars(place) for name in names if (place := sys.modules.get(name)) is not None}
+    scopes = list(places.values())  # one module may have several names
     hidden = [(scope, name, value) for scope in scopes for name, value in BELIEVED.items() if name not in scope]
     jit_isinstance = torch.jit.isinstance
 
@@ -384,6 +388,14 @@ class _Tracer(fx.Tracer):
         self.read: set[torch.nn.Module] = set()
         self.kinds: dict[tuple[str, str], Any] = {}
         self.kept: set[tuple[str, str]] = set()
+        self.questions = 0
+        self.own: dict[str, Tensor] = {}
+
+    def count_question(self) -> None:
+        """As in a loop that never ends with what is assumed of inputs."""
+        self.questions += 1
+        if self.questions > _MOST_QUESTIONS:
+            raise fx.proxy.TraceError("control flow that asks again and again")
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return Symbol(node, self)
@@ -432,7 +444,9 @@ class _Tracer(fx.Tracer):
         return type(self._own_tensor(path))
 
     def _own_tensor(self, path: str) -> Tensor:
-        return dict(self._own_tensors())[path]
+        if path not in self.own:
+            self.own = dict(self._own_tensors())
+        return self.own[path]
 
     def device(self) -> torch.device | None:
         """The device of all parameters and buffers, which must then stay there; None if there are several, or none."""

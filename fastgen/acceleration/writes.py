@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
 from torch import fx
 
 from fastgen.acceleration import blocks
@@ -31,10 +32,36 @@ def written(node: fx.Node, trace: Trace) -> Iterator[fx.Node]:
             yield from inputs[:1]
 
 
+def asks_late(trace: Trace) -> bool:
+    """Whether a question, whose answer may send a call to the module's own forward, comes after something that this
+    would do once more: a write, or a random number.
+    """
+    done = False
+    for node in trace.graph.nodes:
+        if node.target in (blocks.assume, blocks.expect_rank, blocks.expect_plain):
+            if done:
+                return True
+        elif any(True for _ in written(node, trace)) or _draws(node, trace):
+            done = True
+    return False
+
+
+def _draws(node: fx.Node, trace: Trace) -> bool:
+    if node.op == "call_module":
+        module = trace.modules[str(node.target)]
+        return module.training and isinstance(module, torch.nn.modules.dropout._DropoutNd)
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return any(part in name for part in ("rand", "normal", "dropout", "bernoulli", "multinomial", "exponential"))
+
+
 def changed(trace: Trace) -> set[fx.Node]:
-    """All nodes that one may write to."""
+    """All nodes whose memory one may write to."""
+    from fastgen.acceleration.layout import memory  # which is built on this
+
     if trace.changed is None:
-        trace.changed = {target for node in trace.graph.nodes for target in written(node, trace)}
+        shared = memory(trace)
+        targets = {shared[target] for node in trace.graph.nodes for target in written(node, trace)}
+        trace.changed = {node for node, first in shared.items() if first in targets}
     return trace.changed
 
 

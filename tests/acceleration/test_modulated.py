@@ -5,8 +5,10 @@ them, and weights that are computed from parameters alone.
 from __future__ import annotations
 
 import copy
+import gc
 import pickle
 import random
+import weakref
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastgen
-from fastgen.acceleration import deferring
+from fastgen.acceleration import constants, deferring
 from fastgen.acceleration.deferred import plain
 from fastgen.acceleration.deferred_images import Images, images
 from fastgen.acceleration.scaled_weights import ScaledWeight, own_weight
@@ -365,7 +367,65 @@ def ones_around(x, style, weight):
     return F.conv2d(F.pad(x, (1, 1, 1, 1), value=1.0).reshape(1, n * c, h + 2, w + 2), weights, groups=n)
 
 
-LOOKS = [other_at_each_element, of_pairs, of_columns, powers, absolute, also_returned, with_a_bias]
+def written_to_the_source(x, style, weight):
+    x = x + 1
+    out = joined(x, weight * style[:, None, :, None, None])
+    x.mul_(0)
+    return out, x
+
+
+def written_to_a_part(x, style, weight):
+    out = joined(x, weight * style[:, None, :, None, None])
+    top = out[:, :, :1]
+    top.zero_()
+    return out
+
+
+def written_to_a_part_of_the_weights(x, style, weight):
+    weights = weight * style[:, None, :, None, None]
+    weights[0].mul_(0)
+    return joined(x, weights)
+
+
+def returned_twice(x, style, weight):
+    out = joined(x, weight * style[:, None, :, None, None])
+    return out, out.add_(style[:, :1, None, None])
+
+
+def sums_of_weights(x, style, weight):
+    weights = weight * style[:, None, :, None, None]
+    return joined(x, 1 / (weights.abs() + 1e-3) - weights + 2 * weights - (-weights))
+
+
+def equal_weights(x, style, weight):
+    return joined(x, weight * (weight == weight.round()) * style[:, None, :, None, None])
+
+
+def weights_in_a_list(x, style, weight):
+    weights = weight * style[:, None, :, None, None]
+    return joined(x, torch.cat([weights, weights], 1)[:, ::2]), torch.stack([weights, weights])
+
+
+def by_keywords(x, style, weight):
+    n, c, h, w = x.shape
+    weights = torch.mul(weight, other=style[:, None, :, None, None]).permute(dims=(0, 1, 2, 4, 3))
+    norm = (weights * weights).sum(axis=(2, 3, 4), keepdims=True)
+    weights = torch.div(weights, norm.sqrt(), rounding_mode=None).reshape(n * 5, 4, 3, 3)
+    return F.conv2d(x.reshape(1, n * c, h, w), weights, padding=(1,), dilation=[1], stride=(1,), groups=n)
+
+
+def smaller_and_viewed(x, style, weight):
+    """What is blurred and of half the size is joined by a view, which needs it to lie that way."""
+    n, c = x.shape[:2]
+    kernel = weight[0, 0].flatten()[:2]
+    x = F.conv2d(F.pad(x, (1, 1, 1, 1)), kernel[None, None, :, None].expand(c, 1, 2, 1), groups=c)[:, :, ::2, ::2]
+    weights = (weight * style[:, None, :, None, None]).reshape(n * 5, 4, 3, 3)
+    return F.conv2d(x.view(1, n * c, *x.shape[2:]), weights, padding=1, groups=n)
+
+
+LOOKS = [written_to_the_source, written_to_a_part, written_to_a_part_of_the_weights, returned_twice, sums_of_weights]
+LOOKS += [equal_weights, weights_in_a_list, by_keywords, smaller_and_viewed]
+LOOKS += [other_at_each_element, of_pairs, of_columns, powers, absolute, also_returned, with_a_bias]
 LOOKS += [samples_behind_channels, channels_first, written_to_images, written_to_styles, written_to_the_result]
 LOOKS += [mirrored, ones_around]
 
@@ -376,8 +436,10 @@ LOOKS += [mirrored, ones_around]
 def test_what_looks_like_it(look, n):
     torch.manual_seed(0)
     network = prepared(Look(look))
+    fast = fastgen.accelerate(network)
     x, style = torch.randn(n, 4, 6, 5), torch.randn(n, 4)
-    torch.testing.assert_close(fastgen.accelerate(network)(x, style), network(x, style), rtol=1e-4, atol=1e-4)
+    for _ in range(2):
+        torch.testing.assert_close(fast(x, style), network(x, style), rtol=1e-4, atol=1e-4)
 
 
 # Deferred values by themselves
@@ -464,6 +526,33 @@ def test_views_and_scales_of_weights():
 # Weights that are computed from parameters alone
 
 
+class SharedGain(nn.Module):
+    """One small tensor of many weights, and weights that are views."""
+
+    def __init__(self):
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(1))
+        self.convs = nn.ModuleList([nn.Conv2d(4, 4, 3, padding=1) for _ in range(6)])
+
+    def forward(self, x):
+        for conv in self.convs:
+            x = F.conv2d(x, self.gain * conv.weight, conv.bias, padding=1)
+        return F.conv2d(x, self.convs[0].weight.transpose(2, 3)[:, :4])
+
+
+@torch.no_grad()
+def test_constants_are_kept_and_freed(monkeypatch):
+    network = prepared(SharedGain())
+    fast, x = fastgen.accelerate(network), torch.randn(1, 4, 6, 5)
+    torch.testing.assert_close(fast(x), network(x), rtol=1e-4, atol=1e-4)
+    monkeypatch.setattr(constants, "_compute", None)  # not again
+    torch.testing.assert_close(fast(x), network(x), rtol=1e-4, atol=1e-4)
+    weights = [weakref.ref(parameter) for parameter in fast.parameters()]
+    del fast
+    gc.collect()
+    assert not any(weight() is not None for weight in weights)
+
+
 class Equalised(nn.Module):
     def __init__(self, weigh, kernel=3):
         super().__init__()
@@ -508,6 +597,19 @@ def test_constant_weights(kind):
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-3)
 
 
+def changed_in_part(w):
+    scaled = w * 0.5
+    scaled[0].mul_(0)
+    return scaled
+
+
+def changed_by_a_view(w):
+    scaled = w * 0.5
+    part = scaled.view(6, -1)[:, :2]
+    part += 1
+    return scaled
+
+
 def changed_in_place(w):
     scaled = w * 0.5
     scaled.add_(1)
@@ -518,7 +620,9 @@ def random_weights(w):
     return w + torch.rand(1)
 
 
-@pytest.mark.parametrize("weigh", [changed_in_place, random_weights], ids=lambda weigh: weigh.__name__)
+@pytest.mark.parametrize(
+    "weigh", [changed_in_place, changed_in_part, changed_by_a_view, random_weights], ids=lambda weigh: weigh.__name__
+)
 def test_weights_that_are_no_constants(weigh):
     network = prepared(Equalised(weigh))
     fast, x = fastgen.accelerate(network), torch.randn(2, 4, 7, 5)

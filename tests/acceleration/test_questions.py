@@ -12,6 +12,7 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastgen
@@ -242,3 +243,125 @@ def test_questions_between_blocks_do_not_part_them(upsample):
         with mode:
             torch.testing.assert_close(fast(x), network(x), rtol=1e-2, atol=1e-2)
     torch.testing.assert_close(fast(x.double()), network(x.double()))
+
+
+class AsksLate(nn.Module):
+    """After something that must not be done twice."""
+
+    def __init__(self, before):
+        super().__init__()
+        self.conv, self.last, self.before = nn.Conv2d(4, 4, 3, padding=1), nn.Conv2d(4, 4, 1), before
+
+    def forward(self, x):
+        x = self.before(x)
+        x = torch.relu(self.conv(x))
+        if x.shape[0] > 1:
+            x = x + x.mean(0, keepdim=True)
+        return self.last(x)
+
+
+def add_to_a_part(x):
+    x[:, :1].add_(1)
+    return x
+
+
+LATE = {
+    "in place": lambda x: F.leaky_relu(x, 0.2, inplace=True),
+    "method": lambda x: x.mul_(2),
+    "part": add_to_a_part,
+    "random": lambda x: x + torch.randn_like(x),
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("before", LATE)
+@pytest.mark.parametrize("n", [1, 3])
+def test_questions_after_writes(before, n):
+    network = prepared(AsksLate(LATE[before]))
+    fast, results = fastgen.accelerate(network), []
+    for module in (network, fast):
+        torch.manual_seed(0)
+        x = torch.randn(n, 4, 6, 5)
+        results.append((module(x), x))
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)
+
+
+def grow(x):
+    while x.shape[0] < 4:
+        x = torch.cat([x, x])
+    return x
+
+
+def flatten(x):
+    while x.dim() > 2:
+        x = x.mean(-1)
+    return x
+
+
+def ask_for_ever(x):
+    while x.shape[0] < 4:
+        pass
+    return x
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("loop", [grow, flatten])
+def test_loops_end(loop):
+    network = prepared(nn.Sequential(nn.Conv2d(4, 4, 3), Applied(loop)))
+    fast, x = fastgen.accelerate(network), torch.randn(1, 4, 6, 5)
+    torch.testing.assert_close(fast(x), network(x))
+
+
+class Applied(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+def test_a_loop_without_end_is_given_up():
+    class Waits(Applied):
+        def __init__(self):
+            super().__init__(ask_for_ever)
+            self.conv = nn.Conv2d(4, 4, 3)
+
+    assert "while x.shape[0] < 4" in reasons(fastgen.accelerate(prepared(Waits())))["conv"]
+
+
+@torch.no_grad()
+def test_kinds_of_inputs_that_were_not_assumed_are_remembered():
+    network = prepared(Asks(QUESTIONS["batch"]))
+    fast = fastgen.accelerate(network)
+    program, x = Program.of(fast), torch.randn(3, 4, 6, 5)
+    calls = []
+    program.functions = {
+        names: lambda *args, function=function: calls.append(args) or function(*args)
+        for names, function in program.functions.items()
+    }
+    for _ in range(3):
+        torch.testing.assert_close(fast(x), network(x))
+    assert len(calls) == 1
+    fast(x[:1])
+    assert len(calls) == 2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("question", ["type of the input", "is no parameter"])
+def test_inputs_of_other_types(question):
+    ask = {**QUESTIONS, "is no parameter": lambda m, x, y: not isinstance(x, nn.Parameter)}[question]
+    network = prepared(Asks(ask))
+    fast, x = fastgen.accelerate(network), torch.randn(2, 4, 6, 5)
+    for kind in (torch.Tensor, nn.Parameter):
+        torch.testing.assert_close(fast(x.as_subclass(kind)), network(x.as_subclass(kind)), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("question", ["batch", "dtype"])
+def test_compiled_with_what_is_assumed(question):
+    network = prepared(Asks(QUESTIONS[question]))
+    compiled = torch.compile(fastgen.accelerate(network), fullgraph=True, backend="aot_eager")
+    for n in (1, 3):
+        x = torch.randn(n, 4, 6, 5)
+        torch.testing.assert_close(compiled(x), network(x), rtol=1e-4, atol=1e-5)

@@ -774,6 +774,7 @@ ERRORS = {
     "stride of three": ({"stride": (1, 1, 1)}, ValueError, "stride must be an integer or two"),
     "padding": ({"padding": -1}, ValueError, "padding must be at least 0"),
     "no output": ({"padding": 4}, ValueError, "output would be -1 x 0: padding"),
+    "empty output": ({"padding": (3, 4)}, ValueError, "output would be 1 x 0: padding"),
     "output_padding": ({"output_padding": 1}, ValueError, "output_padding must be less than stride or dilation"),
     "activation": ({"activation": "mish"}, ValueError, "activation must be one of none, relu.*; got 'mish'"),
     "one value": (
