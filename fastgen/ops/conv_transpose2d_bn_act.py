@@ -106,6 +106,8 @@ def conv_transpose2d_bn_act(
             if call is not None:
                 return serve(call, tensors, block)
     _check(*args)
+    if not compiling and 0 in output_shape(True, input.shape, weight.shape, Options(*args[7:]))[2:]:
+        return reference(True, *args, momentum=momentum)  # an error, too, where PyTorch has one
     if _is_depthwise(input, weight, groups) and (compiling or backends.asked() == "auto"):
         return reference(True, *args, momentum=momentum)
     saving = training or wants_grad(tensors)
@@ -149,7 +151,7 @@ def _check(input: Tensor, weight: Tensor, *rest: Any) -> None:
     if input.shape[1] != weight.shape[0]:
         raise ValueError(f"input must have {weight.shape[0]} channels as the weight has, got {input.shape[1]}")
     shape = output_shape(True, input.shape, weight.shape, options)
-    if min(shape[2:]) < (1 if input.shape[0] else 0):
+    if shape[2] < 0 or shape[3] < 0:
         raise ValueError(f"the output would be {shape[2]} x {shape[3]}: padding {options.padding} is too large for it")
     check_norm(channels, shape[1], options.training)
     if options.training and shape[0] * shape[2] * shape[3] == 1:

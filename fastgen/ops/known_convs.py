@@ -139,16 +139,16 @@ class _Known:
         part = self.parts[0]
         if input.dim() != 4 or len(self.parts) > 1 or isinstance(part, _Single):
             return None
-        other = part.resized(input, tensors)
-        if other is None:
-            return None
         shape: Sequence[int] = input.shape
         for i, (transposed, block) in enumerate(blocks):
             sizes, options = (shape, of_block(tensors, i)[0].shape), Options(*block)
             if not transposed and not is_native_better(input.dtype, *sizes, options):
                 return None
             shape = cpu.output_shape(transposed, *sizes, options)
-        return _Known(self.seen, [other])
+            if min(shape[2:]) < 1:
+                return None
+        other = part.resized(input, tensors)
+        return None if other is None else _Known(self.seen, [other])
 
     def __call__(self, input: Tensor, tensors: Tensors) -> Tensor | None:
         """None if one of the tensors is not what it was."""
