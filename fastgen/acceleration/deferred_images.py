@@ -185,7 +185,8 @@ class Images(Deferred):
             steps, sides, rest, spread = (_pair(value) for value in (stride, padding, more, dilation))
             options = Options(steps, sides, rest, 1, spread, False, 0.0, "none", 0.0)
             blocks = ((transposed, tuple(options)),)
-            output = conv_bn_act_sequence(scaled, (kernel, *_NO_NORM), blocks, contiguous=source.is_contiguous())
+            contiguous = source.is_contiguous() and not transposed  # which a filter follows, fast on channels-last
+            output = conv_bn_act_sequence(scaled, (kernel, *_NO_NORM), blocks, contiguous)
         result = Images(output if outer is None else output.mul_(outer))
         return result.view(1, -1, *result.source.shape[2:])
 
