@@ -18,7 +18,7 @@ from fastgen import ops
 from fastgen.acceleration import blocks
 from fastgen.acceleration.deferred import plain
 from fastgen.acceleration.deferred_images import images
-from fastgen.acceleration.links import is_identity
+from fastgen.acceleration.links import asks_for_size, is_identity
 from fastgen.acceleration.tracing import Trace
 from fastgen.acceleration.writes import IN_PLACE, written
 from fastgen.ops.conv_sequence import conv_bn_act_sequence
@@ -88,9 +88,6 @@ _FUNCTIONS = {
 _ELEMENTWISE = "add sub mul div pow neg tanh sigmoid relu clamp clamp_min clamp_max exp abs sqrt square".split()
 _METHODS = {*_ELEMENTWISE, *(name + "_" for name in _ELEMENTWISE), "chunk", "detach", "float", "mean", "sum"}
 
-# Take any strides, too, and what they return owes them nothing.
-_FREE = {"size", "dim", images}
-
 
 def keep_contiguous(trace: Trace) -> None:
     """Inserts ``contiguous()`` into the graph where it is needed."""
@@ -140,7 +137,7 @@ def _follow(trace: Trace, early: set[fx.Node]) -> tuple[set[fx.Node], list[_Use]
         if node.target in _BLOCKS or node.target is plain or (found and _takes_any(node, trace)):
             if node not in early:
                 loose.add(node)
-        elif not _is_free(node, trace):
+        elif not _is_free(node):
             copies += found
     return loose, copies
 
@@ -175,10 +172,9 @@ def _returns_several(node: fx.Node, trace: Trace) -> bool:
     return node.target == "chunk" or bool(node.kwargs.get("return_indices"))
 
 
-def _is_free(node: fx.Node, trace: Trace) -> bool:
-    if node.target is getattr:
-        return node.args[1] in ("shape", "dtype", "device", "ndim")
-    return node.op in ("call_function", "call_method") and node.target in _FREE
+def _is_free(node: fx.Node) -> bool:
+    """Takes any strides, too, and what it returns owes them nothing."""
+    return asks_for_size(node) or node.target is images
 
 
 # Who shares memory with whom

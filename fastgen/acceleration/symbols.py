@@ -94,7 +94,7 @@ class Symbol(fx.Proxy):
         shape = self.node
         if shape.target is operator.getitem and isinstance(shape.args[1], slice):
             shape, part = shape.args  # type: ignore[assignment]
-        source = _attribute_of(shape, "shape") or (shape.target == "size" and len(shape.args) == 1 and shape.args[0])
+        source = _attribute_of(shape, "shape") or _called_on(shape, "size")
         bounds = (part.start, part.stop, part.step)
         if not isinstance(source, fx.Node) or not all(bound is None or isinstance(bound, int) for bound in bounds):
             return self.tracer.iter(self)  # type: ignore[return-value]  # which raises

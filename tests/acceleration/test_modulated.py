@@ -147,10 +147,6 @@ class ByNames(nn.Module):
         return filter_channels(x, self.kernel, up=2, pad=(2, 1))
 
 
-def wide(*shape):
-    return torch.randn(3, *shape)
-
-
 NETWORKS = {
     "same size": (lambda: Modulated(), (6, 7, 5), 1),
     "no norm": (lambda: Modulated(kernel=1, outer=3, demodulate=False), (6, 7, 5), 1),
@@ -183,7 +179,7 @@ def small_weights(monkeypatch):
 
 @pytest.fixture
 def no_tensors(monkeypatch):
-    """Of the weights of each sample: none is computed, nor are joined images copied."""
+    """None of the weights of each sample is computed."""
 
     def refuse(self):
         raise AssertionError("the weights of each sample were computed")
