@@ -7,6 +7,7 @@
 #include <cstring>
 #include <memory>
 #include <optional>
+#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
@@ -81,6 +82,7 @@ const ConvElement& element_of(const std::string& dtype) {
 }
 
 Plan plan_of(const ConvShape& shape, const ConvElement& element) {
+    if (shape.y.out_size < 1 || shape.x.out_size < 1) throw std::invalid_argument("a convolution without output");
     const auto plan = make_conv_plan(shape, element);
     return {shape, &element, plan, layout_of(*plan, shape)};
 }

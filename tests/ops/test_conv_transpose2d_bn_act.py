@@ -528,6 +528,8 @@ def test_empty_images(shape, padding, backend):
 
 
 def test_no_output_where_pytorch_refuses():
+    with pytest.raises(ValueError, match="a convolution without output"):
+        backends.native_cpu().ConvPlan(True, 1, (3, 2), (1, 1), (0, 0), (2, 2), (1, 1), (1, 1), (1, 1), True, "float32")
     x, weight = torch.randn(1, 3, 1, 1), torch.randn(3, 2, 2, 2)
     assert ops.conv_transpose2d_bn_act(torch.randn(1, 3, 3, 3), weight, padding=1).shape == (1, 2, 2, 2)
     for function in (ops.conv_transpose2d_bn_act, F.conv_transpose2d):
