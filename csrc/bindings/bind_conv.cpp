@@ -58,8 +58,8 @@ struct Plan {
 // find them packed.
 std::string layout_of(const ConvPlan& conv, const ConvShape& shape) {
     std::vector<int64_t> numbers{shape.transposed, shape.groups, shape.in_channels, shape.out_channels, shape.y.kernel,
-                                 shape.x.kernel,   conv.minimal, conv.overlap_add,  conv.element_row};
-    if (conv.element_row) {
+                                 shape.x.kernel,   conv.minimal, conv.overlap_add,  conv.element_row,   conv.depthwise};
+    if (conv.element_row || conv.depthwise) {
         // All kernel elements in order.
     } else if (conv.overlap_add) {
         for (const OverlapAxis* axis : {&conv.overlap_y, &conv.overlap_x}) numbers.push_back(axis->stride);

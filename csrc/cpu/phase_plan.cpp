@@ -261,6 +261,14 @@ bool is_minimal(const ConvPlan& plan, const AxisSlot& y, const AxisSlot& x) {
 std::shared_ptr<const ConvPlan> make_conv_plan(const ConvShape& shape, const ConvElement& element) {
     const int64_t lanes = element.lanes;
     const auto owner = std::make_shared<Owner>();
+    if (element.by_channel && !shape.transposed && shape.groups > 1 && shape.in_channels * shape.out_channels == 1) {
+        owner->plan = {};
+        owner->plan.groups = shape.groups;
+        owner->plan.depthwise = true;
+        owner->plan.depthwise_y = shape.y;
+        owner->plan.depthwise_x = shape.x;
+        return {owner, &owner->plan};
+    }
     int64_t least = std::numeric_limits<int64_t>::max();
     const auto x_candidates = candidates(shape, shape.x, lanes);
     for (const Axis& y : candidates(shape, shape.y, lanes)) {
@@ -284,7 +292,10 @@ std::shared_ptr<const ConvPlan> make_conv_plan(const ConvShape& shape, const Con
                    false,
                    0,
                    overlap_axis(shape.y, shape.transposed),
-                   overlap_axis(shape.x, shape.transposed)};
+                   overlap_axis(shape.x, shape.transposed),
+                   false,
+                   {},
+                   {}};
     ConvPlan minimal = owner->plan;
     minimal.minimal = shape.minimal && minimal.y.phases * minimal.x.phases == 1;
     int64_t least_cost = cost(owner->plan, element);

@@ -22,7 +22,7 @@
 // filters) may be computed by minimal filtering instead, minimal_filter.h: fewer products, but transforms, and up to four
 // times the weights where products do not make their points themselves. Layers of few output channels may do without
 // phases, by overlap-add, overlap_add.h. Whether it is done depends on the layer and the size of one image, never on the
-// batch: it changes the bits.
+// batch: it changes the bits. Ordinary convolutions of each channel by itself have no products at all, depthwise_conv.h.
 //
 // Weights are packed slot by slot, panel by panel, tap by tap: as products read them. Where a layer spreads single pixels,
 // or could, they are packed by kernel elements, so that images of one pixel and larger ones share them: all outputs of a
@@ -67,6 +67,10 @@ struct OverlapAxis {
 
 inline constexpr int64_t kMaxOverlapKernel = 32;  // along either axis
 
+struct ConvAxis {
+    int64_t in_size, out_size, kernel, stride, padding, dilation;
+};
+
 struct ConvPlan {
     int64_t groups, in_channels, out_channels;  // channels of one group
     AxisPlan y, x;
@@ -74,6 +78,8 @@ struct ConvPlan {
     bool overlap_add;     // instead of products by phases
     int64_t element_row;  // kernel elements in a row, where weights are packed by them; else 0
     OverlapAxis overlap_y, overlap_x;
+    bool depthwise;  // instead of all that: each channel by itself
+    ConvAxis depthwise_y, depthwise_x;
 };
 
 inline constexpr int kPoints = 4;      // of minimal filtering along one axis
@@ -110,10 +116,6 @@ inline int64_t last_cell(const AxisSlot& slot) { return slot.num_spans ? slot.sp
 // Whether a pair of slots is computed by minimal filtering.
 bool is_minimal(const ConvPlan& plan, const AxisSlot& y, const AxisSlot& x);
 
-struct ConvAxis {
-    int64_t in_size, out_size, kernel, stride, padding, dilation;
-};
-
 struct ConvShape {
     bool transposed;
     int64_t groups, in_channels, out_channels;  // channels of one group
@@ -124,6 +126,7 @@ struct ConvShape {
 struct ConvElement {
     int64_t lanes;      // columns of a vector of products
     bool sums_filters;  // products make the points of minimal filtering by two taps themselves
+    bool by_channel;    // convolutions of each channel by itself are computed so
 };
 
 // The arrays live as long as the result.

@@ -18,6 +18,7 @@
 #include <omp.h>
 
 #include "conv_products.h"
+#include "depthwise_conv.h"
 #include "minimal_filter.h"
 #include "overlap_add.h"
 
@@ -119,6 +120,8 @@ struct TapConv {
         }
         return slot == slots() ? sum * plan.groups : group * sum + offset;
     }
+
+    int64_t packed_size() const { return packed_offset(0, slots()); }
 
     // A few channels of a panel at a time, for all slots: they read the same cache lines.
     void pack(const ConvWeight<E>& weight, E* packed) const {
@@ -913,28 +916,32 @@ struct TapConv {
     };
 };
 
+// Calls body with what computes the calls of a plan.
+template <class E, class Body>
+FASTGEN_INLINE auto with_kernel(const ConvPlan& plan, const TapConvCall<E>& call, SumOf<E>* scratch, const Body& body) {
+    if constexpr (kConvElement<E>.by_channel) {
+        if (plan.depthwise) return body(DepthwiseConv<E>{plan, call, scratch});
+    }
+    if (plan.overlap_add) return body(OverlapAdd<E>{plan, call, scratch});
+    return body(TapConv<E>{plan, call, scratch});
+}
+
 }  // namespace
 
-#define FASTGEN_DEFINE_TAP_CONV(T)                                                                      \
-    int64_t tap_conv_packed_size(const ConvPlan& plan, const T*) {                                      \
-        const TapConvCall<T> call{};                                                                    \
-        if (plan.overlap_add) return OverlapAdd<T>{plan, call, nullptr}.packed_size();                  \
-        const TapConv<T> conv{plan, call, nullptr};                                                     \
-        return conv.packed_offset(0, conv.slots());                                                     \
-    }                                                                                                   \
-    int64_t tap_conv_scratch_size(const ConvPlan& plan, const TapConvCall<T>& call) {                   \
-        if (plan.overlap_add) return OverlapAdd<T>{plan, call, nullptr}.scratch_size();                 \
-        return TapConv<T>{plan, call, nullptr}.scratch_size();                                          \
-    }                                                                                                   \
-    void tap_conv_pack(const ConvPlan& plan, const ConvWeight<T>& weight, T* packed, int64_t threads) { \
-        TapConvCall<T> call{};                                                                          \
-        call.threads = threads;                                                                         \
-        if (plan.overlap_add) return OverlapAdd<T>{plan, call, nullptr}.pack(weight, packed);           \
-        TapConv<T>{plan, call, nullptr}.pack(weight, packed);                                           \
-    }                                                                                                   \
-    void tap_conv(const ConvPlan& plan, const TapConvCall<T>& call, SumOf<T>* scratch) {                \
-        if (plan.overlap_add) return OverlapAdd<T>{plan, call, scratch}.run();                          \
-        TapConv<T>{plan, call, scratch}.run();                                                          \
+#define FASTGEN_DEFINE_TAP_CONV(T)                                                                        \
+    int64_t tap_conv_packed_size(const ConvPlan& plan, const T*) {                                        \
+        return with_kernel<T>(plan, {}, nullptr, [](const auto& conv) { return conv.packed_size(); });    \
+    }                                                                                                     \
+    int64_t tap_conv_scratch_size(const ConvPlan& plan, const TapConvCall<T>& call) {                     \
+        return with_kernel<T>(plan, call, nullptr, [](const auto& conv) { return conv.scratch_size(); }); \
+    }                                                                                                     \
+    void tap_conv_pack(const ConvPlan& plan, const ConvWeight<T>& weight, T* packed, int64_t threads) {   \
+        TapConvCall<T> call{};                                                                            \
+        call.threads = threads;                                                                           \
+        with_kernel<T>(plan, call, nullptr, [&](const auto& conv) { conv.pack(weight, packed); });        \
+    }                                                                                                     \
+    void tap_conv(const ConvPlan& plan, const TapConvCall<T>& call, SumOf<T>* scratch) {                  \
+        with_kernel<T>(plan, call, scratch, [](const auto& conv) { conv.run(); });                        \
     }
 
 FASTGEN_DEFINE_TAP_CONV(BFloat16)

@@ -26,7 +26,8 @@ template <class E>
 using SumOf = typename SumTraits<E>::type;
 
 template <class E>
-inline constexpr ConvElement kConvElement{64 / static_cast<int64_t>(sizeof(SumOf<E>)), std::is_same_v<E, float>};
+inline constexpr ConvElement kConvElement{64 / static_cast<int64_t>(sizeof(SumOf<E>)), std::is_same_v<E, float>,
+                                          std::is_same_v<E, SumOf<E>>};
 
 // Weights of any layout, by element strides: the channels count within a group.
 template <class T>

@@ -72,6 +72,8 @@ def is_native_better(dtype: torch.dtype, input: Sequence[int], weight: Sequence[
         return in_channels % 2 == 0 or options.groups == 1
     if dtype not in (torch.float32, torch.float64, torch.bfloat16) or (dtype is torch.bfloat16 and in_channels % 2):
         return False
+    if options.groups > 1 and tuple(weight[:2]) == (options.groups, 1):
+        return dtype is not torch.bfloat16  # a channel by itself
     if options.groups > 1:
         return in_channels > _SMALL_GROUP and math.prod(kernel) > 1
     size = math.prod(output_shape(False, input, weight, options))

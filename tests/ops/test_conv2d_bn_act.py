@@ -50,7 +50,14 @@ CASES = {
     "last layer k3": Case((2, 8, 9, 13), 3, (3, 3), {"padding": 1}),
     "one channel": Case((2, 1, 8, 8), 1, (5, 5), {"stride": 2, "padding": 2}),
     "groups": Case((2, 12, 5, 6), 18, (3, 3), {"stride": 2, "groups": 3}),
-    "depthwise": Case((2, 6, 5, 6), 12, (3, 3), {"padding": 1, "groups": 6}),
+    "depthwise": Case((2, 21, 7, 15), 21, (3, 3), {"padding": 1, "groups": 21}),
+    "depthwise k7": Case((1, 40, 12, 13), 40, (7, 7), {"padding": 3, "groups": 40}),
+    "depthwise, one line": Case((3, 9, 1, 8), 9, (1, 3), {"groups": 9}),
+    "depthwise, steps": Case(
+        (2, 9, 9, 12), 9, (5, 2), {"groups": 9, "stride": (2, 1), "dilation": (1, 3), "padding": 2}
+    ),
+    "depthwise, padding above kernel": Case((2, 3, 2, 3), 3, (3, 2), {"groups": 3, "padding": 4}),
+    "two of each channel": Case((2, 6, 5, 6), 12, (3, 3), {"padding": 1, "groups": 6}),
     "dilation": Case((2, 4, 9, 11), 6, (3, 2), {"dilation": (2, 3), "padding": (1, 0)}),
     "dilation, stride": Case((2, 4, 9, 10), 6, (3, 3), {"dilation": (2, 3), "stride": (3, 2), "padding": 2}),
     "stride above kernel": Case((2, 4, 9, 10), 6, (2, 1), {"stride": (3, 4)}),
@@ -196,7 +203,7 @@ def test_against_loops(shape, natively):
     torch.testing.assert_close(output, expected, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", ["k4s2p1", "last layer k3", "several items", "groups", "one of all"])
+@pytest.mark.parametrize("name", ["k4s2p1", "last layer k3", "several items", "groups", "depthwise", "one of all"])
 def test_bits_do_not_depend_on_threads_or_batch(name, natively, monkeypatch):
     monkeypatch.setattr(backends.native_cpu(), "worthwhile_threads", lambda positions, weights, threads: threads)
     cpu._block.cache_clear()
@@ -219,7 +226,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", ["k4s2p1", "last layer k3", "groups"])
+@pytest.mark.parametrize("name", ["k4s2p1", "last layer k3", "groups", "depthwise", "depthwise, steps"])
 def test_layouts(name, layout, native):
     x, weight, *rest = CASES[name].tensors()
     expected = fused(CASES[name], [x, weight, *rest], "relu")
@@ -323,7 +330,9 @@ CHOICES = {
     "small first layer": ((3, 64, 7, 1, 20, torch.float32), True),
     "last layer": ((64, 3, 7, 1, 8, torch.float32), True),
     "few channels": ((3, 3, 3, 1, 400, torch.float32), True),
-    "depthwise": ((1, 64, 3, 64, 8, torch.float32), False),
+    "depthwise": ((1, 64, 3, 64, 8, torch.float32), True),
+    "depthwise, bfloat16": ((1, 64, 3, 64, 8, torch.bfloat16), False),
+    "two of each channel": ((1, 64, 3, 32, 8, torch.float32), False),
     "groups": ((64, 128, 3, 2, 8, torch.float32), True),
 }
 
