@@ -228,8 +228,6 @@ class _Chain:
         if kind == "conv_transpose2d" and _is_depthwise(link):
             raise Skip("of each channel by itself, where PyTorch is faster")
         links = [link, *self._followers(norm, activation)]
-        if len(links) == 1 and _is_depthwise(link):
-            raise Skip("of each channel by itself and nothing behind it, where PyTorch is faster")
         if len(links) == 1 and kind == "conv2d" and self.leaves_norm:
             raise Skip("the norm after it is left alone, and takes it as it is")
         if kind == "conv_transpose2d":
