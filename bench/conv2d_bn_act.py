@@ -1,7 +1,7 @@
 """conv2d_bn_act against the Sequential(Conv2d, BatchNorm2d, ReLU) that it replaces, in inference and in training.
 
 Layers of discriminators, encoders and VQ-VAEs, and the whole discriminator of a DCGAN, a step of which also takes the
-gradient of its images, as the step of a generator needs it. The first layer of a network, and kernels of one element,
+gradient of its images, as the step of a generator needs it; and depthwise layers, in inference alone. The first layer of a network, and kernels of one element,
 are left to PyTorch: what is measured there is that nothing is lost. The providers and what is counted are those of
 `bench.conv_transpose2d_bn_act`.
 """
@@ -28,6 +28,11 @@ LAYERS = [
     *((SAME, Layer(16, 64, 64, 32)), (SAME, Layer(16, 128, 128, 32)), (SAME, Layer(64, 256, 256, 8))),
     (SAME, Layer(1, 64, 64, 32)),
     *((DOWN, Layer(64, 3, 64, 64)), (Config(1, 1, 0, transposed=False), Layer(16, 256, 128, 8))),
+]
+DEPTHWISE = [
+    (Config(3, 1, 1, transposed=False, depthwise=True), Layer(1, 64, 64, 64)),
+    (Config(5, 1, 2, transposed=False, depthwise=True), Layer(16, 768, 768, 16)),
+    (Config(7, 1, 3, transposed=False, depthwise=True), Layer(1, 96, 96, 32)),
 ]
 LAST = (SAME, Layer(64, 32, 3, 32))
 QUICK_LAYERS = [(DOWN, Layer(2, 32, 33, 6)), (SAME, Layer(2, 8, 6, 3))]
@@ -64,6 +69,7 @@ def cases(quick: bool) -> list[Case]:
     result = [case(*layer, False, train) for train in (False, True) for layer in layers]
     if not quick:
         result += [case(*LAST, True, train) for train in (False, True)]
+        result += [case(*layer, False, False) for layer in DEPTHWISE]
     options = (
         {"image_shape": (3, 16, 16), "num_filters": 2} if quick else {"image_shape": (3, 64, 64), "num_filters": 64}
     )

@@ -36,11 +36,12 @@ class Config:
     padding: int
     output_padding: int = 0
     transposed: bool = True
+    depthwise: bool = False
 
     @property
     def name(self) -> str:
         extra = f"op{self.output_padding}" if self.output_padding else ""
-        return f"k{self.kernel}s{self.stride}p{self.padding}{extra}"
+        return f"{'depthwise ' if self.depthwise else ''}k{self.kernel}s{self.stride}p{self.padding}{extra}"
 
     def out_size(self, size: int) -> int:
         if not self.transposed:
@@ -77,7 +78,7 @@ def useful_flops(config: Config, layer: Layer) -> int:
         steps, sides = sides, steps
     joined = [y * config.stride - config.padding + k for y in range(steps) for k in range(config.kernel)]
     per_axis = sum(0 <= at < sides for at in joined)
-    return 2 * layer.batch * layer.inputs * layer.outputs * per_axis**2
+    return 2 * layer.batch * layer.inputs * (1 if config.depthwise else layer.outputs) * per_axis**2
 
 
 def modules(config: Config, layer: Layer, last: bool) -> tuple[torch.nn.Sequential, torch.nn.Module]:
@@ -90,11 +91,12 @@ def modules(config: Config, layer: Layer, last: bool) -> tuple[torch.nn.Sequenti
     if config.transposed:
         fused, kind = nn.ConvTransposeBNAct, torch.nn.ConvTranspose2d
         sizes.append(config.output_padding)
-    fast = fused(*sizes, bias=last, batch_norm=not last, activation=activation)
+    groups = layer.inputs if config.depthwise else 1
+    fast = fused(*sizes, groups=groups, bias=last, batch_norm=not last, activation=activation)
     if not last:
         torch.nn.init.uniform_(fast[1].running_var, 0.5, 2.0)
         torch.nn.init.normal_(fast[1].running_mean)
-    conv = kind(*sizes, bias=last)
+    conv = kind(*sizes, groups=groups, bias=last)
     rest = [torch.nn.Tanh()] if last else [torch.nn.BatchNorm2d(layer.outputs), torch.nn.ReLU(inplace=True)]
     plain = torch.nn.Sequential(conv, *rest)
     plain.load_state_dict(fast.state_dict())

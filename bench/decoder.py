@@ -1,4 +1,5 @@
-"""Decoders and generators that upsample by repeating pixels, accelerated: of VQGAN, latent diffusion and SNGAN.
+"""Decoders and generators that upsample by repeating pixels, accelerated: of VQGAN, latent diffusion and SNGAN; and
+the cells that NVAE's decoder is made of.
 
 As `bench.generator`, whose providers these are. The floor counts products with every repeated pixel, as the layers are
 written, so that a convolution that reads what was upsampled may pass it.
@@ -155,6 +156,39 @@ class SNGAN(nn.Module):
         return (torch.randn(batch, self.latent),)
 
 
+class Cell(nn.Module):
+    """The residual cell of NVAE's decoder, Vahdat and Kautz 2020, figure 3a."""
+
+    def __init__(self, width: int, expansion: int = 6):
+        super().__init__()
+        inner, squeezed = expansion * width, max(width // 16, 4)
+        self.residual = nn.Sequential(
+            nn.BatchNorm2d(width), nn.Conv2d(width, inner, 1, bias=False),
+            nn.BatchNorm2d(inner), nn.SiLU(), nn.Conv2d(inner, inner, 5, 1, 2, groups=inner, bias=False),
+            nn.BatchNorm2d(inner), nn.SiLU(), nn.Conv2d(inner, width, 1, bias=False), nn.BatchNorm2d(width),
+        )  # fmt: skip
+        self.squeeze = nn.Sequential(
+            nn.Linear(width, squeezed), nn.ReLU(), nn.Linear(squeezed, width), nn.Sigmoid()
+        )  # and excite: Hu et al. 2018
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.residual(x)
+        return x + 0.1 * h * self.squeeze(h.mean((2, 3)))[:, :, None, None]
+
+
+class NVAECells(nn.Module):
+    def __init__(self, width: int = 128, size: int = 16, count: int = 4):
+        super().__init__()
+        self.cells = nn.Sequential(*[Cell(width) for _ in range(count)])
+        self.shape = (width, size, size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.cells(x)
+
+    def inputs(self, batch: int) -> tuple[Tensor, ...]:
+        return (torch.randn(batch, *self.shape),)
+
+
 VQGAN = partial(LatentDecoder)
 LATENT_DIFFUSION = partial(LatentDecoder, multiples=(1, 2, 4, 4), latent=4, size=32, attention=None)
 QUICK = {"width": 4, "multiples": (1, 2), "latent": 3, "size": 4, "attention": 4, "blocks": 1, "groups": 2}
@@ -165,12 +199,14 @@ def cases(quick: bool) -> list[Case]:
         kinds: list[tuple[str, Any, tuple[int, ...]]] = [
             ("VQGAN", partial(LatentDecoder, **QUICK), (1,)),  # type: ignore[arg-type]
             ("SNGAN", partial(SNGAN, 4, 3), (2,)),
+            ("NVAE cells", partial(NVAECells, 4, 3, 1), (2,)),
         ]
     else:
         kinds = [
             ("VQGAN f16, 3x256x256", VQGAN, (1,)),
             ("latent diffusion f8, 3x256x256", LATENT_DIFFUSION, (1,)),
             ("SNGAN 3x32x32", SNGAN, (1, 16)),
+            ("four cells of NVAE, 128x16x16", NVAECells, (1, 16)),
         ]
     return [
         Case(f"{name}, batch {batch}", {"batch": batch}, partial(build, kind, (), batch, not quick))

@@ -102,7 +102,7 @@ def flops(network: nn.Module, *calls: Sequence[Tensor]) -> int:
         # The inputs that an ordinary convolution joins to outputs are what a transposed one joins the other way.
         smaller, other = (args[0], output) if isinstance(conv, nn.ConvTranspose2d) else (output, args[0])
         batch, channels, height, width = smaller.shape
-        total += 2 * batch * channels * other.shape[1] * joined(config, height) * joined(config, width)
+        total += 2 * batch * channels * other.shape[1] // conv.groups * joined(config, height) * joined(config, width)
 
     hooked = copy.deepcopy(network)
     for module in hooked.modules():
