@@ -1,9 +1,9 @@
 """conv2d_bn_act against the Sequential(Conv2d, BatchNorm2d, ReLU) that it replaces, in inference and in training.
 
 Layers of discriminators, encoders and VQ-VAEs, and the whole discriminator of a DCGAN, a step of which also takes the
-gradient of its images, as the step of a generator needs it; and depthwise layers, in inference alone. The first layer of a network, and kernels of one element,
-are left to PyTorch: what is measured there is that nothing is lost. The providers and what is counted are those of
-`bench.conv_transpose2d_bn_act`.
+gradient of its images, as the step of a generator needs it; and depthwise layers, in inference alone. The first layer
+of a network, and kernels of one element, are left to PyTorch: what is measured there is that nothing is lost. The
+providers and what is counted are those of `bench.conv_transpose2d_bn_act`.
 """
 
 from __future__ import annotations

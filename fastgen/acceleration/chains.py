@@ -54,7 +54,7 @@ def fuse(trace: Trace, prefix: str) -> tuple[Report, set[str]]:
         kind = kind_of(node, trace)
         if kind is None or is_deferred(node):
             continue
-        chain = _Chain(trace, node, prefix, report)
+        chain = Chain(trace, node, prefix, report)
         try:
             chain.fuse(kind)
         except Skip as reason:
@@ -206,7 +206,7 @@ def _written_between(first: fx.Node, last: fx.Node, trace: Trace) -> bool:
     return False
 
 
-class _Chain:
+class Chain:
     """The nodes from a convolution to its activation, each the only user of the one before, or the first, in place."""
 
     def __init__(self, trace: Trace, node: fx.Node, prefix: str, report: Report) -> None:
@@ -219,7 +219,7 @@ class _Chain:
         first = self.nodes[0]
         if kind == "norm":
             link, input = input_norm(first, self.trace)
-            links = [link, *self._followers(activation)]
+            links = [link, *self.followers(activation)]
             grouped = "num_groups" in link.options
             function: Any = blocks.group_norm_act if grouped else blocks.instance_norm_act
             self._replace(function, input, links)
@@ -227,7 +227,7 @@ class _Chain:
         link, input, output_size = convolution(first, self.trace)
         if kind == "conv_transpose2d" and _is_depthwise(link):
             raise Skip("of each channel by itself, where PyTorch is faster")
-        links = [link, *self._followers(norm, activation)]
+        links = [link, *self.followers(norm, activation)]
         if len(links) == 1 and kind == "conv2d" and self.leaves_norm:
             raise Skip("the norm after it is left alone, and takes it as it is")
         if kind == "conv_transpose2d":
@@ -248,7 +248,7 @@ class _Chain:
         first, graph = self.nodes[0], self.trace.graph
         options = {name: value for link in links for name, value in link.options.items()} | options
         with graph.inserting_before(first):
-            tensors = [self._fetch(tensor) for link in links for tensor in link.tensors]
+            tensors = [self.fetch(tensor) for link in links for tensor in link.tensors]
             if scale is not None:
                 tensors[0] = graph.call_function(blocks.upsampling_weight, (tensors[0], scale))
             fused = graph.call_function(function, (input, *tensors), options)
@@ -257,10 +257,10 @@ class _Chain:
         for node in self.nodes:
             node.replace_all_uses_with(fused, lambda user: user not in self.nodes)
         for node in reversed(self.nodes):
-            self._erase(node)
+            self.erase(node)
         return fused
 
-    def _erase(self, node: fx.Node) -> None:
+    def erase(self, node: fx.Node) -> None:
         if node.op == "call_module":
             self.bypassed.add(str(node.target))
         self.trace.graph.erase_node(node)
@@ -296,13 +296,13 @@ class _Chain:
             if asks_for_kind(user):  # the same of what was upsampled
                 user.replace_input_with(up, input)
         if not up.users:
-            self._erase(up)
+            self.erase(up)
 
-    def _followers(self, *matches: Callable[[fx.Node, Trace], Link | None]) -> list[Link]:
+    def followers(self, *matches: Callable[[fx.Node, Trace], Link | None]) -> list[Link]:
         """The norm and the activation, as far as they may be fused."""
         links = []
         for match in matches:
-            self._pass_identities()
+            self.pass_identities()
             try:
                 link = self._next(match)
             except Skip as reason:
@@ -330,14 +330,14 @@ class _Chain:
             self.nodes.append(first)
         return link
 
-    def _pass_identities(self) -> None:
+    def pass_identities(self) -> None:
         while len(users := takers(self.nodes[-1])) == 1:
             (user,) = users
             if not is_identity(user, self.trace):
                 return
             self.nodes.append(user)
 
-    def _fetch(self, tensor: TensorAt | None) -> fx.Node | None:
+    def fetch(self, tensor: TensorAt | None) -> fx.Node | None:
         if tensor is None:
             return None
         graph = self.trace.graph

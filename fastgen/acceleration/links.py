@@ -93,6 +93,21 @@ def convolution(node: fx.Node, trace: Trace) -> tuple[Link, Any, Any]:
     return link, arguments["input"], arguments["output_size"]
 
 
+def linear(node: fx.Node, trace: Trace) -> tuple[Link, Any]:
+    """A linear layer and its input."""
+    if node.op == "call_module":
+        path = str(node.target)
+        module = trace.modules[path]
+        tensors = [_layer_weight(module, path), _parameter(module, path, "bias")]
+        return Link(what_is(node, trace), tensors), _bind(lambda input: None, node)["input"]
+    arguments = _bind(lambda input, weight, bias=None: None, node)
+    tensors = [own_tensor(arguments["weight"], trace), own_tensor(arguments["bias"], trace)]
+    if tensors[0] is None or tensors[0].values[0].dim() != 2:
+        raise Skip("not a plain linear layer")
+    _check_mode(trace.modules[tensors[0].path.rpartition(".")[0]])
+    return Link(what_is(node, trace), tensors), arguments["input"]
+
+
 def _layer_weight(module: torch.nn.Module, path: str) -> TensorAt:
     _check_mode(module)
     if parametrize.is_parametrized(module):
@@ -176,11 +191,20 @@ def input_norm(node: fx.Node, trace: Trace) -> tuple[Link, Any]:
 
 
 def norm(node: fx.Node, trace: Trace) -> Link | None:
-    """One on running statistics."""
+    """One on running statistics, of images."""
+    return _norm(node, trace, (nn.BatchNorm2d, nn.InstanceNorm2d), (F.batch_norm, F.instance_norm))
+
+
+def norm_of_rows(node: fx.Node, trace: Trace) -> Link | None:
+    """The same of vectors."""
+    return _norm(node, trace, (nn.BatchNorm1d,), (F.batch_norm,))
+
+
+def _norm(node: fx.Node, trace: Trace, layers: tuple[Any, ...], functions: tuple[Any, ...]) -> Link | None:
     names = ("running_mean", "running_var", "weight", "bias")
     if kind_of(node, trace) == "norm":
         return None
-    if node.op == "call_function" and node.target in (F.batch_norm, F.instance_norm):
+    if node.op == "call_function" and node.target in functions:
         arguments = _bind(node.target, node)
         if arguments.get("training", arguments.get("use_input_stats")) is not False:
             raise Skip("it normalises by its batch")
@@ -189,8 +213,8 @@ def norm(node: fx.Node, trace: Trace) -> Link | None:
     elif node.op == "call_module" and isinstance(trace.modules[str(node.target)], nn.modules.batchnorm._NormBase):
         path = str(node.target)
         module: Any = trace.modules[path]
-        if type(module) not in (nn.BatchNorm2d, nn.InstanceNorm2d):
-            raise Skip("not a plain two-dimensional norm")
+        if type(module) not in layers:
+            raise Skip(f"not a plain {layers[0].__name__}")
         _check_mode(module)
         if has_hooks(module) or "forward" in module.__dict__:
             raise Skip("has hooks")

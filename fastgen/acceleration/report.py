@@ -27,7 +27,7 @@ class Report:
         rows += [("skipped", *entry) for entry in self.skipped]
         widths = [max(len(row[column]) for row in rows) for column in range(3)]
         lines = ["  ".join([*map(str.ljust, row[:3], widths), row[3]]).rstrip() for row in rows]
-        return "\n".join(lines) if len(rows) > 1 else "no convolution found: nothing fused, nothing skipped"
+        return "\n".join(lines) if len(rows) > 1 else "nothing found that could be fused"
 
     def paths(self) -> set[str]:
         return {entry.path for entry in (*self.fused, *self.skipped)}

@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 
 from fastgen.acceleration.chains import fuse
 from fastgen.acceleration.layout import keep_contiguous
+from fastgen.acceleration.linears import fuse_linears
 from fastgen.acceleration.pickling import make_picklable
 from fastgen.acceleration.program import Program, Source
 from fastgen.acceleration.report import Entry, Report
@@ -25,7 +26,8 @@ def accelerate(module: nn.Module) -> nn.Module:
     could be traced is replaced, by code that calls `fastgen.ops.conv_transpose2d_bn_act` or `conv2d_bn_act` for a
     convolution and the BatchNorm or InstanceNorm with running statistics and the activation that follow it (each of
     them optional), and `group_norm_act` for a group or instance norm without and its activation. On the CPU a
-    convolution after an upsampling that repeats pixels reads what was upsampled. Modules, functions and methods are
+    convolution after an upsampling that repeats pixels reads what was upsampled, and large linear layers in a row, with
+    norms on running statistics and activations, are one call for a few rows. Modules, functions and methods are
     recognised alike, through any number of containers. Weights may be changed afterwards (optimiser,
     ``load_state_dict``, ``.to()``); packed and folded weights follow.
 
@@ -93,7 +95,7 @@ def _programs(root: nn.Module, report: Report) -> Iterator[_Watched]:
     """Programs for the root and every container in it, for each may be called alone, with what to watch."""
     reasons: dict[str, str] = {}
     for path, part in root.named_modules():
-        if not is_torch_layer(part) and any(_may_convolve(inner) for inner in part.modules()):
+        if not is_torch_layer(part) and any(_may_fuse(inner) for inner in part.modules()):
             yield from _program(part, path, report, reasons)
     reached = report.paths()
     for path, part in root.named_modules():
@@ -112,8 +114,8 @@ def _programs(root: nn.Module, report: Report) -> Iterator[_Watched]:
                 report.skipped.append(Entry(path, type(part).__name__, why))
 
 
-def _may_convolve(module: nn.Module) -> bool:
-    return isinstance(module, _ConvNd) or _has_kernels(module)
+def _may_fuse(module: nn.Module) -> bool:
+    return isinstance(module, _ConvNd | nn.Linear) or _has_kernels(module)
 
 
 def _has_kernels(module: nn.Module) -> bool:
@@ -140,6 +142,9 @@ def _program(part: nn.Module, path: str, report: Report, reasons: dict[str, str]
             reasons.setdefault(path, "it decides by its inputs after it has written to memory or drawn random numbers")
             continue
         found, bypassed = fuse(traced, path)
+        linears, more = fuse_linears(traced, path)
+        found.fused += linears.fused
+        bypassed |= more
         keep_contiguous(traced)
         report.merge(found)
         if found.fused:
