@@ -141,11 +141,11 @@ def linear_sequence(input: Tensor, tensors: tuple[Tensor | None, ...], layers: B
         if output is not None:
             return output[:, :, 0, 0]
     for i, (_, block) in enumerate(layers):
-        weight, bias, *norm = of_block(tensors, i)
+        weight, bias, mean, var, scale, shift = of_block(tensors, i)
         options = Options(*block)
         input = F.linear(input, weight, bias)
-        if norm[0] is not None:
-            input = F.batch_norm(input, *norm, training=False, eps=options.eps)
+        if mean is not None:
+            input = F.batch_norm(input, mean, var, scale, shift, training=False, eps=options.eps)
         into = blocks.activate_into if options.activation in blocks.IN_PLACE else activate
         input = into(input, options.activation, options.parameter)
     return input
