@@ -111,6 +111,12 @@ class Deferred:
     def numel(self) -> int:
         return self.shape.numel()
 
+    def stride(self, dim: int | None = None) -> Any:
+        """As if it lay in memory."""
+        sizes = self.shape
+        strides = tuple(math.prod(sizes[i + 1 :]) for i in range(len(sizes)))
+        return strides if dim is None else strides[dim]
+
     def contiguous(self, *_: Any, **__: Any) -> Any:
         return self
 

@@ -25,6 +25,7 @@ from fastgen.acceleration.writes import written
 
 _GROUPS_AT = 6  # among the arguments of either
 _LEAST = 1 << 16  # weights: fewer cost less to compute for each sample than it costs to do without
+_ZERO, _ONE = [(n, (n, n), [n, n]) for n in (0, 1)]  # as options of a convolution
 _VIEWS = ("view", "reshape", "permute")
 _BY_SAMPLE = "one convolution for all samples, their scales on the images"
 _FILTER = "as one filter for all channels"
@@ -117,7 +118,8 @@ def _find(node: fx.Node, trace: Trace, others: set[fx.Node]) -> _Found | None:
         if sources[kernels[0]].numel() >= _LEAST and all(n.op in ("call_function", "call_method") for n in path):  # type: ignore[union-attr]
             return _Found(node, views, kernels[0], path)
     small = [value is not None and value.dim() in (1, 2) for value in sources.values()]
-    plainly = len(node.args) <= 3 and not {"stride", "padding", "dilation"} & set(node.kwargs)
+    options = {"stride": _ONE, "padding": _ZERO, "dilation": _ONE}
+    plainly = len(node.args) <= 3 and all(node.kwargs.get(name, plain[0]) in plain for name, plain in options.items())
     if node.target is F.conv2d and plainly and small and all(small):
         return _Found(node, views, None, set())
     return None

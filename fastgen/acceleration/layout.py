@@ -19,6 +19,7 @@ from fastgen.acceleration import blocks
 from fastgen.acceleration.deferred import plain
 from fastgen.acceleration.deferred_images import images
 from fastgen.acceleration.links import asks_for_size, is_identity
+from fastgen.acceleration.sizes import is_size
 from fastgen.acceleration.tracing import Trace
 from fastgen.acceleration.writes import IN_PLACE, written
 from fastgen.ops.conv_sequence import conv_bn_act_sequence
@@ -194,11 +195,14 @@ def memory(trace: Trace) -> dict[fx.Node, fx.Node]:
         first[node] = own.setdefault(str(node.target), node) if node.op == "get_attr" else node
         if _may_alias(node, trace):
             for source in node.all_input_nodes:
-                first[find(source)] = node
+                if not is_size(source):
+                    first[find(source)] = node
     return {node: find(node) for node in first}
 
 
 def _may_alias(node: fx.Node, trace: Trace) -> bool:
+    if is_size(node) or asks_for_size(node):
+        return False
     if "out" in node.kwargs or any(True for _ in written(node, trace)):
         return True
     if node.op == "call_module":

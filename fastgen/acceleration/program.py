@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
@@ -28,14 +28,16 @@ class Source(NamedTuple):
     names: dict[str, Any]
     modules: dict[str, str]
     assumes: bool  # something of inputs
+    one_image: bool  # or several, where it is assumed
+    draws: bool  # random numbers
 
     @classmethod
-    def of(cls, graph: fx.Graph, root: torch.nn.Module) -> Source:
+    def of(cls, graph: fx.Graph, root: torch.nn.Module, one_image: bool = False, draws: bool = False) -> Source:
         code = graph.python_code("self")
         names = {name: value for name, value in code.globals.items() if not isinstance(value, ModuleType)}
         modules = {name: value.__name__ for name, value in code.globals.items() if isinstance(value, ModuleType)}
         assumes = any(node.target in (blocks.assume, blocks.expect_rank, blocks.expect_plain) for node in graph.nodes)
-        return cls(_with_direct_paths(code.src, graph, root), names, modules, assumes)
+        return cls(_with_direct_paths(code.src, graph, root), names, modules, assumes, one_image, draws)
 
     def function(self) -> Any:
         scope = {**self.names, **{name: _module(path) for name, path in self.modules.items()}}
@@ -96,6 +98,9 @@ def _module(path: str) -> ModuleType:
 
 
 _MOST_OTHERS = 64
+_MOST_TRACED = 16  # forwards for constants as arguments, or several images, each at the first such call
+_CONSTANTS = (bool, int, float, str, type(None))
+_Key = tuple[Any, ...]  # the names of the arguments that are tensors; or these, constants, and whether for several images
 
 
 def _kind_of(tensors: dict[str, Tensor]) -> tuple[Any, ...]:
@@ -154,34 +159,44 @@ class Program:
     def __init__(
         self,
         root: torch.nn.Module,
-        sources: dict[tuple[str, ...], Source],
+        sources: dict[_Key, Source],
         kinds: dict[tuple[str, str], Any] | None = None,
     ) -> None:
         self.root = root
         self.sources = sources
-        self.kinds = [(tuple(path.split(".")), name, kind) for (path, name), kind in (kinds or {}).items()]
+        self.kinds: list[tuple[tuple[str, ...], str, Any]] = []
+        self._expect(kinds or {})
         self.defaults = arguments(root)
         parameters = inspect.signature(type(root).forward).parameters
         self.positional = sum(parameters[name].kind is not inspect.Parameter.KEYWORD_ONLY for name in self.defaults)
+        self.takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
         self.states: list[tuple[torch.nn.Module, dict[str, Any]]] = []
         self.changing: list[tuple[torch.nn.Module, dict[str, Any]]] = []  # of modules that get further attributes
         self.guards: list[_Guard] = []
         self.told = False
-        self.others: set[tuple[Any, ...]] = set()  # kinds of inputs for which the code is not
+        self.others: set[tuple[Any, ...]] = set()  # codes, and kinds of inputs for which these are not
+        self.tried: set[_Key] = set()  # further arguments that code was made for, or could not be
+        self.watched: set[str] = set()
+        self.kept: set[tuple[str, str]] = set()
         self._seen: Any = None
         self._compile()
 
     def watch(self, paths: Iterable[str], kept: Iterable[tuple[str, str]] = ()) -> None:
         """From now on the modules there must stay as they are, but for the attributes that the code itself sets."""
-        places = sorted({place for path in paths for place in _places(path)})
+        self.watched, self.kept = set(paths), set(kept)
+        places = sorted({place for path in self.watched for place in _places(path)})
         self._seen = None  # it refers to the states
         self.states, self.changing, self.guards = [], [], []
         for place in places:
-            module, names = self.root.get_submodule(place), {name for path, name in kept if path == place}
+            module, names = self.root.get_submodule(place), {name for path, name in self.kept if path == place}
             before = {name: value for name, value in state(module).items() if name not in names}
             (self.changing if names else self.states).append((module, before))
             self.guards.append(_Guard.of(place, module, before))
         self._look()
+
+    def _expect(self, kinds: dict[tuple[str, str], Any]) -> None:
+        found = [(tuple(path.split(".")), name, kind) for (path, name), kind in kinds.items()]
+        self.kinds += [kind for kind in found if kind not in self.kinds]
 
     def _look(self) -> None:
         """At the states in native code, if there is any, which says at once whether all is as it was."""
@@ -197,51 +212,92 @@ class Program:
         return found if isinstance(found, Program) else None
 
     def run(self, *args: Any, **kwargs: Any) -> Any:
-        tensors = self._tensors(args, kwargs)
-        function = None if tensors is None else self.functions.get(tuple(tensors))
-        if function is None or tensors is None or (self.others and _kind_of(tensors) in self.others):
+        call = self._given(args, kwargs)
+        if call is None:
             return type(self.root).forward(self.root, *args, **kwargs)
+        key, tensors = call
         if torch.compiler.is_compiling():
-            if not self.sources[tuple(tensors)].assumes and self._holds_compiled():
-                return function(self.root, *tensors.values())
+            if key in self.functions and not self.sources[key].assumes and self._holds_compiled():
+                return self.functions[key](self.root, *tensors.values())
             return type(self.root).forward(self.root, *args, **kwargs)
         if not self._holds():
             self._tell("has changed since (training mode, hooks, members or attributes)")
             return type(self.root).forward(self.root, *args, **kwargs)
-        try:
-            return function(self.root, *tensors.values())
-        except blocks.OtherThanAssumed as reason:
-            self._tell(str(reason))
-            if len(self.others) < _MOST_OTHERS:
-                self.others.add(_kind_of(tensors))
-            return type(self.root).forward(self.root, *args, **kwargs)
-        except Exception as error:
-            problem = str(error)  # without what it refers to
-        result = type(self.root).forward(self.root, *args, **kwargs)  # or the error that the user knows
-        self._tell(f"failed where the original did not: {problem}", warn=True)
-        self.functions.pop(tuple(tensors), None)  # not to fail again at every call
-        return result
+        for key in self._keys(key):
+            function = self.functions.get(key)
+            if function is None or (self.others and (key, _kind_of(tensors)) in self.others):
+                continue
+            drawn = torch.get_rng_state() if self.sources[key].draws else None
+            try:
+                return function(self.root, *tensors.values())
+            except blocks.OtherThanAssumed as reason:
+                self._tell(str(reason))
+                if len(self.others) < _MOST_OTHERS:
+                    self.others.add((key, _kind_of(tensors)))
+            except Exception as error:
+                problem = str(error)  # without what it refers to
+                if drawn is not None:
+                    torch.set_rng_state(drawn)
+                result = type(self.root).forward(self.root, *args, **kwargs)  # or the error that the user knows
+                self._tell(f"failed where the original did not: {problem}", warn=True)
+                self.functions.pop(key, None)  # not to fail again at every call
+                return result
+            if drawn is not None:
+                torch.set_rng_state(drawn)
+        return type(self.root).forward(self.root, *args, **kwargs)
 
-    def _tensors(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor] | None:
-        """The arguments that are tensors, or None if another one is not at its default."""
+    def _given(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[_Key, dict[str, Tensor]] | None:
+        """What code for a call is found by, and the arguments that are tensors; None of other values than constants."""
         if len(args) > self.positional:
             return None
         given = dict(zip(self.defaults, args, strict=False))
         for name, value in kwargs.items():
-            if name in given or name not in self.defaults:
+            if name in given or (name not in self.defaults and not self.takes_any):
                 return None
             given[name] = value
-        tensors = {}
+        tensors: dict[str, Tensor] = {}
+        constants = []
         for name, default in self.defaults.items():
-            value = given.get(name, default)
+            value = given.pop(name, default)
             if isinstance(value, Tensor):
                 tensors[name] = value
             elif default is inspect.Parameter.empty:
                 if value is not None:  # another object, or missing
                     return None
             elif value is not default:
-                return None
-        return tensors
+                constants.append((name, value))
+        if not constants and not given:
+            return tuple(tensors), tensors
+        constants += given.items()
+        if not all(type(value) in _CONSTANTS for _, value in constants):
+            return None
+        return (tuple(tensors), tuple((name, type(value), value) for name, value in constants), False), tensors
+
+    def _keys(self, key: _Key) -> Iterator[_Key]:
+        """Of code for a call, and of the same for several images, which is made where it is needed."""
+        if self._is_there(key):
+            yield key
+            if key in self.sources and self.sources[key].one_image:
+                names, constants, _ = key if len(key) == 3 and isinstance(key[0], tuple) else (key, (), False)
+                if self._is_there(key := (names, constants, True)):
+                    yield key
+
+    def _is_there(self, key: _Key) -> bool:
+        if key in self.functions:
+            return True
+        if key in self.tried or len(self.tried) >= _MOST_TRACED or not isinstance(next(iter(key), ""), tuple):
+            return False
+        from fastgen.acceleration.rewrite import rewritten  # which is built on this
+
+        self.tried.add(key)
+        names, constants, several = key
+        found = rewritten(self.root, names, {name: value for name, _, value in constants}, several)
+        if found is None:
+            return False
+        self.sources[key], self.functions[key] = found.source, found.source.function()
+        self._expect(found.kinds)
+        self.watch(self.watched | found.watched, self.kept | found.kept)
+        return True
 
     def _holds(self) -> bool:
         if torch.nn.modules.module._has_any_global_hook():

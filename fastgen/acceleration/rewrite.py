@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
@@ -15,8 +15,9 @@ from fastgen.acceleration.linears import fuse_linears
 from fastgen.acceleration.pickling import make_picklable
 from fastgen.acceleration.program import Program, Source
 from fastgen.acceleration.report import Entry, Report
+from fastgen.acceleration.sizes import drop_unused
 from fastgen.acceleration.tracing import Untraceable, is_torch_layer, trace, variants
-from fastgen.acceleration.writes import asks_late
+from fastgen.acceleration.writes import asks_late, draws
 
 
 def accelerate(module: nn.Module) -> nn.Module:
@@ -72,10 +73,11 @@ def accelerate(module: nn.Module) -> nn.Module:
     return result
 
 
-def _copy(module: nn.Module) -> nn.Module:
-    """A deep copy without programs; computed tensors, which weight norm leaves as attributes, are copied as values."""
-    attributes = [value for part in module.modules() for value in part.__dict__.values() if isinstance(value, Tensor)]
-    memo = {id(tensor): tensor.detach().clone() for tensor in attributes if not tensor.is_leaf}
+def _copy(module: nn.Module, values: bool = True) -> nn.Module:
+    """A deep copy without programs; computed tensors, which weight norm leaves as attributes, are copied as values.
+    Without `values` the copy has the same tensors.
+    """
+    memo = {id(tensor): tensor if not values else tensor.detach().clone() for tensor in _tensors(module, values)}
     try:
         result = copy.deepcopy(module, memo)
     except Exception as error:
@@ -86,6 +88,13 @@ def _copy(module: nn.Module) -> nn.Module:
         if parametrize.is_parametrized(part):
             make_picklable(part)
     return result
+
+
+def _tensors(module: nn.Module, values: bool) -> list[Tensor]:
+    attributes = [value for part in module.modules() for value in part.__dict__.values() if isinstance(value, Tensor)]
+    if values:
+        return [tensor for tensor in attributes if not tensor.is_leaf]
+    return [*module.parameters(), *module.buffers(), *attributes]
 
 
 _Watched = tuple[Program, set[str], set[tuple[str, str]]]  # paths, and attributes there that may change
@@ -123,7 +132,7 @@ def _has_kernels(module: nn.Module) -> bool:
 
 
 def _program(part: nn.Module, path: str, report: Report, reasons: dict[str, str]) -> Iterator[_Watched]:
-    sources: dict[tuple[str, ...], Source] = {}
+    sources: dict[tuple[Any, ...], Source] = {}
     kinds: dict[tuple[str, str], Any] = {}
     watched: set[str] = {""}
     kept: set[tuple[str, str]] = set()
@@ -134,23 +143,51 @@ def _program(part: nn.Module, path: str, report: Report, reasons: dict[str, str]
         return
     for names in choices:
         try:
-            traced = trace(part, names)
+            found = _rewrite(part, path, names)
         except Untraceable as reason:
             reasons.setdefault(path, str(reason))
             continue
-        if asks_late(traced):
-            reasons.setdefault(path, "it decides by its inputs after it has written to memory or drawn random numbers")
-            continue
-        found, bypassed = fuse(traced, path)
-        linears, more = fuse_linears(traced, path)
-        found.fused += linears.fused
-        bypassed |= more
-        keep_contiguous(traced)
-        report.merge(found)
-        if found.fused:
-            sources[names] = Source.of(traced.graph, part)
-            watched |= traced.inlined | traced.read | bypassed
-            kinds |= traced.kinds
-            kept |= traced.kept
+        report.merge(found.report)
+        if found.report.fused:
+            sources[names] = found.source
+            watched |= found.watched
+            kinds |= found.kinds
+            kept |= found.kept
     if sources:
         yield Program(part, sources, kinds), watched, kept
+
+
+class _Rewritten(NamedTuple):
+    """Code, what was fused for it, and what it relies on."""
+
+    source: Source
+    report: Report
+    watched: set[str]
+    kinds: dict[tuple[str, str], Any]
+    kept: set[tuple[str, str]]
+
+
+def _rewrite(
+    part: nn.Module, path: str, names: tuple[str, ...], constants: dict[str, Any] | None = None, several: bool = False
+) -> _Rewritten:
+    traced = trace(part, names, constants, several)
+    if asks_late(traced):
+        raise Untraceable("it decides by its inputs after it has written to memory or drawn random numbers")
+    random = any(draws(node, traced) for node in traced.graph.nodes)
+    report, bypassed = fuse(traced, path)
+    linears, more = fuse_linears(traced, path)
+    report.fused += linears.fused
+    bypassed |= more
+    keep_contiguous(traced)
+    drop_unused(traced.graph)
+    source = Source.of(traced.graph, part, traced.asked_for_images and not several, random)
+    return _Rewritten(source, report, traced.inlined | traced.read | bypassed, traced.kinds, traced.kept)
+
+
+def rewritten(root: nn.Module, names: tuple[str, ...], constants: dict[str, Any], several: bool) -> _Rewritten | None:
+    """The same of a module of which a `Program` has code for other arguments; None if nothing would be fused."""
+    try:
+        found = _rewrite(_copy(root, values=False), "", names, constants, several)
+    except Untraceable:
+        return None
+    return found if found.report.fused else None

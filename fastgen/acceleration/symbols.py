@@ -5,6 +5,7 @@ Symbols answer what is known of the tensor that they stand for, and refuse what 
 
 from __future__ import annotations
 
+import ast
 import bisect
 import dis
 import functools
@@ -20,6 +21,7 @@ from torch import Tensor, fx, nn
 from torch.fx.proxy import Attribute
 
 from fastgen.acceleration import blocks
+from fastgen.acceleration.sizes import is_size, known_size, learn, rank_of, same_size, size_at, tensor_of_shape
 
 _LEGACY = type(torch.FloatTensor)  # of types of tensors that say dtype and device
 _QUESTIONS = {"isinstance", "issubclass", "__class__"}
@@ -47,6 +49,8 @@ class Symbol(fx.Proxy):
 
     def believed_type(self, checked: bool = False) -> type:
         """Of what it stands for, an input by assumption, `checked` where a subclass would not do."""
+        if is_size(self.node):
+            return int
         if not self._is_tensor():
             raise fx.proxy.TraceError("it asks for the type of a computed value")
         tracer: Any = self.tracer
@@ -64,6 +68,8 @@ class Symbol(fx.Proxy):
         if name in _OF_GRADIENTS:
             raise fx.proxy.TraceError(f"it asks a tensor for {name!r}")
         known = _known_of_own(self, name) if name in ("shape", "ndim") else None
+        if known is None and name == "ndim" and self._is_tensor():
+            known = rank_of(self.node)
         return _Attribute(self, name) if known is None else known
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -73,11 +79,17 @@ class Symbol(fx.Proxy):
 
     def __getitem__(self, index: Any) -> Any:
         self._refuse_parts()
+        tensor = tensor_of_shape(self.node) if type(index) is int else None
+        known = None if tensor is None else size_at(tensor, index)
+        if known is not None:
+            return self.tracer.proxy(known) if isinstance(known, fx.Node) else known
         return super().__getitem__(index)  # type: ignore[misc]
 
     def __iter__(self) -> Any:
         self._refuse_parts()
         opcode = _following(sys._getframe(1))[0]
+        if (count := self._length_unbound()) is not None:
+            return iter([self[i] for i in range(count)])
         if opcode.opname == "UNPACK_SEQUENCE":
             source = _attribute_of(self.node, "shape")
             if source is not None:
@@ -87,6 +99,14 @@ class Symbol(fx.Proxy):
 
     def __len__(self) -> int:
         return self._length_of_sizes()
+
+    def _length_unbound(self) -> int | None:
+        """Of what ``x.unbind(dim)`` returns, where the size along the dimension is known."""
+        node, dim = self.node, self.node.kwargs.get("dim", self.node.args[1] if len(self.node.args) > 1 else 0)
+        if node.op != "call_method" or node.target != "unbind" or not is_tensor_node(node.args[0]) or type(dim) is not int:
+            return None
+        size = size_at(node.args[0], dim)  # type: ignore[arg-type]
+        return size if type(size) is int else None
 
     def _length_of_sizes(self) -> int:
         """Of a shape or a part of it: that of images where nothing else is known of the tensor; checked at calls."""
@@ -98,11 +118,14 @@ class Symbol(fx.Proxy):
         bounds = (part.start, part.stop, part.step)
         if not isinstance(source, fx.Node) or not all(bound is None or isinstance(bound, int) for bound in bounds):
             return self.tracer.iter(self)  # type: ignore[return-value]  # which raises
-        rank = _rank(source) or _RANK_OF_IMAGES
-        if "rank" not in source.meta:
+        return len(range(*part.indices(self._rank_of(source))))
+
+    def _rank_of(self, source: fx.Node) -> int:
+        rank = rank_of(source) or _rank(source) or _RANK_OF_IMAGES
+        if rank_of(source) is None:
             self.tracer.create_proxy("call_function", blocks.expect_rank, (fx.Proxy(source, self.tracer), rank), {})
             source.meta["rank"] = rank
-        return len(range(*part.indices(rank)))
+        return rank
 
     def __contains__(self, item: Any) -> bool:
         """Of ``"cuda" in x.device.type``."""
@@ -128,11 +151,45 @@ class Symbol(fx.Proxy):
         if truth is None:
             return self.tracer.to_bool(self)
         self.tracer.create_proxy("call_function", check, (self, truth), {})
+        if check is blocks.expect:
+            learn(self.node, truth)
         return truth
+
+    def __eq__(self, other: object) -> Any:
+        same = self._is_same_size(other)
+        return super().__eq__(other) if same is None else same
+
+    def __ne__(self, other: object) -> Any:
+        same = self._is_same_size(other)
+        return super().__ne__(other) if same is None else not same
+
+    __hash__ = fx.Proxy.__hash__
+
+    def _is_same_size(self, other: object) -> bool | None:
+        """True where it shows without a call; False of two numbers that are known; else None."""
+        mine = known_size(self.node) if is_size(self.node) else None
+        if mine is None:
+            return None
+        others = other.node if issubclass(type(other), Symbol) else other  # type: ignore[attr-defined]
+        if same_size(mine, others):
+            return True
+        return False if type(mine) is int and type(known_size(others)) is int else None
+
+    def __index__(self) -> int:
+        """Of a number of dimensions, as in ``range(x.ndim)``; checked at each call."""
+        source = _attribute_of(self.node, "ndim") or _called_on(self.node, "dim")
+        if source is None or not is_tensor(source):
+            raise fx.proxy.TraceError("it makes a number of a computed value, which is not recorded")
+        return self._rank_of(source)
 
     def _known_size(self) -> int:
         """Of a number of channels, which the layer before decides, where Python code asks for an integer or a float."""
         size = _channels(self.node, self.tracer.root)  # type: ignore[attr-defined]
+        if size is None and is_size(self.node):
+            size = known_size(self.node)
+            if type(size) is not int:
+                self.tracer.wants_int(sys._getframe(2).f_globals)  # type: ignore[attr-defined]
+                size = None
         if size is None:
             raise fx.proxy.TraceError("it makes a number of a size, which is not recorded")
         return size
@@ -202,6 +259,37 @@ def _is_callable(value: Any) -> bool:
     return callable(value) and not (issubclass(type(value), Symbol) and is_tensor(value.node))
 
 
+class _MetaInt(type):
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        is_symbol = len(args) == 1 and not kwargs and issubclass(type(args[0]), Symbol)
+        return args[0] if is_symbol and is_size(args[0].node) else int(*args, **kwargs)
+
+    def __instancecheck__(cls, value: Any) -> bool:
+        return _is_instance(value, int)
+
+    def __subclasscheck__(cls, other: Any) -> bool:
+        return issubclass(other, int)
+
+
+class BelievedInt(metaclass=_MetaInt):
+    """Stands for `int` in code that calls it, and asks ``isinstance`` for it, but does nothing else with it."""
+
+
+@functools.lru_cache(maxsize=256)
+def calls_int_only(source: str) -> bool:
+    """Whether code does no more than that with the name."""
+    nodes = list(ast.walk(ast.parse(source)))
+    allowed: set[int] = set()
+    for node in nodes:
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.keywords:
+            allowed |= {id(node.func)} if node.func.id == "int" and len(node.args) == 1 else set()
+            if node.func.id == "isinstance" and len(node.args) == 2:
+                kinds = node.args[1]
+                allowed |= {id(kind) for kind in (kinds.elts if isinstance(kinds, ast.Tuple) else [kinds])}
+    names = [node for node in nodes if isinstance(node, ast.Name) and node.id == "int"]
+    return all(id(name) in allowed and isinstance(name.ctx, ast.Load) for name in names)
+
+
 BELIEVED = {"type": BelievedType, "isinstance": _is_instance, "callable": _is_callable}  # built in, as code sees them
 
 
@@ -225,7 +313,8 @@ _OPERATORS = {
 }
 _METHODS = set(
     "add sub mul div pow square sqrt rsqrt exp abs neg tanh sigmoid relu clamp sum mean view reshape flatten permute"
-    " transpose t unsqueeze squeeze expand repeat contiguous clone detach float double half to type_as flip".split()
+    " transpose t unsqueeze squeeze expand repeat contiguous clone detach float double half to type_as flip"
+    " matmul narrow lerp norm add_ sub_ mul_ div_ clamp_".split()
 )
 
 
@@ -290,7 +379,8 @@ def _known_of_own(symbol: Symbol, name: str) -> Any:
 
 def _assumed(symbol: Symbol) -> bool | None:
     """Of a question for device or dtype, those of a module that has but one; of one for dimensions, what shows of them;
-    of one for the batch, that it is of a single image.
+    of one for strides, that the images are contiguous and have more than a pixel;
+    of one for the batch, that it is of a single image, or of several where the tracer says so.
     """
     tracer, node = symbol.tracer, symbol.node
     assert isinstance(tracer, fx.Tracer)
@@ -316,8 +406,29 @@ def _assumed(symbol: Symbol) -> bool | None:
     if (source := _attribute_of(asked, "ndim") or _called_on(asked, "dim")) is not None and is_tensor(source):
         rank = _rank(source)
         return compare(rank, value) if rank is not None and isinstance(value, int) else None
+    if (stride := _is_stride_one(asked, compare, value)) is not None:
+        return stride
     size = _size_of_one_image(asked)
-    return compare(size, value) if size is not None and isinstance(value, int | float) else None
+    if size is None or not isinstance(value, int | float):
+        return None
+    if compare(size, value) is not compare(2 * size, value) and value < 2 * size:
+        tracer.asked_for_images = True  # type: ignore[attr-defined]
+        size = 2 * size if tracer.several else size  # type: ignore[attr-defined]
+    return compare(size, value)
+
+
+def _is_stride_one(asked: Any, compare: Any, value: Any) -> bool | None:
+    """Of ``x.stride()[1] == 1`` and ``x.stride(1) == 1``."""
+    if not isinstance(asked, fx.Node) or value != 1 or compare not in (operator.eq, operator.ne):
+        return None
+    tensor, dim = (asked.args[0], asked.args[1]) if asked.target is operator.getitem else (asked, None)
+    tensor = _called_on(tensor, "stride") if dim is not None else None
+    if dim is None and asked.op == "call_method" and asked.target == "stride" and len(asked.args) == 2:
+        tensor, dim = asked.args
+    if not is_tensor_node(tensor) or type(dim) is not int or rank_of(tensor) is None:  # type: ignore[arg-type]
+        return None
+    is_last = dim in (-1, rank_of(tensor) - 1)  # type: ignore
+    return compare(1 if is_last else 2, 1)
 
 
 _COMPARISONS = {operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge}
@@ -340,13 +451,44 @@ def _size_of_one_image(node: Any) -> float | None:
 
 
 def _has_batch_of_input(node: Any) -> bool:
-    """Of a tensor that layers and activations make of an input, which keep the number of images."""
-    while is_tensor_node(node) and node.op != "placeholder":
-        keeps = node.op == "call_module" or node.target in _FUNCTIONS - {torch.cat, torch.stack, torch.flip}
-        if not (keeps or node.target in (operator.add, operator.mul, operator.sub, operator.truediv)):
-            return False
-        node = node.args[0] if node.args else None
-    return is_tensor_node(node)
+    """Of a tensor that layers, activations and the like make of an input, which keep the number of images."""
+    seen: set[fx.Node] = set()
+    left = [node]
+    while left:
+        node = left.pop()
+        if not is_tensor_node(node) or node in seen:
+            continue
+        if node.op == "placeholder":
+            return True
+        seen.add(node)
+        left += _of_as_many_images(node)
+    return False
+
+
+def _of_as_many_images(node: fx.Node) -> tuple[Any, ...]:
+    """The arguments that may have as many images as the result."""
+    if node.op == "call_method":
+        parts = node.target in ("unsqueeze", "narrow", "repeat")
+        return node.args[:2] if node.target in _KEEP_IMAGES and (not parts or _keeps_first(node)) else ()
+    if node.target in (torch.addmm, torch.matmul, operator.add, operator.mul, operator.sub, operator.truediv):
+        return node.args
+    keeps = node.op == "call_module" or node.target in _FUNCTIONS - {torch.cat, torch.stack, torch.flip}
+    return (_input_of(node),) if keeps else ()
+
+
+def _input_of(node: fx.Node) -> Any:
+    return node.args[0] if node.args else node.kwargs.get("input")
+
+
+_KEEP_IMAGES = set("to float double half contiguous clone detach square sqrt rsqrt abs neg exp add sub mul div matmul".split())
+_KEEP_IMAGES |= set("add_ sub_ mul_ div_ clamp lerp relu tanh sigmoid unsqueeze narrow repeat".split())
+
+
+def _keeps_first(node: fx.Node) -> bool:
+    """Of ``x.unsqueeze(1)``, ``x.narrow(1, ...)`` and ``x.repeat(1, ...)``."""
+    first: Any = node.args[1] if len(node.args) > 1 else 0
+    first = first[0] if isinstance(first, list | tuple) and first else first
+    return type(first) is int and (first == 1 if node.target == "repeat" else first != 0)
 
 
 def _called_on(node: Any, name: str) -> fx.Node | None:
@@ -429,6 +571,15 @@ def _truth_without_raising(steps: list[dis.Instruction]) -> bool | None:
     jump = next((step for step in steps[:2] if step.opname.startswith("POP_JUMP")), None)
     if jump is None or not jump.opname.endswith(("IF_TRUE", "IF_FALSE")):
         return None
-    body = [step.opname for step in steps if jump.offset < step.offset < jump.argval]
-    leaves = [name for name in body if "JUMP" in name or name.startswith(("RETURN", "YIELD", "FOR_", "SEND", "RAISE"))]
-    return jump.opname.endswith("IF_TRUE") if leaves == ["RAISE_VARARGS"] == body[-1:] else None
+    behind = [step for step in steps if step.offset > jump.offset]
+    if jump.argval > jump.offset:
+        behind = [step for step in behind if step.offset < jump.argval]
+    left = next((step for step in behind if _leaves(step.opname)), None)
+    raises = left is not None and left.opname == "RAISE_VARARGS"
+    if jump.argval > jump.offset:  # back to the head of a loop otherwise
+        raises = raises and left is behind[-1]
+    return jump.opname.endswith("IF_TRUE") if raises else None
+
+
+def _leaves(name: str) -> bool:
+    return "JUMP" in name or name.startswith(("RETURN", "YIELD", "FOR_", "SEND", "RAISE"))

@@ -36,7 +36,14 @@ from fastgen import ops
 from fastgen._hooks import has_hooks
 from fastgen.acceleration import blocks
 from fastgen.acceleration.states import Incomparable, state, unchanged
-from fastgen.acceleration.symbols import BELIEVED, Symbol, believed_type, returns_tensor
+from fastgen.acceleration.symbols import (
+    BELIEVED,
+    BelievedInt,
+    Symbol,
+    believed_type,
+    calls_int_only,
+    returns_tensor,
+)
 from fastgen.nn import ConvBNAct, ConvTransposeBNAct
 from fastgen.ops.conv_block import activate
 
@@ -58,6 +65,9 @@ class Untraceable(Exception):
     """The forward cannot be recorded faithfully; the text says why."""
 
 
+_Call = tuple[Sequence[str], "dict[str, Any] | None", bool]  # arguments of `trace`
+
+
 @dataclass
 class Trace:
     """A graph of the forward, whose placeholders are the arguments that are tensors.
@@ -75,12 +85,18 @@ class Trace:
     read: set[str] = field(default_factory=set)
     kinds: dict[tuple[str, str], Any] = field(default_factory=dict)
     kept: set[tuple[str, str]] = field(default_factory=set)
+    asked_for_images: bool = False  # and was told one, or several
     changed: set[fx.Node] | None = None  # those that are written to, once asked for
 
 
-def trace(module: torch.nn.Module, tensors: Sequence[str]) -> Trace:
-    """Traces ``module.forward`` with the arguments named in `tensors` as tensors and all others at their defaults, or
-    None where they have none.
+def trace(
+    module: torch.nn.Module,
+    tensors: Sequence[str],
+    constants: dict[str, Any] | None = None,
+    several: bool = False,
+) -> Trace:
+    """Traces ``module.forward`` with the arguments named in `tensors` as tensors, those in `constants` as these, and
+    all others at their defaults, or None where they have none; for one image where it asks, or for `several`.
 
     Raises:
         Untraceable: with the reason.
@@ -92,7 +108,7 @@ def trace(module: torch.nn.Module, tensors: Sequence[str]) -> Trace:
     try:
         with _LOCK, warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            tracer, graph = _record_in_all_modes(skeleton, tensors)
+            tracer, graph = _record_in_all_modes(skeleton, (tensors, constants, several))
     except Exception as error:
         raise Untraceable(describe(error)) from error
     finally:
@@ -103,16 +119,17 @@ def trace(module: torch.nn.Module, tensors: Sequence[str]) -> Trace:
     modules = dict(skeleton.named_modules())
     read = {path for path, part in modules.items() if part in tracer.read and not _is_within(path, tracer.opaque)}
     read |= {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
-    return Trace(graph, modules, tracer.inlined, tracer.opaque, read, tracer.kinds, tracer.kept)
+    return Trace(graph, modules, tracer.inlined, tracer.opaque, read, tracer.kinds, tracer.kept, tracer.asked_for_images)
 
 
-def _record_in_all_modes(module: torch.nn.Module, tensors: Sequence[str]) -> tuple[_Tracer, fx.Graph]:
+def _record_in_all_modes(module: torch.nn.Module, call: _Call) -> tuple[_Tracer, fx.Graph]:
     """The graph, if it is one for all; submodules of which this is not true become one node."""
     before = {part: state(part) for part in module.modules()}
     opaque: dict[str, str] = {}
+    calls_int: list[dict[str, Any]] = []
     while True:
         known = len(opaque)
-        found = [_record(module, before, tensors, opaque, mode) for mode in _MODES]
+        found = [_record(module, before, call, opaque, mode, calls_int) for mode in _MODES]
         for path, reason in [item for tracer, _ in found for item in tracer.opaque.items()]:
             opaque.setdefault(path, reason)
         if len(opaque) > known:
@@ -129,18 +146,24 @@ def _record_in_all_modes(module: torch.nn.Module, tensors: Sequence[str]) -> tup
 def _record(
     module: torch.nn.Module,
     before: dict[torch.nn.Module, dict[str, Any]],
-    tensors: Sequence[str],
+    call: _Call,
     opaque: dict[str, str],
     mode: tuple[bool, bool, bool],
+    calls_int: list[dict[str, Any]],
 ) -> tuple[_Tracer, fx.Graph]:
     gradients, inference, autocast = mode
-    tracer = _Tracer(tensors, opaque)
+    tensors, constants, several = call
+    tracer = _Tracer(tensors, opaque, constants, several)
     attributes = {part: dict(part.__dict__) for part in before}
     with torch.inference_mode(inference), torch.set_grad_enabled(gradients), _autocast(autocast):
         tracer.ambient = _ambient()
-        with _recorded_functions(tracer), _believed_types(module), _Recorder(tracer):
-            graph = tracer.trace(module)
-            _record_kept_shapes(tracer, graph, attributes)
+        with _recorded_functions(tracer), _believed_types(module, calls_int), _Recorder(tracer):
+            graph = _unless_int(tracer, module, calls_int)
+            if graph is not None:
+                _record_kept_shapes(tracer, graph, attributes)
+    if graph is None:
+        calls_int += tracer.calls_int
+        return _record(module, before, call, opaque, mode, calls_int)
     for part, was in before.items():
         if not unchanged(part, was) or len(part.__dict__) > len(was):
             new = ", ".join(name for name in part.__dict__ if name not in was)
@@ -148,6 +171,31 @@ def _record(
     if any(_writes_to_own_tensor(node) for node in graph.nodes):
         raise fx.proxy.TraceError("it changes its parameters or buffers")
     return tracer, graph
+
+
+def _unless_int(tracer: _Tracer, module: torch.nn.Module, known: Sequence[dict[str, Any]]) -> fx.Graph | None:
+    """The graph; none if code that is not `known` made integers of sizes, and may as well get symbols."""
+    error, graph = None, None
+    try:
+        graph = tracer.trace(module)
+    except Exception as found:
+        error = found
+    tracer.calls_int = [scope for scope in tracer.calls_int if _calls_int_only(scope)]
+    if any(all(scope is not other for other in known) for scope in tracer.calls_int):
+        return None
+    if error is not None:
+        raise error
+    return graph
+
+
+def _calls_int_only(scope: dict[str, Any]) -> bool:
+    module = sys.modules.get(scope.get("__name__", ""))
+    if module is None or vars(module) is not scope or "int" in scope:
+        return False
+    try:
+        return calls_int_only(inspect.getsource(module))
+    except (OSError, TypeError, SyntaxError):
+        return False
 
 
 def _record_kept_shapes(tracer: _Tracer, graph: fx.Graph, attributes: dict[torch.nn.Module, dict[str, Any]]) -> None:
@@ -323,13 +371,16 @@ def _by_definition(operation: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _believed_types(root: torch.nn.Module) -> Iterator[None]:
-    """Questions for types, in the code of the module's classes, answered for symbols as for what they stand for."""
+def _believed_types(root: torch.nn.Module, calls_int: Sequence[dict[str, Any]] = ()) -> Iterator[None]:
+    """Questions for types, in the code of the module's classes, answered for symbols as for what they stand for; and
+    `calls_int` are globals of code where ``int`` returns symbols that are integers already.
+    """
     classes = {base for part in root.modules() for base in type(part).__mro__}
     names = {base.__module__ for base in classes if not base.__module__.startswith(("torch.", "fastgen.", "builtins"))}
     places = {id(place): vars(place) for name in names if (place := sys.modules.get(name)) is not None}
     scopes = list(places.values())  # one module may have several names
     hidden = [(scope, name, value) for scope in scopes for name, value in BELIEVED.items() if name not in scope]
+    hidden += [(scope, "int", BelievedInt) for scope in calls_int]
     jit_isinstance = torch.jit.isinstance
 
     def isinstance_of(value: Any, target: Any) -> bool:
@@ -359,8 +410,8 @@ class _Recorder(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if function is torch._C._set_grad_enabled:
-            return function(*args, **kwargs)
+        if function is torch._C._set_grad_enabled or str(function).startswith("profiler._record_function"):
+            return function(*args, **kwargs)  # the latter of a label for profilers, which is dropped
         leaves = tree_leaves((args, kwargs))
         if any(isinstance(leaf, fx.Proxy) for leaf in leaves):
             return fx.Proxy.__torch_function__(function, types, args, kwargs)
@@ -376,9 +427,16 @@ class _Recorder(TorchFunctionMode):
 class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True
 
-    def __init__(self, tensors: Sequence[str], refused: dict[str, str]) -> None:
+    def __init__(
+        self,
+        tensors: Sequence[str],
+        refused: dict[str, str],
+        constants: dict[str, Any] | None = None,
+        several: bool = False,
+    ) -> None:
         super().__init__()
         self.tensors = tensors
+        self.constants = constants or {}  # arguments that are none, and not at their defaults
         self.refused = refused  # modules that are one node, and why
         self.ambient: tuple[Any, ...] = ()
         self.caller = ""
@@ -389,7 +447,14 @@ class _Tracer(fx.Tracer):
         self.kinds: dict[tuple[str, str], Any] = {}
         self.kept: set[tuple[str, str]] = set()
         self.questions = 0
+        self.several, self.asked_for_images = several, False
+        self.calls_int: list[dict[str, Any]] = []  # globals of code that makes integers of sizes
         self.own: dict[str, Tensor] = {}
+
+    def wants_int(self, scope: dict[str, Any]) -> None:
+        """Where code makes an integer of a size, which stays a symbol in another try."""
+        if not any(known is scope for known in self.calls_int):
+            self.calls_int.append(scope)
 
     def count_question(self) -> None:
         """As in a loop that never ends with what is assumed of inputs."""
@@ -409,13 +474,18 @@ class _Tracer(fx.Tracer):
         node.meta["tensor"] = returns_tensor(node)
         if node.op == "get_attr":
             with torch._C.DisableTorchFunction():
-                own = self._own_tensor(str(node.target))
+                path = str(node.target)
+                own = self._own_tensor(path)
                 node.meta["rank"] = None if is_lazy(own) else own.dim()
+                if not is_lazy(own):
+                    node.meta["own_shape"] = functools.partial(self.kind_of, path, "shape")
         return node
 
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, fx.Proxy):
             return a.node
+        if isinstance(a, np.generic):  # whose text names a module; to tensors it is a number
+            a = a.item()
         if isinstance(a, Tensor) and not isinstance(a, torch.nn.Parameter) and not self._path_of_tensor(a):
             raise fx.proxy.TraceError("it uses a tensor that is no input, parameter or buffer")
         if isinstance(a, list | tuple | dict) and not _is_plain_container(a):
@@ -464,6 +534,7 @@ class _Tracer(fx.Tracer):
         given = dict.fromkeys(required) | {
             name: self.create_proxy("placeholder", name, (), {}) for name in self.tensors
         }
+        given |= self.constants
 
         def forward(root: Any) -> Any:
             fx._symbolic_trace._is_fx_tracing_flag = False  # which code asks for, to do something else

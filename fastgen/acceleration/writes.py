@@ -34,19 +34,30 @@ def written(node: fx.Node, trace: Trace) -> Iterator[fx.Node]:
 
 def asks_late(trace: Trace) -> bool:
     """Whether a question, whose answer may send a call to the module's own forward, comes after something that this
-    would do once more: a write, or a random number.
+    would do once more: a write to memory of inputs, or a random number of a generator that is given.
     """
+    from fastgen.acceleration.layout import memory  # which is built on this
+
+    shared = memory(trace)
+    given = {first for node, first in shared.items() if node.op in ("placeholder", "get_attr") or _is_opaque(node, trace)}
     done = False
     for node in trace.graph.nodes:
         if node.target in (blocks.assume, blocks.expect_rank, blocks.expect_plain):
             if done:
                 return True
-        elif any(True for _ in written(node, trace)) or _draws(node, trace):
+        elif any(shared[target] in given for target in written(node, trace)):
+            done = True
+        elif draws(node, trace) and (node.kwargs.get("generator") is not None or _is_opaque(node, trace)):
             done = True
     return False
 
 
-def _draws(node: fx.Node, trace: Trace) -> bool:
+def _is_opaque(node: fx.Node, trace: Trace) -> bool:
+    """A module that may do anything."""
+    return node.op == "call_module" and not type(trace.modules[str(node.target)]).__module__.startswith("torch.nn.")
+
+
+def draws(node: fx.Node, trace: Trace) -> bool:
     if node.op == "call_module":
         module = trace.modules[str(node.target)]
         return module.training and isinstance(module, torch.nn.modules.dropout._DropoutNd)
