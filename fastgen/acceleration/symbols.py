@@ -61,7 +61,7 @@ class Symbol(fx.Proxy):
     __class__ = property(_seen_class)
 
     def __getattr__(self, name: str) -> Any:
-        if not hasattr(Tensor, name):
+        if not hasattr(Tensor, name) or (is_size(self.node) and not hasattr(int, name)):
             if self._is_tensor():
                 raise AttributeError(f"'Tensor' object has no attribute '{name}'")
             raise fx.proxy.TraceError(f"it asks a computed value for {name!r}")
@@ -163,7 +163,10 @@ class Symbol(fx.Proxy):
         same = self._is_same_size(other)
         return super().__ne__(other) if same is None else not same
 
-    __hash__ = fx.Proxy.__hash__
+    def __hash__(self) -> int:
+        if is_size(self.node):
+            raise fx.proxy.TraceError("it looks for a size in a table")
+        return fx.Proxy.__hash__(self)
 
     def _is_same_size(self, other: object) -> bool | None:
         """True where it shows without a call; False of two numbers that are known; else None."""
@@ -472,6 +475,9 @@ def _of_as_many_images(node: fx.Node) -> tuple[Any, ...]:
         return node.args[:2] if node.target in _KEEP_IMAGES and (not parts or _keeps_first(node)) else ()
     if node.target in (torch.addmm, torch.matmul, operator.add, operator.mul, operator.sub, operator.truediv):
         return node.args
+    if node.target is torch.cat:
+        dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
+        return tuple(node.args[0]) if type(dim) is int and dim > 0 and isinstance(node.args[0], list | tuple) else ()
     keeps = node.op == "call_module" or node.target in _FUNCTIONS - {torch.cat, torch.stack, torch.flip}
     return (_input_of(node),) if keeps else ()
 

@@ -454,7 +454,7 @@ def test_numbers_of_channels(layer):
 
 
 def test_other_numbers_of_sizes():
-    for take in (lambda h: int(h.shape[2]), lambda h: float((h + 1).shape[1]), lambda h: int(h.sum())):
+    for take in (lambda h: float(h.shape[2]), lambda h: float((h + 1).shape[1]), lambda h: int(h.sum())):
         fast = fastgen.accelerate(Numbers(nn.Conv2d(8, 5, 3), take).eval())
         assert not fast.fastgen_report.fused
         assert "it makes a number of a size, which is not recorded" in reasons(fast)["conv"]
