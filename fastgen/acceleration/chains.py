@@ -37,6 +37,7 @@ from fastgen.acceleration.links import (
     takers,
     upsampling,
 )
+from fastgen.acceleration.passes import finish_in_one_pass
 from fastgen.acceleration.report import Entry, Report
 from fastgen.acceleration.tracing import Trace
 from fastgen.acceleration.writes import written
@@ -63,6 +64,7 @@ def fuse(trace: Trace, prefix: str) -> tuple[Report, set[str]]:
             bypassed |= chain.bypassed
     if report.fused:
         _compute_in_place(trace)
+        finish_in_one_pass(trace)
     for run in _runs(trace):
         _join(run, trace.graph)
     return report, bypassed

@@ -47,9 +47,23 @@ class Images(Deferred):
         super().__init__((n, c, h, 1, w, 1), ((_N,), (_C,), (_H,), (_W,)), source)
         self.source, self.padding = source, (0, 0, 0, 0)
         self.up = (1, 1)
+        self.pending: list[Tensor] = []  # what the source is yet to be multiplied with, shared by all views of it
+
+    def scaled(self) -> Tensor:
+        """The source, multiplied in place."""
+        while self.pending:
+            self.source.mul_(self.pending.pop())
+        return self.source
+
+    def unscaled(self) -> tuple[Tensor | None, Tensor | None]:
+        """The source and what it is yet to be multiplied with, if that is what the images are."""
+        same = self.shape == self.source.shape and self.up == (1, 1) and not any(self.padding)
+        if not same or not _is_in_order(self.sizes, self.dims) or len(self.pending) > 1:
+            return None, None
+        return self.source, self.pending[0] if self.pending else None
 
     def tensor(self) -> Tensor:
-        value = self.source
+        value = self.scaled()
         n, c, h, w = value.shape
         if self.up != (1, 1):
             value = F.pad(value.reshape(n, c, h, 1, w, 1), (0, self.up[1] - 1, 0, 0, 0, self.up[0] - 1))
@@ -165,7 +179,7 @@ class Images(Deferred):
         self, weight: ScaledWeight, groups: int, transposed: bool, stride: Any, padding: Any, more: Any, dilation: Any
     ) -> Images | None:
         """Of [1, N * C, H, W]."""
-        (n, c, h, w), source = self.source.shape, self.source
+        n, c, h, w = self.source.shape
         joined = self.shape == (1, n * c, h, w) and _is_in_order(self.sizes, self.dims)
         if (
             not joined
@@ -178,6 +192,7 @@ class Images(Deferred):
         inner, outer = weight.scales()
         if not weight.of_groups(n, c, groups, transposed) or wants_grad((inner, outer)):
             return None
+        source = self.scaled()
         scaled, kernel = source if inner is None else source * inner, weight.kernel(transposed)
         if kernel.shape[2:] == (1, 1) and not transposed:  # with nothing behind it
             output = F.conv2d(scaled, kernel, None, stride, padding, dilation)
@@ -187,7 +202,8 @@ class Images(Deferred):
             blocks = ((transposed, tuple(options)),)
             contiguous = source.is_contiguous() and not transposed  # which a filter follows, fast on channels-last
             output = conv_bn_act_sequence(scaled, (kernel, *_NO_NORM), blocks, contiguous)
-        result = Images(output if outer is None else output.mul_(outer))
+        result = Images(output)
+        result.pending += [] if outer is None else [outer]
         return result.view(1, -1, *result.source.shape[2:])
 
     def _filtered(self, weight: Any, groups: int) -> Images | None:
@@ -198,7 +214,8 @@ class Images(Deferred):
         if between_rows > 1 or between_columns > 1 or not _is_in_order(self.sizes, self.dims):
             return None
         apart = self.shape == (n * c, 1, h, w) and groups == 1
-        if not apart and not (self.shape == (n, c, h, w) and groups == c):
+        joined = self.shape == (1, n * c, h, w) and groups == n * c
+        if not apart and not joined and not (self.shape == (n, c, h, w) and groups == c):
             return None
         if weight.shape[:2] != (groups, 1) or (groups > 1 and not torch.equal(weight, weight[:1].expand_as(weight))):
             return None
@@ -206,7 +223,10 @@ class Images(Deferred):
             return None
         output = ops.upfirdn2d(self.source, weight[0, 0], up=self.up, padding=self.padding, flip_filter=True)
         result = Images(output)
-        return result.view(n * c, 1, *output.shape[2:]) if apart else result
+        result.pending += self.pending  # which filters leave as it is
+        if apart:
+            return result.view(n * c, 1, *output.shape[2:])
+        return result.view(1, n * c, *output.shape[2:]) if joined else result
 
 
 def _pair(value: Any) -> tuple[int, int]:

@@ -18,6 +18,7 @@ from fastgen import ops
 from fastgen.acceleration import blocks
 from fastgen.acceleration.deferred import plain
 from fastgen.acceleration.deferred_images import images
+from fastgen.acceleration.finishing import finish
 from fastgen.acceleration.links import asks_for_size, is_identity
 from fastgen.acceleration.sizes import is_size
 from fastgen.acceleration.tracing import Trace
@@ -65,7 +66,7 @@ _LAYERS = (
 )
 _BLOCKS = {
     *(blocks.conv_transpose2d_bn_act, conv_bn_act_sequence, ops.conv2d_bn_act),
-    *(blocks.group_norm_act, blocks.instance_norm_act),
+    *(blocks.group_norm_act, blocks.instance_norm_act, finish),
 }
 _NEW = {  # return new memory
     *_BLOCKS,

@@ -1,0 +1,88 @@
+"""Finds sums, activations and products in a row behind a convolution, which become one pass over its result."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from torch import fx
+
+from fastgen.acceleration import blocks
+from fastgen.acceleration.deferred import plain
+from fastgen.acceleration.deferring import is_alone
+from fastgen.acceleration.finishing import finish
+from fastgen.acceleration.tracing import Trace
+from fastgen.acceleration.writes import written
+
+
+def finish_in_one_pass(trace: Trace) -> None:
+    """Rewrites sums, activations and products that are left in the memory of what they are of, where these are in a
+    row.
+    """
+    done: set[fx.Node] = set()
+    for node in list(trace.graph.nodes):
+        if node in done or _step(node) != "add":
+            continue
+        run = _run_from(node)
+        done |= set(run)
+        start = run[0].args[0]
+        deferred = isinstance(start, fx.Node) and start.target is plain and is_alone(start) and len(start.users) == 1
+        if len(run) < 2 or not (deferred or run[0].target is blocks.add_into) or _writes_between(run, trace):
+            continue
+        _replace(run, start.args[0] if deferred else start, trace.graph)  # type: ignore[union-attr]
+
+
+_ORDER = {"add": ("add", "activate", "gain", "clamp"), "activate": ("gain", "clamp"), "gain": ("clamp",), "clamp": ()}
+
+
+def _step(node: fx.Node) -> str | None:
+    args, numbers = node.args, all(isinstance(value, int | float) for value in node.args[1:])
+    if node.target is blocks.add_into or (node.op == "call_method" and node.target == "add_"):
+        return "add" if len(args) == 2 and isinstance(args[1], fx.Node) and not node.kwargs else None
+    if node.target is blocks.activate_into:
+        return "activate"
+    if node.target is blocks.mul_into:
+        return "gain" if numbers else None
+    if node.op == "call_method" and node.target == "clamp" and len(args) == 3 and not node.kwargs:
+        return "clamp" if numbers and args[1] == -args[2] <= 0 else None  # type: ignore[operator]
+    return None
+
+
+def _run_from(node: fx.Node) -> list[fx.Node]:
+    """Steps that may follow each other, each all that takes the one before."""
+    run, step = [node], "add"
+    while len(run[-1].users) == 1:
+        (user,) = run[-1].users
+        next = _step(user)
+        if next not in _ORDER[step] or user.args[0] is not run[-1]:
+            break
+        run.append(user)
+        step = next
+    return run
+
+
+def _writes_between(run: list[fx.Node], trace: Trace) -> bool:
+    node = run[0]
+    while node is not run[-1]:
+        if node not in run and any(True for _ in written(node, trace)):
+            return True
+        node = node.next
+    return False
+
+
+def _replace(run: list[fx.Node], start: Any, graph: fx.Graph) -> None:
+    by_step = {_step(node): node.args for node in run}
+    terms = tuple(node.args[1] for node in run if _step(node) == "add")
+    methods = tuple(node.target == "add_" for node in run if _step(node) == "add")
+    activation, parameter = by_step.get("activate", (None, "none", 0.0))[1:]
+    gain, limit = by_step.get("gain", (None, 1.0))[1], by_step.get("clamp", (None, None, math.inf))[2]
+    with graph.inserting_before(run[-1]):
+        arguments = (start, terms, methods, activation, parameter, float(gain), float(limit))  # type: ignore[arg-type]
+        finished = graph.call_function(finish, arguments)
+    finished.meta["tensor"] = True
+    before = run[0].args[0]
+    run[-1].replace_all_uses_with(finished)
+    for node in reversed(run):
+        graph.erase_node(node)
+    if before is not start:
+        graph.erase_node(before)  # type: ignore[arg-type]
