@@ -6,6 +6,7 @@ computed from a small buffer, the same for all channels.
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ from fastgen.acceleration.tracing import Trace
 from fastgen.acceleration.writes import written
 
 _GROUPS_AT = 6  # among the arguments of either
-_LEAST = 1 << 16  # weights: fewer cost less to compute for each sample than it costs to do without
+_LEAST = 1 << 16  # weights: fewer cost less to compute for each sample than it costs to do without, of small images
 _ZERO, _ONE = [(n, (n, n), [n, n]) for n in (0, 1)]  # as options of a convolution
 _VIEWS = ("view", "reshape", "permute")
 _BY_SAMPLE = "one convolution for all samples, their scales on the images"
@@ -52,6 +53,7 @@ def defer(trace: Trace, prefix: str, report: Report) -> None:
             found.append(one)
     if not found:
         return
+    order = {node: i for i, node in enumerate(graph.nodes)}
     deferred: set[fx.Node] = set()
     for conv, views, kernel, path in found:
         reason = _FILTER if kernel is None else _BY_SAMPLE
@@ -67,8 +69,11 @@ def defer(trace: Trace, prefix: str, report: Report) -> None:
             with graph.inserting_before(views[0]):
                 views[0].replace_input_with(source, graph.call_function(images, (source,)))
         if kernel is not None:
-            with graph.inserting_after(kernel):
-                weight = graph.call_function(own_weight, (kernel,))
+            first = min((n for n in kernel.users if n in path), key=order.__getitem__)
+            known = isinstance(source, fx.Node) and order.get(source, len(order)) < order[first]
+            with graph.inserting_before(first):
+                given = (kernel, source) if known and _is_small(kernel, trace) else (kernel,)
+                weight = graph.call_function(own_weight, given)
             kernel.replace_all_uses_with(weight, lambda user, path=path: user in path)  # type: ignore[misc]
     tensors: dict[fx.Node, fx.Node] = {}  # where they are needed
     for node in deferred:
@@ -115,7 +120,9 @@ def _find(node: fx.Node, trace: Trace, others: set[fx.Node]) -> _Found | None:
     kernels = [n for n, value in sources.items() if value is not None and value.dim() >= 4]
     if isinstance(groups, fx.Node) and len(kernels) == 1:
         path = before & _reached(kernels, lambda n: list(n.users)) - set(kernels)
-        if sources[kernels[0]].numel() >= _LEAST and all(n.op in ("call_function", "call_method") for n in path):  # type: ignore[union-attr]
+        kernel = sources[kernels[0]]
+        worth = kernel.numel() >= _LEAST or math.prod(kernel.shape[-2:]) > 1  # type: ignore[union-attr]
+        if worth and all(n.op in ("call_function", "call_method") for n in path):  # type: ignore[union-attr]
             return _Found(node, views, kernels[0], path)
     small = [value is not None and value.dim() in (1, 2) for value in sources.values()]
     options = {"stride": _ONE, "padding": _ZERO, "dilation": _ONE}
@@ -123,6 +130,11 @@ def _find(node: fx.Node, trace: Trace, others: set[fx.Node]) -> _Found | None:
     if node.target is F.conv2d and plainly and small and all(small):
         return _Found(node, views, None, set())
     return None
+
+
+def _is_small(kernel: fx.Node, trace: Trace) -> bool:
+    value = _source(kernel, trace)
+    return value is not None and value.numel() < _LEAST
 
 
 def _is_written_to(found: _Found, trace: Trace) -> bool:

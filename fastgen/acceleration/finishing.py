@@ -66,7 +66,7 @@ def _given(x: Tensor, terms: tuple[Any, ...], scale: Tensor | None) -> _Given | 
     noise: Tensor | None = None
     bias: Tensor | None = None
     for term in terms:
-        if term.dim() > 4 or term.is_inference() != x.is_inference():
+        if term.dim() > 4:
             return None
         shape = (1,) * (4 - term.dim()) + tuple(term.shape)
         if shape == (1, c, 1, 1):

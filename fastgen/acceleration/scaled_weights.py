@@ -24,12 +24,15 @@ from fastgen.acceleration.deferred import Deferred, Dims, Sizes, of_shapes, or_o
 from fastgen.ops.conv_block import is_transformed, is_unobserved, wants_grad
 from fastgen.ops.packed_weights import kept
 
+_LEAST_PRODUCTS = 1 << 24
 DTYPES = (torch.float32, torch.float64)
 _N, _O, _I, _Y, _X = range(5)  # samples, output and input channels, the kernel
 
 
-def own_weight(weight: Tensor) -> Any:
-    """A parameter [1, ..., O, I, kh, kw], to be scaled; or itself."""
+def own_weight(weight: Tensor, images: Any = None) -> Any:
+    """A parameter [1, ..., O, I, kh, kw], to be scaled; or itself, as it is for few products with `images`."""
+    if images is not None and weight.numel() * images.shape[0] * math.prod(images.shape[2:]) < _LEAST_PRODUCTS:
+        return weight
     if torch.compiler.is_compiling() or is_transformed() or not is_unobserved((weight,)) or weight.is_inference():
         return weight
     if wants_grad((weight,)) or torch.is_autocast_enabled("cpu"):

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastgen
-from fastgen.acceleration import constants, deferring
+from fastgen.acceleration import constants, deferring, scaled_weights
 from fastgen.acceleration.deferred import plain
 from fastgen.acceleration.deferred_images import Images, images
 from fastgen.acceleration.scaled_weights import ScaledWeight, own_weight
@@ -252,10 +252,15 @@ def test_modes(name):
 @torch.no_grad()
 def test_a_few_weights_are_computed(monkeypatch):
     monkeypatch.undo()
+    kernel = ScaledWeight.kernel
     network, inputs, _ = make("upwards")
     fast = fastgen.accelerate(network)
-    assert [entry.reason for entry in fast.fastgen_report.fused] == ["as one filter for all channels"]
-    torch.testing.assert_close(fast(*inputs), network(*inputs), rtol=1e-4, atol=1e-4)
+    for least, computed in ((scaled_weights._LEAST_PRODUCTS, True), (6 * 5 * 9 * 3 * 7 * 5, False)):
+        monkeypatch.setattr(scaled_weights, "_LEAST_PRODUCTS", least)
+        found = []
+        monkeypatch.setattr(ScaledWeight, "kernel", lambda self, *args, found=found: found.append(self) or kernel(self, *args))
+        torch.testing.assert_close(fast(*inputs), network(*inputs), rtol=1e-4, atol=1e-4)
+        assert (not found) is computed
 
 
 # What looks like it
