@@ -134,12 +134,12 @@ def linear_sequence(input: Tensor, tensors: tuple[Tensor | None, ...], layers: B
         layers: as convolutions.
     """
     if _is_for_kernels(input, tensors):
-        images, kernels = input[:, :, None, None], _with_kernels(tensors)
+        images, kernels = input.reshape(-1, input.shape[-1], 1, 1), _with_kernels(tensors)
         output = call_known(images, kernels, layers)
         if output is None and goes_straight((input, *tensors)):
             output = conv_bn_act_sequence(images, kernels, layers)
         if output is not None:
-            return output[:, :, 0, 0]
+            return output.view(*input.shape[:-1], -1)
     for i, (_, block) in enumerate(layers):
         weight, bias, mean, var, scale, shift = of_block(tensors, i)
         options = Options(*block)
@@ -152,11 +152,14 @@ def linear_sequence(input: Tensor, tensors: tuple[Tensor | None, ...], layers: B
 
 
 def _is_for_kernels(input: Tensor, tensors: tuple[Tensor | None, ...]) -> bool:
-    if torch.compiler.is_compiling() or not isinstance(input, Tensor) or input.dim() != 2:
+    if torch.compiler.is_compiling() or not isinstance(input, Tensor) or input.dtype not in _DTYPES:
         return False
     weight: Any = tensors[0]
-    fits = 0 < input.shape[0] <= _MOST_ROWS and input.shape[1] == weight.shape[1] and input.dtype is weight.dtype
-    return fits and input.dtype in _DTYPES and not wants_grad((input, *tensors))
+    if input.dim() != 2 and (input.dim() == 0 or any(mean is not None for mean in tensors[2::BLOCK_TENSORS])):
+        return False  # the channels of a norm are the second dimension
+    if input.shape[-1] != weight.shape[1] or not 0 < input.numel() <= _MOST_ROWS * weight.shape[1]:
+        return False
+    return input.dtype is weight.dtype and not wants_grad((input, *tensors))
 
 
 # By the identity of the first weight, as long as it lives: what the tensors were, and the same with kernels.

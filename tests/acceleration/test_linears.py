@@ -118,11 +118,14 @@ def test_is_native_for_a_few_rows_alone(monkeypatch):
 
 
 @torch.no_grad()
-def test_rows_of_several_dimensions():
+def test_rows_of_several_dimensions(monkeypatch):
     network = make("normed")
-    x = torch.randn(2, 3, 4, 5)
-    torch.testing.assert_close(fastgen.accelerate(network)(x), network(x))
-    torch.testing.assert_close(fastgen.accelerate(network)(x[0, 0, 0]), network(x[0, 0, 0]))
+    fast, calls = fastgen.accelerate(network), native_calls(monkeypatch)
+    strided = torch.randn(4, 5, 16).transpose(1, 2)
+    for x, count in ((torch.randn(5), 1), (torch.randn(2, 3, 4, 5), 1), (strided, 1), (torch.randn(4, 17, 5), 0)):
+        calls.clear()
+        torch.testing.assert_close(fast(x), network(x))
+        assert len(calls) == count
 
 
 @torch.no_grad()
