@@ -16,8 +16,6 @@
 #include "integers.h"
 #include "tap_conv.h"
 
-#define FASTGEN_LAMBDA __attribute__((always_inline))
-
 namespace fastgen::FASTGEN_ISA {
 
 template <class T>
@@ -145,7 +143,8 @@ struct DepthwiseConv {
         const int64_t step = stride * band.source.w, across = dilation * band.source.w, row = kernel * channels;
         const int64_t down = y().dilation * band.source.h, line_size = x().out_size * channels;
         const int rest = static_cast<int>(channels - c);  // of the last vector, where it is not whole
-        const auto get = [rest](const T* from) FASTGEN_LAMBDA { return Whole ? load(from) : load_n(from, rest); };
+        const auto get = [rest](const T* from)
+                             __attribute__((always_inline)) { return Whole ? load(from) : load_n(from, rest); };
         Vec<T> sum[Lines][Run][Vecs];
         for (auto& line : sum) {
             for (auto& output : line) {
@@ -155,7 +154,7 @@ struct DepthwiseConv {
         const T* from_line = band.source.data + band.begin * down + first * band.source.w + c;
         const T* weight_line = call.packed + band.begin * row + c;
         // Adds what output lines `begin` to `end` - 1 have of a line of the input, and goes on to the next.
-        const auto add = [&](auto begin, auto end) FASTGEN_LAMBDA {
+        const auto add = [&](auto begin, auto end) __attribute__((always_inline)) {
             const T *from = from_line, *weights = weight_line;
             int64_t at = first;
             for (int64_t j = 0; j < kernel; ++j) {
@@ -163,7 +162,7 @@ struct DepthwiseConv {
                 for (int l = begin; l < end; ++l) {
                     for (int v = 0; v < Vecs; ++v) weight[l][v] = get(weights - l * row + v * kLanes<T>);
                 }
-                const auto multiply = [&](int r) FASTGEN_LAMBDA {
+                const auto multiply = [&](int r) __attribute__((always_inline)) {
                     for (int v = 0; v < Vecs; ++v) {
                         Vec<T> value = get(from + r * step + v * kLanes<T>);
                         if (end - begin > 1) keep_in_register(value);

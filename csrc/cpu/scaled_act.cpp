@@ -3,8 +3,8 @@
 //
 //     x[n][c][p] = clamp(gain * activation(s[n][c] * x[n][c][p] + e[n][p] + b[c]))
 //
-// Each element is read and written once, where the same in PyTorch takes a pass for every operation. It is bound by
-// memory, so that what is missing is asked for at every vector.
+// Each element is read and written once, where the same in PyTorch takes a pass for every operation. What is missing is
+// filled in before, so that vectors do not ask for it.
 
 #include "scaled_act.h"
 
@@ -16,51 +16,71 @@
 namespace fastgen::FASTGEN_ISA {
 namespace {
 
-template <class T>
-FASTGEN_INLINE Vec<T> load_lanes(const T* p, int lanes) {
-    return lanes == kLanes<T> ? load(p) : load_n(p, lanes);
-}
-
 template <Activation A, class T>
 struct Pass {
+    static constexpr int64_t kChunk = 256;  // channels, whose values stay in the first-level cache
+
     const ScaledAct<T>& job;
 
-    FASTGEN_INLINE void vector(T* at, int lanes, Vec<T> scale, Vec<T> shift) const {
-        const Vec<T> x = fma(load_lanes(at, lanes), scale, shift);
-        Vec<T> y = activate<A>(x, broadcast(job.parameter)) * broadcast(job.gain);
-        const Vec<T> limit = broadcast(job.limit);
-        y = where(y > limit, limit, where(y < -limit, -limit, y));  // a NaN stays one
-        if (lanes == kLanes<T>)
-            store(at, y);
-        else
-            store_n(at, y, lanes);
+    const T* scales(int64_t n) const {
+        return job.scale ? job.scale + (job.one_scale ? 0 : n * job.channels) : nullptr;
+    }
+    const T* noise(int64_t n) const {
+        return job.noise ? job.noise + (job.one_noise ? 0 : n * job.positions) : nullptr;
     }
 
-    FASTGEN_INLINE static int lanes_below(int64_t count) {
-        return static_cast<int>(min_of(count, int64_t{kLanes<T>}));
+    // Of elements x[0..count-1]: at(i, lanes) gives the scale and what is added of those from i on.
+    template <class At>
+    FASTGEN_INLINE void elements(T* x, int64_t count, const At& at) const {
+        const Vec<T> parameter = broadcast(job.parameter), gain = broadcast(job.gain), limit = broadcast(job.limit);
+        const auto value = [&](Vec<T> from, int64_t i, int lanes) __attribute__((always_inline)) {
+            const Factors given = at(i, lanes);
+            const Vec<T> y = activate<A>(fma(from, given.scale, given.added), parameter) * gain;
+            return max(-limit, min(limit, y));  // a NaN stays one
+        };
+        int64_t i = 0;
+        for (; i + kLanes<T> <= count; i += kLanes<T>) store(x + i, value(load(x + i), i, kLanes<T>));
+        if (i < count) {
+            const int lanes = static_cast<int>(count - i);
+            store_n(x + i, value(load_n(x + i, lanes), i, lanes), lanes);
+        }
     }
 
-    const T* scales(int64_t n) const { return job.scale ? job.scale + (job.one_scale ? 0 : n * job.channels) : nullptr; }
-    const T* noise(int64_t n) const { return job.noise ? job.noise + (job.one_noise ? 0 : n * job.positions) : nullptr; }
+    struct Factors {
+        Vec<T> scale, added;
+    };
 
     void plane(int64_t n, int64_t c) const {
         T* x = job.data + (n * job.channels + c) * job.positions;
         const T *scales = this->scales(n), *noise = this->noise(n);
         const Vec<T> scale = broadcast(scales ? scales[c] : T(1)), bias = broadcast(job.bias ? job.bias[c] : T(0));
-        for (int64_t p = 0; p < job.positions; p += kLanes<T>) {
-            const int lanes = lanes_below(job.positions - p);
-            vector(x + p, lanes, scale, noise ? load_lanes(noise + p, lanes) + bias : bias);
+        if (noise) {
+            elements(x, job.positions, [&](int64_t i, int lanes) __attribute__((always_inline)) {
+                return Factors{scale, load_some(noise + i, lanes) + bias};
+            });
+        } else {
+            elements(x, job.positions,
+                     [&](int64_t, int) __attribute__((always_inline)) { return Factors{scale, bias}; });
         }
     }
 
-    void position(int64_t n, int64_t p) const {
-        T* x = job.data + (n * job.positions + p) * job.channels;
+    void channels(int64_t n, int64_t begin, int64_t end) const {
         const T *scales = this->scales(n), *noise = this->noise(n);
-        const Vec<T> added = broadcast(noise ? noise[p] : T(0));
-        for (int64_t c = 0; c < job.channels; c += kLanes<T>) {
-            const int lanes = lanes_below(job.channels - c);
-            const Vec<T> scale = scales ? load_lanes(scales + c, lanes) : broadcast(T(1));
-            vector(x + c, lanes, scale, job.bias ? added + load_lanes(job.bias + c, lanes) : added);
+        for (int64_t first = 0; first < job.channels; first += kChunk) {
+            const int64_t count = min_of(kChunk, job.channels - first);
+            T scale[kChunk + kLanes<T>], bias[kChunk + kLanes<T>];
+            for (int64_t c = 0; c < count + kLanes<T>; ++c) {
+                const bool inside = c < count;
+                scale[c] = inside && scales ? scales[first + c] : T(1);
+                bias[c] = inside && job.bias ? job.bias[first + c] : T(0);
+            }
+            for (int64_t p = begin; p < end; ++p) {
+                const Vec<T> added = broadcast(noise ? noise[p] : T(0));
+                elements(job.data + (n * job.positions + p) * job.channels + first, count,
+                         [&](int64_t i, int) __attribute__((always_inline)) {
+                             return Factors{load(scale + i), added + load(bias + i)};
+                         });
+            }
         }
     }
 
@@ -69,9 +89,11 @@ struct Pass {
 #pragma omp parallel num_threads(job.threads)
         {
             const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
-            for (int64_t i = rows * thread / threads; i < rows * (thread + 1) / threads; ++i) {
+            const int64_t end = rows * (thread + 1) / threads;
+            for (int64_t i = rows * thread / threads, next; i < end; i = next) {
+                next = job.channels_last ? min_of(end, (i / inner + 1) * inner) : i + 1;
                 if (job.channels_last)
-                    position(i / inner, i % inner);
+                    channels(i / inner, i % inner, i % inner + next - i);
                 else
                     plane(i / inner, i % inner);
             }
