@@ -149,6 +149,9 @@ class Images(Deferred):
         groups: int = 1,
     ) -> Any:
         found = None
+        plainly = bias is None and stride in _ONE and padding in _ZERO
+        if plainly and (by_matrices := self._by_matrices(weight, groups)) is not None:
+            return by_matrices
         if bias is None and isinstance(weight, ScaledWeight):
             found = self._by_sample(weight, groups, False, stride, padding, 0, dilation)
         elif bias is None and stride in _ONE and dilation in _ONE and padding in _ZERO:
@@ -194,17 +197,32 @@ class Images(Deferred):
             return None
         source = self.scaled()
         scaled, kernel = source if inner is None else source * inner, weight.kernel(transposed)
-        if kernel.shape[2:] == (1, 1) and not transposed:  # with nothing behind it
-            output = F.conv2d(scaled, kernel, None, stride, padding, dilation)
-        else:
-            steps, sides, rest, spread = (_pair(value) for value in (stride, padding, more, dilation))
-            options = Options(steps, sides, rest, 1, spread, False, 0.0, "none", 0.0)
-            blocks = ((transposed, tuple(options)),)
-            contiguous = source.is_contiguous() and not transposed  # which a filter follows, fast on channels-last
-            output = conv_bn_act_sequence(scaled, (kernel, *_NO_NORM), blocks, contiguous)
+        steps, sides, rest, spread = (_pair(value) for value in (stride, padding, more, dilation))
+        options = Options(steps, sides, rest, 1, spread, False, 0.0, "none", 0.0)
+        blocks = ((transposed, tuple(options)),)
+        contiguous = source.is_contiguous() and not transposed  # which a filter follows, fast on channels-last
+        output = conv_bn_act_sequence(scaled, (kernel, *_NO_NORM), blocks, contiguous)
         result = Images(output)
         result.pending += [] if outer is None else [outer]
         return result.view(1, -1, *result.source.shape[2:])
+
+    def _by_matrices(self, weight: Any, groups: int) -> Images | None:
+        """Of [1, N * C, H, W] and kernels of one element, which read the images as they lie: no scales, no copy."""
+        n, c, h, w = self.source.shape
+        joined = self.shape == (1, n * c, h, w) and _is_in_order(self.sizes, self.dims)
+        if not joined or any(self.padding) or self.up != (1, 1) or weight.dtype != self.dtype:
+            return None
+        if isinstance(weight, ScaledWeight):
+            matrices = weight.matrices() if weight.of_groups(n, c, groups, False) else None
+        else:
+            fits = groups == n and weight.shape[1:] == (c, 1, 1) and weight.shape[0] % n == 0
+            matrices = weight.reshape(n, -1, c) if fits else None
+        if matrices is None or wants_grad((matrices,)):
+            return None
+        source = self.scaled()
+        positions = source.flatten(2) if source.is_contiguous() else source.permute(0, 2, 3, 1).flatten(1, 2).mT
+        result = Images(torch.bmm(matrices, positions).view(n, -1, h, w))
+        return result.view(1, -1, h, w)
 
     def _filtered(self, weight: Any, groups: int) -> Images | None:
         """Of [N * C, 1, H, W], or [N, C, H, W] with the same filter for each channel."""

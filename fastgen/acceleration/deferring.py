@@ -29,6 +29,7 @@ _LEAST = 1 << 16  # weights: fewer cost less to compute for each sample than it 
 _ZERO, _ONE = [(n, (n, n), [n, n]) for n in (0, 1)]  # as options of a convolution
 _VIEWS = ("view", "reshape", "permute")
 _BY_SAMPLE = "one convolution for all samples, their scales on the images"
+_MATRICES = "as products of matrices, of the images as they lie"
 _FILTER = "as one filter for all channels"
 
 
@@ -56,7 +57,8 @@ def defer(trace: Trace, prefix: str, report: Report) -> None:
     order = {node: i for i, node in enumerate(graph.nodes)}
     deferred: set[fx.Node] = set()
     for conv, views, kernel, path in found:
-        reason = _FILTER if kernel is None else _BY_SAMPLE
+        by_matrices = kernel is not None and _is_one_element(kernel, trace)
+        reason = _FILTER if kernel is None else _MATRICES if by_matrices else _BY_SAMPLE
         report.fused.append(Entry(*name_of(conv, trace, prefix), reason))
         conv.meta["deferred"] = True
         deferred |= {conv, *views, *path}
@@ -68,7 +70,7 @@ def defer(trace: Trace, prefix: str, report: Report) -> None:
         if source not in deferred and source.target is not images:
             with graph.inserting_before(views[0]):
                 views[0].replace_input_with(source, graph.call_function(images, (source,)))
-        if kernel is not None:
+        if kernel is not None and not (_is_small(kernel, trace) and _is_one_element(kernel, trace)):
             first = min((n for n in kernel.users if n in path), key=order.__getitem__)
             known = isinstance(source, fx.Node) and order.get(source, len(order)) < order[first]
             with graph.inserting_before(first):
@@ -120,9 +122,7 @@ def _find(node: fx.Node, trace: Trace, others: set[fx.Node]) -> _Found | None:
     kernels = [n for n, value in sources.items() if value is not None and value.dim() >= 4]
     if isinstance(groups, fx.Node) and len(kernels) == 1:
         path = before & _reached(kernels, lambda n: list(n.users)) - set(kernels)
-        kernel = sources[kernels[0]]
-        worth = kernel.numel() >= _LEAST or math.prod(kernel.shape[-2:]) > 1  # type: ignore[union-attr]
-        if worth and all(n.op in ("call_function", "call_method") for n in path):  # type: ignore[union-attr]
+        if all(n.op in ("call_function", "call_method") for n in path):  # type: ignore[union-attr]
             return _Found(node, views, kernels[0], path)
     small = [value is not None and value.dim() in (1, 2) for value in sources.values()]
     options = {"stride": _ONE, "padding": _ZERO, "dilation": _ONE}
@@ -135,6 +135,11 @@ def _find(node: fx.Node, trace: Trace, others: set[fx.Node]) -> _Found | None:
 def _is_small(kernel: fx.Node, trace: Trace) -> bool:
     value = _source(kernel, trace)
     return value is not None and value.numel() < _LEAST
+
+
+def _is_one_element(kernel: fx.Node, trace: Trace) -> bool:
+    value = _source(kernel, trace)
+    return value is not None and math.prod(value.shape[-2:]) == 1
 
 
 def _is_written_to(found: _Found, trace: Trace) -> bool:

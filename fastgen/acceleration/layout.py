@@ -20,6 +20,7 @@ from fastgen.acceleration.deferred import plain
 from fastgen.acceleration.deferred_images import images
 from fastgen.acceleration.finishing import finish
 from fastgen.acceleration.links import asks_for_size, is_identity
+from fastgen.acceleration.scaled_weights import own_weight
 from fastgen.acceleration.sizes import is_size
 from fastgen.acceleration.tracing import Trace
 from fastgen.acceleration.writes import IN_PLACE, written
@@ -176,7 +177,7 @@ def _returns_several(node: fx.Node, trace: Trace) -> bool:
 
 def _is_free(node: fx.Node) -> bool:
     """Takes any strides, too, and what it returns owes them nothing."""
-    return asks_for_size(node) or node.target is images
+    return asks_for_size(node) or node.target in (images, own_weight)
 
 
 # Who shares memory with whom

@@ -146,6 +146,16 @@ class ScaledWeight(Deferred):
         fits = self.power == 1 and groups == samples == self.sizes[_N] and self.sizes[_I] == channels
         return fits and _is_by_sample(self.sizes, self.dims, transposed)
 
+    def matrices(self) -> Tensor | None:
+        """[N, O, I], of kernels of one element."""
+        n, outer, inner, height, width = self.sizes
+        if (height, width) != (1, 1):
+            return None
+        value = self.weight.view(1, outer, inner) * self.factor
+        value = value if self.inner is None else value * self.inner[:, None]
+        value = value if self.outer is None else value * self.outer[:, :, None]
+        return value.expand(n, outer, inner)
+
     def kernel(self, transposed: bool) -> Tensor:
         """The parameter's own memory, as a convolution takes it."""
         return kept([self.weight], ("kernel", transposed), lambda: _kernel(self.weight, transposed))
