@@ -84,14 +84,14 @@ def _compute_in_place(trace: Trace) -> None:
     for node in trace.graph.nodes:
         into = _INTO.get(node.target)
         if into is not None and len(node.args) == 2 and not node.kwargs and node.args[0] is not node.args[1]:
-            fresh = next((term for term in node.args if _is_fresh(term, trace) and len(term.users) == 1), None)
+            fresh = next((term for term in node.args if _is_fresh(term, trace) and len(takers(term)) == 1), None)
             if fresh is not None:
                 node.op, node.target = "call_function", into
                 node.args = (fresh, node.args[1] if fresh is node.args[0] else node.args[0])
             continue
         options = _function_of(node, trace)
         input = input_of(node) if options else None
-        if options and _is_fresh(input, trace) and len(input.users) == 1:  # type: ignore[union-attr]
+        if options and _is_fresh(input, trace) and len(takers(input)) == 1:  # type: ignore[arg-type]
             parameter = options.get("alpha", options.get("negative_slope", 0.0))
             node.op, node.target, node.kwargs = "call_function", blocks.activate_into, {}
             node.args = (input, options["activation"], parameter)
@@ -113,6 +113,8 @@ def _is_fresh(node: Any, trace: Trace) -> bool:
     """Whether it is a tensor in memory of its own."""
     if not isinstance(node, fx.Node):
         return False
+    if node.op == "call_method" and node.target == "add_" and isinstance(node.args[0], fx.Node):
+        return _is_fresh(node.args[0], trace) and len(takers(node.args[0])) == 1
     plain = node.op == "call_module" and type(trace.modules[str(node.target)]) is nn.Conv2d
     if node.target in (blocks.add_into, blocks.mul_into, blocks.activate_into) or is_alone(node):
         return True

@@ -11,6 +11,7 @@ from fastgen.acceleration import blocks
 from fastgen.acceleration.deferred import plain
 from fastgen.acceleration.deferring import is_alone
 from fastgen.acceleration.finishing import finish
+from fastgen.acceleration.links import takers
 from fastgen.acceleration.tracing import Trace
 from fastgen.acceleration.writes import written
 
@@ -26,7 +27,7 @@ def finish_in_one_pass(trace: Trace) -> None:
         run = _run_from(node)
         done |= set(run)
         start = run[0].args[0]
-        deferred = isinstance(start, fx.Node) and start.target is plain and is_alone(start) and len(start.users) == 1
+        deferred = isinstance(start, fx.Node) and start.target is plain and is_alone(start) and takers(start) == run[:1]
         if len(run) < 2 or not (deferred or run[0].target is blocks.add_into) or _writes_between(run, trace):
             continue
         _replace(run, start.args[0] if deferred else start, trace.graph)  # type: ignore[union-attr]
@@ -49,10 +50,14 @@ def _step(node: fx.Node) -> str | None:
 
 
 def _run_from(node: fx.Node) -> list[fx.Node]:
-    """Steps that may follow each other, each all that takes the one before."""
+    """Steps that may follow each other, each all that takes the one before; of what is not larger than the first, as of
+    ``x.add_(y)``, the size or dtype may be asked for.
+    """
     run, step = [node], "add"
-    while len(run[-1].users) == 1:
-        (user,) = run[-1].users
+    while len(users := takers(run[-1])) == 1:
+        (user,) = users
+        if len(run[-1].users) > 1 and not all(previous.target == "add_" for previous in run):
+            break
         next = _step(user)
         if next not in _ORDER[step] or user.args[0] is not run[-1]:
             break
@@ -80,9 +85,10 @@ def _replace(run: list[fx.Node], start: Any, graph: fx.Graph) -> None:
         arguments = (start, terms, methods, activation, parameter, float(gain), float(limit))  # type: ignore[arg-type]
         finished = graph.call_function(finish, arguments)
     finished.meta["tensor"] = True
-    before = run[0].args[0]
+    before: Any = run[0].args[0]
     run[-1].replace_all_uses_with(finished)
-    for node in reversed(run):
+    gone = run if before is start else [before, *run]
+    for node in gone:
+        node.replace_all_uses_with(start, lambda user: user not in gone)
+    for node in reversed(gone):
         graph.erase_node(node)
-    if before is not start:
-        graph.erase_node(before)  # type: ignore[arg-type]
