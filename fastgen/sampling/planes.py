@@ -126,9 +126,9 @@ def rebuilt(tracer: Tracer, codes: Tensor) -> Tensor:
 
 def _new_constant(tracer: Tracer, codes: Tensor) -> Tensor:
     """Codes of a constant that holds the elements of constants that `codes` [N, C, h, w] names."""
-    data = _values(tracer, codes[0])
+    data = values_of(tracer, codes[0])
     for other in codes[1:]:
-        if not torch.equal(other, codes[0]) and not torch.equal(_values(tracer, other), data):
+        if not torch.equal(other, codes[0]) and not torch.equal(values_of(tracer, other), data):
             raise LayoutError
     channels, height, width = data.shape
     return tracer.add(Constant(tracer.module, channels, height, width, data=data))

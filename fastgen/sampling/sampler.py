@@ -87,9 +87,9 @@ class Sampler:
     Args:
         model: maps encoded images [N, C, H, W] (and labels [N], and a condition [N, ...], in this order) to head
             parameters [N, head.num_params(C), H, W] or, for `Categorical`, [N, levels, C, H, W], or to a tuple with one
-            such tensor. They are logits; log-probabilities do, too, probabilities do not. Any module; a copy that
-            shares its tensors is traced, in eval mode and without autocast, so that other threads may use it. Whatever
-            its dtype, sampling computes in float32.
+            such tensor, or a mapping or dataclass whose `logits` are one. They are logits; log-probabilities do, too,
+            probabilities do not. Any module; a copy that shares its tensors is traced, in eval mode and without
+            autocast, so that other threads may use it. Whatever its dtype, sampling computes in float32.
         image_shape: (C, H, W), or (H, W) for a model that reads [N, H, W], as priors over codes do; images are
             [N, 1, H, W] all the same. Default: ``model.image_shape``.
         head: default: ``model.head``.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
 from types import FunctionType
 from typing import Any
 
@@ -58,18 +58,25 @@ class Subject:
         return [*shapes, (n, self.head.levels, *self.image_shape)] if isinstance(self.head, Categorical) else shapes
 
     def _tensor_of(self, output: Any, n: int) -> Tensor:
-        """What a module returned, or the one tensor of a tuple that has a shape of head parameters: beside them come
-        caches, hidden states and losses.
+        """What a module returned; of a mapping or dataclass its `logits`, of a tuple the one tensor that has a shape of
+        head parameters: beside them come caches, hidden states and losses.
         """
         if isinstance(output, Tensor):
             return output
         shapes = self._output_shapes(n)
+        entries = _entries(output)
+        if isinstance(entries.get("logits"), Tensor):
+            return entries["logits"]
         parts = output if isinstance(output, tuple | list) else ()
         fitting = [part for part in parts if isinstance(part, Tensor) and part.shape in shapes]
         if len(fitting) == 1:
             return fitting[0]
         got = type(output).__name__
-        if parts:
+        if "logits" in entries:
+            got += f" whose logits are a {type(entries['logits']).__name__}"
+        elif entries:
+            got += f" of {', '.join(map(str, entries))}, without logits"
+        elif parts:
             each = (str([*p.shape]) if isinstance(p, Tensor) else type(p).__name__ for p in parts)
             got += f" ({', '.join(each)}) with {len(fitting) or 'none'} of that shape"
         raise UnsupportedModel(
@@ -87,6 +94,15 @@ class Subject:
         """A floating point parameter: its dtype and device are the module's."""
         tensors = (*self.module.parameters(), *self.module.buffers())
         return next((t for t in tensors if t.is_floating_point()), torch.zeros(()))
+
+
+def _entries(output: Any) -> dict[Any, Any]:
+    """What a mapping or a dataclass holds; many libraries' outputs are one of them, or both."""
+    if isinstance(output, Mapping):
+        return dict(output)
+    if is_dataclass(output) and not isinstance(output, type):
+        return {f.name: getattr(output, f.name) for f in fields(output)}
+    return {}
 
 
 def make_subject(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Callable
+from dataclasses import dataclass
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -79,6 +81,20 @@ class Returns(nn.Module):
 Pair = collections.namedtuple("Pair", ["logits", "loss"])
 
 
+@dataclass
+class Output:
+    logits: Tensor | None
+    hidden: tuple
+
+
+class ModelOutput(collections.OrderedDict):
+    """Hugging Face's: a mapping whose entries are attributes, too."""
+
+    def __init__(self, **entries: object) -> None:
+        super().__init__(entries)
+        self.__dict__.update(entries)
+
+
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize(
     "returned",
@@ -89,10 +105,14 @@ Pair = collections.namedtuple("Pair", ["logits", "loss"])
         lambda y, x: (torch.tensor(0.5), {"kept": y}, levels_first(y), y[:, 1:]),
         lambda y, x: Pair(y, torch.zeros(())),
         lambda y, x: (y,),
+        lambda y, x: {"hidden": y + 1, "logits": y},
+        lambda y, x: ModelOutput(loss=None, logits=levels_first(y), hidden_states=(y, x)),
+        lambda y, x: MappingProxyType({"logits": y}),
+        lambda y, x: Output(y, (y, y)),
     ],
-    ids=["no loss", "second", "caches", "levels first", "named", "alone"],
+    ids=["no loss", "second", "caches", "levels first", "named", "alone", "keys", "output", "mapping", "dataclass"],
 )
-def test_logits_in_a_tuple(returned: Callable, backend: str) -> None:
+def test_logits_beside_other_things(returned: Callable, backend: str) -> None:
     network, given = Returns(returned).eval(), {"image_shape": (3, 5, 4), "head": Categorical(LEVELS)}
     images = Sampler(network, **given, backend=backend).sample(4, seed=2)
     assert torch.equal(images, Sampler(network.network, **given).sample(4, seed=2))
@@ -122,11 +142,15 @@ SHAPES = r"must be a tensor \[{n}, 15, 5, 4\] or \[{n}, 5, 3, 5, 4\], got "
     [
         (lambda y, x: (x, None), r"tuple \(\[{n}, 3, 5, 4\], NoneType\) with none of that shape"),
         (lambda y, x: [y, y], r"list \(\[{n}, 15, 5, 4\], \[{n}, 15, 5, 4\]\) with 2 of that shape"),
-        (lambda y, x: {"logits": y}, "dict"),
+        (lambda y, x: {"scores": y, 1: x}, "dict of scores, 1, without logits"),
+        (lambda y, x: {}, "dict"),
+        (lambda y, x: ModelOutput(logits=(y,)), "ModelOutput whose logits are a tuple"),
+        (lambda y, x: Output(None, (y,)), "Output whose logits are a NoneType"),
+        (lambda y, x: Output, "type"),
         (lambda y, x: None, "NoneType"),
         (lambda y, x: (), "tuple"),
     ],
-    ids=["none", "two", "dictionary", "nothing", "empty"],
+    ids=["none", "two", "other names", "no names", "nested", "no logits", "class", "nothing", "empty"],
 )
 def test_no_or_several_logits_are_refused(returned: Callable, got: str) -> None:
     network, given = Returns(returned).eval(), {"image_shape": (3, 5, 4), "head": Categorical(LEVELS)}
