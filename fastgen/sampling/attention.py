@@ -13,6 +13,7 @@ from torch import Tensor
 from fastgen.sampling.graph import Attention, Constant, Graph, LayoutError, Node, Ref
 from fastgen.sampling.orders import Order, appended, depends, feature_map
 from fastgen.sampling.planes import pointwise_4d
+from fastgen.sampling.rotations import turned
 from fastgen.sampling.scores import MASKED, Scores, is_batch, known_of, rule
 
 if TYPE_CHECKING:
@@ -90,6 +91,7 @@ def _attend_all(tracer: Tracer, known: Scores, values: Tensor) -> Tensor:
     for order, count in ((query_order, queries), (key_order, known.shape[2])):
         if (order.index[0] >= count).any():
             raise LayoutError("that mixes samples")
+    query, keys, values = (turned(tracer, codes, heads) for codes in (query, keys, values))
     seen = _seen(known, query_order.index[0].flatten(), key_order.index[0].flatten())
     found = Attention(
         tracer.module,

@@ -17,6 +17,57 @@ from fastgen.sampling.graph import Attention, Constant, Graph, Linear, Node, Poi
 STORED = -1
 
 
+def trim(graph: Graph) -> None:
+    """Drop the sources of planes that nobody needs, and the channels of others that nobody needs.
+
+    One product gives queries, keys and values, and those that are rotated are made by others
+    (`fastgen.sampling.rotations`).
+    """
+    readers = _readers(graph)
+    assert graph.output is not None
+    for node in reversed(graph.nodes):
+        if not readers[node.id] and node.sources():
+            frame = node.channels, node.height, node.width, node.id, node.samples, node.start, node.stride
+            graph.nodes[node.id] = Linear(node.name, *frame)
+        if node.sequential or not readers[node.id] or not isinstance(node, Linear | Pointwise):
+            continue
+        refs = [ref for r in readers[node.id] for ref in ([graph.output] if r == STORED else graph.nodes[r].sources())]
+        used = np.zeros(node.channels, dtype=bool)
+        for ref in refs:
+            used[ref.channel[ref.plane == node.id]] = True
+        if used.all():
+            continue
+        kept = np.flatnonzero(used)
+        if isinstance(node, Linear):
+            node.taps = [replace(tap, weight=tap.weight[:, kept].contiguous()) for tap in node.taps]
+            node.bias = None if node.bias is None else node.bias[kept]
+        else:
+            node.operands = [o.take(kept) if isinstance(o, Ref) else o for o in node.operands]
+        node.channels = len(kept)
+        _renumber(graph, readers[node.id], node.id, np.cumsum(used) - 1)
+
+
+def _renumber(graph: Graph, readers: list[int], plane: int, channel: np.ndarray) -> None:
+    """Let readers of a plane find each of its channels where it is now."""
+
+    def moved(ref: Ref) -> Ref:
+        here = ref.plane == plane
+        return replace(ref, channel=np.where(here, channel[np.where(here, ref.channel, 0)], ref.channel))
+
+    for reader in readers:
+        if reader == STORED:
+            assert graph.output is not None
+            graph.output = moved(graph.output)
+            continue
+        node = graph.nodes[reader]
+        if isinstance(node, Linear):
+            node.taps = [replace(t, channel=int(channel[t.channel])) if t.plane == plane else t for t in node.taps]
+        elif isinstance(node, Pointwise):
+            node.operands = [moved(o) if isinstance(o, Ref) else o for o in node.operands]
+        elif isinstance(node, Attention):
+            node.query, node.keys, node.values = moved(node.query), moved(node.keys), moved(node.values)
+
+
 def live(graph: Graph) -> list[bool]:
     """Which nodes the output needs."""
     assert graph.output is not None

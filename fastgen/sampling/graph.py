@@ -382,24 +382,24 @@ class Graph:
         columns = self._axis(1, array[0].transpose(0, 2, 1), plane, x, first % width, first // width)
 
         ref = Ref(plane, np.where(plane < 0, 0, channel), rows.offset, columns.offset, (rows.stride, columns.stride))
-        for start, stop in ref.segments():
-            self._verify(array[:, start:stop], ref, rows, columns, start, stop, holes)
+        for here in _views(ref):
+            self._verify(array[:, here], ref.take(here), rows, columns, int(here[0]), holes)
         return ref
 
-    def _verify(
-        self, part: np.ndarray, ref: Ref, rows: _Axis, columns: _Axis, start: int, stop: int, holes: bool
-    ) -> None:
-        """Compare the codes of channels [start, stop), a segment, with what the frame implies."""
-        if ref.plane[start] < 0:
+    def _verify(self, part: np.ndarray, ref: Ref, rows: _Axis, columns: _Axis, first: int, holes: bool) -> None:
+        """Compare the codes of channels that see one plane in one window, the first of which is `first`, with what the
+        frame implies.
+        """
+        if ref.plane[0] < 0:
             if (part > 0).any():
                 raise LayoutError
             return
-        node = self.nodes[ref.plane[start]]
-        y, first_y = rows.inside(start, part.shape[2], node.height)
-        x, first_x = columns.inside(start, part.shape[3], node.width)
+        node = self.nodes[ref.plane[0]]
+        y, first_y = rows.inside(first, part.shape[2], node.height)
+        x, first_x = columns.inside(first, part.shape[3], node.width)
         window = part[:, :, first_y : first_y + len(y), first_x : first_x + len(x)]
         area = node.height * node.width
-        origin = node.start + ref.channel[start:stop] * area
+        origin = node.start + ref.channel * area
         implied = origin[:, None, None] + (y[:, None] * node.width + x)
         for codes in window:
             if not np.array_equal(codes, implied) and not np.array_equal(codes, _asked(codes, implied, holes)):
@@ -444,6 +444,15 @@ class Graph:
                 offset[here] = den * (source[here] + 1) - runs[p] if den > 1 else source[here] - num * along[here]
         offset[plane < 0] = 0
         return _Axis(frame, nums, dens, offset)
+
+
+def _views(ref: Ref) -> list[np.ndarray]:
+    """The channels of a frame that see one plane in one window, for each."""
+    where = np.stack([ref.plane, ref.dy, ref.dx])
+    if (where == where[:, :1]).all():
+        return [np.arange(len(ref.plane))]
+    _, which = np.unique(where, axis=1, return_inverse=True)
+    return [np.flatnonzero(which.ravel() == i) for i in range(which.max() + 1)]
 
 
 def _asked(codes: np.ndarray, implied: np.ndarray, holes: bool) -> np.ndarray:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastgen.sampling.fuse import crop, merge_sums, roots, settle_output, share
+from fastgen.sampling.fuse import crop, merge_sums, roots, settle_output, share, trim
 from fastgen.sampling.graph import (
     Attention,
     Condition,
@@ -58,6 +58,7 @@ def compile_graph(graph: Graph, head: Head) -> tuple[Plan, list[Tensor]]:
         schedule(graph, groups)  # on the graph as traced: errors name the user's modules
     except NotCausal as error:
         raise NotCausal(f"{error}{_order_that_is_causal(graph, groups)}") from None
+    trim(graph)
     spread(graph)
     share(graph)
     crop(graph)

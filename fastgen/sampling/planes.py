@@ -104,15 +104,15 @@ def rebuilt(tracer: Tracer, codes: Tensor) -> Tensor:
     """The same codes, but for channels that hold elements of constants or of one condition in whatever order: these
     get a plane of their own.
     """
-    plane, *_ = tracer.graph.decode(codes.numpy())
+    plane = tracer.graph.planes(codes.numpy())
     nodes = tracer.graph.nodes
     constant: list[int] = []
     conditional: dict[int, list[int]] = {}
-    first = np.where(plane < 0, len(nodes), plane).min((0, 2, 3)).tolist()  # of each channel, where it has any
-    last = plane.max((0, 2, 3)).tolist()
-    for c in range(codes.shape[1]):
-        sources = [first[c]] if first[c] == last[c] else [int(p) for p in np.unique(plane[:, c]) if p >= 0]
-        if sources and all(isinstance(nodes[p], Constant) for p in sources):
+    first = np.where(plane < 0, len(nodes), plane).min((0, 2, 3))  # of each channel, where it has any
+    last = plane.max((0, 2, 3))
+    for c in np.flatnonzero(tracer.graph.given(np.where(last < 0, -1, first)) & (last >= 0)).tolist():
+        sources = [int(last[c])] if first[c] == last[c] else [int(p) for p in np.unique(plane[:, c]) if p >= 0]
+        if all(isinstance(nodes[p], Constant) for p in sources):
             constant.append(c)
         elif len(sources) == 1 and isinstance(nodes[sources[0]], Condition):
             conditional.setdefault(sources[0], []).append(c)
@@ -126,9 +126,9 @@ def rebuilt(tracer: Tracer, codes: Tensor) -> Tensor:
 
 def _new_constant(tracer: Tracer, codes: Tensor) -> Tensor:
     """Codes of a constant that holds the elements of constants that `codes` [N, C, h, w] names."""
-    data = values_of(tracer, codes[0])
+    data = _values(tracer, codes[0])
     for other in codes[1:]:
-        if not torch.equal(other, codes[0]) and not torch.equal(values_of(tracer, other), data):
+        if not torch.equal(other, codes[0]) and not torch.equal(_values(tracer, other), data):
             raise LayoutError
     channels, height, width = data.shape
     return tracer.add(Constant(tracer.module, channels, height, width, data=data))

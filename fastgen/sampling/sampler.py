@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import os
 import threading
@@ -18,6 +19,7 @@ from fastgen._float32 import convolutions_like_products, float32_products
 from fastgen.sampling.executors import Batch
 from fastgen.sampling.executors.cpu import CpuExecutor
 from fastgen.sampling.executors.reference import ReferenceExecutor
+from fastgen.sampling.fuse import live
 from fastgen.sampling.graph import Constant, Embedding, Graph, Linear, Pointwise
 from fastgen.sampling.heads import Head
 from fastgen.sampling.pack import compile_graph
@@ -324,8 +326,10 @@ def _as_plane(value: Tensor) -> Tensor:
 
 
 def _check_finite(graph: Graph) -> None:
-    """Before anything is concluded from the weights: not a number is not zero, and so seems to be seen."""
-    for node in graph.nodes:
+    """Before anything is concluded from the weights: not a number is not zero, and so seems to be seen. What nobody
+    needs may be anything, as memory is before it is written to.
+    """
+    for node in itertools.compress(graph.nodes, live(graph)):
         weights: list[Tensor | None] = []
         if isinstance(node, Linear):
             weights = [*(tap.weight for tap in node.taps), node.bias]

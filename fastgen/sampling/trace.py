@@ -96,6 +96,7 @@ class Tracer(TorchDispatchMode):
         self.orders: dict[tuple[int, ...], Order] = {}
         self.made: dict[int, tuple[weakref.ref, Order, Ref]] = {}
         self._scores: dict[int, tuple[scores.Known, StorageWeakRef]] = {}
+        self.turns: list[Constant] = []  # factors of rotated queries and keys: see `fastgen.sampling.rotations`
 
     # Shadows.
 
