@@ -34,6 +34,7 @@ from fastgen.sampling.graph import (
 from fastgen.sampling.orders import feature_maps
 from fastgen.sampling.planes import pointwise_4d
 from fastgen.sampling.rules import nothing, rule
+from fastgen.sampling.tape import tensors_in
 
 if TYPE_CHECKING:
     from fastgen.sampling.trace import Tracer
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 _LAYOUT = (
     "cat stack clone contiguous _to_copy select_scatter slice_scatter roll flip repeat "
     "_unsafe_view _reshape_copy _reshape_alias_copy view_copy permute_copy copy lift_fresh pixel_shuffle "
-    "pixel_unshuffle"
+    "pixel_unshuffle unsafe_split unsafe_split_with_sizes"
 ).split()
 
 
@@ -63,7 +64,8 @@ def _layout(tracer: Tracer, func: Any, args: tuple, kwargs: dict, outputs: list[
         result = codes[0][0].clone()
     else:
         result = func(*codes[0], **codes[1])
-    tracer.set_codes(outputs[0], result)
+    for output, its_codes in zip(outputs, tensors_in(result), strict=True):
+        tracer.set_codes(output, its_codes)
 
 
 @rule("gather", "index", "index_select")

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from fastgen.sampling.trace import Tracer
 
 
+PIECES = (0, 1, 2)  # of which planes tensors may be made: see `Tracer.recognise`
+
+
 class Order:
     """An order of the elements, or rows, of tensors: indices, -1 in places whose elements nobody asks for.
 
@@ -78,7 +81,7 @@ class Order:
         return codes.as_strided((*self.index.shape, *codes.shape[1:]), strides)
 
 
-def orders(tracer: Tracer, tensors: Sequence[Tensor], shape: Sequence[int], pieces: bool) -> Iterator[Order]:
+def orders(tracer: Tracer, tensors: Sequence[Tensor], shape: Sequence[int], pieces: int) -> Iterator[Order]:
     """Ways of seeing tensors of a shape as feature maps: indices [N, C, h, w] of their elements."""
     if tuple(shape) in tracer.orders:  # most layers have that of the layer before
         yield tracer.orders[tuple(shape)]
@@ -88,7 +91,7 @@ def orders(tracer: Tracer, tensors: Sequence[Tensor], shape: Sequence[int], piec
     yield from map(Order, _arrangements(tracer, tensors, shape, pieces))
 
 
-def _arrangements(tracer: Tracer, tensors: Sequence[Tensor], shape: Sequence[int], pieces: bool) -> Iterator[Tensor]:
+def _arrangements(tracer: Tracer, tensors: Sequence[Tensor], shape: Sequence[int], pieces: int) -> Iterator[Tensor]:
     """Indices [N, C, h, w] of the elements of tensors of a shape in the layouts that feature maps are kept in: channels
     last, positions in one dimension, or together with the samples in one. The likeliest come first.
     """
@@ -134,7 +137,7 @@ def _in_rows(tokens: Tensor, width: int, before: int) -> Tensor:
     return F.pad(tokens, (before, after), value=-1).unflatten(-1, (-1, width))
 
 
-def rasters(tracer: Tracer, tensors: Sequence[Tensor], pieces: bool) -> Iterator[tuple[int, int]]:
+def rasters(tracer: Tracer, tensors: Sequence[Tensor], pieces: int) -> Iterator[tuple[int, int]]:
     """Ways of seeing tokens [N, C, count] as rows of pixels: the width, and how many pixels go before the first token.
 
     Planes among them tell the width and, where tokens lie in front of the image's, the place in the row: that of the
@@ -150,7 +153,7 @@ def rasters(tracer: Tracer, tensors: Sequence[Tensor], pieces: bool) -> Iterator
             if node.given:
                 continue
             if node.height == 1:  # which more tokens may continue; but zeros around it are rows, too
-                found += [(count, 0)] * pieces
+                found += [(count, 0)] * (pieces > 0)
                 continue
             first = (x - np.arange(count))[plane == p] % node.width
             if (first != first[0]).any():
@@ -217,7 +220,7 @@ def feature_map(tracer: Tracer, rows: Tensor) -> tuple[Order, Tensor, Ref]:
 
 def feature_maps(tracer: Tracer, rows: Tensor, several: bool = True) -> list[tuple[Order, Tensor, Ref]]:
     """`feature_map`; where positions have several rows, as those of heads have, several."""
-    for pieces in (False, True):
+    for pieces in PIECES:
         for order in _raster_orders(tracer, rows, pieces):
             with contextlib.suppress(LayoutError):
                 grid = order.of(rows).permute(0, 3, 1, 2).contiguous()
@@ -241,7 +244,7 @@ def _places_apart(tracer: Tracer, rows: Tensor) -> list[Tensor]:
     return [torch.from_numpy(np.flatnonzero(turn == i)) for i in range(1 + turn.max())]
 
 
-def _raster_orders(tracer: Tracer, rows: Tensor, pieces: bool) -> Iterator[Order]:
+def _raster_orders(tracer: Tracer, rows: Tensor, pieces: int) -> Iterator[Order]:
     """Ways of seeing codes [N*h*w, K] as a feature map: indices [N, h, w] of rows. By a channel whose elements tell
     their places; where there is none, because zeros were shifted in, by trial.
     """

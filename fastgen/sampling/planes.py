@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastgen.sampling.graph import Condition, Constant, LayoutError, Pointwise, Ref, Stride
-from fastgen.sampling.orders import Order, orders
+from fastgen.sampling.orders import PIECES, Order, orders
 
 if TYPE_CHECKING:
     from fastgen.sampling.trace import Tracer
@@ -25,7 +25,7 @@ def pointwise(tracer: Tracer, op: str, operands: Sequence[Tensor | float], shape
     """Codes of op(operands), which have codes broadcastable to `shape` or are numbers."""
     codes = [_expanded(o, tuple(shape)) if isinstance(o, Tensor) else float(o) for o in operands]
     tensors = [c for c in codes if isinstance(c, Tensor)]
-    for pieces in (False, True):  # a layout in which all are views of planes is the right one, another may be none
+    for pieces in PIECES:  # a layout in which all are views of planes is the right one, another may be none
         if len(shape) == 4 and shape[0] == tracer.graph.batch and not _are_tokens(tracer, tensors, pieces):
             with contextlib.suppress(LayoutError):
                 return pointwise_4d(tracer, op, codes, pieces=pieces)
@@ -35,7 +35,7 @@ def pointwise(tracer: Tracer, op: str, operands: Sequence[Tensor | float], shape
     raise LayoutError
 
 
-def _are_tokens(tracer: Tracer, tensors: Sequence[Tensor], pieces: bool) -> bool:
+def _are_tokens(tracer: Tracer, tensors: Sequence[Tensor], pieces: int) -> bool:
     """Whether tensors of four dimensions look like feature maps [N, C, h, w] and are none: what would be a channel
     holds several channels of one plane, or, being a single number, the channels are positions.
     """
@@ -59,7 +59,7 @@ def _expanded(codes: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def _pointwise_in(
-    tracer: Tracer, order: Order, op: str, codes: Sequence[Tensor | float], shape: Sequence[int], pieces: bool
+    tracer: Tracer, order: Order, op: str, codes: Sequence[Tensor | float], shape: Sequence[int], pieces: int
 ) -> Tensor:
     """Codes of op(operands) in a layout. The planes of results are remembered: formulas go on with them."""
     operands: list[Tensor | Ref | float] = []
@@ -82,7 +82,7 @@ def pointwise_4d(
     op: str,
     operands: Sequence[Tensor | Ref | float],
     multiple: Stride = (1, 1),
-    pieces: bool = True,
+    pieces: int = 1,
     size: Sequence[int] = (),
 ) -> Tensor:
     """Codes of op(operands), which are codes [N, C, h, w], frames of that size, or numbers; without codes, `size` is
@@ -170,6 +170,34 @@ def pieced(tracer: Tracer, codes: Tensor) -> Ref:
 
     Pixels shifted by one in raster order are such: a row's first comes from the end of the row above.
     """
+    parts = _views(tracer, codes)
+    for source, part in parts:
+        if _depends(tracer, source):
+            tracer.graph.recognise(part)  # it raises before anything is made
+    return _summed(tracer, [_given(tracer, *part) for part in parts])
+
+
+def overlaid(tracer: Tracer, codes: Tensor) -> Ref:
+    """A plane for codes in which views of planes have elements of others in places: the sum of the views, each times a
+    constant of zeros and ones.
+
+    Tokens of a text and an image, shifted by one and by a row, are such.
+    """
+    parts = _views(tracer, codes)
+    for source, part in parts:
+        if _depends(tracer, source):
+            tracer.graph.recognise(part, holes=True)
+    return _summed(tracer, [_masked(tracer, p[1]) if _depends(tracer, p[0]) else _given(tracer, *p) for p in parts])
+
+
+def _depends(tracer: Tracer, source: int) -> bool:
+    return source >= 0 and not tracer.graph.nodes[source].given
+
+
+def _views(tracer: Tracer, codes: Tensor) -> list[tuple[int, Tensor]]:
+    """The views of planes that codes are made of, each with its plane, and zeros in place of the others; -2 and not a
+    plane for all constants. They come in no more than a few.
+    """
     if codes.dim() != 4:
         raise LayoutError
     plane, _, channel, y, x = tracer.graph.decode(codes.numpy())
@@ -190,20 +218,23 @@ def pieced(tracer: Tracer, codes: Tensor) -> Ref:
     kinds = kinds[kinds >= 0]
     if not 1 < len(kinds) <= _MOST_PIECES:
         raise LayoutError
-    parts = [
+    return [
         (int(kind) // (4 * most * most) - 1 if kind else -2, torch.where(torch.from_numpy(views == kind), codes, 0))
         for kind in kinds
     ]
-    for source, part in parts:
-        if source >= 0 and not nodes[source].given:
-            tracer.graph.recognise(part)  # it raises before anything is made
-    total = torch.zeros_like(codes)
-    for i, (source, part) in enumerate(parts):
-        if source == -2:
-            part = _new_constant(tracer, part).expand(codes.shape)
-        elif nodes[source].given:
-            part = _new_condition(tracer, part, int(source))
-        total = part if i == 0 else pointwise_4d(tracer, "add", [total, part])
+
+
+def _given(tracer: Tracer, source: int, part: Tensor) -> Tensor:
+    """Codes of a view, of a plane of its own where it is one of constants or of a condition."""
+    if source == -2:
+        return _new_constant(tracer, part).expand(part.shape)
+    return _new_condition(tracer, part, source) if tracer.graph.nodes[source].given else part
+
+
+def _summed(tracer: Tracer, parts: list[Tensor]) -> Ref:
+    total, *others = parts
+    for part in others:
+        total = pointwise_4d(tracer, "add", [total, part])
     return tracer.graph.recognise(total)
 
 
@@ -216,12 +247,8 @@ def blanked(tracer: Tracer, codes: Tensor) -> Ref:
     with contextlib.suppress(LayoutError):  # at best each channel holds elements of one plane
         return tracer.graph.recognise(_masked(tracer, codes))
     plane, *_ = tracer.graph.decode(codes.numpy())
-    total, *others = (
-        _masked(tracer, torch.where(torch.from_numpy(plane == p), codes, 0)) for p in np.unique(plane[plane >= 0])
-    )
-    for other in others:
-        total = pointwise_4d(tracer, "add", [total, other])
-    return tracer.graph.recognise(total)
+    planes = np.unique(plane[plane >= 0])
+    return _summed(tracer, [_masked(tracer, torch.where(torch.from_numpy(plane == p), codes, 0)) for p in planes])
 
 
 def _masked(tracer: Tracer, codes: Tensor) -> Tensor:

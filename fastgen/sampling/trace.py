@@ -243,9 +243,10 @@ class Tracer(TorchDispatchMode):
             what = str(error) or "on tensors that are not shifted windows of feature maps"
             raise self.unsupported(f"operator {func} {what}") from None
 
-    def recognise(self, codes: Tensor, pieces: bool = True) -> Ref:
-        """`Graph.recognise`, with new planes for constants and conditions in another layout and, with `pieces`, where
-        views lie beside each other, and where elements were set to zero inside a plane (a crop that was padded again).
+    def recognise(self, codes: Tensor, pieces: int = 1) -> Ref:
+        """`Graph.recognise`, with new planes for constants and conditions in another layout. With pieces = 1, also
+        where views lie beside each other, and where elements were set to zero inside a plane (a crop that was padded
+        again); with 2, where both is so.
         """
         with contextlib.suppress(LayoutError):
             return self.graph.recognise(codes)
@@ -256,7 +257,11 @@ class Tracer(TorchDispatchMode):
         for attempt in (self.graph.recognise, functools.partial(planes.pieced, self)):
             with contextlib.suppress(LayoutError):
                 return attempt(codes)
-        return planes.blanked(self, codes)
+        if pieces == 1:
+            return planes.blanked(self, codes)
+        with contextlib.suppress(LayoutError):
+            return planes.blanked(self, codes)
+        return planes.overlaid(self, codes)
 
     def add(self, node: Node) -> Tensor:
         """Add a node; returns its codes [N, C, h, w]."""
