@@ -105,8 +105,10 @@ def share(graph: Graph) -> None:
         elif isinstance(node, Pointwise):
             node.operands = [redirect(o) if isinstance(o, Ref) else o for o in node.operands]
             kind = (node.op, node.height, node.width, node.stride)
+            count: dict[object, int] = {}  # equal channels of one node stay apart, and in order: they are one program
             for c, key in enumerate(_operands_of_channels(node)):
-                plane[node.id][c], channel[node.id][c] = seen.setdefault((kind, key), (node.id, c))
+                turn = count[key] = count.get(key, -1) + 1
+                plane[node.id][c], channel[node.id][c] = seen.setdefault((kind, key, turn), (node.id, c))
     assert graph.output is not None
     graph.output = redirect(graph.output)
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from fastgen.sampling.trace import Tracer
 
 
+_MOST_SHIFTS = 2  # of tokens some of whose channels are those of others
 PIECES = (0, 1, 2)  # of which planes tensors may be made: see `Tracer.recognise`
 
 
@@ -155,11 +156,11 @@ def rasters(tracer: Tracer, tensors: Sequence[Tensor], pieces: int) -> Iterator[
             if node.height == 1:  # which more tokens may continue; but zeros around it are rows, too
                 found += [(count, 0)] * (pieces > 0)
                 continue
-            first = (x - np.arange(count))[plane == p] % node.width
-            if (first != first[0]).any():
+            first = np.unique((x - np.arange(count))[plane == p] % node.width).tolist()
+            if len(first) > 1:
                 found += [(node.width, 0)] * (count % node.width == 0)
-            else:
-                before = [int(first[0]), (int(first[0]) + 1) % node.width]
+            if len(first) <= _MOST_SHIFTS:
+                before = dict.fromkeys(b % node.width for f in first for b in (f, f + 1))
                 found += [(node.width, b) for b in sorted(before, key=lambda b: (b + count) % node.width != 0)]
     image = tracer.graph.image
     squares = sorted(

@@ -54,6 +54,12 @@ def shifted(above: int = 1, left: int = 1) -> Callable:
     return mix
 
 
+def from_before(net: Network, h: Tensor) -> Tensor:
+    """x-transformers: half of the channels of a token are those of the one before."""
+    moved, kept = h.chunk(2, dim=-1)
+    return torch.cat([F.pad(moved, (0, 0, 1, -1)), kept], -1)
+
+
 def gated(net: Network, h: Tensor) -> Tensor:
     """GTrXL: a GRU cell in place of a residual sum."""
     update = torch.tanh(h)
@@ -69,13 +75,14 @@ def in_chunks(net: Network, h: Tensor) -> Tensor:
 
 MIXES = {
     "shifted": shifted(),
+    "from before": from_before,
     "gated": gated,
     "in chunks": in_chunks,
 }
 
 
-@pytest.mark.parametrize("size", [(4, 4), (3, 5), (1, 6), (5, 2)], ids=lambda s: "x".join(map(str, s)))
-@pytest.mark.parametrize("text", [1, 3, 4])
+@pytest.mark.parametrize("size", [(4, 4), (3, 5), (1, 6)], ids=lambda s: "x".join(map(str, s)))
+@pytest.mark.parametrize("text", [1, 4])
 @pytest.mark.parametrize("mix", MIXES.values(), ids=MIXES)
 def test_equals_naive_loop(mix: Callable, text: int, size: tuple[int, int]) -> None:
     torch.manual_seed(5)
@@ -90,6 +97,13 @@ def test_equals_naive_loop(mix: Callable, text: int, size: tuple[int, int]) -> N
         assert torch.equal(sampler.sample(2, condition=condition), expected)
     assert audit(net, expected, **given, condition=condition).ok
     assert not audit(net, (expected + 1) % LEVELS, **given, condition=condition).ok
+
+
+@pytest.mark.parametrize("mix", [shifted(), from_before], ids=["shifted", "from before"])
+def test_no_channel_is_a_program(mix: Callable) -> None:
+    net = Network(mix, 4, (3, 4)).eval()
+    plan = Sampler(net, (3, 4), CODES, condition=torch.randint(4, (4,)), backend="reference").plan
+    assert all(step.width > 1 for step in plan.steps)
 
 
 @pytest.mark.parametrize("mix", [shifted(above=-1), shifted(left=-1)], ids=["below", "right"])
