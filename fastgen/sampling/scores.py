@@ -284,7 +284,7 @@ def _constant(tracer: Tracer, known: Scores, tensor: Tensor, value: Any) -> Tens
     if tracer.varies(value):
         raise LayoutError("on products of queries and keys and what depends on the image, the labels or the condition")
     value = value.detach().to("cpu", torch.float64)
-    if torch.broadcast_shapes(value.shape, tensor.shape) != tensor.shape:
+    if np.broadcast_shapes(value.shape, tensor.shape) != tensor.shape:
         raise LayoutError("that repeats products of queries and keys")
     value = value.expand(tensor.shape).permute(known.axes(tensor))
     batch = known.shape[0]
