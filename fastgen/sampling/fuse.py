@@ -74,11 +74,14 @@ def live(graph: Graph) -> list[bool]:
     alive = [False] * len(graph.nodes)
     for plane in graph.output.plane:
         alive[plane] = True
-    for node in reversed(graph.nodes):
-        if alive[node.id]:
-            for ref in node.sources():
-                for plane in np.unique(ref.plane[ref.plane >= 0]):
-                    alive[plane] = True
+    before = 0
+    while before < sum(alive):  # what recurrent layers read may follow them
+        before = sum(alive)
+        for node in reversed(graph.nodes):
+            if alive[node.id]:
+                for ref in node.sources():
+                    for plane in np.unique(ref.plane[ref.plane >= 0]):
+                        alive[plane] = True
     return alive
 
 

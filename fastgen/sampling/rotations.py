@@ -49,9 +49,6 @@ class _Terms:
     channel: np.ndarray
     factor: Tensor
 
-    def take(self, channels: np.ndarray) -> _Terms:
-        return _Terms(self.plane[:, channels], self.channel[:, channels], self.factor[:, torch.from_numpy(channels)])
-
 
 def _terms(tracer: Tracer, ref: Ref, size: tuple[int, int]) -> _Terms:
     """Of a frame of this size."""
