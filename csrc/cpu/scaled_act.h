@@ -23,8 +23,8 @@ struct ScaledAct {
 
 }  // namespace fastgen
 
-#define FASTGEN_DECLARE_SCALED_ACT(ISA)           \
-    namespace fastgen::ISA {                      \
+#define FASTGEN_DECLARE_SCALED_ACT(ISA)            \
+    namespace fastgen::ISA {                       \
     void scaled_act(const ScaledAct<float>& job);  \
     void scaled_act(const ScaledAct<double>& job); \
     }

@@ -122,7 +122,7 @@ def _find(node: fx.Node, trace: Trace, others: set[fx.Node]) -> _Found | None:
     kernels = [n for n, value in sources.items() if value is not None and value.dim() >= 4]
     if isinstance(groups, fx.Node) and len(kernels) == 1:
         path = before & _reached(kernels, lambda n: list(n.users)) - set(kernels)
-        if all(n.op in ("call_function", "call_method") for n in path):  # type: ignore[union-attr]
+        if all(n.op in ("call_function", "call_method") for n in path):
             return _Found(node, views, kernels[0], path)
     small = [value is not None and value.dim() in (1, 2) for value in sources.values()]
     options = {"stride": _ONE, "padding": _ZERO, "dilation": _ONE}

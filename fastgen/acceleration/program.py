@@ -100,7 +100,9 @@ def _module(path: str) -> ModuleType:
 _MOST_OTHERS = 64
 _MOST_TRACED = 16  # forwards for constants as arguments, or several images, each at the first such call
 _CONSTANTS = (bool, int, float, str, type(None))
-_Key = tuple[Any, ...]  # the names of the arguments that are tensors; or these, constants, and whether for several images
+_Key = tuple[
+    Any, ...
+]  # the names of the arguments that are tensors; or these, constants, and whether for several images
 
 
 def _kind_of(tensors: dict[str, Tensor]) -> tuple[Any, ...]:
@@ -215,15 +217,15 @@ class Program:
         call = self._given(args, kwargs)
         if call is None:
             return type(self.root).forward(self.root, *args, **kwargs)
-        key, tensors = call
+        first, tensors = call
         if torch.compiler.is_compiling():
-            if key in self.functions and not self.sources[key].assumes and self._holds_compiled():
-                return self.functions[key](self.root, *tensors.values())
+            if first in self.functions and not self.sources[first].assumes and self._holds_compiled():
+                return self.functions[first](self.root, *tensors.values())
             return type(self.root).forward(self.root, *args, **kwargs)
         if not self._holds():
             self._tell("has changed since (training mode, hooks, members or attributes)")
             return type(self.root).forward(self.root, *args, **kwargs)
-        for key in self._keys(key):
+        for key in self._keys(first):
             function = self.functions.get(key)
             if function is None or (self.others and (key, _kind_of(tensors)) in self.others):
                 continue

@@ -35,8 +35,10 @@ def _dim_of(node: Any) -> tuple[fx.Node, int] | None:
     """The tensor, and the dimension, that a node is the size of: of ``x.shape[2]`` and ``x.shape[1:][1]``."""
     if not isinstance(node, fx.Node) or node.target is not operator.getitem or type(node.args[1]) is not int:
         return None
-    shape, dim = node.args
+    shape: Any = node.args[0]
+    dim: int = node.args[1]
     if isinstance(shape, fx.Node) and shape.target is operator.getitem and isinstance(shape.args[1], slice):
+        part: Any
         shape, part = shape.args
         if part.step not in (None, 1) or part.stop is not None or type(part.start) is not int:
             return None
@@ -122,7 +124,7 @@ def _sizes(node: Any, steps: int = 0) -> Sizes | None:
         return node.meta["own_shape"]()
     args: tuple[Any, ...] = node.args
     if node.op == "call_method" and node.target in ("view", "reshape", "repeat"):
-        given = args[1:] if len(args) != 2 or not isinstance(args[1], list | tuple) else args[1]
+        given = args[1:] if len(args) != 2 or not isinstance(args[1], list | tuple) else tuple(args[1])
         if node.kwargs or not all(type(size) is int or is_size(size) for size in given):
             return None
         before = _sizes(args[0], steps + 1)

@@ -103,7 +103,12 @@ class Symbol(fx.Proxy):
     def _length_unbound(self) -> int | None:
         """Of what ``x.unbind(dim)`` returns, where the size along the dimension is known."""
         node, dim = self.node, self.node.kwargs.get("dim", self.node.args[1] if len(self.node.args) > 1 else 0)
-        if node.op != "call_method" or node.target != "unbind" or not is_tensor_node(node.args[0]) or type(dim) is not int:
+        if (
+            node.op != "call_method"
+            or node.target != "unbind"
+            or not is_tensor_node(node.args[0])
+            or type(dim) is not int
+        ):
             return None
         size = size_at(node.args[0], dim)  # type: ignore[arg-type]
         return size if type(size) is int else None
@@ -486,7 +491,9 @@ def _input_of(node: fx.Node) -> Any:
     return node.args[0] if node.args else node.kwargs.get("input")
 
 
-_KEEP_IMAGES = set("to float double half contiguous clone detach square sqrt rsqrt abs neg exp add sub mul div matmul".split())
+_KEEP_IMAGES = set(
+    "to float double half contiguous clone detach square sqrt rsqrt abs neg exp add sub mul div matmul".split()
+)
 _KEEP_IMAGES |= set("add_ sub_ mul_ div_ clamp lerp relu tanh sigmoid unsqueeze narrow repeat".split())
 
 

@@ -119,7 +119,9 @@ def trace(
     modules = dict(skeleton.named_modules())
     read = {path for path, part in modules.items() if part in tracer.read and not _is_within(path, tracer.opaque)}
     read |= {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
-    return Trace(graph, modules, tracer.inlined, tracer.opaque, read, tracer.kinds, tracer.kept, tracer.asked_for_images)
+    return Trace(
+        graph, modules, tracer.inlined, tracer.opaque, read, tracer.kinds, tracer.kept, tracer.asked_for_images
+    )
 
 
 def _record_in_all_modes(module: torch.nn.Module, call: _Call) -> tuple[_Tracer, fx.Graph]:

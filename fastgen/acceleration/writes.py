@@ -39,16 +39,17 @@ def asks_late(trace: Trace) -> bool:
     from fastgen.acceleration.layout import memory  # which is built on this
 
     shared = memory(trace)
-    given = {first for node, first in shared.items() if node.op in ("placeholder", "get_attr") or _is_opaque(node, trace)}
+    given = {
+        first for node, first in shared.items() if node.op in ("placeholder", "get_attr") or _is_opaque(node, trace)
+    }
     done = False
     for node in trace.graph.nodes:
         if node.target in (blocks.assume, blocks.expect_rank, blocks.expect_plain):
             if done:
                 return True
-        elif any(shared[target] in given for target in written(node, trace)):
-            done = True
-        elif draws(node, trace) and (node.kwargs.get("generator") is not None or _is_opaque(node, trace)):
-            done = True
+            continue
+        drawn = draws(node, trace) and (node.kwargs.get("generator") is not None or _is_opaque(node, trace))
+        done |= drawn or any(shared[target] in given for target in written(node, trace))
     return False
 
 

@@ -1,5 +1,5 @@
-"""A generator in the style of NVIDIA's StyleGAN2, which makes integers of sizes and asserts much; in a module of its own,
-as pytest rewrites assertions in modules of tests.
+"""A generator in the style of NVIDIA's StyleGAN2, which makes integers of sizes and asserts much; in a module of its
+own, as pytest rewrites assertions in modules of tests.
 """
 
 from __future__ import annotations

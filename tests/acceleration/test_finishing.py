@@ -78,7 +78,9 @@ def test_values_that_are_no_numbers_stay():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("term", [(2, 4, 1, 5), (2, 4, 6, 5), (2, 4, 1, 1), (4, 6, 1), (), (1, 1, 1, 5), (3, 2, 4, 6, 5)])
+@pytest.mark.parametrize(
+    "term", [(2, 4, 1, 5), (2, 4, 6, 5), (2, 4, 1, 1), (4, 6, 1), (), (1, 1, 1, 5), (3, 2, 4, 6, 5)]
+)
 def test_other_terms(term, native_calls):
     """As they are, one by one."""
     x, other = torch.randn(2, 4, 6, 5), torch.randn(term)
@@ -145,7 +147,9 @@ BODIES = {
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("options", [{}, {"filtered": filter_channels}, {"filtered": filter_channels, "downsample": True}])
+@pytest.mark.parametrize(
+    "options", [{}, {"filtered": filter_channels}, {"filtered": filter_channels, "downsample": True}]
+)
 @pytest.mark.parametrize("body", BODIES)
 def test_networks(body, options, native_calls, monkeypatch):
     monkeypatch.setattr(deferring, "_LEAST", 0)

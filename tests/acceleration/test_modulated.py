@@ -258,7 +258,9 @@ def test_a_few_weights_are_computed(monkeypatch):
     for least, computed in ((scaled_weights._LEAST_PRODUCTS, True), (6 * 5 * 9 * 3 * 7 * 5, False)):
         monkeypatch.setattr(scaled_weights, "_LEAST_PRODUCTS", least)
         found = []
-        monkeypatch.setattr(ScaledWeight, "kernel", lambda self, *args, found=found: found.append(self) or kernel(self, *args))
+        monkeypatch.setattr(
+            ScaledWeight, "kernel", lambda self, *args, found=found: found.append(self) or kernel(self, *args)
+        )
         torch.testing.assert_close(fast(*inputs), network(*inputs), rtol=1e-4, atol=1e-4)
         assert (not found) is computed
 

@@ -188,7 +188,14 @@ def test_constants():
     network = prepared(Chooses())
     fast, x = fastgen.accelerate(network), torch.randn(2, 3, 6, 5)
     program = Program.of(fast)
-    for options in ({"which": 1}, {"scale": True}, {"scale": 1}, {"scale": 1.0}, {"scale": 2, "other": "a"}, {"which": 0}):
+    for options in (
+        {"which": 1},
+        {"scale": True},
+        {"scale": 1},
+        {"scale": 1.0},
+        {"scale": 2, "other": "a"},
+        {"which": 0},
+    ):
         both(network, fast, x, **options)
     both(network, fast, x, 1, 3.0)
     assert len(program.tried) == 6 and program.tried <= set(program.functions)
