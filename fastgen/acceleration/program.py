@@ -229,7 +229,10 @@ class Program:
             function = self.functions.get(key)
             if function is None or (self.others and (key, _kind_of(tensors)) in self.others):
                 continue
-            drawn = torch.get_rng_state() if self.sources[key].draws else None
+            source = self.sources[key]
+            if source.draws and source.assumes and not all(tensor.is_cpu for tensor in tensors.values()):
+                continue  # what the other generators have drawn is not taken back
+            drawn = torch.get_rng_state() if source.draws else None
             try:
                 return function(self.root, *tensors.values())
             except blocks.OtherThanAssumed as reason:

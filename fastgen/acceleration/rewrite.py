@@ -44,9 +44,10 @@ def accelerate(module: nn.Module) -> nn.Module:
     Where the copy is no longer what it was, the forward of the class runs: after ``.train()``, until ``.eval()``, and
     for good where a hook, a member or an attribute of a module that takes part was added or changed, be it a value deep
     in a configuration. So does it for arguments that are neither tensors, constants nor defaults; for inputs of another
-    device, dtype or number of dimensions than the forward was traced for, where it asks for these; and under ``torch.compile`` where a module has attributes that cannot be followed there (objects,
-    containers in containers). Numbers, texts and None as arguments, and several images where the forward asks for one,
-    are traced at the first such call, up to 16 of them. What lies outside of the module, globals and ``os.environ``, is read once.
+    device, dtype or number of dimensions than the forward was traced for, where it asks for these; and under
+    ``torch.compile`` where a module has attributes that cannot be followed there (objects, containers in containers).
+    Numbers, texts and None as arguments, and several images where the forward asks for one, are traced at the first
+    such call, up to 16 of them. What lies outside of the module, globals and ``os.environ``, is read once.
 
     Args:
         module: any module; it is not modified, and shares no memory with the copy.
