@@ -17,8 +17,8 @@ from fastgen.acceleration.writes import written
 
 
 def finish_in_one_pass(trace: Trace) -> None:
-    """Rewrites sums, activations and products that are left in the memory of what they are of, where these are in a
-    row.
+    """Rewrites sums, activations and products in a row that are left in the memory of what a deferred convolution
+    becomes.
     """
     done: set[fx.Node] = set()
     for node in list(trace.graph.nodes):
@@ -28,9 +28,8 @@ def finish_in_one_pass(trace: Trace) -> None:
         done |= set(run)
         start = run[0].args[0]
         deferred = isinstance(start, fx.Node) and start.target is plain and is_alone(start) and takers(start) == run[:1]
-        if len(run) < 2 or not (deferred or run[0].target is blocks.add_into) or _writes_between(run, trace):
-            continue
-        _replace(run, start.args[0] if deferred else start, trace.graph)  # type: ignore[union-attr]
+        if deferred and len(run) > 1 and not _writes_between(run, trace):
+            _replace(run, start.args[0], trace.graph)  # type: ignore[union-attr]
 
 
 _ORDER = {"add": ("add", "activate", "gain", "clamp"), "activate": ("gain", "clamp"), "gain": ("clamp",), "clamp": ()}
@@ -85,9 +84,8 @@ def _replace(run: list[fx.Node], start: Any, graph: fx.Graph) -> None:
         arguments = (start, terms, methods, activation, parameter, float(gain), float(limit))  # type: ignore[arg-type]
         finished = graph.call_function(finish, arguments)
     finished.meta["tensor"] = True
-    before: Any = run[0].args[0]
     run[-1].replace_all_uses_with(finished)
-    gone = run if before is start else [before, *run]
+    gone: list[Any] = [run[0].args[0], *run]
     for node in gone:
         node.replace_all_uses_with(start, lambda user: user not in gone)
     for node in reversed(gone):
