@@ -30,7 +30,7 @@ REPORTS = {
     "sngan, spectral": (7, {}),
     "sngan, conditional": (7, {}),
     "conditional": (3, {}),
-    "stylegan": (2, {"convs.0": "options are computed", "blur": "by itself"}),
+    "stylegan": (8, {"blur": "by itself"}),
     "sagan": (7, {}),
     "srgan": (8, {"conv1.1": "no fused form", "blocks.0.2": "no fused form", "blocks.1.2": "no fused form"}),
     "latent": (44, {}),
