@@ -591,7 +591,11 @@ def _truth_without_raising(steps: list[dis.Instruction]) -> bool | None:
     raises = left is not None and left.opname == "RAISE_VARARGS"
     if jump.argval > jump.offset:  # back to the head of a loop otherwise
         raises = raises and left is behind[-1]
-    return jump.opname.endswith("IF_TRUE") if raises else None
+    if raises:
+        return jump.opname.endswith("IF_TRUE")
+    target = [step for step in steps if step.offset >= jump.argval] if jump.argval > jump.offset else []
+    leads_to = next((step for step in target if _leaves(step.opname)), None)  # as of ``assert a and b``
+    return jump.opname.endswith("IF_FALSE") if leads_to is not None and leads_to.opname == "RAISE_VARARGS" else None
 
 
 def _leaves(name: str) -> bool:

@@ -244,3 +244,20 @@ def test_random_numbers_are_drawn_once():
     for n in (1, 3, 1, 2):
         both(network, fast, torch.randn(n, 3, 6, 5))
     assert len(Program.of(fast).functions) == 2
+
+
+def asserts_both(module, x):
+    if not (x.shape[2] > 3 and x.shape[3] > 3):
+        raise ValueError(f"too small: {x.shape}")
+    return 2
+
+
+@torch.no_grad()
+def test_two_conditions_of_a_check():
+    network = prepared(Takes(asserts_both))
+    fast = fastgen.accelerate(network)
+    assert fast.fastgen_report.fused
+    torch.testing.assert_close(fast(torch.ones(1, 3, 5, 4)), network(torch.ones(1, 3, 5, 4)), rtol=1e-4, atol=1e-5)
+    for shape in [(1, 3, 3, 5), (1, 3, 5, 3)]:
+        with pytest.raises(ValueError, match="too small"):
+            fast(torch.ones(shape))
