@@ -212,6 +212,8 @@ def _forward(input: Tensor, weight: Tensor, *rest: Any) -> Tensor:
     tensors, options = (input, weight, *rest[:5]), _options(*map(_hashable, rest[5:]))
     if is_native_better(input.dtype, input.shape, weight.shape, options):
         call: Callable[..., Tensor] = _native(input, weight, tensors[3] is not None, options)
+    elif cpu.is_depthwise(weight.shape, options.groups) and cpu.is_slow_bfloat16(input.dtype):
+        call = _in_float32(input, weight, tensors[3] is not None, options)
     else:
         call = _folded(input, weight, options)
     cpu.serve_later(False, tensors, options, call)
@@ -254,6 +256,18 @@ def _with_even_channels(input: Tensor, weight: Tensor, batch_norm: bool, options
     def call(input: Tensor, weight: Tensor, *tensors: Tensor | None) -> Tensor:
         even = kept((weight,), "even", lambda: _one_channel_more(weight))
         return native(_one_channel_more(input), even, *tensors)
+
+    return call
+
+
+def _in_float32(input: Tensor, weight: Tensor, batch_norm: bool, options: Options) -> Callable[..., Tensor]:
+    """Of bfloat16, rounded once, at the end."""
+    wide = input.float()
+    native = cpu.Inference(False, wide.shape, wide.stride(), wide.dtype, weight, batch_norm, options)
+
+    def call(input: Tensor, *tensors: Tensor | None) -> Tensor:
+        floats = [None if tensor is None else kept((tensor,), "float32", tensor.float) for tensor in tensors]
+        return native(input.float(), *floats).bfloat16()  # type: ignore[arg-type]
 
     return call
 

@@ -68,11 +68,11 @@ def output_shape(
 def is_native_better(dtype: torch.dtype, input: Sequence[int], weight: Sequence[int], options: Options) -> bool:
     """For inference by an ordinary convolution, of an input and a weight of these shapes."""
     out_channels, in_channels, *kernel = weight
-    if dtype is torch.bfloat16 and not has_fast_bfloat16():
+    if is_slow_bfloat16(dtype):
         return in_channels % 2 == 0 or options.groups == 1
     if dtype not in (torch.float32, torch.float64, torch.bfloat16) or (dtype is torch.bfloat16 and in_channels % 2):
         return False
-    if options.groups > 1 and tuple(weight[:2]) == (options.groups, 1):
+    if is_depthwise(weight, options.groups):
         return dtype is not torch.bfloat16  # a channel by itself
     if options.groups > 1:
         return in_channels > _SMALL_GROUP and math.prod(kernel) > 1
@@ -81,6 +81,15 @@ def is_native_better(dtype: torch.dtype, input: Sequence[int], weight: Sequence[
     if math.prod(kernel) == 1:
         return work < _MOST_ONE or options.activation != "none" or size * dtype.itemsize >= _LARGE
     return in_channels >= FEW_INPUTS or out_channels <= FEW_OUTPUTS or work < _MOST_FEW
+
+
+def is_depthwise(weight: Sequence[int], groups: int) -> bool:
+    """Of an ordinary convolution: one channel of the output for each of the input, as native kernels take it."""
+    return groups > 1 and tuple(weight[:2]) == (groups, 1)
+
+
+def is_slow_bfloat16(dtype: torch.dtype) -> bool:
+    return dtype is torch.bfloat16 and not has_fast_bfloat16()
 
 
 @functools.cache

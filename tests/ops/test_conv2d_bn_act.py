@@ -373,6 +373,24 @@ def test_bfloat16_where_pytorch_has_none(inputs, groups, kernel, layout, monkeyp
     assert bool(folds) == (groups > 1 and inputs % 2 == 1)
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("norm", [True, False], ids=["norm", "no norm"])
+def test_depthwise_bfloat16_where_pytorch_has_none(norm, layout, monkeypatch):
+    """In float32, rounded once; PyTorch takes a hundred times as long."""
+    monkeypatch.setattr(cpu, "has_fast_bfloat16", lambda: False)
+    monkeypatch.setattr(cpu, "_served", {})
+    monkeypatch.setattr(module, "_folded", None)
+    case = CASES["depthwise"]
+    x, weight, *rest = [None if t is None else t.bfloat16() for t in case.tensors(norm=norm)]
+    x = LAYOUTS[layout](x.float()).bfloat16()
+    for _ in range(2):
+        expected = plain(case, doubles([x, weight, *rest]), "silu")
+        actual = fused(case, [x, weight, *rest], "silu")
+        assert actual.dtype is torch.bfloat16 and actual.is_contiguous(memory_format=torch.channels_last)
+        torch.testing.assert_close(actual.double(), expected, rtol=2**-8, atol=1e-6)
+        weight.mul_(-1.5)
+
+
 # Gradients, transforms, registration
 
 
