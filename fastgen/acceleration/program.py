@@ -15,8 +15,8 @@ from torch import Tensor, fx
 from fastgen import backends
 from fastgen._hooks import HOOKS
 from fastgen.acceleration import blocks
+from fastgen.acceleration.recorder import arguments
 from fastgen.acceleration.states import guarded, state, unchanged
-from fastgen.acceleration.tracing import arguments
 
 _log = logging.getLogger("fastgen")
 

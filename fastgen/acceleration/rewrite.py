@@ -14,9 +14,10 @@ from fastgen.acceleration.layout import keep_contiguous
 from fastgen.acceleration.linears import fuse_linears
 from fastgen.acceleration.pickling import make_picklable
 from fastgen.acceleration.program import Program, Source
+from fastgen.acceleration.recorder import is_torch_layer
 from fastgen.acceleration.report import Entry, Report
 from fastgen.acceleration.sizes import drop_unused
-from fastgen.acceleration.tracing import Untraceable, is_torch_layer, trace, variants
+from fastgen.acceleration.tracing import Untraceable, trace, variants
 from fastgen.acceleration.writes import asks_late, draws
 
 
