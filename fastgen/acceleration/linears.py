@@ -29,7 +29,7 @@ from fastgen.acceleration.links import (
 )
 from fastgen.acceleration.report import Entry, Report
 from fastgen.acceleration.tracing import Trace
-from fastgen.ops.conv_block import activate, goes_straight, wants_grad
+from fastgen.ops.conv_block import activate, goes_straight, is_jit_traced, wants_grad
 from fastgen.ops.conv_cpu import Options
 from fastgen.ops.conv_sequence import conv_bn_act_sequence
 from fastgen.ops.known_convs import BLOCK_TENSORS, Blocks, call_known, of_block
@@ -152,11 +152,15 @@ def linear_sequence(input: Tensor, tensors: tuple[Tensor | None, ...], layers: B
 
 
 def _is_for_kernels(input: Tensor, tensors: tuple[Tensor | None, ...]) -> bool:
-    if torch.compiler.is_compiling() or not isinstance(input, Tensor) or input.dtype not in _DTYPES:
+    if torch.compiler.is_compiling() or is_jit_traced():
+        return False
+    if not isinstance(input, Tensor) or input.dtype not in _DTYPES:
         return False
     weight: Any = tensors[0]
     if input.dim() != 2 and (input.dim() == 0 or any(mean is not None for mean in tensors[2::BLOCK_TENSORS])):
         return False  # the channels of a norm are the second dimension
+    if weight.is_inference():
+        return False  # which has no version counter
     if input.shape[-1] != weight.shape[1] or not 0 < input.numel() <= _MOST_ROWS * weight.shape[1]:
         return False
     return input.dtype is weight.dtype and not wants_grad((input, *tensors))

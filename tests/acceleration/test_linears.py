@@ -157,6 +157,23 @@ def test_changed_weights_are_followed(change, layer):
         assert not torch.allclose(fast(x), before)
 
 
+@pytest.mark.filterwarnings("error::torch.jit.TracerWarning")
+def test_inference_tensors_and_tracing():
+    with torch.inference_mode():
+        network = make("generator")
+        fast, x = fastgen.accelerate(network), torch.randn(3, 5)
+        torch.testing.assert_close(fast(x), network(x))
+    network, x = make("generator"), torch.randn(3, 5)
+    fast = fastgen.accelerate(network)
+    with torch.inference_mode():
+        torch.testing.assert_close(fast(x), network(x))
+    with torch.no_grad():
+        torch.testing.assert_close(torch.jit.trace(fast, x)(x[:2]), network(x[:2]))
+        torch.testing.assert_close(torch.func.vmap(fast)(x[:, None])[:, 0], network(x))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert fast(x).dtype is torch.bfloat16
+
+
 def test_gradients_flow():
     network = make("generator")
     fast, x = fastgen.accelerate(network), torch.randn(4, 5)
