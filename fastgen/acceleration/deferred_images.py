@@ -202,6 +202,8 @@ class Images(Deferred):
         blocks = ((transposed, tuple(options)),)
         contiguous = source.is_contiguous() and not transposed  # which a filter follows, fast on channels-last
         output = conv_bn_act_sequence(scaled, (kernel, *_NO_NORM), blocks, contiguous)
+        if not output.numel():
+            return None  # axes without elements are no part of what a stand-in knows of itself
         result = Images(output)
         result.pending += [] if outer is None else [outer]
         return result.view(1, -1, *result.source.shape[2:])

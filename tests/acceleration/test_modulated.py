@@ -635,3 +635,32 @@ def test_weights_that_are_no_constants(weigh):
         result = module(x)
         expected = result if module is network else expected  # noqa: F821
     torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
+
+
+class WithoutOutput(nn.Module):
+    """What it writes to its input, nobody may do once more where the rest fails."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3, 2, 1, 1))
+
+    def forward(self, x, style):
+        x.mul_(0.5)
+        n, c, h, w = x.shape
+        weight = (self.weight * style.view(n, 1, -1, 1, 1)).transpose(1, 2).reshape(n * c, 3, 1, 1)
+        y = F.conv_transpose2d(x.reshape(1, n * c, h, w), weight, padding=(1, 1), groups=n)
+        return y.view(n, 3, y.shape[2], y.shape[3])
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_results_without_elements():
+    torch.set_num_threads(2)  # with one, PyTorch refuses them
+    network = WithoutOutput().eval()
+    fast = fastgen.accelerate(network)
+    assert fast.fastgen_report.fused
+    for width in (3, 2):
+        x, style = torch.randn(3, 2, 6, width), torch.randn(3, 2)
+        ours = x.clone()
+        torch.testing.assert_close(fast(ours, style), network(x, style))
+        assert torch.equal(ours, x)
