@@ -98,11 +98,10 @@ def _module(path: str) -> ModuleType:
 
 
 _MOST_OTHERS = 64
-_MOST_TRACED = 16  # forwards for constants as arguments, or several images, each at the first such call
+_MOST_TRACED = 16  # forwards for constants as arguments, at the second such call, or for several images, at the first
+_MOST_ASKED = 64
 _CONSTANTS = (bool, int, float, str, type(None))
-_Key = tuple[
-    Any, ...
-]  # the names of the arguments that are tensors; or these, constants, and whether for several images
+_Key = tuple[Any, ...]  # the names of arguments that are tensors; or these, constants, and whether for several images
 
 
 def _kind_of(tensors: dict[str, Tensor]) -> tuple[Any, ...]:
@@ -178,6 +177,7 @@ class Program:
         self.told = False
         self.others: set[tuple[Any, ...]] = set()  # codes, and kinds of inputs for which these are not
         self.tried: set[_Key] = set()  # further arguments that code was made for, or could not be
+        self.asked: set[_Key] = set()  # those seen once: a number that changes at every call is not worth code
         self.watched: set[str] = set()
         self.kept: set[tuple[str, str]] = set()
         self._seen: Any = None
@@ -294,8 +294,11 @@ class Program:
             return False
         from fastgen.acceleration.rewrite import rewritten  # which is built on this
 
-        self.tried.add(key)
         names, constants, several = key
+        if constants and not several and key not in self.asked:
+            self.asked = {key, *(self.asked if len(self.asked) < _MOST_ASKED else ())}
+            return False
+        self.tried.add(key)
         found = rewritten(self.root, names, {name: value for name, _, value in constants}, several)
         if found is None:
             return False

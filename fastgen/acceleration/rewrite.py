@@ -47,8 +47,8 @@ def accelerate(module: nn.Module) -> nn.Module:
     in a configuration. So does it for arguments that are neither tensors, constants nor defaults; for inputs of another
     device, dtype or number of dimensions than the forward was traced for, where it asks for these; and under
     ``torch.compile`` where a module has attributes that cannot be followed there (objects, containers in containers).
-    Numbers, texts and None as arguments, and several images where the forward asks for one, are traced at the first
-    such call, up to 16 of them. What lies outside of the module, globals and ``os.environ``, is read once.
+    Numbers, texts and None as arguments are traced at the second such call, several images where the forward asks for
+    one at the first, up to 16 of them. What lies outside of the module, globals and ``os.environ``, is read once.
 
     Args:
         module: any module; it is not modified, and shares no memory with the copy.

@@ -197,22 +197,34 @@ def test_constants():
         {"which": 0},
     ):
         both(network, fast, x, **options)
+        both(network, fast, x, **options)
+    both(network, fast, x, 1, 3.0)
     both(network, fast, x, 1, 3.0)
     assert len(program.tried) == 6 and program.tried <= set(program.functions)
     both(network, fast, x, scale=np.float64(2.0))
     both(network, fast, x, other=[1])
     for module in (network, fast):
         module.seen["scale"] = 3.0
-    both(network, fast, x, scale=1)
-    both(network, fast, x, scale=5)
+    for scale in (1, 5, 5):
+        both(network, fast, x, scale=scale)
     assert len(program.tried) == 6
     for module in (network, fast):
         module.seen["scale"] = 2.0
         module.second.register_forward_hook(lambda m, args, y: y + 1)
     both(network, fast, x, which=1)
+
+
+@torch.no_grad()
+def test_numbers_that_change_at_every_call():
+    network = prepared(Chooses())
+    fast, x = fastgen.accelerate(network), torch.randn(2, 3, 6, 5)
+    program = Program.of(fast)
+    for i in range(100):
+        both(network, fast, x, scale=float(i))
+    assert not program.tried and len(program.asked) <= 64
     for i in range(40):
-        both(network, prepared(network) if i % 2 else fast, x, scale=float(i))
-    assert len(program.tried) <= 16
+        both(network, fast, x, scale=float(i // 2))
+    assert len(program.tried) == 16
 
 
 @torch.no_grad()
@@ -222,6 +234,8 @@ def test_constants_and_training_mode():
     both(network, fast.train(), x, which=1)
     assert not Program.of(fast).tried
     both(network, fast.eval(), x, which=1)
+    assert not Program.of(fast).tried
+    both(network, fast, x, which=1)
     assert len(Program.of(fast).tried) == 1
 
 
