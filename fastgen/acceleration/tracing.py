@@ -115,9 +115,13 @@ def _record_in_all_modes(module: torch.nn.Module, call: _Call) -> tuple[Tracer, 
     calls_int: list[dict[str, Any]] = []
     while True:
         known = len(opaque)
-        found = [_record(module, before, call, opaque, mode, calls_int) for mode in _MODES]
-        for path, reason in [item for tracer, _ in found for item in tracer.opaque.items()]:
-            opaque.setdefault(path, reason)
+        found = []
+        for mode in _MODES:
+            found.append(_record(module, before, call, opaque, mode, calls_int))
+            for path, reason in found[-1][0].opaque.items():
+                opaque.setdefault(path, reason)
+            if len(opaque) > known:
+                break  # the others would have to be recorded anew
         if len(opaque) > known:
             continue
         graphs = [graph for _, graph in found]
