@@ -28,7 +28,6 @@ from fastgen.acceleration.links import (
     convolution,
     even_padding,
     input_norm,
-    input_of,
     is_identity,
     kind_of,
     name_of,
@@ -37,6 +36,7 @@ from fastgen.acceleration.links import (
     takers,
     upsampling,
 )
+from fastgen.acceleration.nodes import input_of
 from fastgen.acceleration.passes import finish_in_one_pass
 from fastgen.acceleration.report import Entry, Report
 from fastgen.acceleration.tracing import Trace

@@ -22,11 +22,11 @@ from fastgen.acceleration.links import (
     Skip,
     activation,
     check_alike,
-    input_of,
     linear,
     name_of,
     norm_of_rows,
 )
+from fastgen.acceleration.nodes import input_of
 from fastgen.acceleration.report import Entry, Report
 from fastgen.acceleration.tracing import Trace
 from fastgen.ops.conv_block import activate, goes_straight, is_jit_traced, wants_grad

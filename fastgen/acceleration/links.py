@@ -16,6 +16,7 @@ from torch.nn.utils import parametrizations, parametrize
 from fastgen._hooks import has_hooks
 from fastgen.acceleration import blocks
 from fastgen.acceleration.constants import Constant, constant_of
+from fastgen.acceleration.nodes import input_of
 from fastgen.acceleration.tracing import Trace
 from fastgen.acceleration.writes import changed
 
@@ -405,10 +406,6 @@ def asks_for_kind(node: fx.Node) -> bool:
 def takers(node: fx.Node) -> list[fx.Node]:
     """The users that take more of it than that."""
     return [user for user in node.users if not asks_for_size(user)]
-
-
-def input_of(node: fx.Node) -> Any:
-    return node.args[0] if node.args else node.kwargs.get("input")
 
 
 def what_is(node: fx.Node, trace: Trace) -> str:

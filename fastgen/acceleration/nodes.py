@@ -149,10 +149,10 @@ def _of_as_many_images(node: fx.Node) -> tuple[Any, ...]:
         dim = node.args[1] if len(node.args) > 1 else node.kwargs.get("dim", 0)
         return tuple(node.args[0]) if type(dim) is int and dim > 0 and isinstance(node.args[0], list | tuple) else ()
     keeps = node.op == "call_module" or node.target in _FUNCTIONS - {torch.cat, torch.stack, torch.flip}
-    return (_input_of(node),) if keeps else ()
+    return (input_of(node),) if keeps else ()
 
 
-def _input_of(node: fx.Node) -> Any:
+def input_of(node: fx.Node) -> Any:
     return node.args[0] if node.args else node.kwargs.get("input")
 
 

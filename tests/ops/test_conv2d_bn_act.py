@@ -376,7 +376,7 @@ def test_bfloat16_where_pytorch_has_none(inputs, groups, kernel, layout, monkeyp
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("norm", [True, False], ids=["norm", "no norm"])
 def test_depthwise_bfloat16_where_pytorch_has_none(norm, layout, monkeypatch):
-    """In float32, rounded once; PyTorch takes a hundred times as long."""
+    """In float32, rounded once; PyTorch takes some sixty times as long."""
     monkeypatch.setattr(cpu, "has_fast_bfloat16", lambda: False)
     monkeypatch.setattr(cpu, "_served", {})
     monkeypatch.setattr(module, "_folded", None)
