@@ -48,13 +48,15 @@ def defer(trace: Trace, prefix: str, report: Report) -> None:
     """Rewrites the graph of the trace; what it found is no convolution for others any more, by `is_deferred`."""
     graph = trace.graph
     found: list[_Found] = []
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    shared = memory(trace)
+    writes = [(i, target) for node, i in order.items() for target in written(node, trace)]
     for node in graph.nodes:
         one = _find(node, trace, {other.conv for other in found})
-        if one is not None and not _is_written_to(one, trace):
+        if one is not None and not _is_written_to(one, order, shared, writes):
             found.append(one)
     if not found:
         return
-    order = {node: i for i, node in enumerate(graph.nodes)}
     deferred: set[fx.Node] = set()
     for conv, views, kernel, path in found:
         by_matrices = kernel is not None and _is_one_element(kernel, trace)
@@ -142,28 +144,29 @@ def _is_one_element(kernel: fx.Node, trace: Trace) -> bool:
     return value is not None and math.prod(value.shape[-2:]) == 1
 
 
-def _is_written_to(found: _Found, trace: Trace) -> bool:
+def _is_written_to(
+    found: _Found, order: dict[fx.Node, int], shared: dict[fx.Node, fx.Node], writes: list[tuple[int, fx.Node]]
+) -> bool:
     """Whether anything that shares memory with what is deferred, or was before it, is written to from then on; but for
     the last of the views that the convolution becomes, when the others are not used any more.
     """
-    order, shared = {node: i for i, node in enumerate(trace.graph.nodes)}, memory(trace)
     begin = min(order[node] for node in (found.conv, *found.views, *found.path))
     behind = {found.conv}
-    for node in trace.graph.nodes:
+    for node in order:
         if _is_view(node) and _viewed(node) in behind:
             behind.add(node)
     sources = [source for node in (*found.views, *found.path) for source in node.all_input_nodes]
     firsts = {shared[node] for node in (found.conv, *found.views, *found.path, *sources)}
-    for node, i in order.items():
-        for target in written(node, trace) if i >= begin else ():
-            if shared[target] not in firsts:
-                continue
-            if target not in behind:
-                return True
-            mine = _reached([node], lambda n: list(n.users)) | {target}
-            others = [n for n, first in shared.items() if first is shared[target] and n not in mine]
-            if any(order[user] > i for other in others for user in other.users):
-                return True
+    nodes = list(order)
+    for i, target in writes:
+        if i < begin or shared[target] not in firsts:
+            continue
+        if target not in behind:
+            return True
+        mine = _reached([nodes[i]], lambda n: list(n.users)) | {target}
+        others = [n for n, first in shared.items() if first is shared[target] and n not in mine]
+        if any(order[user] > i for other in others for user in other.users):
+            return True
     return False
 
 

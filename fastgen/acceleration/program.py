@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from fastgen import backends
 from fastgen._hooks import HOOKS
@@ -102,6 +103,12 @@ _MOST_TRACED = 16  # forwards for constants as arguments, at the second such cal
 _MOST_ASKED = 64
 _CONSTANTS = (bool, int, float, str, type(None))
 _Key = tuple[Any, ...]  # the names of arguments that are tensors; or these, constants, and whether for several images
+_State = tuple[torch.nn.Module, dict[str, Any]]  # of `state`
+
+
+def _is_recorded() -> bool:
+    """Whether something of PyTorch looks at every operation, as ``torch.jit.trace`` and ``torch.export`` do."""
+    return torch._C._get_tracing_state() is not None or _get_current_dispatch_mode() is not None
 
 
 def _kind_of(tensors: dict[str, Tensor]) -> tuple[Any, ...]:
@@ -144,9 +151,10 @@ class _Guard(NamedTuple):
 class Program:
     """Its `forward` stands in the ``__dict__`` of a module whose class, members and parameters are left as they are.
 
-    `sources` has code for sets of arguments that are tensors, the others being at their defaults. Calls that no code is
-    for, and all calls once a watched module has changed (training mode, hooks, other members or attributes), run the
-    forward of the module's class.
+    `sources` has code for sets of arguments that are tensors, the others being at their defaults; for those in `later`
+    it is made at their first call, as long as all modules are as they were. Calls that no code is for, and all calls
+    once a watched module has changed (training mode, hooks, other members or attributes), run the forward of the
+    module's class.
     """
 
     _forward: Any
@@ -162,17 +170,20 @@ class Program:
         root: torch.nn.Module,
         sources: dict[_Key, Source],
         kinds: dict[tuple[str, str], Any] | None = None,
+        later: Iterable[_Key] = (),
     ) -> None:
         self.root = root
         self.sources = sources
+        self.later = set(later)
         self.kinds: list[tuple[tuple[str, ...], str, Any]] = []
         self._expect(kinds or {})
         self.defaults = arguments(root)
         parameters = inspect.signature(type(root).forward).parameters
         self.positional = sum(parameters[name].kind is not inspect.Parameter.KEYWORD_ONLY for name in self.defaults)
         self.takes_any = any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values())
-        self.states: list[tuple[torch.nn.Module, dict[str, Any]]] = []
-        self.changing: list[tuple[torch.nn.Module, dict[str, Any]]] = []  # of modules that get further attributes
+        self.states: list[_State] = []
+        self.changing: list[_State] = []  # of modules that get further attributes
+        self.before: list[_State] = []  # of all, to make further code by
         self.guards: list[_Guard] = []
         self.told = False
         self.others: set[tuple[Any, ...]] = set()  # codes, and kinds of inputs for which these are not
@@ -182,6 +193,15 @@ class Program:
         self.kept: set[tuple[str, str]] = set()
         self._seen: Any = None
         self._compile()
+
+    def remember(self, states: dict[torch.nn.Module, dict[str, Any] | None]) -> None:
+        """Further code is made as long as all modules are as they were in `states`: for what they become it might be
+        wrong once they are the same again, as after ``.eval()``. None is made with modules that cannot be compared.
+        """
+        before = [(part, states[part]) for part in self.root.modules()]
+        self.before = [(part, known) for part, known in before if known is not None]
+        if len(self.before) < len(before):
+            self.before = []
 
     def watch(self, paths: Iterable[str], kept: Iterable[tuple[str, str]] = ()) -> None:
         """From now on the modules there must stay as they are, but for the attributes that the code itself sets."""
@@ -219,6 +239,7 @@ class Program:
             return type(self.root).forward(self.root, *args, **kwargs)
         first, tensors = call
         if torch.compiler.is_compiling():
+            self._make_first(first)
             if first in self.functions and not self.sources[first].assumes and self._holds_compiled():
                 return self.functions[first](self.root, *tensors.values())
             return type(self.root).forward(self.root, *args, **kwargs)
@@ -290,15 +311,25 @@ class Program:
     def _is_there(self, key: _Key) -> bool:
         if key in self.functions:
             return True
+        if key in self.later:
+            return self._make(key, key, (), False)
         if key in self.tried or len(self.tried) >= _MOST_TRACED or not isinstance(next(iter(key), ""), tuple):
             return False
-        from fastgen.acceleration.rewrite import rewritten  # which is built on this
-
         names, constants, several = key
         if constants and not several and key not in self.asked:
             self.asked = {key, *(self.asked if len(self.asked) < _MOST_ASKED else ())}
             return False
-        self.tried.add(key)
+        return self._make(key, names, constants, several)
+
+    def _make(self, key: _Key, names: tuple[str, ...], constants: tuple[Any, ...], several: bool) -> bool:
+        from fastgen.acceleration.rewrite import rewritten  # which is built on this
+
+        if _is_recorded() or not self.before or not all(unchanged(*state) for state in self.before):
+            return False
+        if key in self.later:
+            self.later.remove(key)
+        else:
+            self.tried.add(key)
         found = rewritten(self.root, names, {name: value for name, _, value in constants}, several)
         if found is None:
             return False
@@ -306,6 +337,13 @@ class Program:
         self._expect(found.kinds)
         self.watch(self.watched | found.watched, self.kept | found.kept)
         return True
+
+    def _make_first(self, key: _Key) -> None:
+        if key in self.later:
+            self._make(key, key, (), False)
+
+    # torch.compiler.assume_constant_result, without importing the compiler
+    _make_first._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
     def _holds(self) -> bool:
         if torch.nn.modules.module._has_any_global_hook():

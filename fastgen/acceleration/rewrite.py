@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from fastgen.acceleration.program import Program, Source
 from fastgen.acceleration.recorder import is_torch_layer
 from fastgen.acceleration.report import Entry, Report
 from fastgen.acceleration.sizes import drop_unused
+from fastgen.acceleration.states import Incomparable, state
 from fastgen.acceleration.tracing import Untraceable, trace, variants
 from fastgen.acceleration.writes import asks_late, draws
 
@@ -47,8 +49,11 @@ def accelerate(module: nn.Module) -> nn.Module:
     in a configuration. So does it for arguments that are neither tensors, constants nor defaults; for inputs of another
     device, dtype or number of dimensions than the forward was traced for, where it asks for these; and under
     ``torch.compile`` where a module has attributes that cannot be followed there (objects, containers in containers).
-    Numbers, texts and None as arguments are traced at the second such call, several images where the forward asks for
-    one at the first, up to 16 of them. What lies outside of the module, globals and ``os.environ``, is read once.
+    What lies outside of the module, globals and ``os.environ``, is read once.
+
+    Parts of a network that is traced whole, and further optional arguments, are traced at the first call of their own;
+    so are several images where the forward asks for one, and numbers, texts and None as arguments at the second, up to
+    16 of them.
 
     Args:
         module: any module; it is not modified, and shares no memory with the copy.
@@ -65,13 +70,15 @@ def accelerate(module: nn.Module) -> nn.Module:
     if type(module).__name__ == "OptimizedModule":
         raise TypeError("module was made by torch.compile: accelerate the module first, then compile it")
     result = _copy(module)
-    report = Report()
-    programs = list(_programs(result, report))
+    found = _Found()
+    programs = list(_programs(result, found))
     for program, *_ in programs:
         program.root.__dict__["forward"] = program.forward
-    result.fastgen_report = report  # type: ignore[assignment]
-    for program, watched, kept in programs:
-        program.watch(watched, kept)
+    result.fastgen_report = found.report  # type: ignore[assignment]
+    states = {part: _state(part, found.kept_within(path)) for path, part in result.named_modules()}
+    for program, path, watched in programs:
+        program.watch(watched, found.kept_within(path))
+        program.remember(states)
     return result
 
 
@@ -99,22 +106,49 @@ def _tensors(module: nn.Module, values: bool) -> list[Tensor]:
     return [*module.parameters(), *module.buffers(), *attributes]
 
 
-_Watched = tuple[Program, set[str], set[tuple[str, str]]]  # paths, and attributes there that may change
+@dataclass
+class _Found:
+    """What there is so far: for the user; the modules that take part in code, and which of their attributes that sets,
+    by path and name; and what could not be traced, and why.
+    """
+
+    report: Report = field(default_factory=Report)
+    take_part: set[str] = field(default_factory=set)
+    kept: set[tuple[str, str]] = field(default_factory=set)
+    reasons: dict[str, str] = field(default_factory=dict)
+
+    def add(self, other: _Rewritten, path: str) -> None:
+        self.report.merge(other.report)
+        if other.report.fused:
+            self.take_part |= {_join(path, inner) for inner in other.take_part}
+            self.kept |= {(_join(path, inner), name) for inner, name in other.kept}
+
+    def has_all_of(self, part: nn.Module, path: str) -> bool:
+        """Whether all that may be fused there takes part in some code, so that further code is no news to the user."""
+        return all(_join(path, inner) in self.take_part for inner, it in part.named_modules() if _may_fuse(it))
+
+    def kept_within(self, path: str) -> set[tuple[str, str]]:
+        start = f"{path}." if path else ""
+        return {(f"{at}."[len(start) : -1], name) for at, name in self.kept if f"{at}.".startswith(start)}
 
 
-def _programs(root: nn.Module, report: Report) -> Iterator[_Watched]:
-    """Programs for the root and every container in it, for each may be called alone, with what to watch."""
-    reasons: dict[str, str] = {}
+def _join(path: str, inner: str) -> str:
+    return f"{path}.{inner}".strip(".")
+
+
+def _programs(root: nn.Module, found: _Found) -> Iterator[tuple[Program, str, set[str]]]:
+    """Programs for the root and every container in it, for each may be called alone; where, and what to watch."""
+    report, reasons = found.report, found.reasons
     for path, part in root.named_modules():
         if not is_torch_layer(part) and any(_may_fuse(inner) for inner in part.modules()):
-            yield from _program(part, path, report, reasons)
+            yield from _program(part, path, found)
     reached = report.paths()
     for path, part in root.named_modules():
         if not is_torch_layer(part) and path in reasons and path not in reached and _has_kernels(part):
             report.skipped.append(Entry(path, type(part).__name__, reasons[path]))
         if isinstance(part, _ConvNd) and path not in reached:
             if type(part) is nn.ConvTranspose2d and not part.training:
-                yield from _program(part, path, report, reasons)
+                yield from _program(part, path, found)
             if path not in report.paths():
                 parent = max((p for p in reasons if not p or path.startswith(p + ".")), key=len, default=None)
                 why = (
@@ -133,37 +167,48 @@ def _has_kernels(module: nn.Module) -> bool:
     return any(not is_lazy(weight) and weight.dim() >= 4 for weight in module.parameters(recurse=False))
 
 
-def _program(part: nn.Module, path: str, report: Report, reasons: dict[str, str]) -> Iterator[_Watched]:
+def _program(part: nn.Module, path: str, found: _Found) -> Iterator[tuple[Program, str, set[str]]]:
     sources: dict[tuple[Any, ...], Source] = {}
     kinds: dict[tuple[str, str], Any] = {}
     watched: set[str] = {""}
-    kept: set[tuple[str, str]] = set()
+    later: list[tuple[str, ...]] = []
     try:
         choices = variants(part)
     except Untraceable as reason:
-        reasons[path] = str(reason)
+        found.reasons[path] = str(reason)
         return
     for names in choices:
-        try:
-            found = _rewrite(part, path, names)
-        except Untraceable as reason:
-            reasons.setdefault(path, str(reason))
+        if found.has_all_of(part, path):
+            later.append(names)  # a network of many containers in containers has many that nobody calls alone
             continue
-        report.merge(found.report)
-        if found.report.fused:
-            sources[names] = found.source
-            watched |= found.watched
-            kinds |= found.kinds
-            kept |= found.kept
-    if sources:
-        yield Program(part, sources, kinds), watched, kept
+        try:
+            new = _rewrite(part, path, names)
+        except Untraceable as reason:
+            found.reasons.setdefault(path, str(reason))
+            continue
+        found.add(new, path)
+        if new.report.fused:
+            sources[names] = new.source
+            watched |= new.watched
+            kinds |= new.kinds
+    if sources or later:
+        yield Program(part, sources, kinds, later), path, watched
+
+
+def _state(part: nn.Module, kept: set[tuple[str, str]]) -> dict[str, Any] | None:
+    """But for its attributes that may change; None where they cannot be compared."""
+    try:
+        return {name: value for name, value in state(part).items() if ("", name) not in kept}
+    except Incomparable:
+        return None
 
 
 class _Rewritten(NamedTuple):
-    """Code, what was fused for it, and what it relies on."""
+    """Code, what was fused for it, the modules that take part, and what it relies on."""
 
     source: Source
     report: Report
+    take_part: set[str]
     watched: set[str]
     kinds: dict[tuple[str, str], Any]
     kept: set[tuple[str, str]]
@@ -176,6 +221,7 @@ def _rewrite(
     if asks_late(traced):
         raise Untraceable("it decides by its inputs after it has written to memory or drawn random numbers")
     random = any(draws(node, traced) for node in traced.graph.nodes)
+    layers = {str(node.target) for node in traced.graph.nodes if is_torch_layer(node.meta.get("layer"))}
     report, bypassed = fuse(traced, path)
     linears, more = fuse_linears(traced, path)
     report.fused += linears.fused
@@ -183,7 +229,8 @@ def _rewrite(
     keep_contiguous(traced)
     drop_unused(traced.graph)
     source = Source.of(traced.graph, part, traced.asked_for_images and not several, random)
-    return _Rewritten(source, report, traced.inlined | traced.read | bypassed, traced.kinds, traced.kept)
+    open_to_view = traced.inlined | traced.read
+    return _Rewritten(source, report, open_to_view | layers, open_to_view | bypassed, traced.kinds, traced.kept)
 
 
 def rewritten(root: nn.Module, names: tuple[str, ...], constants: dict[str, Any], several: bool) -> _Rewritten | None:
