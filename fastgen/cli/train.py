@@ -25,6 +25,7 @@ EXAMPLES = """examples:
   fastgen train pixelcnnpp --data digits --num-filters 32 --num-blocks 1 --dropout 0.2 --lr 3e-3 --minutes 3
   fastgen train pixelcnnpp --data patches --num-filters 32 --num-blocks 2 --steps 20000
   fastgen train pixelsnail --data digits --head categorical --num-filters 32 --num-blocks 2 --dropout 0.1 --lr 3e-3
+  fastgen train image_gpt --data digits --num-filters 64 --num-blocks 4 --num-heads 4 --dropout 0.1 --lr 3e-3
   fastgen train dcgan --data digits --scores
   fastgen train dcgan --loss wgan-gp --data photos/ --size 64 --steps 50000
   fastgen train vae --data digits --latent-dim 2 --lr 3e-3 --minutes 2
@@ -39,17 +40,20 @@ ON_DIGITS = "dcgan --data digits"  # has other defaults than those published: `t
 # option -> (type, help) of what is handed to the model's constructor when it is given
 MODEL_OPTIONS: dict[str, tuple[Any, str]] = {
     "num_filters": (int, "feature maps"),
-    "embedding_dim": (int, "of codes (gated_pixelcnn and pixelsnail with --vqvae; default there: that of the vqvae)"),
+    "embedding_dim": (
+        int,
+        "of codes (gated_pixelcnn, pixelsnail, image_gpt with --vqvae; default there: that of the vqvae)",
+    ),
     "num_blocks": (int, "layers or residual blocks"),
     "num_features": (int, "feature maps of the first output layer (pixelcnn, pixelrnn)"),
     "kernel_size": (int, "odd size of the kernels after the first layer (gated_pixelcnn, pixelrnn)"),
     "num_layers": (int, "residual layers of a block (pixelsnail)"),
     "key_dim": (int, "channels of the keys of attention (pixelsnail)"),
     "value_dim": (int, "channels of the values of attention (pixelsnail)"),
-    "num_heads": (int, "heads of attention (pixelsnail)"),
-    "num_mixtures": (int, "logistic components per pixel (pixelcnnpp, pixelsnail)"),
-    "dropout": (float, "share of features dropped in training (pixelcnnpp, pixelsnail, gan)"),
-    "head": (str, "categorical, bernoulli for two levels, or logistic_mixture (pixelcnnpp, pixelsnail)"),
+    "num_heads": (int, "heads of attention (pixelsnail, image_gpt)"),
+    "num_mixtures": (int, "logistic components per pixel (pixelcnnpp, pixelsnail, image_gpt)"),
+    "dropout": (float, "share of features dropped in training (pixelcnnpp, pixelsnail, image_gpt, gan)"),
+    "head": (str, "categorical, bernoulli for two levels, or logistic_mixture (pixelcnnpp, pixelsnail, image_gpt)"),
     "latent_dim": (int, "dimension of the latents (gan, dcgan, vae, conditional_vae), of a code (vqvae)"),
     "num_codes": (int, "codes of the codebook (vqvae)"),
     "downsampling": (int, "pixels a side for one code: 2, 4, 8, ... (vqvae)"),

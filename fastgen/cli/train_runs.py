@@ -30,7 +30,7 @@ def train_prior(options: argparse.Namespace, kind: type) -> int:
     from fastgen.training import TrainConfig, encoded, recipes, train
 
     if "embedding_dim" not in inspect.signature(kind).parameters:
-        raise ValueError(f"{options.model} has no option --vqvae: expected gated_pixelcnn or pixelsnail")
+        raise ValueError(f"{options.model} has no option --vqvae: expected gated_pixelcnn, pixelsnail or image_gpt")
     for name in ("size", "levels"):
         if getattr(options, name) is not None:
             raise ValueError(f"--{name}: with --vqvae it is that of the vqvae")

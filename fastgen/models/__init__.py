@@ -6,7 +6,15 @@ The names are the ones of checkpoints and of the command line.  `convert` reads 
 from __future__ import annotations
 
 from fastgen.models import convert
-from fastgen.models.autoregressive import AutoregressiveModel, GatedPixelCNN, PixelCNN, PixelCNNpp, PixelRNN, PixelSNAIL
+from fastgen.models.autoregressive import (
+    AutoregressiveModel,
+    GatedPixelCNN,
+    ImageGPT,
+    PixelCNN,
+    PixelCNNpp,
+    PixelRNN,
+    PixelSNAIL,
+)
 from fastgen.models.gan import DCGAN, GAN, AdversarialModel
 from fastgen.models.vae import VAE, VQVAE, ConditionalVAE
 
@@ -19,6 +27,7 @@ __all__ = [
     "AutoregressiveModel",
     "ConditionalVAE",
     "GatedPixelCNN",
+    "ImageGPT",
     "PixelCNN",
     "PixelCNNpp",
     "PixelRNN",
@@ -32,7 +41,10 @@ Model = AutoregressiveModel | AdversarialModel | VAE | VQVAE
 
 _MODELS: dict[str, type[Model]] = {
     model.name: model
-    for model in (PixelCNN, GatedPixelCNN, PixelCNNpp, PixelRNN, PixelSNAIL, GAN, DCGAN, VAE, ConditionalVAE, VQVAE)
+    for model in (
+        *(PixelCNN, GatedPixelCNN, PixelCNNpp, PixelRNN, PixelSNAIL, ImageGPT),
+        *(GAN, DCGAN, VAE, ConditionalVAE, VQVAE),
+    )
 }
 
 

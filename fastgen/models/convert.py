@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from typing import cast
@@ -9,6 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from fastgen.models.autoregressive.image_gpt import ImageGPT
 from fastgen.models.autoregressive.pixelcnnpp import RESOLUTIONS, PixelCNNpp, Upsampling
 from fastgen.models.autoregressive.weight_normed import WeightNormed
 
@@ -150,3 +152,82 @@ def _copy(name: str, parts: Mapping[str, Tensor], layer: WeightNormed) -> None:
     else:
         layer.weight_g.copy_(g.reshape(-1, 1, 1, 1))
         layer.weight_v.copy_(v)
+
+
+# Layers of the port, and of each of its blocks, and ours; those that have biases, and weights the other way round.
+_LINEAR_OF_PORT = {
+    "attn.c_attn": "query_key_value",
+    "attn.c_proj": "attention_output",
+    "mlp.c_fc": "hidden",
+    "mlp.c_proj": "output",
+}
+_NORMS_OF_PORT = {"ln_1": "attention_norm", "ln_2": "mlp_norm"}
+_MASK_OF_PORT = re.compile(r".*\.attn\.(masked_)?bias")  # buffers of older versions
+
+
+def image_gpt_from_port(
+    state_dict: Mapping[str, Tensor], *, image_size: tuple[int, int] | None = None, num_heads: int = 8
+) -> ImageGPT:
+    """An `ImageGPT` with the weights of Hugging Face's ``ImageGPTForCausalImageModeling``, such as those of
+    ``openai/imagegpt-small``.
+
+    Width, layers and levels are read off the shapes.  Levels are the indices of the port's clusters of colours.
+
+    Args:
+        state_dict: the port's, e.g. from `fastgen.checkpoint.load_state_dict_file`.
+        image_size: (H, W), whose product is the number of positions; None for squares.
+        num_heads: which the weights do not say; 8 in the small and medium models, 16 in the large one.
+
+    Returns:
+        The model, in eval mode, on the CPU, in the dtype of the weights; with biases if any is not zero.
+
+    Raises:
+        ValueError: keys are missing or unexpected (both are listed), or a tensor has the wrong shape.
+    """
+    given = {key: tensor for key, tensor in state_dict.items() if not _MASK_OF_PORT.fullmatch(key)}
+    layers = {int(match[1]) for key in given if (match := re.match(r"transformer\.h\.(\d+)\.", key))}
+    names = {"embedding.weight": "transformer.wte.weight", "position": "transformer.wpe.weight"}
+    names |= {"norm.weight": "transformer.ln_f.weight", "output.weight": "lm_head.weight"}
+    for i in range(max(layers, default=0) + 1):
+        for theirs, ours in _NORMS_OF_PORT.items():
+            names[f"blocks.{i}.{ours}.weight"] = f"transformer.h.{i}.{theirs}.weight"
+        for theirs, ours in _LINEAR_OF_PORT.items():
+            for part in ("weight", "bias"):
+                names[f"blocks.{i}.{ours}.{part}"] = f"transformer.h.{i}.{theirs}.{part}"
+    missing, unexpected = [
+        [*a - b] for a, b in ((set(names.values()), given.keys()), (given.keys(), {*names.values()}))
+    ]
+    if missing or unexpected:
+        raise ValueError(f"state_dict: missing {_some(sorted(missing))}; unexpected {_some(sorted(unexpected))}")
+    weights = {ours: given[theirs] for ours, theirs in names.items()}
+    for name in weights:
+        if name.startswith("blocks.") and weights[name].dim() == 2:
+            weights[name] = weights[name].T
+    if weights["position"].dim() != 2 or weights["output.weight"].dim() != 2:
+        raise ValueError("state_dict: expected two dimensions of 'transformer.wpe.weight' and 'lm_head.weight'")
+    positions, (levels, width) = len(weights["position"]), weights["output.weight"].shape
+    height, columns = image_size or (math.isqrt(positions), math.isqrt(positions))
+    if height * columns != positions:
+        raise ValueError(f"image_size: expected (H, W) of {positions} positions, got {(height, columns)}")
+    biases = {name for name in weights if name.endswith("bias")}
+    model = ImageGPT(
+        image_shape=(1, height, columns),
+        levels=levels,
+        num_filters=width,
+        num_blocks=max(layers) + 1,
+        num_heads=num_heads,
+        embedding_dim=width,
+        bias=any(bool(weights[name].any()) for name in biases),
+    )
+    tokens = weights["embedding.weight"]  # of levels, and of what is before the first
+    weights["embedding.weight"], weights["start.weight"] = tokens[:levels], tokens[levels:]
+    if not model.config["bias"]:
+        weights = {name: tensor for name, tensor in weights.items() if name not in biases}
+    else:
+        weights["output.bias"] = torch.zeros(levels)
+    for name, parameter in model.named_parameters():
+        if parameter.shape != weights[name].shape:
+            theirs = names.get(name, names["embedding.weight"])
+            raise ValueError(f"state_dict: {theirs}: {list(state_dict[theirs].shape)} does not fit the other tensors")
+    model.to(weights["position"].dtype).load_state_dict(weights)
+    return model.eval()

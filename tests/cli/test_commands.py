@@ -39,11 +39,12 @@ def checkpoint(folder: Path, **options: object) -> str:
     "model",
     [
         "gated_pixelcnn --num-blocks 2 --kernel-size 3",
+        "image_gpt --num-blocks 1 --num-heads 2",
         "pixelcnnpp --num-blocks 1 --num-mixtures 2",
         "pixelrnn --num-blocks 1 --num-features 4",
         "pixelsnail --num-blocks 1 --num-layers 1 --key-dim 4 --value-dim 6 --num-heads 2",
     ],
-    ids=["gated_pixelcnn", "pixelcnnpp", "pixelrnn", "pixelsnail"],
+    ids=["gated_pixelcnn", "image_gpt", "pixelcnnpp", "pixelrnn", "pixelsnail"],
 )
 def test_train_then_resume_then_eval_and_sample(model: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train = f"train {model} --data digits --num-filters 4 --out run --quiet".split()

@@ -207,6 +207,7 @@ def test_registry():
         "dcgan",
         "gan",
         "gated_pixelcnn",
+        "image_gpt",
         "pixelcnn",
         "pixelcnnpp",
         "pixelrnn",

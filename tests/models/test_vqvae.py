@@ -44,6 +44,8 @@ def prior_for(model, name="gated_pixelcnn", **options):
     small = {"num_filters": 6, "num_blocks": 2, "embedding_dim": 4, "head": "categorical"}
     if name == "pixelsnail":
         small |= {"num_layers": 1, "key_dim": 2, "value_dim": 4}
+    elif name == "image_gpt":
+        small["num_heads"] = 2
     prior = models.get(name)(image_shape=(1, *model.code_shape), levels=model.num_codes, **small | options)
     for parameter in prior.parameters():
         if parameter.dim() > 1:
@@ -137,7 +139,7 @@ def test_checkpoints_give_the_same_model(kind, tmp_path):
     assert torch.equal(loaded.log_prob(images_for(model)), model.log_prob(images_for(model)))
 
 
-@pytest.mark.parametrize("name", ["gated_pixelcnn", "pixelsnail"])
+@pytest.mark.parametrize("name", ["gated_pixelcnn", "pixelsnail", "image_gpt"])
 @pytest.mark.parametrize("options", [{}, {"num_classes": 2}], ids=["", "classes"])
 def test_a_prior_is_a_distribution_over_codes_and_is_drawn_from(name, options, tmp_path):
     model = build()
