@@ -40,6 +40,12 @@ SUBJECTS = [
     Subject("PixelCNN++ 3x32x32", "pixelcnnpp", large=True),  # the published size, 53,659,080 parameters
     Subject("PixelSNAIL 3x32x32", "pixelsnail", large=True),  # the published size, 46,180,788 parameters
     Subject("PixelRNN 3x32x32", "pixelrnn", large=True),  # the published size, Row LSTMs
+    Subject(  # the published small model, 76,571,648 parameters
+        "Image GPT 32x32 codes",
+        "image_gpt",
+        {"image_shape": (1, 32, 32), "levels": 512, "embedding_dim": 512},
+        large=True,
+    ),
     Subject("PixelCNN 3x32x32", "pixelcnn", {"image_shape": (3, 32, 32)}),  # the published size, colour masks
     Subject(
         "GatedPixelCNN 1x28x28", "gated_pixelcnn", {"image_shape": (1, 28, 28), "num_filters": 64, "num_blocks": 15}
@@ -82,6 +88,12 @@ QUICK_SUBJECTS = [
         large=True,
     ),
     Subject("PixelSNAIL 1x4x5", "pixelsnail", {"image_shape": (1, 4, 5), "num_filters": 4, "num_blocks": 1}, True),
+    Subject(
+        "Image GPT 1x3x2",
+        "image_gpt",
+        {"image_shape": (1, 3, 2), "num_filters": 4, "num_blocks": 1, "num_heads": 2},
+        large=True,
+    ),
 ]
 BATCHES = (1, 16, 64)
 
@@ -147,6 +159,9 @@ def build(subject: Subject, batch: int) -> Work:
 
     torch.manual_seed(0)
     model = models.get(subject.model)(**subject.config).eval()
+    for parameter in model.parameters():  # a last layer that starts at zero would leave nothing to compute
+        if parameter.dim() > 1 and not parameter.any():
+            nn.init.normal_(parameter, std=0.05)
     images = torch.randint(model.levels, (batch, *model.image_shape), dtype=model.head.dtype)
     labels = None if model.num_classes is None else torch.arange(batch) % model.num_classes
     inputs = (model.head.encode(images), labels)

@@ -37,7 +37,8 @@ class VQVAE(nn.Module):
     The networks are those of section 4.1: strided 4x4 convolutions and residual blocks (ReLU, 3x3, ReLU, 1x1), and the
     way back with transposed convolutions.  The likelihood is a distribution over levels, so that images have a bound in
     bits; codes are a priori uniform, as in training (section 3.1), until an autoregressive model of them is trained:
-    `models.GatedPixelCNN` and `models.PixelSNAIL` with ``embedding_dim``.  Draw its codes, and `render` them::
+    `models.GatedPixelCNN`, `models.PixelSNAIL` and `models.ImageGPT` with ``embedding_dim``.  Draw its codes, and
+    `render` them::
 
         prior = models.GatedPixelCNN(image_shape=(1, *model.code_shape), levels=model.num_codes, embedding_dim=64)
         images = model.render(fastgen.Sampler(prior).sample(64, seed=0))
