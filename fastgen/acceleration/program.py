@@ -327,7 +327,7 @@ class Program:
         if _is_recorded() or not self.before or not all(unchanged(*state) for state in self.before):
             return False
         if key in self.later:
-            self.later.remove(key)
+            self.later.discard(key)  # which another thread may have done
         else:
             self.tried.add(key)
         found = rewritten(self.root, names, {name: value for name, _, value in constants}, several)

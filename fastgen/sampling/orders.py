@@ -172,6 +172,9 @@ def rasters(tracer: Tracer, tensors: Sequence[Tensor], pieces: int) -> Iterator[
 
 def _plane_order(tracer: Tracer, flat: Tensor) -> Tensor:
     """The indices [N, C, h, w] that put flat codes into the order (sample, channel, y, x) of their planes."""
+    whole = _order_of_a_plane(tracer, flat)
+    if whole is not None:
+        return whole
     plane, sample, channel, y, x = tracer.graph.decode(flat.numpy())
     if (plane < 0).any() or tracer.graph.given(plane).all():
         raise LayoutError
@@ -184,6 +187,20 @@ def _plane_order(tracer: Tracer, flat: Tensor) -> Tensor:
     result = torch.full((*each.shape[:2], int(rows.max()) + 1, int(columns.max()) + 1), -1)
     result[:, :, rows, columns] = each
     return result
+
+
+def _order_of_a_plane(tracer: Tracer, flat: Tensor) -> Tensor | None:
+    """The same where codes are those of one whole plane, in any order: without sorting them."""
+    start = int(flat.min())
+    node = tracer.graph.nodes[int(tracer.graph.planes(np.array(start)))] if start > 0 else None
+    if node is None or node.given or node.start != start or int(flat.max()) - start != len(flat) - 1:
+        return None
+    size = (node.samples, node.channels, node.height, node.width)
+    if math.prod(size) != len(flat):
+        return None
+    order = torch.full((len(flat),), -1)
+    order[flat - start] = torch.arange(len(flat))
+    return None if (order < 0).any() else order.view(size)
 
 
 def _at_places(y: np.ndarray, x: np.ndarray, batch: int) -> tuple[np.ndarray, np.ndarray]:
