@@ -1,14 +1,9 @@
-"""Weights of each sample and filters for all channels, in the styles of StyleGAN2's implementations, what looks like
-them, and weights that are computed from parameters alone.
-"""
+"""Weights of each sample and filters for all channels in the styles of StyleGAN2's code, and what looks like them."""
 
 from __future__ import annotations
 
 import copy
-import gc
 import pickle
-import random
-import weakref
 
 import pytest
 import torch
@@ -16,14 +11,11 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastgen
-from fastgen.acceleration import constants, deferring, scaled_weights
-from fastgen.acceleration.deferred import plain
-from fastgen.acceleration.deferred_images import Images, images
-from fastgen.acceleration.scaled_weights import ScaledWeight, own_weight
+from fastgen.acceleration import deferring, scaled_weights
+from fastgen.acceleration.scaled_weights import ScaledWeight
 
 from .networks import prepared
 from .test_architectures import assert_as_exact
-from .test_left_alone import reasons, whats
 
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")  # of code that fails where the original does not
 
@@ -443,198 +435,6 @@ def test_what_looks_like_it(look, n):
     x, style = torch.randn(n, 4, 6, 5), torch.randn(n, 4)
     for _ in range(2):
         torch.testing.assert_close(fast(x, style), network(x, style), rtol=1e-4, atol=1e-4)
-
-
-# Deferred values by themselves
-
-
-def one_view(x, draw):
-    """A random view, pad or part of a tensor, or of what stands for one."""
-    kind, shape = draw.randrange(8), list(x.shape)
-    at = draw.randrange(len(shape))
-    if kind == 0 and at + 1 < len(shape):
-        return x.reshape([*shape[:at], shape[at] * shape[at + 1], *shape[at + 2 :]])
-    if kind == 1:
-        return x.permute(draw.sample(range(len(shape)), len(shape)))
-    if kind == 2:
-        return x.unsqueeze(at)
-    if kind == 3:
-        divisor = draw.choice([d for d in range(1, shape[at] + 1) if shape[at] % d == 0])
-        return x.reshape(*shape[:at], divisor, shape[at] // divisor, *shape[at + 1 :])
-    if kind == 4:
-        sides = [draw.choice([0, 0, 1, 2]) for _ in range(2 * draw.randrange(1, min(4, len(shape) + 1)))]
-        return F.pad(x, sides)
-    if kind == 5 and shape[at] > 1:
-        index = [slice(None)] * len(shape)
-        index[at] = slice(draw.randrange(2), shape[at] - draw.randrange(shape[at] // 2), draw.choice([None, 1, 2]))
-        return x[tuple(index)]
-    if kind == 6 and shape[at] == 1 and len(shape) > 1:
-        return x.squeeze(at)
-    return x[None] if kind == 7 else x.transpose(0, at)
-
-
-@torch.no_grad()
-def test_views_of_images():
-    torch.manual_seed(0)
-    for seed in range(400):
-        draw = random.Random(seed)
-        x = torch.randn(draw.sample([1, 2, 3, 4, 5], 4))
-        x = x.contiguous(memory_format=draw.choice([torch.contiguous_format, torch.channels_last]))
-        deferred, expected = images(x), x.contiguous()
-        assert type(deferred) is Images
-        for _ in range(draw.randrange(1, 7)):
-            state = draw.getstate()
-            expected = one_view(expected, draw)
-            draw.setstate(state)
-            deferred = one_view(deferred, draw)
-            assert deferred.shape == expected.shape
-        assert torch.equal(plain(deferred), expected)
-
-
-@torch.no_grad()
-def test_views_and_scales_of_weights():
-    for seed in range(400):
-        draw = random.Random(seed)
-        torch.manual_seed(seed)
-        sizes = draw.sample([1, 2, 3, 4, 5], 4)
-        parameter = nn.Parameter(torch.randn([1] * draw.randrange(3) + sizes))
-        deferred, expected = own_weight(parameter), parameter
-        assert type(deferred) is ScaledWeight
-        for _ in range(draw.randrange(1, 7)):
-            if draw.random() < 0.5:
-                shape = [draw.choice([1, 3 if size == 1 else size]) for size in expected.shape]
-                scale = torch.rand(shape[draw.randrange(2) :]) + 0.5
-                deferred, expected = draw.choice(
-                    [
-                        (deferred * scale, expected * scale),
-                        (torch.mul(scale, deferred), expected * scale),
-                        (deferred / scale, expected / scale),
-                        (deferred * 0.5, expected * 0.5),
-                    ]
-                )
-            else:
-                state = draw.getstate()
-                expected = one_view(expected, draw)
-                draw.setstate(state)
-                deferred = one_view(deferred, draw)
-            assert deferred.shape == expected.shape
-        torch.testing.assert_close(plain(deferred), expected.detach(), check_stride=False)
-        dims = sorted(draw.sample(range(expected.dim()), draw.randrange(1, expected.dim() + 1)))
-        keep = draw.random() < 0.5
-        torch.testing.assert_close(
-            (deferred * deferred).sum(dims, keepdim=keep), expected.detach().square().sum(dims, keepdim=keep)
-        )
-
-
-# Weights that are computed from parameters alone
-
-
-class SharedGain(nn.Module):
-    """One small tensor of many weights, and weights that are views."""
-
-    def __init__(self):
-        super().__init__()
-        self.gain = nn.Parameter(torch.ones(1))
-        self.convs = nn.ModuleList([nn.Conv2d(4, 4, 3, padding=1) for _ in range(6)])
-
-    def forward(self, x):
-        for conv in self.convs:
-            x = F.conv2d(x, self.gain * conv.weight, conv.bias, padding=1)
-        return F.conv2d(x, self.convs[0].weight.transpose(2, 3)[:, :4])
-
-
-@torch.no_grad()
-def test_constants_are_kept_and_freed(monkeypatch):
-    network = prepared(SharedGain())
-    fast, x = fastgen.accelerate(network), torch.randn(1, 4, 6, 5)
-    torch.testing.assert_close(fast(x), network(x), rtol=1e-4, atol=1e-4)
-    monkeypatch.setattr(constants, "_compute", None)  # not again
-    torch.testing.assert_close(fast(x), network(x), rtol=1e-4, atol=1e-4)
-    weights = [weakref.ref(parameter) for parameter in fast.parameters()]
-    del fast
-    gc.collect()
-    assert not any(weight() is not None for weight in weights)
-
-
-class Equalised(nn.Module):
-    def __init__(self, weigh, kernel=3):
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.randn(6, 4, kernel, kernel)), nn.Parameter(torch.randn(6))
-        self.weigh, self.norm = weigh, nn.BatchNorm2d(6)
-
-    def forward(self, x):
-        return F.relu(self.norm(F.conv2d(x, self.weigh(self.weight), self.bias * 0.5, padding=1)))
-
-
-def standardised(w):
-    return (w - w.mean(dim=(1, 2, 3), keepdim=True)) / (w.std(dim=[1, 2, 3], keepdim=True) + 1e-5)
-
-
-CONSTANTS = {
-    "scaled": lambda w: w * 0.3,
-    "standardised": standardised,
-    "normalised": lambda w: F.normalize(w, dim=1),
-    "parts": lambda w: w[:, :, 1:2, :].expand(-1, -1, 3, -1).flip(2, 3) + w.transpose(2, 3),
-    "sizes": lambda w: w.reshape(w.shape[0], -1, w.size(2), 3) / w.numel(),
-}
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("kind", CONSTANTS)
-def test_constant_weights(kind):
-    torch.manual_seed(0)
-    network = prepared(Equalised(CONSTANTS[kind]))
-    fast, x = fastgen.accelerate(network), (torch.randn(2, 4, 7, 5),)
-    assert whats(fast) == ["conv2d + BatchNorm2d + relu"]
-    assert_as_exact(network, fast, x)
-    for other in (copy.deepcopy(fast), torch.compile(fast, backend="aot_eager", fullgraph=True)):
-        torch.testing.assert_close(other(*x), network(*x), rtol=1e-4, atol=1e-4)
-    for module in (network, fast):
-        module.weight.add_(0.1)
-    torch.testing.assert_close(fast(*x), network(*x), rtol=1e-4, atol=1e-4)
-    with torch.enable_grad():
-        gradients = []
-        for module in (network, fast):
-            module(*x).square().sum().backward()
-            gradients.append(module.weight.grad)
-    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-3)
-
-
-def changed_in_part(w):
-    scaled = w * 0.5
-    scaled[0].mul_(0)
-    return scaled
-
-
-def changed_by_a_view(w):
-    scaled = w * 0.5
-    part = scaled.view(6, -1)[:, :2]
-    part += 1
-    return scaled
-
-
-def changed_in_place(w):
-    scaled = w * 0.5
-    scaled.add_(1)
-    return scaled
-
-
-def random_weights(w):
-    return w + torch.rand(1)
-
-
-@pytest.mark.parametrize(
-    "weigh", [changed_in_place, changed_in_part, changed_by_a_view, random_weights], ids=lambda weigh: weigh.__name__
-)
-def test_weights_that_are_no_constants(weigh):
-    network = prepared(Equalised(weigh))
-    fast, x = fastgen.accelerate(network), torch.randn(2, 4, 7, 5)
-    assert "its weights are computed in forward" in reasons(fast).values()
-    for module in (network, fast):
-        torch.manual_seed(1)
-        result = module(x)
-        expected = result if module is network else expected  # noqa: F821
-    torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-4)
 
 
 class WithoutOutput(nn.Module):
