@@ -17,7 +17,9 @@ namespace {
 
 template <class T>
 struct Kernels {
-    MaskedConv2dScratch (*scratch)(const MaskedConv2d&, const T*);
+    int64_t (*forward_scratch)(const MaskedConv2d&, const T*);
+    int64_t (*input_gradient_scratch)(const MaskedConv2d&, const T*);
+    int64_t (*weight_gradient_scratch)(const MaskedConv2d&, const T*);
     void (*forward)(const MaskedConv2d&, const Image<T>&, const T*, const T*, T*, T*);
     void (*input_gradient)(const MaskedConv2d&, const Image<T>&, const T*, T*, T*);
     void (*weight_gradient)(const MaskedConv2d&, const Image<T>&, const Image<T>&, T*, T*, T*);
@@ -26,9 +28,10 @@ struct Kernels {
 template <class T>
 const Kernels<T>& kernels() {
     static constexpr Kernels<T> table[] = {
-#define FASTGEN_KERNELS(ISA)                                                                    \
-    {ISA::masked_conv2d_scratch, ISA::masked_conv2d_forward, ISA::masked_conv2d_input_gradient, \
-     ISA::masked_conv2d_weight_gradient},
+#define FASTGEN_KERNELS(ISA)                                                                \
+    {ISA::masked_conv2d_forward_scratch,         ISA::masked_conv2d_input_gradient_scratch, \
+     ISA::masked_conv2d_weight_gradient_scratch, ISA::masked_conv2d_forward,                \
+     ISA::masked_conv2d_input_gradient,          ISA::masked_conv2d_weight_gradient},
         FASTGEN_FOR_EACH_ISA(FASTGEN_KERNELS)
 #undef FASTGEN_KERNELS
     };
@@ -70,8 +73,9 @@ MaskedConv2d make_shifted(const Sizes& input, int64_t out_channels, const Kernel
 
 template <class T>
 std::array<int64_t, 3> scratch(const MaskedConv2d& conv) {
-    const MaskedConv2dScratch sizes = kernels<T>().scratch(conv, nullptr);
-    return {sizes.forward, sizes.input_gradient, sizes.weight_gradient};
+    const Kernels<T>& of = kernels<T>();
+    return {of.forward_scratch(conv, nullptr), of.input_gradient_scratch(conv, nullptr),
+            of.weight_gradient_scratch(conv, nullptr)};
 }
 
 template <class T>

@@ -1,5 +1,5 @@
 // Convolutions of which a pixel's output sees no later row, forward and backward: masked ones, and those whose window
-// ends with the pixel's own row. The formulas are in masked_conv2d.cpp.
+// ends with the pixel's own row. The formulas are in masked_conv2d.cpp and masked_conv2d_weight_gradient.cpp.
 #pragma once
 
 #include <cstdint>
@@ -18,20 +18,17 @@ struct MaskedConv2d {
     int64_t threads;
 };
 
-// Elements of scratch that the functions below need.
-struct MaskedConv2dScratch {
-    int64_t forward, input_gradient, weight_gradient;
-};
-
 // The limit on above + splits.
 inline constexpr int kMaskedConv2dMaxTaps = 128;
 
 }  // namespace fastgen
 
 // weight and its gradient are contiguous [Cout, Cin, kh, kw]; output and grad_input are dense [N, H, W, C]; bias and
-// grad_bias may be null.
+// grad_bias may be null. The scratch sizes count elements of T.
 #define FASTGEN_DECLARE_MASKED_CONV2D_OF(T)                                                                          \
-    MaskedConv2dScratch masked_conv2d_scratch(const MaskedConv2d& conv, const T*);                                   \
+    int64_t masked_conv2d_forward_scratch(const MaskedConv2d& conv, const T*);                                       \
+    int64_t masked_conv2d_input_gradient_scratch(const MaskedConv2d& conv, const T*);                                \
+    int64_t masked_conv2d_weight_gradient_scratch(const MaskedConv2d& conv, const T*);                               \
     void masked_conv2d_forward(const MaskedConv2d& conv, const Image<T>& input, const T* weight, const T* bias,      \
                                T* output, T* scratch);                                                               \
     void masked_conv2d_input_gradient(const MaskedConv2d& conv, const Image<T>& grad_output, const T* weight,        \
