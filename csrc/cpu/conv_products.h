@@ -1,4 +1,4 @@
-// What the convolutions of tap_conv.cpp and overlap_add.h share: products of either kind of elements, and vectors of them.
+// What the convolutions of phase_conv.h and overlap_add.h share: products of either kind of elements, and vectors of them.
 #pragma once
 
 #include "bfloat16.h"

@@ -1,4 +1,4 @@
-// Convolutions and transposed convolutions on the tap-GEMM, see phase_plan.h and tap_conv.cpp:
+// Convolutions and transposed convolutions, by one of three kernels (phase_conv.h, overlap_add.h, depthwise_conv.h):
 //
 //     output[n, o, y, x] = activation( scale[o] * z + shift[o] ),    z = sum over taps, channels of  input * weight
 #pragma once
