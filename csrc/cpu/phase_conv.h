@@ -13,6 +13,7 @@
 #include "phase_conv_winograd.h"
 
 namespace fastgen::FASTGEN_ISA {
+namespace {
 
 template <class E>
 struct PhaseConv {
@@ -85,4 +86,5 @@ struct PhaseConv {
     }
 };
 
+}  // namespace
 }  // namespace fastgen::FASTGEN_ISA

@@ -7,12 +7,13 @@
 #include "phase_conv_packing.h"
 
 namespace fastgen::FASTGEN_ISA {
+namespace {
 
-inline constexpr int64_t kTileRows = 56;   // of a product: four times the tallest tile in registers
-inline constexpr int64_t kTallPanels = 4;  // panels of a product of many rows: the tile stays in the first-level cache
-inline constexpr int64_t kFlatPanels = 8;  // of a product of few rows, which wants wide tiles
-inline constexpr int64_t kFlatRows = 14;   // up to which a product is flat
-inline constexpr int64_t kWeightBytes = 256 << 10;  // of panels at work together, where rows are few
+constexpr int64_t kTileRows = 56;   // of a product: four times the tallest tile in registers
+constexpr int64_t kTallPanels = 4;  // panels of a product of many rows: the tile stays in the first-level cache
+constexpr int64_t kFlatPanels = 8;  // of a product of few rows, which wants wide tiles
+constexpr int64_t kFlatRows = 14;   // up to which a product is flat
+constexpr int64_t kWeightBytes = 256 << 10;  // of panels at work together, where rows are few
 
 struct Cell {
     int64_t n, y, x;
@@ -240,4 +241,5 @@ struct PhasePair {
     }
 };
 
+}  // namespace
 }  // namespace fastgen::FASTGEN_ISA

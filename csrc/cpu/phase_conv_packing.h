@@ -9,6 +9,7 @@
 #include "minimal_filter.h"
 
 namespace fastgen::FASTGEN_ISA {
+namespace {
 
 template <class E>
 struct PhaseWeights {
@@ -185,4 +186,5 @@ struct PhaseWeights {
     }
 };
 
+}  // namespace
 }  // namespace fastgen::FASTGEN_ISA

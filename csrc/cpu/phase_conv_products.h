@@ -9,6 +9,7 @@
 #include "phase_conv_items.h"
 
 namespace fastgen::FASTGEN_ISA {
+namespace {
 
 template <class E>
 struct PhaseProducts : PhasePair<E> {
@@ -250,4 +251,5 @@ struct PhaseProducts : PhasePair<E> {
     }
 };
 
+}  // namespace
 }  // namespace fastgen::FASTGEN_ISA

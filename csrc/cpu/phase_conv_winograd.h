@@ -6,6 +6,7 @@
 #include "phase_conv_items.h"
 
 namespace fastgen::FASTGEN_ISA {
+namespace {
 
 template <class E>
 struct PhaseWinograd : PhasePair<E> {
@@ -92,24 +93,26 @@ struct PhaseWinograd : PhasePair<E> {
         const AxisPlan &py = plan().y, &px = plan().x;
         // Lines that only outputs outside the band would read need not be there.
         const int64_t end = min_of(py.in_size, (tiles.y.last() - 1) * py.in_step + sy.offsets[sy.taps - 1] + 1);
-        for_tiles(tiles, Kind, first, last, [&](int64_t row, int64_t n, int64_t y, int64_t x) {
-            E* to = item.gathered() + row * tile_stride<E>(item.work.weights.depth());
-            for (int64_t f = 0; f < interleaved_filters(plan()); ++f, to += channels) {
-                const E* from[height][width];
-                for (int i = 0; i < height; ++i) {
-                    const int64_t at_y = (y + i) * py.in_step + sy.offsets[f / px.in_step];
-                    for (int j = 0; j < width; ++j) {
-                        const int64_t at_x = (x + j) * px.in_step + sx.offsets[f % px.in_step];
-                        const bool inside = at_y >= 0 && at_y < end && at_x >= 0 && at_x < px.in_size;
-                        from[i][j] = inside ? source(n, at_y, at_x) : item.work.zeros();
-                    }
-                }
-                int64_t c = 0;
-                for (; c + kLanes<T> <= channels; c += kLanes<T>)
-                    transform_tile<Kind>(from, c, kLanes<T>, to + c, point);
-                if (c < channels) transform_tile<Kind>(from, c, static_cast<int>(channels - c), to + c, point);
-            }
-        });
+        for_tiles(tiles, Kind, first, last,
+                  [&](int64_t row, int64_t n, int64_t y, int64_t x) __attribute__((always_inline)) {
+                      E* to = item.gathered() + row * tile_stride<E>(item.work.weights.depth());
+                      for (int64_t f = 0; f < interleaved_filters(plan()); ++f, to += channels) {
+                          const E* from[height][width];
+                          for (int i = 0; i < height; ++i) {
+                              const int64_t at_y = (y + i) * py.in_step + sy.offsets[f / px.in_step];
+                              for (int j = 0; j < width; ++j) {
+                                  const int64_t at_x = (x + j) * px.in_step + sx.offsets[f % px.in_step];
+                                  const bool inside = at_y >= 0 && at_y < end && at_x >= 0 && at_x < px.in_size;
+                                  from[i][j] = inside ? source(n, at_y, at_x) : item.work.zeros();
+                              }
+                          }
+                          int64_t c = 0;
+                          for (; c + kLanes<T> <= channels; c += kLanes<T>)
+                              transform_tile<Kind>(from, c, kLanes<T>, to + c, point);
+                          if (c < channels)
+                              transform_tile<Kind>(from, c, static_cast<int>(channels - c), to + c, point);
+                      }
+                  });
     }
 
     template <int Kind, int Height, int Width>
@@ -197,37 +200,39 @@ struct PhaseWinograd : PhasePair<E> {
         const Vec<T> quarter = broadcast(T(0.25));  // of twice the outputs along either axis
         const int64_t line = plan().x.out_size * work.all_out() * plan().y.out_step;
         const int64_t step = work.all_out() * plan().x.out_step;
-        for_tiles(tiles, Kind, first, last, [&](int64_t row, int64_t n, int64_t y, int64_t x) {
-            const T* from = item.tile() + row * tile_stride<T>(block);
-            E* to = output_of({n, y, x}) + column;
-            const int64_t rows = min_of(height, tiles.y.last() - y), steps = min_of(width, tiles.x.last() - x);
-            for (int64_t j = 0; j < columns; j += kLanes<T>) {
-                Vec<T> m[kPoints][kPoints];
+        for_tiles(
+            tiles, Kind, first, last, [&](int64_t row, int64_t n, int64_t y, int64_t x) __attribute__((always_inline)) {
+                const T* from = item.tile() + row * tile_stride<T>(block);
+                E* to = output_of({n, y, x}) + column;
+                const int64_t rows = min_of(height, tiles.y.last() - y), steps = min_of(width, tiles.x.last() - x);
+                for (int64_t j = 0; j < columns; j += kLanes<T>) {
+                    Vec<T> m[kPoints][kPoints];
 #pragma GCC unroll 4
-                for (int i = 0; i < kPoints; ++i) {
-                    if (!kFullY[Kind] && i == kExtraPoint) continue;
+                    for (int i = 0; i < kPoints; ++i) {
+                        if (!kFullY[Kind] && i == kExtraPoint) continue;
 #pragma GCC unroll 4
-                    for (int k = 0; k < kPoints; ++k) {
-                        if (kFullX[Kind] || k != kExtraPoint) m[i][k] = load(from + (i * kPoints + k) * point + j);
+                        for (int k = 0; k < kPoints; ++k) {
+                            if (kFullX[Kind] || k != kExtraPoint) m[i][k] = load(from + (i * kPoints + k) * point + j);
+                        }
+                        outputs_of_points<kFullX[Kind], Taps>(m[i], 1, two);
                     }
-                    outputs_of_points<kFullX[Kind], Taps>(m[i], 1, two);
-                }
-                const Vec<T> factor = load(scale + j) * quarter, offset = load(shift + j);
-                const int lanes = static_cast<int>(min_of(kLanes<T>, columns - j));
+                    const Vec<T> factor = load(scale + j) * quarter, offset = load(shift + j);
+                    const int lanes = static_cast<int>(min_of(kLanes<T>, columns - j));
 #pragma GCC unroll 4
-                for (int k = 0; k < width; ++k) {
-                    outputs_of_points<kFullY[Kind], Taps>(&m[0][k], kPoints, two);
+                    for (int k = 0; k < width; ++k) {
+                        outputs_of_points<kFullY[Kind], Taps>(&m[0][k], kPoints, two);
 #pragma GCC unroll 4
-                    for (int i = 0; i < height; ++i) {
-                        if (i >= rows || k >= steps) continue;
-                        const Vec<T> value = activate<A>(fma(m[i][k], factor, offset), parameter);
-                        E* p = to + i * line + k * step + j;
-                        store_lanes(p, value, lanes);
+                        for (int i = 0; i < height; ++i) {
+                            if (i >= rows || k >= steps) continue;
+                            const Vec<T> value = activate<A>(fma(m[i][k], factor, offset), parameter);
+                            E* p = to + i * line + k * step + j;
+                            store_lanes(p, value, lanes);
+                        }
                     }
                 }
-            }
-        });
+            });
     }
 };
 
+}  // namespace
 }  // namespace fastgen::FASTGEN_ISA

@@ -5,6 +5,7 @@
 #include "plan_thread.h"
 
 namespace fastgen::FASTGEN_ISA {
+namespace {
 
 struct PlanPlace {
     int64_t column, sample;
@@ -69,4 +70,5 @@ inline void attend(const PlanThread& thread, const PlanTile& tile, const PlanAtt
     }
 }
 
+}  // namespace
 }  // namespace fastgen::FASTGEN_ISA

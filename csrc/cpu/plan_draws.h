@@ -7,6 +7,7 @@
 #include "vec_math.h"
 
 namespace fastgen::FASTGEN_ISA {
+namespace {
 
 // The smallest level whose cumulative probability is at least u.
 inline int64_t invert(const PlanThread& thread, const float* params, int64_t count, float u) {
@@ -95,4 +96,5 @@ inline void draw(const PlanThread& thread, const PlanDraw& source, int64_t x) {
     }
 }
 
+}  // namespace
 }  // namespace fastgen::FASTGEN_ISA

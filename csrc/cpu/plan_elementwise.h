@@ -5,6 +5,7 @@
 #include "vec_math.h"
 
 namespace fastgen::FASTGEN_ISA {
+namespace {
 
 FASTGEN_INLINE Vec<float> each_lane(Vec<float> x, float (*f)(float)) {
     for (int i = 0; i < kLanes<float>; ++i) x[i] = f(x[i]);
@@ -111,4 +112,5 @@ inline void write(const PlanValue& value, float* result, int64_t pitch, int64_t 
     }
 }
 
+}  // namespace
 }  // namespace fastgen::FASTGEN_ISA

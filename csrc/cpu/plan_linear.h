@@ -4,6 +4,7 @@
 #include "plan_thread.h"
 
 namespace fastgen::FASTGEN_ISA {
+namespace {
 
 inline PlanValue bias_of(const PlanThread& thread, const PlanTile& tile) {
     if (tile.step.bias < 0 || tile.step.equal) return {};
@@ -70,4 +71,5 @@ inline void multiply(const PlanThread& thread, const PlanTile& tile, float* to, 
     }
 }
 
+}  // namespace
 }  // namespace fastgen::FASTGEN_ISA

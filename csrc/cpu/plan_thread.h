@@ -7,6 +7,7 @@
 #include "tap_gemm.h"
 
 namespace fastgen::FASTGEN_ISA {
+namespace {
 
 constexpr int64_t kPanelColumns = kPlanPanel;
 static_assert(kPanelColumns == kPanel<float>);
@@ -124,4 +125,5 @@ struct PlanThread {
     int64_t y = 0;            // the image row
 };
 
+}  // namespace
 }  // namespace fastgen::FASTGEN_ISA

@@ -5,6 +5,7 @@
 #include "plan_linear.h"
 
 namespace fastgen::FASTGEN_ISA {
+namespace {
 
 // The data of a product: column a of the row plus (1) or minus (-1) column b, or (0) column a alone.
 struct ColumnSum {
@@ -106,4 +107,5 @@ private:
     float* starts_[2] = {thread_.shared, thread_.shared};
 };
 
+}  // namespace
 }  // namespace fastgen::FASTGEN_ISA
