@@ -5,6 +5,7 @@
 #include <array>
 #include <stdexcept>
 
+#include "conv_tensors.h"
 #include "cpu/isa.h"
 #include "cpu/masked_conv2d.h"
 #include "large_pages.h"
@@ -36,13 +37,6 @@ const Kernels<T>& kernels() {
 #undef FASTGEN_KERNELS
     };
     return table[active_isa()];
-}
-
-using Strides = std::array<int64_t, 4>;
-
-template <class T>
-Image<T> image(uintptr_t data, const Strides& strides) {
-    return {reinterpret_cast<const T*>(data), strides[0], strides[1], strides[2], strides[3]};
 }
 
 MaskedConv2d checked(const MaskedConv2d& conv) {

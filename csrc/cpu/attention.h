@@ -38,11 +38,7 @@ FASTGEN_INLINE void for_runs(const Positions& positions, int64_t begin, int64_t 
 
 template <int kOdd, int... kIndex>
 FASTGEN_INLINE Vec<float> every_second(Vec<float> a, Vec<float> b, std::integer_sequence<int, kIndex...>) {
-#if defined(__clang__)
-    return __builtin_shufflevector(a, b, (2 * kIndex + kOdd)...);
-#else
-    return __builtin_shuffle(a, b, Vec<int32_t>{(2 * kIndex + kOdd)...});
-#endif
+    return shuffle<(2 * kIndex + kOdd)...>(a, b);
 }
 
 // Lane i is the sum of the lanes of v[i]; v is overwritten.

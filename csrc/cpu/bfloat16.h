@@ -17,6 +17,9 @@ FASTGEN_INLINE float to_float(BFloat16 x) {
     return value;
 }
 
+FASTGEN_INLINE double to_double(double x) { return x; }
+FASTGEN_INLINE double to_double(BFloat16 x) { return to_float(x); }
+
 FASTGEN_INLINE Vec<float> load(const BFloat16* p) {
 #if defined(__AVX2__) && !defined(__AVX512F__)  // GCC 12 widens the halves of the vector apart
     const __m256i words = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
@@ -56,6 +59,17 @@ FASTGEN_INLINE void store_n(BFloat16* p, Vec<float> x, int n) {
 #else
     for (int i = 0; i < n; ++i) p[i].bits = halves[i];
 #endif
+}
+
+FASTGEN_INLINE Vec<float> load_some(const BFloat16* p, int64_t n) {
+    return n == kLanes<float> ? load(p) : load_n(p, static_cast<int>(n));
+}
+
+FASTGEN_INLINE void store_some(BFloat16* p, Vec<float> x, int64_t n) {
+    if (n == kLanes<float>)
+        store(p, x);
+    else
+        store_n(p, x, static_cast<int>(n));
 }
 
 FASTGEN_INLINE BFloat16 round_to_bfloat16(double x) {

@@ -21,11 +21,6 @@
 namespace fastgen::FASTGEN_ISA {
 namespace {
 
-template <class T>
-FASTGEN_INLINE int lanes_below(int64_t count) {
-    return static_cast<int>(min_of(max_of(count, 0), kLanes<T>));
-}
-
 constexpr int64_t kShortestRow = 64;
 constexpr int64_t kRowsInT = 16;     // summed before they are added in double
 constexpr int64_t kMaxChunks = 64;   // partial sums
@@ -138,26 +133,13 @@ void spread_vectors(const Rows<T>& rows) {
     rows.spread(kInverseStd, rows.pass.inverse_std, T(1));
 }
 
-template <class T>
-FASTGEN_INLINE Vec<T> load_lanes(const T* p, int lanes) {
-    return lanes == kLanes<T> ? load(p) : load_n(p, lanes);
-}
-
-template <class T>
-FASTGEN_INLINE void store_lanes(T* p, Vec<T> x, int lanes) {
-    if (lanes == kLanes<T>)
-        store(p, x);
-    else
-        store_n(p, x, lanes);
-}
-
 // mean and var are vectors of the pass, [channels]; their sums are kept in the scratch, in double.
 template <class T>
 void statistics(const Rows<T>& rows, T* mean, T* var, double* sums) {
     const ChannelPass<T>& pass = rows.pass;
     rows.sum(
         [&](int64_t at, int64_t, int lanes, Vec<T>* out) __attribute__((always_inline)) {
-            out[0] = load_lanes(pass.conv + at, lanes);
+            out[0] = load_some(pass.conv + at, lanes);
             out[1] = Vec<T>{};
         },
         sums, nullptr);
@@ -168,7 +150,7 @@ void statistics(const Rows<T>& rows, T* mean, T* var, double* sums) {
     double* squares = sums + pass.channels;
     rows.sum(
         [&](int64_t at, int64_t j, int lanes, Vec<T>* out) __attribute__((always_inline)) {
-            out[0] = load_lanes(pass.conv + at, lanes) - load(means + j);
+            out[0] = load_some(pass.conv + at, lanes) - load(means + j);
             out[1] = out[0] * out[0];
         },
         sums, squares);
@@ -184,8 +166,8 @@ void forward(const Rows<T>& rows, T* output) {
     const T *scale = rows.vector(kScale), *shift = rows.vector(kShift);
     const Vec<T> parameter = broadcast(pass.parameter);
     rows.for_each([&](int64_t at, int64_t j, int lanes) __attribute__((always_inline)) {
-        const Vec<T> z = load_lanes(pass.conv + at, lanes);
-        store_lanes(output + at, activate<A>(fma(z, load(scale + j), load(shift + j)), parameter), lanes);
+        const Vec<T> z = load_some(pass.conv + at, lanes);
+        store_some(output + at, activate<A>(fma(z, load(scale + j), load(shift + j)), parameter), lanes);
     });
 }
 
@@ -197,9 +179,9 @@ void reductions(const Rows<T>& rows, double* first, double* second) {
     const Vec<T> parameter = broadcast(pass.parameter);
     rows.sum(
         [&](int64_t at, int64_t j, int lanes, Vec<T>* out) __attribute__((always_inline)) {
-            const Vec<T> z = load_lanes(pass.conv + at, lanes);
+            const Vec<T> z = load_some(pass.conv + at, lanes);
             const Vec<T> before = fma(z, load(scale + j), load(shift + j));
-            out[0] = load_lanes(pass.grad + at, lanes) * activation_gradient<A>(before, parameter);
+            out[0] = load_some(pass.grad + at, lanes) * activation_gradient<A>(before, parameter);
             out[1] = out[0] * ((z - load(mean + j)) * load(inverse_std + j));
         },
         first, second);
@@ -213,12 +195,12 @@ void backward(const Rows<T>& rows, T* result) {
     const T *grad_mean = rows.vector(kGradMean), *grad_normalised_mean = rows.vector(kGradNormalisedMean);
     const Vec<T> parameter = broadcast(pass.parameter);
     rows.for_each([&](int64_t at, int64_t j, int lanes) __attribute__((always_inline)) {
-        const Vec<T> z = load_lanes(pass.conv + at, lanes);
+        const Vec<T> z = load_some(pass.conv + at, lanes);
         const Vec<T> before = fma(z, load(scale + j), load(shift + j));
-        const Vec<T> g = load_lanes(pass.grad + at, lanes) * activation_gradient<A>(before, parameter);
+        const Vec<T> g = load_some(pass.grad + at, lanes) * activation_gradient<A>(before, parameter);
         const Vec<T> x = (z - load(mean + j)) * load(inverse_std + j);
         const Vec<T> centred = g - load(grad_mean + j) - x * load(grad_normalised_mean + j);
-        store_lanes(result + at, load(scale + j) * centred, lanes);
+        store_some(result + at, load(scale + j) * centred, lanes);
     });
 }
 

@@ -28,19 +28,6 @@ FASTGEN_INLINE int64_t odd_lines(int64_t elements) {
 }
 
 template <class E>
-FASTGEN_INLINE Vec<SumOf<E>> load_lanes(const E* p, int lanes) {
-    return lanes == kLanes<SumOf<E>> ? load(p) : load_n(p, lanes);
-}
-
-template <class E>
-FASTGEN_INLINE void store_lanes(E* p, Vec<SumOf<E>> x, int lanes) {
-    if (lanes == kLanes<SumOf<E>>)
-        store(p, x);
-    else
-        store_n(p, x, lanes);
-}
-
-template <class E>
 struct Products {
     using Term = Tap<E>;
 
@@ -55,7 +42,6 @@ struct Products {
     // Of the weights of a panel: input channel c, column j.
     static FASTGEN_INLINE int64_t weight_at(int64_t c, int64_t j) { return c * kPanel<E> + j; }
     static FASTGEN_INLINE E rounded(double x) { return static_cast<E>(x); }
-    static FASTGEN_INLINE double value(E x) { return x; }
 };
 
 template <>
@@ -72,7 +58,6 @@ struct Products<BFloat16> {
     }
     static FASTGEN_INLINE int64_t weight_at(int64_t c, int64_t j) { return (c / 2 * kPanel<float> + j) * 2 + c % 2; }
     static FASTGEN_INLINE E rounded(double x) { return round_to_bfloat16(x); }
-    static FASTGEN_INLINE double value(E x) { return to_float(x); }
 };
 
 }  // namespace fastgen::FASTGEN_ISA

@@ -182,15 +182,14 @@ struct Filtered {
     FASTGEN_INLINE AxisTiles axis(int i) const { return shape.tiles(i); }
     FASTGEN_INLINE int64_t filters() const { return shape.stride[0] * shape.stride[1]; }
 
-    // Tiles of the batch. By which axes they are full, in an order in which those with a point are neighbours.
-    static constexpr int kKinds = 4;
-    static FASTGEN_INLINE bool full(int axis, int kind) { return axis == 0 ? kind < 2 : kind == 1 || kind == 2; }
+    // Tiles of the batch.
     static FASTGEN_INLINE bool has_point(int64_t point, int kind) {
-        return (point / kPoints != kExtraPoint || full(0, kind)) && (point % kPoints != kExtraPoint || full(1, kind));
+        return (point / kPoints != kExtraPoint || is_full(0, kind)) &&
+               (point % kPoints != kExtraPoint || is_full(1, kind));
     }
-    FASTGEN_INLINE int64_t first_tile(int i, int kind) const { return full(i, kind) ? 0 : axis(i).full(); }
+    FASTGEN_INLINE int64_t first_tile(int i, int kind) const { return is_full(i, kind) ? 0 : axis(i).full(); }
     FASTGEN_INLINE int64_t tiles(int i, int kind) const {
-        return full(i, kind) ? axis(i).full() : axis(i).count() - axis(i).full();
+        return is_full(i, kind) ? axis(i).full() : axis(i).count() - axis(i).full();
     }
     FASTGEN_INLINE int64_t tiles(int kind) const { return shape.batch * tiles(0, kind) * tiles(1, kind); }
     FASTGEN_INLINE int64_t all_tiles() const { return shape.batch * axis(0).count() * axis(1).count(); }
@@ -213,7 +212,7 @@ struct Filtered {
     };
     Range with_point(int64_t point, int64_t first, int64_t last) const {
         int64_t begin = -1, end = 0, at = 0;
-        for (int kind = 0; kind < kKinds; at += tiles(kind++)) {
+        for (int kind = 0; kind < kTileKinds; at += tiles(kind++)) {
             if (!has_point(point, kind)) continue;
             if (begin < 0) begin = at;
             end = at + tiles(kind);
@@ -282,8 +281,8 @@ struct Filtered {
         T* const to = inputs(sizes) + index * sizes.tile_channels;
         const int64_t step = sizes.inputs_step;
         const Tile t = tile(part.first + index);
-        const int64_t outputs = kPoints + 1 - taps(), rows = full(0, t.kind) ? outputs : 2,
-                      cols = full(1, t.kind) ? outputs : 2;
+        const int64_t outputs = kPoints + 1 - taps(), rows = is_full(0, t.kind) ? outputs : 2,
+                      cols = is_full(1, t.kind) ? outputs : 2;
         const Window window(input, t.n, shape.in_size, t.y, t.x, 1, 1, rows, cols);
         for (int64_t c = 0; c < shape.in_channels; c += kLanes<T>) {
             const int64_t count = min_of(kLanes<T>, shape.in_channels - c);
@@ -305,7 +304,7 @@ struct Filtered {
         const int64_t ky = filter / shape.stride[1], kx = filter % shape.stride[1];
         const Window window(grad, t.n, shape.out_size, t.y * shape.stride[0] - shape.padding[0] + ky,
                             t.x * shape.stride[1] - shape.padding[1] + kx, shape.stride[0], shape.stride[1],
-                            kPoints - !full(0, t.kind), kPoints - !full(1, t.kind));
+                            kPoints - !is_full(0, t.kind), kPoints - !is_full(1, t.kind));
         const auto run = [&](auto full_y, auto full_x) __attribute__((always_inline)) {
             constexpr bool kFullY = decltype(full_y)::value, kFullX = decltype(full_x)::value;
             for (int64_t c = 0; c < part.o1 - part.o0; c += kLanes<T>) {
@@ -321,9 +320,9 @@ struct Filtered {
                 for (int64_t p = 0; p < kAllPoints; ++p) store(lines + p * step, points[p]);
             }
         };
-        if (full(0, t.kind))
-            return full(1, t.kind) ? run(Bool<true>{}, Bool<true>{}) : run(Bool<true>{}, Bool<false>{});
-        full(1, t.kind) ? run(Bool<false>{}, Bool<true>{}) : run(Bool<false>{}, Bool<false>{});
+        if (is_full(0, t.kind))
+            return is_full(1, t.kind) ? run(Bool<true>{}, Bool<true>{}) : run(Bool<true>{}, Bool<false>{});
+        is_full(1, t.kind) ? run(Bool<false>{}, Bool<true>{}) : run(Bool<false>{}, Bool<false>{});
     }
 
     template <bool B>

@@ -20,9 +20,6 @@ namespace fastgen::FASTGEN_ISA {
 namespace {
 
 template <class T>
-using Bits = decltype(Vec<T>{} < Vec<T>{});
-
-template <class T>
 FASTGEN_INLINE Bits<T> sign_bit() {
     return (Bits<T>)broadcast(T(-0.0));
 }

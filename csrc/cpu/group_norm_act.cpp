@@ -32,9 +32,6 @@ constexpr int64_t kRowsInT = 32;            // summed before they are added in d
 constexpr int64_t kTileVecs = 4;            // of a row that are summed together
 constexpr int64_t kImageBytes = 256 << 10;  // an image that a processor's own cache keeps from pass 1 to pass 2
 
-FASTGEN_INLINE double to_double(double x) { return x; }
-FASTGEN_INLINE double to_double(BFloat16 x) { return to_float(x); }
-
 template <class E>
 struct Norm {
     using T = SumOf<E>;
@@ -168,7 +165,7 @@ struct Norm {
         const auto element = [&](int64_t r, int v) __attribute__((always_inline)) {
             const E* p = from + r * pitch + v * kLanes<T>;
             if constexpr (Vecs > 1) return load(p);
-            return load_lanes(p, lanes);
+            return load_some(p, lanes);
         };
         Vec<T> pivot[Vecs] = {};
         const int64_t few = min_of(rows, kPivotRows);

@@ -31,15 +31,13 @@ template <class T>
 struct Limits;
 template <>
 struct Limits<float> {
-    using Bits = int32_t;
-    static constexpr Bits sign = INT32_MIN;
+    static constexpr int32_t sign = INT32_MIN;
     static constexpr float far = 3.4028234e38f / 16;  // sums of six such numbers are finite
     static constexpr float narrow = 0x1p-25f;         // 1 - e^-2v is 2v to the last bit
 };
 template <>
 struct Limits<double> {
-    using Bits = int64_t;
-    static constexpr Bits sign = INT64_MIN;
+    static constexpr int64_t sign = INT64_MIN;
     static constexpr double far = 1.7976931348623157e308 / 16;
     static constexpr double narrow = 0x1p-54;
 };
@@ -48,18 +46,11 @@ struct Limits<double> {
 constexpr double kLargestNear = 60.0;
 
 template <class T>
-struct MaskOf {
-    typedef typename Limits<T>::Bits type __attribute__((vector_size(kVecBytes)));
-};
-template <class T>
-using Mask = typename MaskOf<T>::type;
-
-template <class T>
-FASTGEN_INLINE Mask<T> bits(Vec<T> x) {
-    return (Mask<T>)x;
+FASTGEN_INLINE Bits<T> bits(Vec<T> x) {
+    return (Bits<T>)x;
 }
 template <class T>
-FASTGEN_INLINE Vec<T> bits(Mask<T> x) {
+FASTGEN_INLINE Vec<T> bits(Bits<T> x) {
     return (Vec<T>)x;
 }
 
@@ -79,9 +70,9 @@ struct Constants {
 template <class T>
 struct Value {
     Vec<T> x;
-    Mask<T> inner;       // all bits, but none for the lowest and the highest level
-    Mask<T> inner_sign;  // of those, the sign bit alone
-    Mask<T> falling;     // the sign bit for the lowest level
+    Bits<T> inner;       // all bits, but none for the lowest and the highest level
+    Bits<T> inner_sign;  // of those, the sign bit alone
+    Bits<T> falling;     // the sign bit for the lowest level
 };
 
 template <class T>
@@ -98,7 +89,7 @@ FASTGEN_INLINE Mass<T> mass(const Constants<T>& constants, const Value<T>& value
     const Vec<T> v = max(broadcast(Limits<T>::narrow), constants.half * inverse);
     const Vec<T> shrink = bits<T>(value.inner & bits<T>(min(limit, max(zero, log_scale - constants.narrow_log_scale))));
     const Vec<T> centre = (value.x - mean) * inverse;
-    const Mask<T> sign = (bits<T>(centre) & value.inner_sign) | value.falling;
+    const Bits<T> sign = (bits<T>(centre) & value.inner_sign) | value.falling;
     const Vec<T> z = bits<T>(bits<T>(centre) ^ sign);
 
     Vec<T> lack;
@@ -240,24 +231,6 @@ FASTGEN_INLINE Vec<T> gather_levels(const Pixels<T, const uint8_t>& pixels, int 
     return __builtin_convertvector(__builtin_convertvector(levels, typename LevelsOf<T>::integers), Vec<T>);
 }
 
-#if defined(__has_builtin)
-#if __has_builtin(__builtin_shufflevector)
-#define FASTGEN_TRANSPOSE
-#endif
-#endif
-
-#ifdef FASTGEN_TRANSPOSE
-
-// The elements of the lower, or the upper, halves of a and b in turn.
-template <class T, int... i>
-FASTGEN_INLINE Vec<T> lower_halves(Vec<T> a, Vec<T> b, std::integer_sequence<int, i...>) {
-    return __builtin_shufflevector(a, b, (i / 2 + i % 2 * kLanes<T>)...);
-}
-template <class T, int... i>
-FASTGEN_INLINE Vec<T> upper_halves(Vec<T> a, Vec<T> b, std::integer_sequence<int, i...>) {
-    return __builtin_shufflevector(a, b, (i / 2 + i % 2 * kLanes<T> + kLanes<T> / 2)...);
-}
-
 // Rows to columns: interleaves the first half of the rows with the second, log2(kLanes) times.
 template <class T>
 FASTGEN_INLINE void transpose(Vec<T>* rows) {
@@ -313,8 +286,6 @@ void store_dense_pixels(const T* from, int64_t params, int count, T* const* to) 
     for (int i = 0; i < count; ++i) store_n(to[i] + p, rows[i], left);
 }
 
-#endif
-
 template <class T>
 void load_tile(const Pixels<T, const T>& from, int64_t params, T* to) {
     constexpr int lanes = kLanes<T>;
@@ -322,9 +293,7 @@ void load_tile(const Pixels<T, const T>& from, int64_t params, T* to) {
         for (int64_t p = 0; p < params; ++p) store(to + p * lanes, load(from.at[0] + p * from.stride));
         return;
     }
-#ifdef FASTGEN_TRANSPOSE
     if (from.stride == 1) return load_dense_pixels(from.at, params, to);
-#endif
     for (int64_t p = 0; p < params; ++p) {
         for (int i = 0; i < lanes; ++i) to[p * lanes + i] = from.at[i][p * from.stride];
     }
@@ -337,9 +306,7 @@ void store_tile(const T* from, int64_t params, int count, const Pixels<T, T>& to
         for (int64_t p = 0; p < params; ++p) store(to.at[0] + p * to.stride, load(from + p * lanes));
         return;
     }
-#ifdef FASTGEN_TRANSPOSE
     if (to.stride == 1) return store_dense_pixels(from, params, count, to.at);
-#endif
     for (int64_t p = 0; p < params; ++p) {
         for (int i = 0; i < count; ++i) to.at[i][p * to.stride] = from[p * lanes + i];
     }
@@ -368,7 +335,7 @@ struct Scratch {
 
 template <class T>
 FASTGEN_INLINE Value<T> value_of(const Constants<T>& constants, Vec<T> level) {
-    const Mask<T> bottom = level == Vec<T>{}, top = level == constants.top;
+    const Bits<T> bottom = level == Vec<T>{}, top = level == constants.top;
     const Vec<T> x = level * (constants.half + constants.half) - broadcast(T(1));
     return {x, ~(bottom | top), ~(bottom | top) & Limits<T>::sign, bottom & Limits<T>::sign};
 }

@@ -26,6 +26,11 @@
 
 namespace fastgen::FASTGEN_ISA {
 
+// Tiles in two dimensions are of four kinds, by the axes (y, x) along which they are full; in an order in which those that
+// have a point are neighbours.
+constexpr int kTileKinds = 4;
+constexpr bool is_full(int axis, int kind) { return axis == 0 ? kind < 2 : kind == 1 || kind == 2; }
+
 template <class V>
 FASTGEN_INLINE void filter_points(int64_t taps, const V* g, int64_t stride, V* out, int64_t out_stride) {
     const V first = g[0], last = g[(taps - 1) * stride];

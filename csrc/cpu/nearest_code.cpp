@@ -34,8 +34,6 @@ template <class T>
 constexpr int kWidth = kVecs * kLanes<T>;
 
 template <class T>
-using Bits = decltype(Vec<T>{} < Vec<T>{});
-template <class T>
 using Index = std::decay_t<decltype(Bits<T>{}[0])>;  // an integer of the size of T
 
 // The best scores of a panel's lanes so far, and the indices of their codes.

@@ -200,7 +200,7 @@ struct OverlapAdd {
         E* to = call.output + (n * plan.y.out_size + line) * line_size();
         for (int64_t i = 0; i < line_size(); i += kLanes<T>) {
             const Vec<T> value = activate<A>(fma(load(sums + i), load(scale + i), load(shift + i)), parameter);
-            store_lanes(to + i, value, static_cast<int>(min_of(kLanes<T>, line_size() - i)));
+            store_some(to + i, value, min_of(kLanes<T>, line_size() - i));
         }
     }
 };

@@ -130,7 +130,7 @@ struct PhaseWeights {
                 for (int64_t c = part.first; c < part.last; ++c) {
                     for (int64_t j = 0; j < kPanel<T>; ++j)
                         filters[t][(c - part.first) * kPanel<T> + j] =
-                            Products<E>::value(columns.at(j, c * part.weight.in_channel));
+                            to_double(columns.at(j, c * part.weight.in_channel));
                 }
             }
             for (int64_t c = part.first; c < part.last; ++c) {

@@ -16,15 +16,10 @@ struct PhaseWinograd : PhasePair<E> {
     using T = SumOf<E>;
     using Term = typename Products<E>::Term;
 
-    // Tiles in this order, because then those that have a point are neighbours.
-    static constexpr bool kFullY[] = {true, true, false, false};
-    static constexpr bool kFullX[] = {false, true, true, false};
-    static constexpr int kKinds = 4;
-
     struct Tiles {
         AxisTiles y, x;
-        Rectangle kinds[kKinds];  // in tiles
-        int64_t begin[kKinds + 1];
+        Rectangle kinds[kTileKinds];  // in tiles
+        int64_t begin[kTileKinds + 1];
 
         FASTGEN_INLINE int64_t kind_begin(int64_t kind, int64_t first, int64_t last) const {
             return max_of(first, min_of(last, begin[kind])) - first;
@@ -36,9 +31,9 @@ struct PhaseWinograd : PhasePair<E> {
         const int64_t taps = sy.taps / plan().y.in_step;
         Tiles result{{y0, max_of(0, y1 - y0), taps}, {first_cell(sx), last_cell(sx) - first_cell(sx), taps}, {}, {}};
         const AxisTiles &y = result.y, &x = result.x;
-        for (int kind = 0; kind < kKinds; ++kind) {
-            const Rectangle r{kFullY[kind] ? 0 : y.full(), kFullY[kind] ? y.full() : y.count(),
-                              kFullX[kind] ? 0 : x.full(), kFullX[kind] ? x.full() : x.count()};
+        for (int kind = 0; kind < kTileKinds; ++kind) {
+            const Rectangle r{is_full(0, kind) ? 0 : y.full(), is_full(0, kind) ? y.full() : y.count(),
+                              is_full(1, kind) ? 0 : x.full(), is_full(1, kind) ? x.full() : x.count()};
             result.kinds[kind] = r;
             result.begin[kind + 1] = result.begin[kind] + (item.n1 - item.n0) * (r.y1 - r.y0) * (r.x1 - r.x0);
         }
@@ -47,7 +42,7 @@ struct PhaseWinograd : PhasePair<E> {
 
     void run(int64_t panel_begin, int64_t panel_end) const {
         const Tiles tiles = this->tiles();
-        const int64_t rows = tiles.begin[kKinds], pieces = ceil_div(rows, item.work.most_tiles());
+        const int64_t rows = tiles.begin[kTileKinds], pieces = ceil_div(rows, item.work.most_tiles());
         for (int64_t piece = 0; piece < pieces; ++piece) {
             const int64_t first = rows * piece / pieces, last = rows * (piece + 1) / pieces;
             transform(tiles, first, last);
@@ -88,7 +83,8 @@ struct PhaseWinograd : PhasePair<E> {
 
     template <int Kind>
     void transform_kind(const Tiles& tiles, int64_t first, int64_t last) const {
-        constexpr int height = kFullY[Kind] ? kPoints : kPoints - 1, width = kFullX[Kind] ? kPoints : kPoints - 1;
+        constexpr int height = is_full(0, Kind) ? kPoints : kPoints - 1,
+                      width = is_full(1, Kind) ? kPoints : kPoints - 1;
         const int64_t channels = plan().in_channels, point = odd_lines<E>(item.work.weights.depth());
         const AxisPlan &py = plan().y, &px = plan().x;
         // Lines that only outputs outside the band would read need not be there.
@@ -122,16 +118,16 @@ struct PhaseWinograd : PhasePair<E> {
 #pragma GCC unroll 4
         for (int i = 0; i < Height; ++i) {
 #pragma GCC unroll 4
-            for (int j = 0; j < Width; ++j) d[i][j] = load_lanes(from[i][j] + c, lanes);
-            input_points<kFullX[Kind]>(d[i], 1);
+            for (int j = 0; j < Width; ++j) d[i][j] = load_some(from[i][j] + c, lanes);
+            input_points<is_full(1, Kind)>(d[i], 1);
         }
 #pragma GCC unroll 4
         for (int j = 0; j < kPoints; ++j) {
-            if (!kFullX[Kind] && j == kExtraPoint) continue;
-            input_points<kFullY[Kind]>(&d[0][j], kPoints);
+            if (!is_full(1, Kind) && j == kExtraPoint) continue;
+            input_points<is_full(0, Kind)>(&d[0][j], kPoints);
 #pragma GCC unroll 4
             for (int i = 0; i < kPoints; ++i) {
-                if (kFullY[Kind] || i != kExtraPoint) store_lanes(to + (i * kPoints + j) * point, d[i][j], lanes);
+                if (is_full(0, Kind) || i != kExtraPoint) store_some(to + (i * kPoints + j) * point, d[i][j], lanes);
             }
         }
     }
@@ -146,7 +142,7 @@ struct PhaseWinograd : PhasePair<E> {
         const auto with_point = [&](int p, const auto& body) __attribute__((always_inline)) {
             const bool extra_y = p / kPoints == kExtraPoint, extra_x = p % kPoints == kExtraPoint;
             const int64_t row0 = tiles.kind_begin(extra_x ? 1 : 0, first, last);
-            const int64_t row1 = tiles.kind_begin(extra_y ? 2 : extra_x ? 3 : kKinds, first, last);
+            const int64_t row1 = tiles.kind_begin(extra_y ? 2 : extra_x ? 3 : kTileKinds, first, last);
             body(item.gathered() + row0 * a_row + p * a_point, item.tile() + row0 * c_row + p * c_point, row1 - row0);
         };
         if (item.work.weights.packs_points(sy, sx)) {
@@ -191,7 +187,8 @@ struct PhaseWinograd : PhasePair<E> {
     template <Activation A, int Kind, int Taps>
     void transform_back_kind(const Tiles& tiles, int64_t first, int64_t last, int64_t panel_begin,
                              int64_t panel_end) const {
-        constexpr int height = kFullY[Kind] ? kPoints + 1 - Taps : 2, width = kFullX[Kind] ? kPoints + 1 - Taps : 2;
+        constexpr int height = is_full(0, Kind) ? kPoints + 1 - Taps : 2,
+                      width = is_full(1, Kind) ? kPoints + 1 - Taps : 2;
         const PhaseWork<E>& work = item.work;
         const int64_t column = panel_begin * kPanel<T>, block = (panel_end - panel_begin) * kPanel<T>;
         const int64_t columns = min_of(block, work.weights.columns() - column), point = odd_lines<T>(block);
@@ -209,24 +206,25 @@ struct PhaseWinograd : PhasePair<E> {
                     Vec<T> m[kPoints][kPoints];
 #pragma GCC unroll 4
                     for (int i = 0; i < kPoints; ++i) {
-                        if (!kFullY[Kind] && i == kExtraPoint) continue;
+                        if (!is_full(0, Kind) && i == kExtraPoint) continue;
 #pragma GCC unroll 4
                         for (int k = 0; k < kPoints; ++k) {
-                            if (kFullX[Kind] || k != kExtraPoint) m[i][k] = load(from + (i * kPoints + k) * point + j);
+                            if (is_full(1, Kind) || k != kExtraPoint)
+                                m[i][k] = load(from + (i * kPoints + k) * point + j);
                         }
-                        outputs_of_points<kFullX[Kind], Taps>(m[i], 1, two);
+                        outputs_of_points<is_full(1, Kind), Taps>(m[i], 1, two);
                     }
                     const Vec<T> factor = load(scale + j) * quarter, offset = load(shift + j);
                     const int lanes = static_cast<int>(min_of(kLanes<T>, columns - j));
 #pragma GCC unroll 4
                     for (int k = 0; k < width; ++k) {
-                        outputs_of_points<kFullY[Kind], Taps>(&m[0][k], kPoints, two);
+                        outputs_of_points<is_full(0, Kind), Taps>(&m[0][k], kPoints, two);
 #pragma GCC unroll 4
                         for (int i = 0; i < height; ++i) {
                             if (i >= rows || k >= steps) continue;
                             const Vec<T> value = activate<A>(fma(m[i][k], factor, offset), parameter);
                             E* p = to + i * line + k * step + j;
-                            store_lanes(p, value, lanes);
+                            store_some(p, value, lanes);
                         }
                     }
                 }

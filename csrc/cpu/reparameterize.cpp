@@ -42,18 +42,12 @@ FASTGEN_INLINE void for_each_vector(int64_t columns, Function function) {
     }
 }
 
-#if defined(__has_builtin)
-#if __has_builtin(__builtin_shufflevector)
-#define FASTGEN_FOLD
-#endif
-#endif
-
-// Adds the upper half of the lanes to the lower half, until one is left.
-#ifdef FASTGEN_FOLD
 template <int half, class T, int... i>
 FASTGEN_INLINE Vec<T> upper_half(Vec<T> v, std::integer_sequence<int, i...>) {
-    return __builtin_shufflevector(v, v, ((i + half) % kLanes<T>)...);
+    return shuffle<((i + half) % kLanes<T>)...>(v, v);
 }
+
+// Adds the upper half of the lanes to the lower half, until one is left.
 template <int half, class T>
 FASTGEN_INLINE T fold(Vec<T> v) {
     if constexpr (half == 0) {
@@ -62,15 +56,6 @@ FASTGEN_INLINE T fold(Vec<T> v) {
         return fold<half / 2, T>(v + upper_half<half, T>(v, std::make_integer_sequence<int, kLanes<T>>{}));
     }
 }
-#else
-template <int half, class T>
-FASTGEN_INLINE T fold(Vec<T> v) {
-    for (int left = half; left > 0; left /= 2) {
-        for (int i = 0; i < left; ++i) v[i] += v[i + left];
-    }
-    return v[0];
-}
-#endif
 
 template <class T>
 struct Sums {

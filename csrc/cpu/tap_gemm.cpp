@@ -107,11 +107,6 @@ FASTGEN_INLINE int64_t even_part(int64_t total, int64_t most) {
     return total > 0 ? ceil_div(total, ceil_div(total, most)) : 0;
 }
 
-template <class T>
-FASTGEN_INLINE int lanes_below(int64_t cols) {
-    return cols <= 0 ? 0 : cols >= kLanes<T> ? kLanes<T> : static_cast<int>(cols);
-}
-
 // Zeros to start from where there is no init.
 template <class T>
 alignas(64) constexpr T kZeros[kMaxPanels * kPanel<T>] = {};

@@ -4,18 +4,23 @@
 // lives in namespace fastgen::FASTGEN_ISA. Widths: AVX-512 64 bytes, AVX2 32 bytes, portable 16 bytes.
 //
 //   Vec<T>                       T is float, double or int32_t; + - * / < are the compiler's vector extensions
+//   Bits<T>                      the same of integers of the size of T: what comparisons give
 //   kLanes<T>                    elements in a vector
 //   load, store                  unaligned
 //   load_n, store_n              the first n elements (0 <= n <= kLanes); the others read as zero and stay untouched
+//   load_some, store_some        the same, faster where n is most often kLanes
+//   lanes_below<T>(n)            n within 0 and kLanes
 //   fma(a, b, c)                 a*b + c, rounded once where the processor has the instruction
 //   max, min                     of a and b; b when either is NaN, so max(zero, x) keeps a NaN in x
 //   where(mask, a, b)            mask is the result of a comparison
+//   shuffle<i, ...>(a, b)        elements i, ... of a and b, those of b counted on
 //
 // These sources are compiled without contraction, so a product is fused into a sum exactly where fma is written: the
 // same operations, and so the same bits, on AVX2 and AVX-512.
 #pragma once
 
 #include <cstdint>
+#include <utility>
 
 #if defined(__x86_64__)
 #pragma GCC diagnostic push
@@ -64,6 +69,9 @@ struct VecOf<int32_t> {
 
 template <class T>
 using Vec = typename VecOf<T>::type;
+
+template <class T>
+using Bits = decltype(Vec<T>{} < Vec<T>{});
 
 template <class T>
 inline constexpr int kLanes = kVecBytes / static_cast<int>(sizeof(T));
@@ -203,7 +211,11 @@ FASTGEN_INLINE Vec<double> min(Vec<double> a, Vec<double> b) { return a < b ? a 
 
 #endif
 
-// A whole vector, or the first lanes of one.
+template <class T>
+FASTGEN_INLINE int lanes_below(int64_t n) {
+    return n <= 0 ? 0 : n >= kLanes<T> ? kLanes<T> : static_cast<int>(n);
+}
+
 template <class T>
 FASTGEN_INLINE Vec<T> load_some(const T* from, int64_t count) {
     return count == kLanes<T> ? load(from) : load_n(from, static_cast<int>(count));
@@ -215,6 +227,26 @@ FASTGEN_INLINE void store_some(T* to, Vec<T> v, int64_t count) {
         store(to, v);
     else
         store_n(to, v, static_cast<int>(count));
+}
+
+template <int... index, class V>
+FASTGEN_INLINE V shuffle(V a, V b) {
+#if defined(__clang__)
+    return __builtin_shufflevector(a, b, index...);
+#else
+    using Index = decltype(a < b);
+    return __builtin_shuffle(a, b, Index{index...});
+#endif
+}
+
+// The elements of the lower, or the upper, halves of a and b in turn; i is every lane.
+template <class T, int... i>
+FASTGEN_INLINE Vec<T> lower_halves(Vec<T> a, Vec<T> b, std::integer_sequence<int, i...>) {
+    return shuffle<(i / 2 + i % 2 * kLanes<T>)...>(a, b);
+}
+template <class T, int... i>
+FASTGEN_INLINE Vec<T> upper_halves(Vec<T> a, Vec<T> b, std::integer_sequence<int, i...>) {
+    return shuffle<(i / 2 + i % 2 * kLanes<T> + kLanes<T> / 2)...>(a, b);
 }
 
 }  // namespace fastgen::FASTGEN_ISA

@@ -185,41 +185,21 @@ struct NormalStream {
     }
 };
 
-#if defined(__has_builtin)
-#if __has_builtin(__builtin_shufflevector)
-#define FASTGEN_INTERLEAVE
-#endif
-#endif
-
-#ifdef FASTGEN_INTERLEAVE
-
-template <int... i>
-FASTGEN_INLINE void interleave(Vec<float>& a, Vec<float>& b, std::integer_sequence<int, i...>) {
-    constexpr int lanes = kLanes<float>;
-    const Vec<float> lower = __builtin_shufflevector(a, b, (i / 2 + i % 2 * lanes)...);
-    b = __builtin_shufflevector(a, b, (i / 2 + i % 2 * lanes + lanes / 2)...);
+FASTGEN_INLINE void interleave(Vec<float>& a, Vec<float>& b) {
+    constexpr std::make_integer_sequence<int, kLanes<float>> each{};
+    const Vec<float> lower = lower_halves<float>(a, b, each);
+    b = upper_halves<float>(a, b, each);
     a = lower;
 }
 
 // Stores the elements of four vectors in turn.
 FASTGEN_INLINE void store_in_turn(Vec<float>* v, float* to) {
-    constexpr std::make_integer_sequence<int, kLanes<float>> each{};
-    interleave(v[0], v[2], each);
-    interleave(v[1], v[3], each);
-    interleave(v[0], v[1], each);
-    interleave(v[2], v[3], each);
+    interleave(v[0], v[2]);
+    interleave(v[1], v[3]);
+    interleave(v[0], v[1]);
+    interleave(v[2], v[3]);
     for (int i = 0; i < 4; ++i) store(to + i * kLanes<float>, v[i]);
 }
-
-#else
-
-FASTGEN_INLINE void store_in_turn(Vec<float>* v, float* to) {
-    for (int lane = 0; lane < kLanes<float>; ++lane) {
-        for (int i = 0; i < 4; ++i) to[4 * lane + i] = v[i][lane];
-    }
-}
-
-#endif
 
 // In two loops, of random bits and of numbers: in loops this short the processor works on several vectors at a time.
 FASTGEN_INLINE void normals(const PhiloxKeys& keys, const NormalGrid& grid, NormalStream stream, uint32_t draw,
