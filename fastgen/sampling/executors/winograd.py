@@ -11,7 +11,7 @@ and for r = 2,
     y0 = m1 + (d0 - d1) g0                 m1 = d1 (g0 + g1)
     y1 = m1 - (d1 - d2) g1
 
-Image rows come one after the other in time, so the vertical direction has nothing to gain.  csrc/cpu/plan_executor.cpp
+Image rows come one after the other in time, so the vertical direction has nothing to gain.  csrc/cpu/plan_winograd.h
 computes the products.
 """
 
