@@ -37,6 +37,7 @@ from fastgen.sampling import (  # noqa: F401  (some for their rules)
     planes,
     recurrent,
     rules,
+    score_rules,
     scores,
 )
 from fastgen.sampling.graph import (
