@@ -314,16 +314,16 @@ def _locate_positions(plane, pitch, channel, s, sample, batch, VECTOR: tl.conste
 
 @triton.jit(
     do_not_specialize=[
-        "scale", "lag", "stride", "frame", "operand", "query", "keys", "key_pitch", "key_channel", "values",
+        "scale", "cap", "lag", "stride", "frame", "operand", "query", "keys", "key_pitch", "key_channel", "values",
         "value_pitch", "value_channel", "of_head", "of_position", "column", "every", "columns", "batch",
     ]
 )  # fmt: skip
 def attend(
-    workspace, where, fields, constants, spans, bias, state, scale, lag, stride, frame, operand, query, keys, key_pitch,
-    key_channel, values, value_pitch, value_channel, of_head, of_position, column, every, columns, batch,
-    PROGRAM: tl.constexpr, STORES: tl.constexpr, VECTOR: tl.constexpr, SPACING: tl.constexpr, BIASED: tl.constexpr,
-    DEPTH: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr, CHANNELS: tl.constexpr, COLUMNS: tl.constexpr,
-    STAGES: tl.constexpr,
+    workspace, where, fields, constants, spans, bias, state, scale, cap, lag, stride, frame, operand, query, keys,
+    key_pitch, key_channel, values, value_pitch, value_channel, of_head, of_position, column, every, columns, batch,
+    PROGRAM: tl.constexpr, STORES: tl.constexpr, VECTOR: tl.constexpr, SPACING: tl.constexpr, CAPPED: tl.constexpr,
+    BIASED: tl.constexpr, DEPTH: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr, CHANNELS: tl.constexpr,
+    COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """A step with attention (`fastgen.sampling.plan.Attention`): one of its rows, and up to COLUMNS channels of a head.
 
@@ -363,6 +363,8 @@ def attend(
             key = tl.load(workspace + of_key[:, None] + (head * DEPTH + i * CHANNELS + d)[None, :], known, 0.0)
             score += tl.sum(queries[i] * key, 1)
         score *= scale
+        if CAPPED:
+            score = tanh(tl.div_rn(score, cap)) * cap
         if BIASED:
             score += tl.load(bias + s, exists, 0.0)
         score = tl.where(exists, score, -float("inf"))

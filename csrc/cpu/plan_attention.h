@@ -52,12 +52,12 @@ inline void attend(const PlanThread& thread, const PlanTile& tile, const PlanAtt
             const int heads = static_cast<int>(div_up(end, of.width) - head);
             const int64_t bias_stride = of.biases > 1 ? positions * num_keys : 0;
             const float* bias = nullptr;
-            if (of.biases > 0) bias = floats + 1 + head * bias_stride + position * num_keys + span[0];
+            if (of.biases > 0) bias = floats + 2 + head * bias_stride + position * num_keys + span[0];
             Positions keys_here = all_keys, values_here = all_values;
             keys_here.first += head * of.depth;
             values_here.first += c;
             attention_scores(query.p + r * query.row_stride + head * of.depth, heads, of.depth, keys_here, span[0],
-                             span[1], floats[0], bias, bias_stride, thread.scores, pitch);
+                             span[1], floats[0], floats[1], bias, bias_stride, thread.scores, pitch);
             for (int h = 0; h < heads; ++h) {
                 factors[h] = attention_weights(thread.scores + h * pitch, span[1] - span[0]);
             }

@@ -47,11 +47,8 @@ def _attend(tracer: Tracer, known: Scores, values: Tensor) -> Tensor:
     if blocks.shape[1] == 1:
         return _attend_all(tracer, known, values)
     query, keys, values = (t[:, blocks].flatten(2, 3) for t in (known.query, known.keys, values))
-    gain, bias, weight = (
-        _block_diagonal(v, blocks, known.shape[1:], outside)
-        for v, outside in ((known.gain, 1), (known.bias, -torch.inf), (known.weight, 1))
-    )
-    all_blocks = replace(known, query=query, keys=keys, gain=gain, bias=bias, weight=weight)
+    all_blocks = known.each(lambda v, outside: _block_diagonal(v, blocks, known.shape[1:], outside))
+    all_blocks = replace(all_blocks, query=query, keys=keys)
     result = torch.empty(*known.query.shape[:3], values.shape[3], dtype=torch.int64)
     result[:, blocks] = _attend_all(tracer, all_blocks, values).unflatten(2, (blocks.shape[1], -1))
     return result
@@ -100,6 +97,7 @@ def _attend_all(tracer: Tracer, known: Scores, values: Tensor) -> Tensor:
         query.shape[3],
         heads=heads,
         scale=seen.scale,
+        cap=seen.cap,
         query=_plane(tracer, _times(tracer, query, seen.of_queries)),
         keys=_plane(tracer, _times(tracer, keys, seen.of_keys)),
         values=_plane(tracer, values),
@@ -187,13 +185,14 @@ def _outside(graph: Graph, ref: Ref, frame: Node, known: dict[int, np.ndarray]) 
 
 @dataclass(eq=False)
 class _Seen:
-    """What an `Attention` node has of scores: scale, spans and bias; what queries, keys and its result are multiplied
-    by, [heads or 1, positions] or None.
+    """What an `Attention` node has of scores: scale, cap, spans and bias; what queries, keys and its result are
+    multiplied by, [heads or 1, positions] or None.
     """
 
     scale: float
     spans: Tensor
     bias: Tensor | None
+    cap: float = 0.0
     of_queries: Tensor | None = None
     of_keys: Tensor | None = None
     factor: Tensor | None = None
@@ -204,9 +203,9 @@ def _seen(known: Scores, rows: Tensor, columns: Tensor) -> _Seen:
     nobody asks for.
     """
     _, queries, keys = known.shape
-    gain, bias, weight = torch.broadcast_tensors(known.gain, known.bias, known.weight)
-    size = (len(gain), queries, keys)
-    gain, bias, weight = (v.expand(size)[:, rows][:, :, columns] for v in (gain, bias, weight))
+    heads = max(len(v) for v in (known.gain, known.bias, known.weight, *(known.capped or ())))
+    known = known.each(lambda v, outside: v.expand(heads, queries, keys)[:, rows][:, :, columns])
+    gain, bias, weight = known.gain, known.bias, known.weight
     keys = len(columns)
     seen = (bias > MASKED) & (weight != 0).any(2, keepdim=True) & (rows >= 0)[:, None] & (columns >= 0)
     if known.softmax == "plain":
@@ -227,6 +226,8 @@ def _seen(known: Scores, rows: Tensor, columns: Tensor) -> _Seen:
     simple = torch.equal(seen, inside.expand(seen.shape)) and not bias[seen].any()
     result = _Seen(1.0, spans, None if simple else bias.float().contiguous())
     result.factor = None if (factor == 1).all() else factor
+    if known.capped is not None:
+        result.cap, gain = _cap(gain[seen], *known.capped, seen)
     scales = gain[seen]
     if (scales == scales[:1]).all():
         result.scale = float(scales[0]) if len(scales) else 1.0
@@ -235,7 +236,21 @@ def _seen(known: Scores, rows: Tensor, columns: Tensor) -> _Seen:
     result.of_keys = _alike(gain, seen, 1) if result.of_queries is None else None
     if result.of_queries is None and result.of_keys is None:
         raise LayoutError("of products of queries and keys times what differs between both")
+    if known.lowered and result.of_queries is None:
+        raise LayoutError("of products of queries and keys less their maximum, times what differs between keys")
     return result
+
+
+def _cap(caps: Tensor, gain: Tensor, bias: Tensor, seen: Tensor) -> tuple[float, Tensor]:
+    """Of scores cap * tanh(gain * query . key + bias), the cap, and what query . key is multiplied by where it is
+    written as cap * tanh(product / cap).
+    """
+    if (caps != caps[:1]).any():
+        raise LayoutError("of capped products of queries and keys times what differs between them")
+    if bias[seen].any():
+        raise LayoutError("of products of queries and keys that had a bias or a mask before they were capped")
+    cap = float(caps[0]) if len(caps) else 0.0
+    return abs(cap), gain * cap
 
 
 def _alike(value: Tensor, seen: Tensor, dim: int) -> Tensor | None:

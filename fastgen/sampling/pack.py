@@ -217,7 +217,7 @@ class _Packer:
     def _attention(self, node: Attention) -> Attend:
         query, keys, values = (Read(self.index[int(r.plane[0])], 0, 0, int(r.channel[0])) for r in node.sources())
         depth, width = len(node.query.plane) // node.heads, node.channels // node.heads
-        return Attend(node.heads, depth, width, node.scale, query, keys, values, node.spans, node.bias)
+        return Attend(node.heads, depth, width, node.scale, query, keys, values, node.spans, node.bias, node.cap)
 
     def _finished(self, ref: Ref, step: Step) -> np.ndarray:
         """Which channels of a tap's source are finished when the row of a pixel step begins."""

@@ -122,10 +122,11 @@ class Store:
 class Attention:
     """A step's sum over keys, in place of a product: with p the step's position in raster order,
 
-        score[h, s] = scale * query[p, h] . keys[s, h] + bias[h, p, s]
+        score[h, s] = capped(scale * query[p, h] . keys[s, h]) + bias[h, p, s]
         acc[0, h * width + c] = sum over s of softmax_s(score[h, s]) * values[s, h, c]
 
-    over the keys spans[p, 0] <= s < spans[p, 1]; zero where none is seen. Query, keys and values are read in place, the
+    over the keys spans[p, 0] <= s < spans[p, 1]; zero where none is seen. capped(x) is x where the cap is 0, else
+    cap * tanh(x / cap). Query, keys and values are read in place, the
     query `heads * depth` channels at the step's position, keys as many and values `heads * width` at position s of
     their planes, in raster order. These two planes have one size, and keep all their rows.
 
@@ -141,6 +142,7 @@ class Attention:
     values: Read
     spans: Tensor
     bias: Tensor | None
+    cap: float = 0.0
 
     def reads(self) -> list[tuple[Read, int]]:
         """What it reads, with the number of channels."""

@@ -77,7 +77,7 @@ def _scale(tracer: Tracer, func: Any, named: dict[str, Any]) -> Tensor:
 def _add(tracer: Tracer, func: Any, named: dict[str, Any]) -> Tensor:
     lowered = _reduced(tracer, named, "maximum") if "aten::sub" in func._schema.name else None
     if lowered is not None and not lowered.softmax:  # softmax is the same
-        return _result(tracer, func, named["self"], lowered)
+        return _result(tracer, func, named["self"], replace(lowered, lowered=True))
     scores, known, value, first = _operands(tracer, named)
     name = func._schema.name.removeprefix("aten::").removesuffix("_")
     own, others = {"add": (1, 1), "sub": (1, -1), "rsub": (-1, 1)}[name]
@@ -138,9 +138,8 @@ def _softmax(tracer: Tracer, func: Any, named: dict[str, Any]) -> Tensor:
     if known.softmax or dim not in axes[-2:]:
         raise LayoutError("over anything but the keys")
     if dim != axes[-1]:  # so the first factor were the keys
-        gain, bias, weight = (v.transpose(1, 2) for v in (known.gain, known.bias, known.weight))
-        known = replace(known, query=known.keys, keys=known.query, gain=gain, bias=bias, weight=weight)
-        known = replace(known, swapped=not known.swapped)
+        known = known.each(lambda v, outside: v.transpose(1, 2))
+        known = replace(known, query=known.keys, keys=known.query, swapped=not known.swapped)
     known = replace(known, softmax="safe" if "safe" in func._schema.name else "plain")
     dtype = torch.float32 if named.get("half_to_float") else None
     return _result(tracer, func, scores, known, dtype)
@@ -166,6 +165,18 @@ def _negative(tracer: Tracer, func: Any, named: dict[str, Any]) -> Tensor:
     else:
         known = replace(known, gain=-known.gain, bias=-known.bias)
     return _result(tracer, func, scores, known)
+
+
+@rule("tanh")
+def _cap(tracer: Tracer, func: Any, named: dict[str, Any]) -> Tensor:
+    """Of scores that softmax follows, times what they are capped at: Bello et al. 2017, "Neural Combinatorial
+    Optimization with Reinforcement Learning", appendix A.1.
+    """
+    scores, known = named["self"], known_of(tracer, named["self"])
+    if known.softmax or known.capped is not None or known.lowered:
+        raise LayoutError("of products of queries and keys that were capped, lowered or made probabilities before")
+    one = torch.ones(1, 1, 1, dtype=torch.float64)
+    return _result(tracer, func, scores, replace(known, gain=one, bias=0 * one, capped=(known.gain, known.bias)))
 
 
 @rule("exp")

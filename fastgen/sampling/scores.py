@@ -43,7 +43,8 @@ _LIKE = (
 
 @dataclass(eq=False)
 class Scores:
-    """gain * query . key + bias, of which softmax may have been taken, times weight.
+    """gain * query . key + bias, of which softmax may have been taken, times weight. Where they are capped, gain *
+    tanh(own gain * query . key + own bias) + bias.
 
     Tensors of scores have the elements [samples * heads, queries, keys], in this order of memory or, as views, in
     another.
@@ -51,6 +52,7 @@ class Scores:
     query, keys: codes [N, heads, positions, depth]. gain, bias, weight: float64, broadcastable to [heads, queries,
     keys]. by_sample: a sample's heads lie side by side, not a head's samples. softmax: None, "exp" (the exponentials
     alone), "plain", or "safe", which makes zeros of rows without a key. swapped: in memory, keys come before queries.
+    capped: the gain and bias inside of tanh. lowered: less the maximum of each query, which softmax takes no notice of.
     """
 
     query: Tensor
@@ -61,6 +63,8 @@ class Scores:
     weight: Tensor
     softmax: str | None = None
     swapped: bool = False
+    capped: tuple[Tensor, Tensor] | None = None
+    lowered: bool = False
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -77,6 +81,12 @@ class Scores:
     def join(self, tensor: Tensor) -> Tensor:
         """[samples, heads, ...] -> [samples * heads, ...]"""
         return (tensor if self.by_sample else tensor.transpose(0, 1)).flatten(0, 1)
+
+    def each(self, f: Callable[[Tensor, float], Tensor]) -> Scores:
+        """With f(tensor, outside) in place of all that is [heads, queries, keys]; outside: of keys not seen."""
+        capped = self.capped and (f(self.capped[0], 1), f(self.capped[1], 0))
+        gain, bias, weight = f(self.gain, 1), f(self.bias, -torch.inf), f(self.weight, 1)
+        return replace(self, gain=gain, bias=bias, weight=weight, capped=capped)
 
     def axes(self, tensor: Tensor) -> list[int]:
         """The dimensions of a tensor of scores in the order (samples and heads ..., queries, keys)."""

@@ -105,6 +105,11 @@ def earlier(net: Attending, query: Tensor, keys: Tensor, values: Tensor) -> Tens
     return (scores.masked_fill(~seen, -1e4).softmax(3) * seen.any(1)[:, None]) @ values
 
 
+def capped(net: Attending, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    scores = torch.tanh(query @ keys.transpose(2, 3) / 1.5) * 1.5
+    return scores.masked_fill(~before(query), float("-inf")).softmax(3) @ values
+
+
 def at_a_distance(net: Attending, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """A number for each head and distance; the first head sees every second key, and at first none."""
     positions = torch.arange(query.shape[2], device=query.device)

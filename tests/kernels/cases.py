@@ -12,7 +12,7 @@ from torch import Tensor
 from fastgen import models
 from fastgen.nn import MaskedConv2d
 from fastgen.sampling import Bernoulli, Categorical
-from tests.kernels.attending import Attending, at_a_distance, earlier
+from tests.kernels.attending import Attend, Attending, at_a_distance, capped, earlier
 
 Case = tuple[str, str, Callable[[], tuple[Any, ...]]]  # module, function, arguments
 FLOAT, BFLOAT, HALF = torch.float32, torch.bfloat16, torch.float16
@@ -163,9 +163,9 @@ def gated() -> torch.nn.Module:
     return models.GatedPixelCNN(image_shape=(1, 2, 2), levels=256, num_filters=7, num_blocks=1)
 
 
-def attending(heads: int, depth: int, width: int, biased: bool = False) -> Callable[[], torch.nn.Module]:
+def attending(heads: int, depth: int, width: int, attend: Attend = earlier) -> Callable[[], torch.nn.Module]:
     """Kernels that attend do not depend on the number of keys."""
-    return lambda: Attending(at_a_distance if biased else earlier, (2, 2), heads, depth, width)
+    return lambda: Attending(attend, (2, 2), heads, depth, width)
 
 
 def named(suffix: str, cases: dict[str, Case]) -> dict[str, Case]:
@@ -217,9 +217,11 @@ PLANS: dict[str, Callable[[], None]] = {
             "PixelSNAIL": attending(8, 16, 16),
             "PixelSNAIL, wide values": attending(1, 16, 128),
             "GPT": attending(8, 64, 64),
-            "GPT, relative positions": attending(8, 64, 64, biased=True),
-            "wide, relative positions": attending(4, 128, 128, biased=True),
-            "channels that are no multiples of four": attending(3, 49, 63, biased=True),
+            "GPT, relative positions": attending(8, 64, 64, at_a_distance),
+            "wide, relative positions": attending(4, 128, 128, at_a_distance),
+            "wide, capped": attending(4, 128, 128, capped),
+            "channels that are no multiples of four": attending(3, 49, 63, at_a_distance),
+            "channels that are no multiples of four, capped": attending(3, 49, 63, capped),
         }.items()
     },
 }

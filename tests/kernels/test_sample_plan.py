@@ -147,6 +147,7 @@ def attention(name: str, size: tuple[int, int]) -> tuple[nn.Module, dict[str, An
         "PixelSNAIL": lambda: attending.Attending(attending.earlier, size, heads=2, depth=3, width=5),
         "transformer": lambda: attending.Tokens(size, heads=2, depth=5, width=3),
         "relative positions": lambda: attending.Attending(attending.at_a_distance, size, heads=2, depth=4, width=4),
+        "capped": lambda: attending.Attending(attending.capped, size, heads=2, depth=3, width=4),
         "rows": lambda: attending.Above(attending.rows_above, size, heads=3, depth=2, width=1),
         "stride of two": lambda: attending.Halved(attending.rows_above, half, heads=1, depth=4, width=4),
     }
@@ -156,7 +157,7 @@ def attention(name: str, size: tuple[int, int]) -> tuple[nn.Module, dict[str, An
     return make(build[name]), {"image_shape": shape, "head": head}
 
 
-ATTENTION = ["PixelSNAIL", "transformer", "relative positions", "rows", "stride of two"]
+ATTENTION = ["PixelSNAIL", "transformer", "relative positions", "capped", "rows", "stride of two"]
 
 
 @pytest.mark.parametrize("name", ATTENTION)
@@ -180,7 +181,7 @@ def test_attention_in_other_batches_changes_no_bit(name, device):
     assert torch.equal(parameters_of_last_row(alone, 1), parameters[1:])
 
 
-def attending_step(heads: int, depth: int, width: int, biased: bool, stage: Stage) -> Plan:
+def attending_step(heads: int, depth: int, width: int, biased: bool, stage: Stage, cap: float) -> Plan:
     """A plan of one step at image rows that are odd, added to what it reads elsewhere; keys lie in a plane of another
     size, together with their values. Some positions see no key.
     """
@@ -196,7 +197,7 @@ def attending_step(heads: int, depth: int, width: int, biased: bool, stage: Stag
     bias[0, 0] = -math.inf
     of = Attention(
         heads, depth, width, 0.7, Read(0, 0, 0, 1), Read(1, 0, 0, skipped), Read(1, 0, 0, skipped + heads * depth),
-        spans, bias if biased else None,
+        spans, bias if biased else None, cap,
     )  # fmt: skip
     program = (Instr("acc", 0), Instr("load", read=Read(2, 0, 0, 0)), Instr("add", 0, 1))
     step = Step("", stage, -1, 0, 0, channels, program, (Store(3, 1, 2),), groups=1, attention=of)
@@ -213,6 +214,7 @@ def attended(plan: Plan, conditions: list[Tensor]) -> Tensor:
         for r, count in of.reads()
     )
     scores = of.scale * torch.einsum("nhdp,nhds->nhps", query, keys)
+    scores = of.cap * torch.tanh(scores / of.cap) if of.cap else scores
     scores = scores if of.bias is None else scores + of.bias
     s = torch.arange(scores.shape[3])
     scores.masked_fill_((s < of.spans[:, :1]) | (s >= of.spans[:, 1:]), -math.inf)
@@ -221,17 +223,19 @@ def attended(plan: Plan, conditions: list[Tensor]) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("heads", "depth", "width", "biased", "stage"),
+    ("heads", "depth", "width", "biased", "stage", "cap"),
     [
-        (2, 3, 5, True, Stage.PIXEL),
-        (1, 8, 8, False, Stage.PIXEL),
-        (3, 4, 4, True, Stage.ROW),
-        (2, 1, 2, False, Stage.ROW),
+        (2, 3, 5, True, Stage.PIXEL, 0.0),
+        (1, 8, 8, False, Stage.PIXEL, 0.0),
+        (3, 4, 4, True, Stage.ROW, 0.0),
+        (2, 1, 2, False, Stage.ROW, 0.0),
+        (2, 5, 3, True, Stage.PIXEL, 0.8),
+        (1, 4, 4, False, Stage.ROW, 3.0),
     ],
 )
-def test_attention_is_what_the_plan_says(heads, depth, width, biased, stage, device):
+def test_attention_is_what_the_plan_says(heads, depth, width, biased, stage, cap, device):
     """As precisely as PyTorch in float32; NaN of a sample and a head stays there."""
-    plan = attending_step(heads, depth, width, biased, stage)
+    plan = attending_step(heads, depth, width, biased, stage, cap)
     conditions = [2 * torch.randn(2, p.channels, p.height, p.width) for p in plan.planes[:3]]
     step = plan.steps[0]
     of = executor.TritonExecutor(plan, torch.device(device))

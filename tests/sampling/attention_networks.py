@@ -408,11 +408,6 @@ def each_head(net: Prior, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.stack(out, 1)
 
 
-def soft_capped(net: Prior, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    scores = torch.tanh(q @ k.mT / 5) * 5
-    return scores.masked_fill(~lower(q.shape[2]), -torch.inf).softmax(-1) @ v
-
-
 def talking_heads(net: Prior, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     scores = torch.einsum("bhij,hg->bgij", q @ k.mT, net.bias[:, : net.heads, 0])
     return scores.masked_fill(~lower(q.shape[2]), -torch.inf).softmax(-1) @ v
@@ -707,7 +702,6 @@ WRONG: dict[str, tuple[Case, type[Exception], str]] = {
         (added_keys, UnsupportedModel, "aten.add.Tensor on products of queries and keys and what depends on the image"),
         (relative_keys, UnsupportedModel, "of matrices that do not belong to samples"),
         (skewed, UnsupportedModel, "aten.add.Tensor on products of queries and keys and what depends on the image"),
-        (soft_capped, UnsupportedModel, "on what aten.tanh.default makes of products of queries and keys"),
         (talking_heads, UnsupportedModel, "on products of queries and keys in another layout"),
         (sigmoid_attention, UnsupportedModel, "on what aten.sigmoid.default makes of products of queries and keys"),
         (linear_attention, UnsupportedModel, "of products of queries and keys and anything but softmax and values"),

@@ -155,6 +155,8 @@ def _attend(step: Step, attention: Attention, planes: _Planes, row: int, columns
         if begin == end:
             continue
         scores = of.scale * torch.einsum("nhd,snhd->nhs", query[i], keys[begin:end])
+        if of.cap:
+            scores = of.cap * torch.tanh(scores / of.cap)
         if of.bias is not None:
             scores += of.bias[:, position, begin:end].to(scores)
         result[i] = torch.einsum("nhs,snhc->nhc", torch.ops.aten._safe_softmax(scores, 2), values[begin:end])

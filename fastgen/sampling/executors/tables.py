@@ -214,7 +214,7 @@ class PlanTables:
         self.attentions.append((self._address(step, of.query), *planes, *sizes, *places))
         self.spans.append(of.spans)
         self.num_spans += of.spans.numel()
-        self.attention_floats.append(torch.cat([torch.tensor([of.scale]), bias.flatten()]))
+        self.attention_floats.append(torch.cat([torch.tensor([of.scale, of.cap]), bias.flatten()]))
         self.num_attention_floats += len(self.attention_floats[-1])
         return len(self.attentions) - 1
 

@@ -222,13 +222,13 @@ class TritonExecutor:
             places += tables.offsets[read.plane], _pitch(self.plan.planes[read.plane]), read.channel
         arguments = (
             space.planes, space.where, self._fields, self._constants[launch.constant :], spans, bias, space.state,
-            of.scale, step.lag_y, out.stride[0], out.width, launch.operand, launch.query, *places,
+            of.scale, of.cap, step.lag_y, out.stride[0], out.width, launch.operand, launch.query, *places,
             0 if len(bias) == 1 else bias.stride(0), bias.stride(1), column, step.period[1], columns, space.count,
         )  # fmt: skip
         channels, width = (min(_power(n), _ATTENTION_CHANNELS) for n in (of.depth, of.width))
         options = {
             "PROGRAM": launch.program, "STORES": launch.stores, "VECTOR": launch.vector, "SPACING": launch.spacing,
-            "BIASED": of.bias is not None, "DEPTH": of.depth, "WIDTH": of.width,
+            "CAPPED": of.cap != 0, "BIASED": of.bias is not None, "DEPTH": of.depth, "WIDTH": of.width,
             "KEYS": _keys_at_once(of.depth, of.width, launch.vector), "CHANNELS": channels, "COLUMNS": width,
             "STAGES": _ATTENTION_STAGES, "num_warps": _ATTENTION_WARPS,
         }  # fmt: skip
