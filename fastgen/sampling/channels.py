@@ -7,13 +7,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 
 from fastgen.sampling.elementwise import named_arguments
 from fastgen.sampling.graph import LayoutError
-from fastgen.sampling.lowering import product
 from fastgen.sampling.planes import pointwise
+from fastgen.sampling.products import sums
 from fastgen.sampling.rules import rule
 
 if TYPE_CHECKING:
@@ -39,7 +38,7 @@ class _Channels:
     def total(self, copies: int = 1) -> _Channels:
         """The sum over the channels, `copies` times."""
         last = self.codes.movedim(1, -1)
-        out = product(self.tracer, last.reshape(-1, self.count), torch.ones(self.count, copies))
+        out = sums(self.tracer, last.reshape(-1, self.count), copies)
         return _Channels(self.tracer, out.view(*last.shape[:-1], copies).movedim(-1, 1))
 
     def mean(self, copies: int = 1) -> _Channels:

@@ -1,8 +1,7 @@
 """Pass 2, planes and taps: what each ATen operator does to planes.
 
-Layout operators run again on the codes. Convolutions and matrix products become `Linear` nodes, embeddings of the
-image `Embedding` nodes. The registry is in `fastgen.sampling.rules`, and other operators have files of their own, which
-CONTRIBUTING.md lists.
+Layout operators run again on the codes. Convolutions become `Linear` nodes, embeddings of the image `Embedding` nodes.
+The registry is in `fastgen.sampling.rules`, and other operators have files of their own, which CONTRIBUTING.md lists.
 """
 
 from __future__ import annotations
@@ -31,7 +30,6 @@ from fastgen.sampling.graph import (
     Tap,
     taps_of,
 )
-from fastgen.sampling.orders import feature_maps
 from fastgen.sampling.planes import pointwise_4d
 from fastgen.sampling.rules import nothing, rule
 from fastgen.sampling.tape import tensors_in
@@ -119,7 +117,7 @@ def _copy_in_place(tracer: Tracer, func: Any, args: tuple, kwargs: dict, outputs
     tracer.set_codes(args[0], tracer.codes(args[1]).expand(args[0].shape))
 
 
-# Convolutions and products.
+# Convolutions.
 
 
 @rule("convolution")
@@ -134,7 +132,7 @@ def _convolution(tracer: Tracer, func: Any, args: tuple, kwargs: dict, outputs: 
     lower = _transposed_taps if transposed else _convolution_taps
     dense = dense_weight(weight, groups, transposed)
     frame, taps = lower(tracer, tracer.codes(x), dense, tuple(stride), tuple(padding), tuple(dilation), (height, width))
-    node = Linear(tracer.module, dense.shape[3], height, width, stride=frame, taps=taps, bias=_vector(bias))
+    node = Linear(tracer.module, dense.shape[3], height, width, stride=frame, taps=taps, bias=vector(bias))
     if transposed:
         node.period = tuple(stride)
     tracer.set_codes(outputs[0], tracer.add(node))
@@ -248,7 +246,7 @@ def dense_weight(weight: Tensor, groups: int, transposed: bool = False) -> Tenso
     return dense
 
 
-def _vector(bias: Tensor | None) -> Tensor | None:
+def vector(bias: Tensor | None) -> Tensor | None:
     return None if bias is None else bias.detach().to("cpu", torch.float32).clone()
 
 
@@ -364,55 +362,3 @@ def _combined(op: str, a: _Affine, b: _Affine | None = None) -> _Affine:
         raise LayoutError("of anything but the levels of the image")
     sign = -1 if op == "sub" else 1
     return np.maximum(a[0], b[0]), a[1] + sign * b[1], a[2] + sign * b[2]
-
-
-@rule("mm", "addmm", "linear", "bmm")
-def _product(tracer: Tracer, func: Any, args: tuple, kwargs: dict, outputs: list[Tensor]) -> None:
-    """A product with a parameter matrix over the last dimension: a 1x1 convolution in another layout."""
-    name = func._schema.name
-    if name == "aten::linear":
-        x, weight, bias = args[0], args[1].t(), args[2] if len(args) > 2 else None
-    elif name == "aten::addmm":
-        bias, x, weight = args[:3]
-    else:
-        x, weight, bias = args[0], args[1], None
-    left = name == "aten::bmm" and not tracer.depends(x) and _one_matrix(x)
-    if left:  # a matrix times vectors in columns
-        x, weight = weight.transpose(1, 2), x.transpose(1, 2)
-    if name == "aten::bmm" and _one_matrix(weight):  # what einsum and matmul make of it
-        weight = weight[0]
-    if tracer.varies(weight) or weight.dim() != 2 or kwargs:
-        raise tracer.unsupported("a product with a matrix that is no parameter")
-    if bias is not None and (tracer.varies(bias) or bias.dim() != 1):
-        raise tracer.unsupported("a product plus a matrix that is no bias")
-    out = product(tracer, tracer.codes(x).reshape(-1, x.shape[-1]), weight, bias)
-    shape = outputs[0].mT.shape if left else outputs[0].shape
-    tracer.set_codes(outputs[0], out.view(shape).mT if left else out.view(shape))
-
-
-def _one_matrix(batch: Tensor) -> bool:
-    return batch.shape[0] == 1 or batch.stride(0) == 0
-
-
-def product(tracer: Tracer, rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Codes [N*h*w, M] of codes [N*h*w, K], positions in any order, times weight [K, M]."""
-    out = torch.empty(len(rows), weight.shape[1], dtype=torch.int64)
-    weight = weight.detach().to("cpu", torch.float32).contiguous()
-    for order, grid, found in feature_maps(tracer, rows):
-        ref, rows_of_weight = _by_window(spatial(tracer, found, grid), weight)
-        height, width = grid.shape[2:]
-        taps = taps_of(ref, rows_of_weight)
-        node = Linear(tracer.module, weight.shape[1], height, width, stride=ref.stride, taps=taps, bias=_vector(bias))
-        order.restore(tracer.add(node).permute(0, 2, 3, 1), out)
-    return out
-
-
-def _by_window(ref: Ref, weight: Tensor) -> tuple[Ref, Tensor]:
-    """The factors of a product with the channels of a window next to each other, where that makes fewer taps: what
-    F.unfold gives has the windows of a channel next to each other.
-    """
-    order = np.lexsort((ref.channel, ref.dx, ref.dy, ref.plane))
-    ordered = ref.take(order)
-    if ordered.breaks().sum() >= ref.breaks().sum():
-        return ref, weight
-    return ordered, weight[torch.from_numpy(order)]

@@ -8,6 +8,7 @@ import contextlib
 import math
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -92,12 +93,32 @@ def pointwise_4d(
     `Tracer.recognise`.
     """
     refs = [tracer.recognise(o, pieces) if isinstance(o, Tensor) else o for o in operands]
+    refs = [_in_a_row(tracer, r) if isinstance(r, Ref) else r for r in refs]
     channels, height, width = size or next(o.shape[1:] for o in operands if isinstance(o, Tensor))
     frames = [r for r in refs if isinstance(r, Ref) and not tracer.graph.given(r.plane).all()]
     sy, sx = (max((f.stride[axis] for f in frames), default=1) for axis in (0, 1))
     stride = (math.lcm(sy, multiple[0]) if height == 1 else sy, math.lcm(sx, multiple[1]) if width == 1 else sx)
     at_stride = [tracer.graph.at_stride(r, stride, (height, width)) if isinstance(r, Ref) else r for r in refs]
     return tracer.add(Pointwise(tracer.module, channels, height, width, stride=stride, op=op, operands=at_stride))
+
+
+def _in_a_row(tracer: Tracer, ref: Ref) -> Ref:
+    """A frame whose channels are numbers again and again, as the weight of a norm of each head is: of a constant that
+    has them as often.
+    """
+    breaks = np.flatnonzero(ref.breaks())
+    node = tracer.graph.nodes[ref.plane[0]]
+    if not len(breaks) or not breaks[0] or ref.plane[0] < 0 or not isinstance(node, Constant) or not node.broadcast:
+        return ref
+    times, rest = divmod(len(ref.plane), breaks[0] + 1)
+    once = ref.take(np.arange(breaks[0] + 1))
+    if rest or not all(np.array_equal(np.tile(getattr(once, n), times), getattr(ref, n)) for n in ("plane", "channel")):
+        return ref
+    kind = (node.id, int(once.channel[0]), int(breaks[0]), times)
+    if kind not in tracer.repeated:
+        data = node.data[torch.from_numpy(ref.channel)]
+        tracer.repeated[kind] = tracer.graph.add(Constant(tracer.module, len(data), 1, 1, data=data))
+    return replace(tracer.graph.whole(tracer.repeated[kind]), stride=ref.stride)
 
 
 def rebuilt(tracer: Tracer, codes: Tensor) -> Tensor:

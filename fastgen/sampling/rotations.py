@@ -168,20 +168,20 @@ def _in_order(tracer: Tracer, node: Node, channels: np.ndarray) -> Node:
     made, index = replace(node, channels=len(channels)), torch.from_numpy(channels)
     if isinstance(made, Constant):
         return _constant(tracer, made.data[index])
-    if isinstance(made, Linear):
-        if len(channels) == node.channels and _equal(made):
-            return node
+    if isinstance(made, Linear) and isinstance(node, Linear):
         made.taps = [replace(tap, weight=tap.weight[:, index].contiguous()) for tap in made.taps]
         made.bias = None if made.bias is None else made.bias[index]
+        if _alike(node, made):  # channels that are equal changed places: those of a mean
+            return node
     if isinstance(made, Pointwise):
         made.operands = [_operand_in_order(tracer, o, channels) if isinstance(o, Ref) else o for o in made.operands]
     return tracer.graph.add(made)
 
 
-def _equal(node: Linear) -> bool:
-    """Whether all channels are equal, as those of a mean are."""
-    columns = [tap.weight for tap in node.taps] + ([] if node.bias is None else [node.bias[None]])
-    return all(torch.equal(c, c[:, :1].expand_as(c)) for c in columns)
+def _alike(a: Linear, b: Linear) -> bool:
+    """Whether products of the same channels are equal."""
+    same = all(torch.equal(x.weight, y.weight) for x, y in zip(a.taps, b.taps, strict=True))
+    return same and (a.bias is None or b.bias is None or torch.equal(a.bias, b.bias))
 
 
 def _operand_in_order(tracer: Tracer, operand: Ref, channels: np.ndarray) -> Ref:

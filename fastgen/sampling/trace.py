@@ -35,6 +35,7 @@ from fastgen.sampling import (  # noqa: F401  (some for their rules)
     logits,
     lowering,
     planes,
+    products,
     recurrent,
     rules,
     score_rules,
@@ -97,6 +98,7 @@ class Tracer(TorchDispatchMode):
         self.orders: dict[tuple[int, ...], Order] = {}
         self.made: dict[int, tuple[weakref.ref, Order, Ref]] = {}
         self._scores: dict[int, tuple[scores.Known, StorageWeakRef]] = {}
+        self.repeated: dict[tuple[int, ...], Node] = {}  # constants for all heads: see `fastgen.sampling.planes`
         self.turns: list[Constant] = []  # factors of rotated queries and keys: see `fastgen.sampling.rotations`
 
     # Shadows.

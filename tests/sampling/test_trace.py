@@ -566,7 +566,7 @@ def test_error_in_forward_leaves_nothing_behind() -> None:
 def test_what_one_channel_gives_to_many_is_one_program(mix: Callable) -> None:
     network, given = make(mix)
     steps = Sampler(network, **given).plan.steps
-    assert all(step.width >= 3 for step in steps)
+    assert all(step.width >= 3 or len(step.program) == 1 for step in steps)  # sums of two heads
     assert max(len(step.program) for step in steps) < 40
 
 
