@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +12,11 @@ import torch
 from torch import Tensor
 
 from fastgen.sampling.graph import Attention, Constant, Graph, LayoutError, Node, Ref
+from fastgen.sampling.joined_scores import once_each, some_values
 from fastgen.sampling.orders import Order, appended, depends, feature_map
 from fastgen.sampling.planes import pointwise_4d
 from fastgen.sampling.rotations import turned
-from fastgen.sampling.scores import MASKED, Scores, is_batch, known_of, rule
+from fastgen.sampling.scores import MASKED, Attended, Scores, is_batch, known_of, rule
 
 if TYPE_CHECKING:
     from fastgen.sampling.trace import Tracer
@@ -29,6 +31,8 @@ def _product(tracer: Tracer, func: Any, named: dict[str, Any]) -> Tensor:
     known = known_of(tracer, scores)
     if known.softmax in (None, "exp") or tracer.scores_of(values) is not None or not is_batch(tracer, values):
         raise LayoutError("of products of queries and keys and anything but softmax and values")
+    if scores.numel() < math.prod(known.shape) and not transposed:
+        return some_values(tracer, known, scores, values)
     axes = [0, 2, 1] if transposed else [0, 1, 2]
     codes = tracer.codes(values).permute(axes)
     result = torch.empty(x.shape[0], x.shape[1], y.shape[2], dtype=x.dtype, device=x.device)
@@ -41,14 +45,34 @@ def _product(tracer: Tracer, func: Any, named: dict[str, Any]) -> Tensor:
     return result
 
 
+def added(tracer: Tracer, func: Any, named: dict[str, Any]) -> Tensor:
+    """Attention, where the values of all keys are added up."""
+    x, y = named["self"], named["other"]
+    a, b = tracer.scores_of(x), tracer.scores_of(y) if isinstance(y, Tensor) else None
+    if not isinstance(a, Attended) or not isinstance(b, Attended) or a.of is not b.of or x.shape != y.shape:
+        raise LayoutError("to probabilities of some keys times values")
+    if not x.is_contiguous() or not y.is_contiguous() or (a.there & b.there).any() or named.get("alpha", 1) != 1:
+        raise LayoutError("of probabilities of the same keys times values")
+    if "sub" in func._schema.name:
+        raise LayoutError("of probabilities of some keys times values")
+    there = a.there | b.there
+    values = torch.where(a.there[:, None], a.values, b.values)
+    result = x if func._schema.is_mutable else torch.empty_like(x)
+    if not there.all():
+        tracer.set_scores(result, Attended(a.of, values, there))
+        return result
+    tracer.set_codes(result, a.of.join(_attend(tracer, a.of, values)).reshape(result.shape))
+    return result
+
+
 def _attend(tracer: Tracer, known: Scores, values: Tensor) -> Tensor:
     """Codes [N, heads, queries, width] of attention to values [N, heads, keys, width]."""
     blocks = _blocks(tracer, known.query[0])
     if blocks.shape[1] == 1:
-        return _attend_all(tracer, known, values)
+        return _attend_all(tracer, *once_each(tracer, known, values))
     query, keys, values = (t[:, blocks].flatten(2, 3) for t in (known.query, known.keys, values))
     all_blocks = known.each(lambda v, outside: _block_diagonal(v, blocks, known.shape[1:], outside))
-    all_blocks = replace(all_blocks, query=query, keys=keys)
+    all_blocks, values = once_each(tracer, replace(all_blocks, query=query, keys=keys), values)
     result = torch.empty(*known.query.shape[:3], values.shape[3], dtype=torch.int64)
     result[:, blocks] = _attend_all(tracer, all_blocks, values).unflatten(2, (blocks.shape[1], -1))
     return result
@@ -120,9 +144,31 @@ def _grid(tracer: Tracer, codes: Tensor, order: Order | None = None) -> tuple[Or
         # A key that is appended for all to see would be computed last.
         tokens = codes.permute(0, 1, 3, 2).flatten(1, 2)
         first = torch.arange(len(rows)).view(len(codes), -1).roll(appended(tracer, [tokens]), 1).flatten()
-        order, grid, _ = feature_map(tracer, rows[first])
+        order, grid, found = feature_map(tracer, rows[first])
+        wider = _in_place_of(tracer.graph, order, found)
+        if wider is not None:
+            order, grid = wider, wider.of(rows[first]).permute(0, 3, 1, 2).contiguous()
         return order.among(first), grid
     return order, order.of(rows).permute(0, 3, 1, 2).contiguous()
+
+
+def _in_place_of(graph: Graph, order: Order, found: Ref) -> Order | None:
+    """The order in the frame of the plane that positions were found in, where they are a window of it: pixels behind a
+    text stay behind it.
+    """
+    node, (dy, dx) = graph.nodes[found.plane[0]], (int(found.dy[0]), int(found.dx[0]))
+    samples, height, width = order.index.shape
+    if found.plane[0] < 0 or node.given or node.stride != found.stride or node.width != width or dx:
+        return None
+    if not dy or (found.plane != node.id).any() or (found.dy != dy).any() or (found.dx != dx).any():
+        return None
+    index = torch.full((samples, node.height, width), -1)
+    rows = torch.arange(height) + dy
+    inside = (rows >= 0) & (rows < node.height)
+    if (order.index[:, ~inside] >= 0).any():
+        return None
+    index[:, rows[inside]] = order.index[:, inside]
+    return Order(index)
 
 
 def _times(tracer: Tracer, codes: Tensor, factor: Tensor | None) -> Tensor:

@@ -1,5 +1,5 @@
 """Pass 2 for scores made of scores: what factors, biases, masks and softmax do to products of queries and keys
-(`fastgen.sampling.scores`).
+(`fastgen.sampling.scores`). Several are joined in `fastgen.sampling.joined_scores`.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fastgen.sampling.attention import added
 from fastgen.sampling.graph import LayoutError
-from fastgen.sampling.scores import MASKED, Known, Reduced, Scores, Unusable, constant, known_of, rule
+from fastgen.sampling.scores import MASKED, Attended, Known, Reduced, Scores, Unusable, constant, known_of, rule
 
 if TYPE_CHECKING:
     from fastgen.sampling.trace import Tracer
@@ -75,6 +76,8 @@ def _scale(tracer: Tracer, func: Any, named: dict[str, Any]) -> Tensor:
 
 @rule("add", "sub", "rsub")
 def _add(tracer: Tracer, func: Any, named: dict[str, Any]) -> Tensor:
+    if isinstance(tracer.scores_of(named["self"]), Attended):
+        return added(tracer, func, named)
     lowered = _reduced(tracer, named, "maximum") if "aten::sub" in func._schema.name else None
     if lowered is not None and not lowered.softmax:  # softmax is the same
         return _result(tracer, func, named["self"], replace(lowered, lowered=True))
@@ -213,6 +216,8 @@ def _copy(tracer: Tracer, func: Any, named: dict[str, Any]) -> Tensor:
     result = torch.empty_like(scores, dtype=dtype, memory_format=memory_format)
     if isinstance(known, Scores):
         known.axes(result)
+    if isinstance(known, Attended) and not scores.is_contiguous():
+        raise LayoutError("of probabilities of some keys times values")
     if known is not None:
         tracer.set_scores(result, known)
     return result

@@ -120,7 +120,18 @@ class Reduced:
     layout: list[tuple[int, int]]
 
 
-Known = Scores | Reduced | Unusable
+@dataclass(eq=False)
+class Attended:
+    """In place of codes [samples * heads, queries, width]: probabilities of some keys times their values, to which
+    those of the others are added. values: codes [N, heads, keys, width], -1 of the others. there: bool [keys].
+    """
+
+    of: Scores
+    values: Tensor
+    there: Tensor
+
+
+Known = Scores | Reduced | Attended | Unusable
 
 
 @contextlib.contextmanager

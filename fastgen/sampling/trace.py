@@ -32,6 +32,7 @@ from fastgen.sampling import (  # noqa: F401  (some for their rules)
     channels,
     choices,
     elementwise,
+    joined_scores,
     logits,
     lowering,
     planes,
@@ -139,6 +140,7 @@ class Tracer(TorchDispatchMode):
             # New memory costs more than all else here: that of tensors which are gone is taken again.
             self._shadows = {k: shadow for k, shadow in self._shadows.items() if not shadow[1].expired()}
             self._shadows[key] = (flat, StorageWeakRef(tensor.untyped_storage()))
+            self._scores.pop(key, None)
         flat, _ = self._shadows[key]
         torch.as_strided(flat, tensor.shape, tensor.stride(), tensor.storage_offset()).copy_(codes)
 
