@@ -322,8 +322,8 @@ def attend(
     workspace, where, fields, constants, spans, bias, state, scale, cap, lag, stride, frame, operand, query, keys,
     key_pitch, key_channel, values, value_pitch, value_channel, of_head, of_position, column, every, columns, batch,
     PROGRAM: tl.constexpr, STORES: tl.constexpr, VECTOR: tl.constexpr, SPACING: tl.constexpr, CAPPED: tl.constexpr,
-    BIASED: tl.constexpr, DEPTH: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr, CHANNELS: tl.constexpr,
-    COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+    SOFTMAX: tl.constexpr, BIASED: tl.constexpr, DEPTH: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr,
+    CHANNELS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """A step with attention (`fastgen.sampling.plan.Attention`): one of its rows, and up to COLUMNS channels of a head.
 
@@ -370,17 +370,23 @@ def attend(
         score = tl.where(exists, score, -float("inf"))
         of_value = _locate_positions(values, value_pitch, value_channel, s, of_sample, batch, VECTOR)
         value = tl.load(workspace + of_value[:, None] + m[None, :], exists[:, None] & wanted[None, :], 0.0)
-        larger = _larger(most, score)
-        base = tl.where(larger == -float("inf"), 0.0, larger)
-        left, weight = exp(most - base), tl.where(score == -float("inf"), 0.0, exp(score - base))
-        total = total * left + weight
-        sums = sums * left[:, None] + weight[:, None] * value
-        most = larger
-    largest = tl.reduce(most, 0, _larger)
-    unseen = largest == -float("inf")  # all keys
-    share = exp(most - tl.where(unseen, 0.0, largest))
-    whole = tl.where(unseen, 1.0, tl.sum(total * share, 0))
-    result = tl.where(unseen, 0.0, tl.div_rn(tl.sum(sums * share[:, None], 0), whole))
+        if SOFTMAX:
+            larger = _larger(most, score)
+            base = tl.where(larger == -float("inf"), 0.0, larger)
+            left, weight = exp(most - base), tl.where(score == -float("inf"), 0.0, exp(score - base))
+            total = total * left + weight
+            sums = sums * left[:, None] + weight[:, None] * value
+            most = larger
+        else:
+            sums += tl.where(exists, score, 0.0)[:, None] * value
+    if SOFTMAX:
+        largest = tl.reduce(most, 0, _larger)
+        unseen = largest == -float("inf")  # all keys
+        share = exp(most - tl.where(unseen, 0.0, largest))
+        whole = tl.where(unseen, 1.0, tl.sum(total * share, 0))
+        result = tl.where(unseen, 0.0, tl.div_rn(tl.sum(sums * share[:, None], 0), whole))
+    else:
+        result = tl.sum(sums, 0)
     _finish(
         workspace, where, fields, constants, operand, column, every, j, sample, sample < batch, batch, m, wanted,
         (result[None, :],), PROGRAM, STORES, VECTOR, SPACING, 1, COLUMNS,

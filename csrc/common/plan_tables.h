@@ -123,9 +123,10 @@ struct PlanAttention {
     int64_t query;                                       // address
     int64_t keys, keys_channel, values, values_channel;  // planes
     int64_t heads, depth, width;
-    int64_t spans;   // index of the pair of the frame's position 0
-    int64_t scale;   // index of the scale in `attention_floats`, which the cap and the bias follow
-    int64_t biases;  // 0: no bias; 1: the same for all heads; else one for each, [biases][positions][keys]
+    int64_t spans;    // index of the pair of the frame's position 0
+    int64_t scale;    // index of the scale in `attention_floats`, which the cap and the bias follow
+    int64_t biases;   // 0: no bias; 1: the same for all heads; else one for each, [biases][positions][keys]
+    int64_t softmax;  // else scores are weights themselves
 };
 
 struct PlanDraw {

@@ -59,7 +59,7 @@ inline void attend(const PlanThread& thread, const PlanTile& tile, const PlanAtt
             attention_scores(query.p + r * query.row_stride + head * of.depth, heads, of.depth, keys_here, span[0],
                              span[1], floats[0], floats[1], bias, bias_stride, thread.scores, pitch);
             for (int h = 0; h < heads; ++h) {
-                factors[h] = attention_weights(thread.scores + h * pitch, span[1] - span[0]);
+                factors[h] = of.softmax ? attention_weights(thread.scores + h * pitch, span[1] - span[0]) : 1.0f;
             }
             float* out = to + r * stride + c - first_channel;
             attention_sum(thread.scores, pitch, values_here, span[0], span[1], of.width, c, end, out);

@@ -104,11 +104,11 @@ def _block_diagonal(value: Tensor, blocks: Tensor, size: tuple[int, int], outsid
 def _attend_all(tracer: Tracer, known: Scores, values: Tensor) -> Tensor:
     """`_attend`, of a single block."""
     samples, heads, queries, width = *known.query.shape[:3], values.shape[3]
-    key_order, keys = _grid(tracer, known.keys)
+    key_order, keys = grid_of(tracer, known.keys)
     # Queries that are parameters do not say where they are.
     own = queries != known.shape[2] or depends(tracer, known.query)
-    query_order, query = _grid(tracer, known.query, None if own else key_order)
-    _, values = _grid(tracer, values, key_order)
+    query_order, query = grid_of(tracer, known.query, None if own else key_order)
+    _, values = grid_of(tracer, values, key_order)
     for order, count in ((query_order, queries), (key_order, known.shape[2])):
         if (order.index[0] >= count).any():
             raise LayoutError("that mixes samples")
@@ -122,20 +122,20 @@ def _attend_all(tracer: Tracer, known: Scores, values: Tensor) -> Tensor:
         heads=heads,
         scale=seen.scale,
         cap=seen.cap,
-        query=_plane(tracer, _times(tracer, query, seen.of_queries)),
-        keys=_plane(tracer, _times(tracer, keys, seen.of_keys)),
-        values=_plane(tracer, values),
+        query=plane_of(tracer, _times(tracer, query, seen.of_queries)),
+        keys=plane_of(tracer, _times(tracer, keys, seen.of_keys)),
+        values=plane_of(tracer, values),
         spans=seen.spans,
         bias=seen.bias,
     )
     found.stride = found.query.stride
-    _check_order(tracer.graph, found)
+    check_order(tracer.graph, found)
     codes = _times(tracer, tracer.add(found), seen.factor)
     result = query_order.restored(codes.permute(0, 2, 3, 1), samples * queries)
     return result.view(samples, queries, heads, width).transpose(1, 2)
 
 
-def _grid(tracer: Tracer, codes: Tensor, order: Order | None = None) -> tuple[Order, Tensor]:
+def grid_of(tracer: Tracer, codes: Tensor, order: Order | None = None) -> tuple[Order, Tensor]:
     """Codes [N, heads, positions, channels] as a feature map: the order [N, h, w] of the rows of a tensor [N *
     positions, ...] that make it, given or found, and the codes [N, heads * channels, h, w].
     """
@@ -181,7 +181,7 @@ def _times(tracer: Tracer, codes: Tensor, factor: Tensor | None) -> Tensor:
     return pointwise_4d(tracer, "mul", [codes, constant.expand(codes.shape)])
 
 
-def _plane(tracer: Tracer, grid: Tensor) -> Ref:
+def plane_of(tracer: Tracer, grid: Tensor) -> Ref:
     """Codes [N, channels, h, w] as channels of one plane that differs between samples, in place."""
     with contextlib.suppress(LayoutError):
         ref = tracer.recognise(grid)
@@ -197,9 +197,9 @@ def _in_place(graph: Graph, ref: Ref, height: int, width: int) -> bool:
     return (node.height, node.width) == (height, width) and (node.given or node.stride == ref.stride)
 
 
-def _check_order(graph: Graph, node: Attention) -> None:
+def check_order(graph: Graph, node: Attention) -> None:
     """Positions are computed in raster order: those of a text in front, too, which may well see each other."""
-    keys = graph.nodes[node.keys.plane[0]]
+    keys = graph.nodes[node.values.plane[0]]
     begin, end = node.spans.numpy().T
     ahead = (end > begin) & (end - 1 > np.arange(len(end)))
     if (keys.height, keys.width) != (node.height, node.width) or not ahead.any():

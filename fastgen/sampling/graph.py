@@ -217,7 +217,8 @@ def _nothing() -> Ref:
 class Attention(Node):
     """For each head h and position p, sum over keys s of softmax_s(scale * query[p, h] . keys[s, h] + bias[h, p, s]) *
     values[s, h]; Vaswani et al. 2017, "Attention Is All You Need", equation 1. Zero where p sees no key. With a cap
-    that is not 0, the scaled product is cap * tanh(product / cap).
+    that is not 0, the scaled product is cap * tanh(product / cap). Without softmax, all but the bias is 0 and neither
+    query nor keys have channels: positions are mixed by a matrix, their bias.
 
     The channels of query, keys and values are those of the first head, then those of the second, and so on; each is all
     of one plane, or some of its channels, in place. Positions are counted in raster order, p in the node's own plane,
@@ -230,6 +231,7 @@ class Attention(Node):
     heads: int = 1
     scale: float = 1.0
     cap: float = 0.0
+    softmax: bool = True
     query: Ref = field(default_factory=_nothing)
     keys: Ref = field(default_factory=_nothing)
     values: Ref = field(default_factory=_nothing)

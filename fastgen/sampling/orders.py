@@ -228,6 +228,20 @@ def _occurrence(values: np.ndarray) -> np.ndarray:
     return result
 
 
+def are_positions(tracer: Tracer, columns: Tensor) -> bool:
+    """Whether the columns of codes [..., rows, columns] are positions of planes, the same ones in all rows."""
+    first = columns.reshape(-1, columns.shape[-1])[:1].numpy()
+    for codes in (first, columns.numpy()):  # most have one position in a row
+        plane, _, _, y, x = tracer.graph.decode(codes)
+        place = np.ma.masked_where(tracer.graph.given(plane), y * (1 + x.max()) + x).reshape(-1, columns.shape[-1])
+        if place.count() == 0 or (np.ma.ptp(place, axis=0) > 0).any():
+            return False
+        places = place.max(0).compressed()
+        if len(places) < 2 or len(np.unique(places)) < len(places):
+            return False
+    return True
+
+
 def feature_map(tracer: Tracer, rows: Tensor) -> tuple[Order, Tensor, Ref]:
     """Codes [N*h*w, K], positions in any order, as a feature map: the order [N, h, w] of rows, the codes [N, K, h, w]
     in this order, and where they are found.

@@ -215,9 +215,11 @@ class _Packer:
         _set_taps(step, current)
 
     def _attention(self, node: Attention) -> Attend:
-        query, keys, values = (Read(self.index[int(r.plane[0])], 0, 0, int(r.channel[0])) for r in node.sources())
+        sources = [r if len(r.plane) else node.values for r in node.sources()]
+        query, keys, values = (Read(self.index[int(r.plane[0])], 0, 0, int(r.channel[0])) for r in sources)
         depth, width = len(node.query.plane) // node.heads, node.channels // node.heads
-        return Attend(node.heads, depth, width, node.scale, query, keys, values, node.spans, node.bias, node.cap)
+        seen = node.spans, node.bias, node.cap, node.softmax
+        return Attend(node.heads, depth, width, node.scale, query, keys, values, *seen)
 
     def _finished(self, ref: Ref, step: Step) -> np.ndarray:
         """Which channels of a tap's source are finished when the row of a pixel step begins."""

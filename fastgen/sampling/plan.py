@@ -125,6 +125,7 @@ class Attention:
         score[h, s] = capped(scale * query[p, h] . keys[s, h]) + bias[h, p, s]
         acc[0, h * width + c] = sum over s of softmax_s(score[h, s]) * values[s, h, c]
 
+    or, where it has no softmax, of score[h, s] * values[s, h, c],
     over the keys spans[p, 0] <= s < spans[p, 1]; zero where none is seen. capped(x) is x where the cap is 0, else
     cap * tanh(x / cap). Query, keys and values are read in place, the
     query `heads * depth` channels at the step's position, keys as many and values `heads * width` at position s of
@@ -143,6 +144,7 @@ class Attention:
     spans: Tensor
     bias: Tensor | None
     cap: float = 0.0
+    softmax: bool = True
 
     def reads(self) -> list[tuple[Read, int]]:
         """What it reads, with the number of channels."""

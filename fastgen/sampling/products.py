@@ -10,8 +10,9 @@ from torch import Tensor
 
 from fastgen.sampling.graph import Linear, Ref, taps_of
 from fastgen.sampling.lowering import spatial, vector
+from fastgen.sampling.mixing import mixed
 from fastgen.sampling.orders import feature_maps
-from fastgen.sampling.rules import rule
+from fastgen.sampling.rules import find, rule
 
 if TYPE_CHECKING:
     from fastgen.sampling.trace import Tracer
@@ -27,11 +28,15 @@ def _product(tracer: Tracer, func: Any, args: tuple, kwargs: dict, outputs: list
         bias, x, weight = args[:3]
     else:
         x, weight, bias = args[0], args[1], None
-    left = name == "aten::bmm" and not tracer.depends(x) and _one_matrix(x)
+    left = name == "aten::bmm" and not tracer.depends(x)
     if left:  # a matrix times vectors in columns
         x, weight = weight.transpose(1, 2), x.transpose(1, 2)
     if name == "aten::bmm" and _one_matrix(weight):  # what einsum and matmul make of it
         weight = weight[0]
+    if not tracer.varies(weight) and (bias is None or not tracer.varies(bias)) and not kwargs:
+        found = mixed(tracer, tracer.codes(x), weight, bias)
+        if found is not None:
+            return tracer.set_codes(outputs[0], found.mT if left else found)
     if tracer.varies(weight) or weight.dim() != 2 or kwargs:
         raise tracer.unsupported("a product with a matrix that is no parameter")
     if bias is not None and (tracer.varies(bias) or bias.dim() != 1):
@@ -39,6 +44,24 @@ def _product(tracer: Tracer, func: Any, args: tuple, kwargs: dict, outputs: list
     out = product(tracer, tracer.codes(x).reshape(-1, x.shape[-1]), weight, bias)
     shape = outputs[0].mT.shape if left else outputs[0].shape
     tracer.set_codes(outputs[0], out.view(shape).mT if left else out.view(shape))
+
+
+_convolution_2d = find(torch.ops.aten.convolution.default)
+
+
+@rule("convolution")
+def _convolution(tracer: Tracer, func: Any, args: tuple, kwargs: dict, outputs: list[Tensor]) -> None:
+    """Of one position in one dimension: a product over channels, or over positions in their place."""
+    x, weight, bias, stride, padding, _, transposed, _, groups = args
+    plain = x.dim() == 3 and weight.shape[2] == 1 and groups == 1 and not transposed and (stride, padding) == ([1], [0])
+    if not plain or any(p is not None and tracer.varies(p) for p in (weight, bias)):
+        assert _convolution_2d is not None
+        return _convolution_2d(tracer, func, args, kwargs, outputs)
+    codes, matrix = tracer.codes(x).mT, weight[..., 0].t()
+    found = mixed(tracer, codes, matrix, bias)
+    if found is None:
+        found = product(tracer, codes.reshape(-1, x.shape[1]), matrix, bias).view(*codes.shape[:2], -1)
+    tracer.set_codes(outputs[0], found.mT)
 
 
 def _one_matrix(batch: Tensor) -> bool:

@@ -141,7 +141,7 @@ def _latest(graph: Graph, node: Attention) -> int:
     positions = np.flatnonzero((node.spans[:, 0] < node.spans[:, 1]).numpy())
     if not len(positions):
         return _NEVER
-    source = graph.nodes[node.keys.plane[0]]
+    source = graph.nodes[node.values.plane[0]]
     last = node.spans[:, 1].numpy()[positions].astype(np.int64) - 1
     rows = last // source.width * source.stride[0] - positions // node.width * node.stride[0]
     columns = last % source.width * source.stride[1] - positions % node.width * node.stride[1]
@@ -185,7 +185,7 @@ def _parts_by(graph: Graph, group_of: Keys, always: int, reach: list[Keys]) -> l
             keys = [_linear_keys(graph, node, phase, reach) for phase in node.phases()]
             phases = phases if len(keys) == 1 else [*node.phases()]
         elif isinstance(node, Attention):  # one step for all channels
-            latest = max(int(k.max()) for k in _attention_keys(graph, node, reach))
+            latest = max(int(k.max(initial=_NEVER)) for k in _attention_keys(graph, node, reach))
             keys = [np.full(node.channels, latest, dtype=np.int64)]
         else:
             keys = [np.max([_source_keys(graph, r, reach) for r in node.sources()], axis=0)]
@@ -261,8 +261,9 @@ def _critical(graph: Graph, node: Node, channel: int, reach: list[Keys]) -> list
         down, right, _ = (int(v) for v in unkey(np.array(_latest(graph, node))))
         shifts = [(0, 0), (down, right), (down, right)]
         for ref, keys, shift in zip(node.sources(), _attention_keys(graph, node, reach), shifts, strict=True):
-            k = int(np.argmax(keys))
-            found.append((int(keys[k]), int(ref.plane[k]), int(ref.channel[k]), *shift))
+            if len(keys):
+                k = int(np.argmax(keys))
+                found.append((int(keys[k]), int(ref.plane[k]), int(ref.channel[k]), *shift))
         return found
     refs = [(ref, np.array([channel])) for ref in node.sources()]
     if isinstance(node, Linear):

@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from fastgen.sampling.elementwise import named_arguments
 from fastgen.sampling.graph import LayoutError
+from fastgen.sampling.orders import are_positions
 from fastgen.sampling.rules import adding_to
 
 if TYPE_CHECKING:
@@ -183,7 +184,7 @@ def lower(tracer: Tracer, func: Any, args: tuple, kwargs: dict) -> Any:
     found = [tracer.scores_of(t) for t in tensors]
     known = [f for f in found if f is not None]
     if not known:
-        if name in ("bmm", "baddbmm") and all(is_batch(tracer, t) for t in tensors[-2:]):
+        if name in ("bmm", "baddbmm") and all(is_batch(tracer, t) for t in tensors[-2:]) and not mixes(tracer, tensors):
             return _begin(tracer, named_arguments(func, args, kwargs))
         return NotImplemented
     if func.is_view or name in _LIKE:
@@ -213,6 +214,14 @@ def lost_in(known: Known) -> LayoutError:
 def is_batch(tracer: Tracer, tensor: Tensor) -> bool:
     """Whether the matrices [batch, ...] are of samples and heads, not one parameter for all."""
     return tracer.varies(tensor) or (tensor.shape[0] > 1 and tensor.stride(0) != 0)
+
+
+def mixes(tracer: Tracer, tensors: list[Tensor]) -> bool:
+    """Whether products are those of positions with matrices of parameters: see `fastgen.sampling.mixing`."""
+    (left, right), varies = tensors[-2:], [tracer.varies(t) for t in tensors[-2:]]
+    if all(varies):
+        return False
+    return are_positions(tracer, tracer.codes(left) if varies[0] else tracer.codes(right).transpose(1, 2))
 
 
 def _begin(tracer: Tracer, named: dict[str, Any]) -> Tensor:

@@ -35,6 +35,7 @@ from fastgen.sampling import (  # noqa: F401  (some for their rules)
     joined_scores,
     logits,
     lowering,
+    mixing,
     planes,
     products,
     recurrent,

@@ -110,6 +110,12 @@ def capped(net: Attending, query: Tensor, keys: Tensor, values: Tensor) -> Tenso
     return scores.masked_fill(~before(query), float("-inf")).softmax(3) @ values
 
 
+def mixed(net: Attending, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """By a matrix, as gMLP does."""
+    positions = torch.arange(query.shape[2], device=query.device)
+    return (net.relative[:, positions[:, None] - positions] * before(query)) @ values
+
+
 def at_a_distance(net: Attending, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
     """A number for each head and distance; the first head sees every second key, and at first none."""
     positions = torch.arange(query.shape[2], device=query.device)

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastgen import models
 from fastgen.nn import MaskedConv2d
 from fastgen.sampling import Bernoulli, Categorical
-from tests.kernels.attending import Attend, Attending, at_a_distance, capped, earlier
+from tests.kernels.attending import Attend, Attending, at_a_distance, capped, earlier, mixed
 
 Case = tuple[str, str, Callable[[], tuple[Any, ...]]]  # module, function, arguments
 FLOAT, BFLOAT, HALF = torch.float32, torch.bfloat16, torch.float16
@@ -220,6 +220,7 @@ PLANS: dict[str, Callable[[], None]] = {
             "GPT, relative positions": attending(8, 64, 64, at_a_distance),
             "wide, relative positions": attending(4, 128, 128, at_a_distance),
             "wide, capped": attending(4, 128, 128, capped),
+            "mixed": attending(1, 1, 512, mixed),
             "channels that are no multiples of four": attending(3, 49, 63, at_a_distance),
             "channels that are no multiples of four, capped": attending(3, 49, 63, capped),
         }.items()

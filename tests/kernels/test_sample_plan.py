@@ -148,6 +148,7 @@ def attention(name: str, size: tuple[int, int]) -> tuple[nn.Module, dict[str, An
         "transformer": lambda: attending.Tokens(size, heads=2, depth=5, width=3),
         "relative positions": lambda: attending.Attending(attending.at_a_distance, size, heads=2, depth=4, width=4),
         "capped": lambda: attending.Attending(attending.capped, size, heads=2, depth=3, width=4),
+        "mixed": lambda: attending.Attending(attending.mixed, size, heads=2, depth=3, width=4),
         "rows": lambda: attending.Above(attending.rows_above, size, heads=3, depth=2, width=1),
         "stride of two": lambda: attending.Halved(attending.rows_above, half, heads=1, depth=4, width=4),
     }
@@ -157,7 +158,7 @@ def attention(name: str, size: tuple[int, int]) -> tuple[nn.Module, dict[str, An
     return make(build[name]), {"image_shape": shape, "head": head}
 
 
-ATTENTION = ["PixelSNAIL", "transformer", "relative positions", "capped", "rows", "stride of two"]
+ATTENTION = ["PixelSNAIL", "transformer", "relative positions", "capped", "mixed", "rows", "stride of two"]
 
 
 @pytest.mark.parametrize("name", ATTENTION)
@@ -181,7 +182,7 @@ def test_attention_in_other_batches_changes_no_bit(name, device):
     assert torch.equal(parameters_of_last_row(alone, 1), parameters[1:])
 
 
-def attending_step(heads: int, depth: int, width: int, biased: bool, stage: Stage, cap: float) -> Plan:
+def attending_step(heads: int, depth: int, width: int, biased: bool, stage: Stage, cap: float, softmax: bool) -> Plan:
     """A plan of one step at image rows that are odd, added to what it reads elsewhere; keys lie in a plane of another
     size, together with their values. Some positions see no key.
     """
@@ -193,11 +194,12 @@ def attending_step(heads: int, depth: int, width: int, biased: bool, stage: Stag
     spans = torch.randint(num_keys + 1, (positions, 2), dtype=torch.int32).sort(1).values
     spans[0], spans[1] = torch.tensor([0, num_keys]), torch.tensor([7, 7])
     bias = torch.randn(heads, positions, num_keys)
-    bias[torch.rand(bias.shape) < 0.3] = -math.inf
-    bias[0, 0] = -math.inf
+    if softmax:
+        bias[torch.rand(bias.shape) < 0.3] = -math.inf
+        bias[0, 0] = -math.inf
     of = Attention(
         heads, depth, width, 0.7, Read(0, 0, 0, 1), Read(1, 0, 0, skipped), Read(1, 0, 0, skipped + heads * depth),
-        spans, bias if biased else None, cap,
+        spans, bias if biased else None, cap, softmax,
     )  # fmt: skip
     program = (Instr("acc", 0), Instr("load", read=Read(2, 0, 0, 0)), Instr("add", 0, 1))
     step = Step("", stage, -1, 0, 0, channels, program, (Store(3, 1, 2),), groups=1, attention=of)
@@ -217,25 +219,28 @@ def attended(plan: Plan, conditions: list[Tensor]) -> Tensor:
     scores = of.cap * torch.tanh(scores / of.cap) if of.cap else scores
     scores = scores if of.bias is None else scores + of.bias
     s = torch.arange(scores.shape[3])
-    scores.masked_fill_((s < of.spans[:, :1]) | (s >= of.spans[:, 1:]), -math.inf)
-    result = torch.einsum("nhps,nhcs->nhcp", torch.ops.aten._safe_softmax(scores, 3), values).flatten(1, 2)
+    scores.masked_fill_((s < of.spans[:, :1]) | (s >= of.spans[:, 1:]), -math.inf if of.softmax else 0)
+    weights = torch.ops.aten._safe_softmax(scores, 3) if of.softmax else scores
+    result = torch.einsum("nhps,nhcs->nhcp", weights, values).flatten(1, 2)
     return result.unflatten(2, conditions[0].shape[2:]) + conditions[2]
 
 
 @pytest.mark.parametrize(
-    ("heads", "depth", "width", "biased", "stage", "cap"),
+    ("heads", "depth", "width", "biased", "stage", "cap", "softmax"),
     [
-        (2, 3, 5, True, Stage.PIXEL, 0.0),
-        (1, 8, 8, False, Stage.PIXEL, 0.0),
-        (3, 4, 4, True, Stage.ROW, 0.0),
-        (2, 1, 2, False, Stage.ROW, 0.0),
-        (2, 5, 3, True, Stage.PIXEL, 0.8),
-        (1, 4, 4, False, Stage.ROW, 3.0),
+        (2, 3, 5, True, Stage.PIXEL, 0.0, True),
+        (1, 8, 8, False, Stage.PIXEL, 0.0, True),
+        (3, 4, 4, True, Stage.ROW, 0.0, True),
+        (2, 1, 2, False, Stage.ROW, 0.0, True),
+        (2, 5, 3, True, Stage.PIXEL, 0.8, True),
+        (1, 4, 4, False, Stage.ROW, 3.0, True),
+        (2, 0, 3, True, Stage.PIXEL, 0.0, False),
+        (1, 0, 6, True, Stage.ROW, 0.0, False),
     ],
 )
-def test_attention_is_what_the_plan_says(heads, depth, width, biased, stage, cap, device):
+def test_attention_is_what_the_plan_says(heads, depth, width, biased, stage, cap, softmax, device):
     """As precisely as PyTorch in float32; NaN of a sample and a head stays there."""
-    plan = attending_step(heads, depth, width, biased, stage, cap)
+    plan = attending_step(heads, depth, width, biased, stage, cap, softmax)
     conditions = [2 * torch.randn(2, p.channels, p.height, p.width) for p in plan.planes[:3]]
     step = plan.steps[0]
     of = executor.TritonExecutor(plan, torch.device(device))
@@ -251,6 +256,8 @@ def test_attention_is_what_the_plan_says(heads, depth, width, biased, stage, cap
     exact, plain = attended(plan, [c.double() for c in conditions]), attended(plan, conditions)
     error = (run() - exact).abs().max()
     assert error <= 2 * max((plain - exact).abs().max(), 2**-23 * exact.abs().max())
+    if not softmax:
+        return
     key = step.attention.keys.channel
     conditions[1][1, key, 2, 0] = math.nan
     result, expected = run().isnan(), attended(plan, conditions).isnan()

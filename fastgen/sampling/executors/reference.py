@@ -159,5 +159,6 @@ def _attend(step: Step, attention: Attention, planes: _Planes, row: int, columns
             scores = of.cap * torch.tanh(scores / of.cap)
         if of.bias is not None:
             scores += of.bias[:, position, begin:end].to(scores)
-        result[i] = torch.einsum("nhs,snhc->nhc", torch.ops.aten._safe_softmax(scores, 2), values[begin:end])
+        weights = torch.ops.aten._safe_softmax(scores, 2) if of.softmax else scores
+        result[i] = torch.einsum("nhs,snhc->nhc", weights, values[begin:end])
     return result.flatten(2)

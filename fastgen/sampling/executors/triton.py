@@ -228,7 +228,8 @@ class TritonExecutor:
         channels, width = (min(_power(n), _ATTENTION_CHANNELS) for n in (of.depth, of.width))
         options = {
             "PROGRAM": launch.program, "STORES": launch.stores, "VECTOR": launch.vector, "SPACING": launch.spacing,
-            "CAPPED": of.cap != 0, "BIASED": of.bias is not None, "DEPTH": of.depth, "WIDTH": of.width,
+            "CAPPED": of.cap != 0, "SOFTMAX": of.softmax, "BIASED": of.bias is not None,
+            "DEPTH": of.depth, "WIDTH": of.width,
             "KEYS": _keys_at_once(of.depth, of.width, launch.vector), "CHANNELS": channels, "COLUMNS": width,
             "STAGES": _ATTENTION_STAGES, "num_warps": _ATTENTION_WARPS,
         }  # fmt: skip
