@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastgen.sampling.graph import Attention, Constant, Graph, LayoutError, Node, Ref
+from fastgen.sampling.graph import Attention, Constant, Graph, LayoutError, Node, Pointwise, Ref
 from fastgen.sampling.joined_scores import once_each, some_values
 from fastgen.sampling.orders import Order, appended, depends, feature_map
 from fastgen.sampling.planes import pointwise_4d
@@ -114,16 +114,18 @@ def _attend_all(tracer: Tracer, known: Scores, values: Tensor) -> Tensor:
             raise LayoutError("that mixes samples")
     query, keys, values = (turned(tracer, codes, heads) for codes in (query, keys, values))
     seen = _seen(known, query_order.index[0].flatten(), key_order.index[0].flatten())
+    of_query, by = _without_number(tracer.graph, plane_of(tracer, _times(tracer, query, seen.of_queries)))
+    of_keys, times = _without_number(tracer.graph, plane_of(tracer, _times(tracer, keys, seen.of_keys)))
     found = Attention(
         tracer.module,
         heads * width,
         query.shape[2],
         query.shape[3],
         heads=heads,
-        scale=seen.scale,
+        scale=seen.scale * by * times,
         cap=seen.cap,
-        query=plane_of(tracer, _times(tracer, query, seen.of_queries)),
-        keys=plane_of(tracer, _times(tracer, keys, seen.of_keys)),
+        query=of_query,
+        keys=of_keys,
         values=plane_of(tracer, values),
         spans=seen.spans,
         bias=seen.bias,
@@ -188,6 +190,22 @@ def plane_of(tracer: Tracer, grid: Tensor) -> Ref:
         if _in_place(tracer.graph, ref, grid.shape[2], grid.shape[3]):
             return ref
     return tracer.graph.recognise(pointwise_4d(tracer, "copy", [grid]))
+
+
+def _without_number(graph: Graph, ref: Ref) -> tuple[Ref, float]:
+    """What a plane is times a number, in place, and the number: in `F.scaled_dot_product_attention` both factors of
+    scores have been multiplied by one, which costs a step each.
+    """
+    node, number = graph.nodes[ref.plane[0]], 1.0
+    while isinstance(node, Pointwise) and node.op == "mul":
+        of, factor = node.operands
+        if not isinstance(of, Ref) or not isinstance(factor, float):
+            break
+        of = of.take(ref.channel)
+        if not _in_place(graph, of, node.height, node.width):
+            break
+        ref, number, node = of, number * factor, graph.nodes[of.plane[0]]
+    return ref, number
 
 
 def _in_place(graph: Graph, ref: Ref, height: int, width: int) -> bool:

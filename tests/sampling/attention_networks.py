@@ -672,7 +672,7 @@ ALONE = "of a position that sees no key: softmax makes it see all of them, or Na
 WRONG: dict[str, tuple[Case, type[Exception], str]] = {
     f.__name__: (prior(f), error, text)
     for f, error, text in (
-        (no_mask, NotCausal, r"colour 0 at \(y\+3, x\+3\); the layers between: norm -> keys -> "),
+        (no_mask, NotCausal, r"colour 0 at \(y\+3, x\+3\); the layers between: norm -> values -> "),
         (off_by_one, NotCausal, r"colour 0 at \(y\+1, x-5\)"),
         (transposed_mask, NotCausal, r"colour 0 at \(y\+3, x\+3\)"),
         (only_one_head_masked, NotCausal, r"colour 0 at \(y\+3, x\+3\)"),
