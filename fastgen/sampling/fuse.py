@@ -23,7 +23,7 @@ def trim(graph: Graph) -> None:
     One product gives queries, keys and values, and those that are rotated are made by others
     (`fastgen.sampling.rotations`).
     """
-    readers = _readers(graph)
+    readers = readers_of(graph)
     assert graph.output is not None
     for node in reversed(graph.nodes):
         if not readers[node.id] and node.sources():
@@ -44,10 +44,10 @@ def trim(graph: Graph) -> None:
         else:
             node.operands = [o.take(kept) if isinstance(o, Ref) else o for o in node.operands]
         node.channels = len(kept)
-        _renumber(graph, readers[node.id], node.id, np.cumsum(used) - 1)
+        renumber(graph, readers[node.id], node.id, np.cumsum(used) - 1)
 
 
-def _renumber(graph: Graph, readers: list[int], plane: int, channel: np.ndarray) -> None:
+def renumber(graph: Graph, readers: list[int], plane: int, channel: np.ndarray) -> None:
     """Let readers of a plane find each of its channels where it is now."""
 
     def moved(ref: Ref) -> Ref:
@@ -133,7 +133,7 @@ def crop(graph: Graph) -> None:
     Padding and slicing leave many such planes; without the offset they can be merged and evaluated inside their
     readers.
     """
-    readers = _readers(graph)
+    readers = readers_of(graph)
     for node in reversed(graph.nodes):
         if not readers[node.id] or not isinstance(node, Linear | Pointwise):
             continue
@@ -220,7 +220,7 @@ def _whole(operand: Ref | float, node: Node) -> int | None:
     return int(operand.plane[0])
 
 
-def _readers(graph: Graph) -> list[list[int]]:
+def readers_of(graph: Graph) -> list[list[int]]:
     """For each plane the nodes that read it; the output counts as reader STORED."""
     alive = live(graph)
     readers: list[list[int]] = [[] for _ in graph.nodes]
@@ -238,7 +238,7 @@ def merge_sums(graph: Graph) -> None:
     """Replace add(product, product) and add(product, per-channel constant), in place, where nobody else reads the
     products.
     """
-    readers = _readers(graph)
+    readers = readers_of(graph)
 
     def geometry(node: Node) -> tuple[object, ...]:
         return node.channels, node.height, node.width, node.stride
@@ -276,7 +276,7 @@ def roots(graph: Graph) -> list[int | None]:
     place, each channel once.  A step holds one product: of several, the last computed stays inside.  A transposed
     convolution, which has a step for each phase, is stored.
     """
-    readers = _readers(graph)
+    readers = readers_of(graph)
     root: list[int | None] = [None] * len(graph.nodes)
     product: dict[int, int] = {}
     places: dict[int, np.ndarray] = {}

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastgen.sampling.arrange import arrange
 from fastgen.sampling.fuse import crop, merge_sums, roots, settle_output, share, trim
 from fastgen.sampling.graph import (
     Attention,
@@ -59,6 +60,7 @@ def compile_graph(graph: Graph, head: Head) -> tuple[Plan, list[Tensor]]:
     except NotCausal as error:
         raise NotCausal(f"{error}{_order_that_is_causal(graph, groups)}") from None
     trim(graph)
+    arrange(graph)
     spread(graph)
     share(graph)
     crop(graph)

@@ -1,4 +1,4 @@
-"""First part of pass 4: a channel that is read for many channels becomes many equal ones.
+"""Next part of pass 4: a channel that is read for many channels becomes many equal ones.
 
 The mean over channels is one channel, and what is multiplied by it has hundreds, each of which would be a program of
 its own. As many copies of it, computed side by side, are one program: products with equal columns cost one of them.

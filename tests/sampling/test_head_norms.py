@@ -109,6 +109,7 @@ WAYS = (
     {name: (norm, {}) for name, norm in NORMS.items()}
     | {f"{name} {layout}": (NORMS[name], {"layout": layout}) for name in ("nn.LayerNorm", "Gemma", "cosine")
        for layout in ("bt3hd", "bth3d", "late")}
+    | {f"none {layout}": (lambda heads: nn.Identity(), {"layout": layout}) for layout in ("bt3hd", "bth3d")}
     | {f"{name} turned": (NORMS[name], {"turn": True}) for name in ("nn.RMSNorm", "nn.LayerNorm", "cosine")}
 )  # fmt: skip
 del WAYS["nn.LayerNorm bth3d"], WAYS["cosine late"]
@@ -140,9 +141,8 @@ def steps(norm: Callable[[int], nn.Module], heads: int, options: dict) -> int:
     return len(Sampler(network(norm, heads, **options), **GIVEN, backend="reference").plan.steps)
 
 
-@pytest.mark.parametrize("way", [way for way in WAYS if "bth3d" not in way])  # there, each head is read by itself
-def test_heads_are_one_program(way: str) -> None:
-    norm, options = WAYS[way]
+@pytest.mark.parametrize(("norm", "options"), WAYS.values(), ids=WAYS)
+def test_heads_are_one_program(norm: Callable[[int], nn.Module], options: dict) -> None:
     few = steps(norm, 2, options)
     assert steps(norm, 5, options) == few
     plain = steps(lambda heads: nn.Identity(), 2, options)
