@@ -14,8 +14,8 @@ from fastgen import backends
 from fastgen.models import PixelCNNpp, PixelRNN
 from fastgen.sampling import Categorical, Sampler, audit, naive_sample
 from fastgen.sampling.executors.cuda import CudaExecutor, Strategy
+from fastgen.sampling.executors.operands import Operands
 from fastgen.sampling.executors.pixel_tables import DEPTH, DRAW, PixelTables
-from fastgen.sampling.executors.triton import Operands
 from tests.kernels import attending
 
 from .host_team import Watch, host_sampler, program

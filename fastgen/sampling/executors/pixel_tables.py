@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastgen.sampling.executors.operands import Operands
 from fastgen.sampling.executors.tables import OPS
-from fastgen.sampling.executors.triton import Operands, Pattern
+from fastgen.sampling.executors.triton import Pattern
 from fastgen.sampling.heads import LogisticMixture
 from fastgen.sampling.plan import Plan, Step
 
