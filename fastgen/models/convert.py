@@ -154,7 +154,7 @@ def _copy(name: str, parts: Mapping[str, Tensor], layer: WeightNormed) -> None:
         layer.weight_v.copy_(v)
 
 
-# Layers of the port, and of each of its blocks, and ours; those that have biases, and weights the other way round.
+# Layers of the port's blocks, and ours. These have biases, and weights [in, out].
 _LINEAR_OF_PORT = {
     "attn.c_attn": "query_key_value",
     "attn.c_proj": "attention_output",
