@@ -106,6 +106,11 @@ _Key = tuple[Any, ...]  # the names of arguments that are tensors; or these, con
 _State = tuple[torch.nn.Module, dict[str, Any]]  # of `state`
 
 
+def _parts(key: _Key) -> tuple[Any, ...]:
+    """The names of arguments that are tensors, constants, and whether for several images."""
+    return key if len(key) == 3 and isinstance(key[0], tuple) else (key, (), False)
+
+
 def _is_recorded() -> bool:
     """Whether something of PyTorch looks at every operation, as ``torch.jit.trace`` and ``torch.export`` do."""
     return torch._C._get_tracing_state() is not None or _get_current_dispatch_mode() is not None
@@ -304,7 +309,7 @@ class Program:
         if self._is_there(key):
             yield key
             if key in self.sources and self.sources[key].one_image:
-                names, constants, _ = key if len(key) == 3 and isinstance(key[0], tuple) else (key, (), False)
+                names, constants, _ = _parts(key)
                 if self._is_there(key := (names, constants, True)):
                     yield key
 
@@ -312,16 +317,16 @@ class Program:
         if key in self.functions:
             return True
         if key in self.later:
-            return self._make(key, key, (), False)
+            return self._make(key)
         if key in self.tried or len(self.tried) >= _MOST_TRACED or not isinstance(next(iter(key), ""), tuple):
             return False
-        names, constants, several = key
+        _, constants, several = key
         if constants and not several and key not in self.asked:
             self.asked = {key, *(self.asked if len(self.asked) < _MOST_ASKED else ())}
             return False
-        return self._make(key, names, constants, several)
+        return self._make(key)
 
-    def _make(self, key: _Key, names: tuple[str, ...], constants: tuple[Any, ...], several: bool) -> bool:
+    def _make(self, key: _Key) -> bool:
         from fastgen.acceleration.rewrite import rewritten  # which is built on this
 
         if _is_recorded() or not self.before or not all(unchanged(*state) for state in self.before):
@@ -330,6 +335,7 @@ class Program:
             self.later.discard(key)  # which another thread may have done
         else:
             self.tried.add(key)
+        names, constants, several = _parts(key)
         found = rewritten(self.root, names, {name: value for name, _, value in constants}, several)
         if found is None:
             return False
@@ -340,7 +346,7 @@ class Program:
 
     def _make_first(self, key: _Key) -> None:
         if key in self.later:
-            self._make(key, key, (), False)
+            self._make(key)
 
     # torch.compiler.assume_constant_result, without importing the compiler
     _make_first._dynamo_marked_constant = True  # type: ignore[attr-defined]
