@@ -280,15 +280,12 @@ class Graph:
         size = (node.samples, node.channels, node.height, node.width)
         return torch.arange(node.start, node.start + int(np.prod(size))).view(size)
 
-    def all_of(self, codes: Tensor) -> Node | None:
-        """The node of which codes [N, C, h, w] may be the elements in order, by the first and the last; none for those
-        that do not depend on the image.
-        """
-        first, last = int(codes[0, 0, 0, 0]), int(codes[-1, -1, -1, -1])
+    def spanned(self, first: int, last: int) -> Node | None:
+        """The node whose first and last code these are; none for those that do not depend on the image."""
         node = self.nodes[int(self.planes(np.array(first)))] if first > 0 else None
-        if node is None or node.given or node.broadcast or node.start != first or last - first != codes.numel() - 1:
+        if node is None or node.given or node.start != first:
             return None
-        return node if codes.shape == (node.samples, node.channels, node.height, node.width) else None
+        return node if last - first + 1 == node.samples * node.channels * node.height * node.width else None
 
     def planes(self, codes: np.ndarray) -> np.ndarray:
         """The plane of each code; -1 where it names none."""
@@ -389,8 +386,8 @@ class Graph:
         if array.size == 0:
             zero = np.zeros(channels, dtype=np.int64)
             return Ref(zero - 1, zero, zero, zero)
-        node = self.all_of(codes)
-        if node is not None and torch.equal(codes, self.codes(node)):
+        node = self.spanned(int(codes[0, 0, 0, 0]), int(codes[-1, -1, -1, -1]))
+        if node is not None and not node.broadcast and torch.equal(codes, self.codes(node)):
             return self.whole(node)
         flat = array[0].reshape(channels, -1)
         first = np.argmax(flat > 0, axis=1)

@@ -192,15 +192,12 @@ def _plane_order(tracer: Tracer, flat: Tensor) -> Tensor:
 def _order_of_a_plane(tracer: Tracer, flat: Tensor) -> Tensor | None:
     """The same where codes are those of one whole plane, in any order: without sorting them."""
     start = int(flat.min())
-    node = tracer.graph.nodes[int(tracer.graph.planes(np.array(start)))] if start > 0 else None
-    if node is None or node.given or node.start != start or int(flat.max()) - start != len(flat) - 1:
-        return None
-    size = (node.samples, node.channels, node.height, node.width)
-    if math.prod(size) != len(flat):
+    node = tracer.graph.spanned(start, int(flat.max()))
+    if node is None or node.samples * node.channels * node.height * node.width != len(flat):
         return None
     order = torch.full((len(flat),), -1)
     order[flat - start] = torch.arange(len(flat))
-    return None if (order < 0).any() else order.view(size)
+    return None if (order < 0).any() else order.view(node.samples, node.channels, node.height, node.width)
 
 
 def _at_places(y: np.ndarray, x: np.ndarray, batch: int) -> tuple[np.ndarray, np.ndarray]:
