@@ -12,11 +12,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fastgen.sampling import Categorical, NotCausal, UnsupportedModel
+from fastgen.sampling import Categorical, NotCausal, Sampler, UnsupportedModel, audit, naive_sample
 
 from .networks import LEVELS
 
 CODES = Categorical(LEVELS, input_range=None)
+
+
+def check_equals_naive_loop(net: nn.Module, given: dict[str, Any]) -> None:
+    """And the audit tells its images from others."""
+    expected = naive_sample(net, 3, **given)
+    for backend in ("reference", "cpu"):
+        assert torch.equal(Sampler(net, **given, backend=backend).sample(3), expected)
+    assert audit(net, expected, **given).ok
+    assert not audit(net, (expected + 1) % LEVELS, **given).ok
 
 
 def lower(count: int) -> Tensor:

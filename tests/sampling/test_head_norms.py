@@ -9,10 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastgen.sampling import NotCausal, Sampler, audit, naive_sample
+from fastgen.sampling import NotCausal, Sampler
 
-from .attention_networks import CODES, Prior, angles, lower, rotate_half
-from .networks import LEVELS
+from .attention_networks import CODES, Prior, angles, check_equals_naive_loop, lower, rotate_half
 
 SIZE, DEPTH = (3, 4), 4
 GIVEN = {"image_shape": SIZE, "head": CODES}
@@ -129,12 +128,7 @@ def network(norm: Callable[[int], nn.Module], heads: int = 3, kind: type[Network
 
 @pytest.mark.parametrize(("norm", "options"), WAYS.values(), ids=WAYS)
 def test_equals_naive_loop(norm: Callable[[int], nn.Module], options: dict) -> None:
-    net = network(norm, **options)
-    expected = naive_sample(net, 3, **GIVEN)
-    for backend in ("reference", "cpu"):
-        assert torch.equal(Sampler(net, **GIVEN, backend=backend).sample(3), expected)
-    assert audit(net, expected, **GIVEN).ok
-    assert not audit(net, (expected + 1) % LEVELS, **GIVEN).ok
+    check_equals_naive_loop(network(norm, **options), GIVEN)
 
 
 def steps(norm: Callable[[int], nn.Module], heads: int, options: dict) -> int:

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, einsum, nn
 
-from fastgen.sampling import NotCausal, Sampler, audit, naive_sample
+from fastgen.sampling import NotCausal, Sampler, naive_sample
 
-from .attention_networks import CODES
+from .attention_networks import CODES, check_equals_naive_loop
 from .networks import LEVELS
 
 SIZE, DIM = (3, 4), 6
@@ -127,11 +127,7 @@ WAYS["two layers"] = network(tril, layers=2)
 
 @pytest.mark.parametrize("net", WAYS.values(), ids=WAYS)
 def test_equals_naive_loop(net: nn.Module) -> None:
-    expected = naive_sample(net, 3, **GIVEN)
-    for backend in ("reference", "cpu"):
-        assert torch.equal(Sampler(net, **GIVEN, backend=backend).sample(3), expected)
-    assert audit(net, expected, **GIVEN).ok
-    assert not audit(net, (expected + 1) % LEVELS, **GIVEN).ok
+    check_equals_naive_loop(net, GIVEN)
 
 
 @pytest.mark.parametrize("way", [way for way in WAYS if way != "two layers"])
