@@ -1,14 +1,25 @@
-"""Memory that is streamed through again and again."""
+"""Memory: how much there is, and large pages for what is streamed through again and again."""
 
 from __future__ import annotations
 
 import contextlib
 import mmap
+import os
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 _LARGE_PAGE = 1 << 21  # of x86-64, and of arm64 with pages of 4 KiB
+
+
+def total_memory() -> int:
+    """Bytes of memory that this process may use: the machine's, or its container's (Linux, cgroups)."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
+            limits.append(int(Path(path).read_text(encoding="ascii")))
+    return min(limits)
 
 
 def empty_in_large_pages(count: int, dtype: torch.dtype) -> Tensor:

@@ -83,7 +83,7 @@ def sample(
             ``i % num_classes``.
 
     Returns:
-        uint8 levels [n, C, H, W].
+        uint8 levels [n, C, H, W]; int64 of more than 256 levels.
 
     Raises:
         ValueError: the model draws no codes of the ``vqvae``; and the errors of `load` and of the sampler.

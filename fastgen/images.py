@@ -104,6 +104,19 @@ def completions(given: Tensor, mask: Tensor, completed: Tensor, levels: int, sca
     return tile(rows.reshape(-1, *originals.shape[1:]), each + 2, scale)
 
 
+def half(which: str, height: int, width: int) -> Tensor:
+    """Which pixels are in the "top", "bottom", "left" or "right" half, of odd sizes the smaller first: bool [H, W]."""
+    places = {
+        "top": (slice(height // 2), slice(None)),
+        "bottom": (slice(height // 2, None), slice(None)),
+        "left": (slice(None), slice(width // 2)),
+        "right": (slice(None), slice(width // 2, None)),
+    }
+    mask = torch.zeros(height, width, dtype=torch.bool)
+    mask[places[which]] = True
+    return mask
+
+
 def _tinted(pixels: np.ndarray) -> np.ndarray:
     return (pixels * 0.65 + np.array(GIVEN_TINT) * 0.35).astype(np.uint8)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any, cast
 
@@ -34,6 +35,7 @@ def bits_per_dim(
     Raises:
         TypeError: the model has no likelihood.
         ValueError: there is no image, batch_size is below 1, or the precision is unknown.
+        RuntimeError: the likelihood of an image is NaN.
     """
     return float(_bits_per_dim(model, images, labels, batch_size, precision))
 
@@ -85,10 +87,17 @@ def _bits_per_dim(
         raise TypeError(f"model: expected one with a likelihood (log_prob), got {type(model).__name__}")
     device = next(model.parameters()).device
     model = private(model)
+    log_prob = cast(Any, model).log_prob
+    noisy = "start" in inspect.signature(log_prob).parameters  # of latents: every image has its own, in whatever batch
     nats = []
     with evaluating(model), weights_in(precision):
         for i in range(0, len(images), batch_size):
             batch_labels = None if labels is None else labels[i : i + batch_size].to(device)
-            batch_nats = cast(Any, model).log_prob(images[i : i + batch_size].to(device), batch_labels)
+            batch_nats = log_prob(
+                images[i : i + batch_size].to(device), batch_labels, **({"start": i} if noisy else {})
+            )
             nats.append(batch_nats.double().sum(0).cpu())
-    return -torch.stack(nats).sum(0) / (images.numel() * math.log(2))
+    bits = -torch.stack(nats).sum(0) / (images.numel() * math.log(2))
+    if bits.isnan().any():
+        raise RuntimeError("the likelihood of an image is NaN")
+    return bits

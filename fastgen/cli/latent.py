@@ -75,6 +75,8 @@ def run(options: argparse.Namespace) -> int:
     model: Any = fastgen.load(options.checkpoint)
     if not hasattr(model, "render") or (not hasattr(model, "latents") and options.tool != "reconstruct"):
         raise ValueError(f"{options.checkpoint}: a {model.name} has no latents to walk through")
+    if getattr(model, "condition", None) is not None and options.tool != "reconstruct":
+        raise ValueError(f"{options.checkpoint}: it completes images: fastgen sample CKPT --known DATA")
     tools = {
         "interpolate": _interpolate, "grid": _grid, "arithmetic": _arithmetic, "truncate": _truncate,
         "manifold": _manifold, "traverse": _traverse, "reconstruct": _reconstruct,

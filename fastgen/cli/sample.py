@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -30,8 +29,8 @@ SUFFIXES = (".png", ".npy", ".npz")
 BYTES_BESIDE = 32  # that a sample takes beside its levels: labels, and numbers they are made of
 # options of the sampler of pixel models, with their defaults
 SAMPLER_OPTIONS = {
-    "temperature": 1.0, "known": None, "precision": "fp32", "backend": "auto", "max_batch": None, "vqvae": None,
-    "audit": False,
+    "temperature": 1.0, "known": None, "keep": None, "precision": "fp32", "backend": "auto", "max_batch": None,
+    "vqvae": None, "audit": False,
 }  # fmt: skip
 
 
@@ -59,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--known", metavar="SPEC", help="complete the held-out images of these data (also conditional_vae)"
     )
     group.add_argument(
-        "--keep", choices=("top", "bottom", "left", "right"), default="top", help="the given half (default: top)"
+        "--keep", choices=("top", "bottom", "left", "right"), help="the half that --known gives (default: top)"
     )
     group.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the weights (default: fp32)")
     group.add_argument(
@@ -121,26 +120,28 @@ def _check(options: argparse.Namespace) -> None:
     shared.check_range("-n", options.n, 0, 2**31 - 1)
     if options.n == 0 and options.output.suffix == ".png":
         raise ValueError("-n: a picture needs at least one sample, got 0")
-    shared.check_range("--start", options.start, 0, 2**62)
+    shared.check_range("--start", options.start, 0, 2**62 - 1)
     shared.check_seed(options.seed)
+    if options.keep is not None and options.known is None:
+        raise ValueError("--keep: the half of which images? --known says it")
     if options.columns is not None:
         shared.check_range("--columns", options.columns, 1, 2**31 - 1)
 
 
 def _check_memory(n: int, model: Any) -> None:
+    from fastgen._memory import total_memory
+
     needed = n * (math.prod(model.image_shape) + BYTES_BESIDE)
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if needed > memory:
-        raise ValueError(f"-n: {n} samples take {needed / 1e9:.0f} GB, and the machine has {memory / 1e9:.0f} GB")
+    if needed > (memory := total_memory()):
+        raise ValueError(f"-n: {n} samples take {needed / 1e9:.0f} GB, and there are {memory / 1e9:.0f} GB")
 
 
 def _given(
     options: argparse.Namespace, model: Any, vqvae: Any = None
 ) -> tuple[Tensor | int | None, Tensor | None, Tensor | None]:
     """Labels, known images, or their codes, and mask of all samples."""
-    import torch
-
     from fastgen.checkpoint import in_turn
+    from fastgen.images import half
 
     labels: Tensor | int | None = None
     if options.labels is not None:
@@ -152,15 +153,7 @@ def _given(
     data = shared.load_for(vqvae or model, options.known, "val")
     index = in_turn(options.n, options.start, len(data))
     own = shared.labels_for(model, data) if options.labels is None else None
-    _, height, width = model.image_shape
-    mask = torch.zeros(height, width, dtype=torch.bool)
-    halves = {
-        "top": (slice(0, height // 2), slice(None)),
-        "bottom": (slice(height // 2, None), slice(None)),
-        "left": (slice(None), slice(0, width // 2)),
-        "right": (slice(None), slice(width // 2, None)),
-    }
-    mask[halves[options.keep]] = True
+    mask = half(options.keep or "top", *model.image_shape[1:])
     images = data.images[index] if vqvae is None else vqvae.encode(data.images)[index]
     return labels if own is None else own[index], images, mask
 

@@ -44,6 +44,8 @@ def run(options: argparse.Namespace) -> int:
     vqvae = None if options.vqvae is None else checkpoint.load_vqvae(options.vqvae, model)
     if vqvae is None and (isinstance(model, models.VQVAE) or getattr(model, "embedding", None) is not None):
         raise ValueError(f"{options.checkpoint}: images take a prior and its vqvae: fastgen score PRIOR --vqvae CKPT")
+    if getattr(model, "condition", None) is not None:
+        raise ValueError(f"{options.checkpoint}: it completes images, and scores are of samples without a condition")
     makes: Any = vqvae or model
     progress = not options.quiet
     shape: dict[str, Any] = {

@@ -54,7 +54,10 @@ def train_variational(options: argparse.Namespace, kind: type) -> int:
     config = VAEConfig(**training_arguments(options, VAEConfig))
     train_data, val_data = _splits(options)
     model = _new(options, kind, config, train_data, {})
-    given = None if model.condition is None else val_data.images[torch.arange(GRID) % len(val_data.images)]
+    given: dict[str, Any] = {}
+    if model.condition is not None:
+        index, labels = torch.arange(GRID) % len(val_data.images), shared.labels_for(model, val_data)
+        given = {"condition": val_data.images[index], "labels": None if labels is None else labels[index]}
     draw = partial(save_grid, given=given)
     result = _run(options, model, train_data, train_vae, val_data, config, sample_grid=draw)
     return _report(options, result, "at most ", "dim")
@@ -165,13 +168,12 @@ def _folder(options: argparse.Namespace) -> Path:
 
 
 def save_grid(model: Any, path: Path, given: Any = None, vqvae: Any = None) -> None:
-    """Draw a grid of samples, classes in turn, to a PNG file; ``given``: images of which the model is given a part;
-    ``vqvae``: what makes images of the codes that the model draws.
+    """Draw a grid of samples to a PNG file, classes in turn; ``given``: images of which the model is given a part as
+    condition, with their labels; ``vqvae``: what makes images of the codes that the model draws.
     """
     from fastgen import checkpoint, images
 
-    options = {} if given is None else {"condition": given}
-    drawn = checkpoint.sample(model, GRID, seed=0, vqvae=vqvae, **options)
+    drawn = checkpoint.sample(model, GRID, seed=0, vqvae=vqvae, **(given or {}))
     images.save_png(images.grid(drawn, (vqvae or model).levels), path)
 
 

@@ -67,10 +67,14 @@ def audit(
 
     Args:
         model, image_shape, head, num_classes, precision: as for `Sampler`.
-        images: uint8 levels [n, C, H, W].
+        images: levels [n, C, H, W], as `Sampler.sample` gives them.
         seed, start, labels, temperature: as given to `Sampler.sample`.
         condition: [n, *shape], or [1, *shape] for all; for models that read one.
         mask: bool [n, H, W] or [H, W]; pixels where it is True were given and are not checked.
+
+    Raises:
+        RuntimeError: the network gives NaN for one of these images, so that nothing can be said of it.
+        TypeError: an image differs, and the model cannot be copied to find out whether by rounding.
     """
     subject = make_subject(model, image_shape, head, num_classes)
     images = check_images("images", images, subject.image_shape, subject.head)
@@ -96,7 +100,7 @@ def audit(
         part_mask = None if request.mask is None else request.mask[part]
         inputs = _of_samples((request.labels, request.condition), part)
         with weights_in(precision):
-            found.add(subject, images[part], uniforms, part_mask, inputs, request.temperature)
+            found.add(subject, images[part], uniforms, part_mask, inputs, request.temperature, first)
     return AuditReport(found.elements, found.mismatches, found.ties, found.max_margin)
 
 
@@ -113,18 +117,23 @@ class _Found:
         mask: Tensor | None,
         inputs: Inputs,
         temperature: float,
+        first: int,
     ) -> None:
+        """Checks images, of which `first` came before."""
         boundaries = _boundaries(subject, images, inputs, temperature)
         margin = subject.head.margins(boundaries, images, uniforms)
         checked = torch.ones_like(margin, dtype=torch.bool)
         if mask is not None:
             checked &= ~mask.unsqueeze(1)
+        if (undefined := margin.isnan() & checked).any():
+            sample, _, y, x = undefined.nonzero()[0].tolist()
+            raise RuntimeError(f"the network gives NaN for row {y}, column {x} of images[{sample + first}]")
         self.elements += int(checked.sum())
         differ = (margin > 0) & checked
         suspects = differ.flatten(1).any(1).nonzero()[:, 0]
         if not len(suspects):
             return
-        exact = replace(subject, module=copy.deepcopy(subject.module).double())
+        exact = replace(subject, module=_in_float64(subject.module, len(suspects)))
         with _Widening():
             precise = _boundaries(exact, images[suspects], _of_samples(inputs, suspects), temperature)
         error = float((precise - boundaries[suspects]).abs().max())
@@ -133,6 +142,16 @@ class _Found:
         self.ties += ties
         self.mismatches += len(margins) - ties
         self.max_margin = max(self.max_margin, float(margins.max()))
+
+
+def _in_float64(module: nn.Module, suspects: int) -> nn.Module:
+    try:
+        return copy.deepcopy(module).double()
+    except Exception as error:  # locks, files: whatever a module may hold
+        raise TypeError(
+            f"{suspects} images are not what the network draws, and whether only by rounding takes a copy of it in "
+            f"float64, which cannot be made: {error}"
+        ) from error
 
 
 class _Widening(TorchDispatchMode):

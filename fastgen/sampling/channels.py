@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from fastgen.sampling.elementwise import named_arguments
@@ -87,36 +88,40 @@ def reduction(*names: str) -> Callable[[Formula], Formula]:
 
 
 @reduction("sum")
-def _sum(x: _Channels, **rest: Any) -> list[_Channels]:
+def _sum(x: _Channels, keepdim: bool = False, dtype: torch.dtype | None = None) -> list[_Channels]:
     return [x.total()]
 
 
 @reduction("mean")
-def _mean(x: _Channels, **rest: Any) -> list[_Channels]:
+def _mean(x: _Channels, keepdim: bool = False, dtype: torch.dtype | None = None) -> list[_Channels]:
     return [x.mean()]
 
 
-def _variance(x: _Channels, correction: float | None) -> _Channels:
-    return x.centred().squared().total().apply("div", max(0.0, x.count - (1.0 if correction is None else correction)))
+def _variance(x: _Channels, correction: float | None = None, unbiased: bool = True, keepdim: bool = False) -> _Channels:
+    if correction is None:
+        correction = 1.0 if unbiased else 0.0
+    return x.centred().squared().total().apply("div", max(0.0, x.count - correction))
 
 
 @reduction("var")
-def _var(x: _Channels, correction: float | None = None, **rest: Any) -> list[_Channels]:
-    return [_variance(x, correction)]
+def _var(x: _Channels, **rest: Any) -> list[_Channels]:
+    return [_variance(x, **rest)]
 
 
 @reduction("std")
-def _std(x: _Channels, correction: float | None = None, **rest: Any) -> list[_Channels]:
-    return [_variance(x, correction).apply("sqrt")]
+def _std(x: _Channels, **rest: Any) -> list[_Channels]:
+    return [_variance(x, **rest).apply("sqrt")]
 
 
 @reduction("var_mean")
-def _var_mean(x: _Channels, correction: float | None = None, **rest: Any) -> list[_Channels]:
-    return [_variance(x, correction), x.mean()]
+def _var_mean(x: _Channels, **rest: Any) -> list[_Channels]:
+    return [_variance(x, **rest), x.mean()]
 
 
 @reduction("linalg_vector_norm")
-def _vector_norm(x: _Channels, ord: float = 2, **rest: Any) -> list[_Channels]:
+def _vector_norm(
+    x: _Channels, ord: float = 2, keepdim: bool = False, dtype: torch.dtype | None = None
+) -> list[_Channels]:
     if ord == 1:
         return [x.apply("abs").total()]
     if ord != 2:

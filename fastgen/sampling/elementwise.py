@@ -183,7 +183,9 @@ def _gelu(emit: Formula, x: Any, approximate: str = "none") -> Any:
 
 @elementwise("softplus")
 def _softplus(emit: Formula, x: Any, beta: float = 1, threshold: float = 20) -> Any:
-    """log(1 + exp(beta * x)) / beta; beyond the threshold the identity, to float32 rounding."""
+    """log(1 + exp(beta * x)) / beta; beyond the threshold the identity, which from 17 on it is to float32 rounding."""
+    if threshold < 17:
+        raise LayoutError(f"with threshold {threshold}")
     scaled = x if beta == 1 else emit("mul", x, beta)
     tail = emit("log", emit("add", emit("exp", emit("neg", emit("abs", scaled))), 1.0))
     out = emit("add", emit("relu", scaled), tail)

@@ -57,13 +57,20 @@ def _layout(tracer: Tracer, func: Any, args: tuple, kwargs: dict, outputs: list[
     kwargs = {k: v for k, v in kwargs.items() if k not in ("dtype", "layout", "device", "pin_memory", "non_blocking")}
     codes = tree_map(lambda a: tracer.codes(a) if isinstance(a, Tensor) else a, (args, kwargs))
     if func._schema.name == "aten::_to_copy":
-        if args[0].is_floating_point() and not outputs[0].is_floating_point():
-            raise tracer.unsupported(f"conversion of the image to {outputs[0].dtype}")
+        if _loses_values(args[0].dtype, outputs[0].dtype):
+            raise tracer.unsupported(f"conversion of the image from {args[0].dtype} to {outputs[0].dtype}")
         result = codes[0][0].clone()
     else:
         result = func(*codes[0], **codes[1])
     for output, its_codes in zip(outputs, tensors_in(result), strict=True):
         tracer.set_codes(output, its_codes)
+
+
+def _loses_values(source: torch.dtype, result: torch.dtype) -> bool:
+    """Whether a conversion does more than to round floating point numbers."""
+    if result.is_floating_point or source in (torch.bool, result):
+        return False
+    return source.is_floating_point or result == torch.bool or torch.iinfo(result).max < torch.iinfo(source).max
 
 
 @rule("gather", "index", "index_select")
@@ -211,10 +218,17 @@ def _upsample(tracer: Tracer, func: Any, args: tuple, kwargs: dict, outputs: lis
     factor = (outputs[0].shape[2] // codes.shape[2], outputs[0].shape[3] // codes.shape[3])
     if outputs[0].shape[2:] != (codes.shape[2] * factor[0], codes.shape[3] * factor[1]):
         raise tracer.unsupported("upsampling by a factor that is no integer")
+    places = torch.arange(float(codes.shape[2] * codes.shape[3])).view(1, 1, *codes.shape[2:])
+    if not torch.equal(func(places, *args[1:], **kwargs), _repeated(places, factor)):
+        raise tracer.unsupported("upsampling by a scale factor that the sizes do not have")
     if not _can_be_finer(tracer, codes, factor):
         codes = pointwise_4d(tracer, "copy", [codes], multiple=factor)
         tracer.graph.finer(tracer.recognise(codes), factor)  # or say why not
-    tracer.set_codes(outputs[0], codes.repeat_interleave(factor[0], 2).repeat_interleave(factor[1], 3))
+    tracer.set_codes(outputs[0], _repeated(codes, factor))
+
+
+def _repeated(values: Tensor, factor: Stride) -> Tensor:
+    return values.repeat_interleave(factor[0], 2).repeat_interleave(factor[1], 3)
 
 
 def _can_be_finer(tracer: Tracer, codes: Tensor, factor: Stride) -> bool:

@@ -33,6 +33,9 @@ def naive_sample(
 
     Arguments and result are those of `Sampler` and `Sampler.sample`, but for the condition, of which there is no
     example: [n, *shape], or [1, *shape] for all.
+
+    Raises:
+        RuntimeError: the network gives NaN.
     """
     subject = make_subject(model, image_shape, head, num_classes)
     request = make_request(
@@ -58,6 +61,8 @@ def naive_sample(
             for x in range(width):
                 for group in groups:
                     params = subject.params(images, request.labels, request.condition)[:, group.params, y, x].cpu()
+                    if params.isnan().any():
+                        raise RuntimeError(f"the network gives NaN for row {y}, column {x}")
                     drawn = subject.head.draw(params, uniforms[:, group.uniforms, y, x], request.temperature)
                     if request.known is not None and request.mask is not None:
                         given = request.mask[:, y, x].unsqueeze(1)

@@ -50,7 +50,7 @@ def make_request(
     """
     n = _integer("n", n, 0, 2**31 - 1)
     seed = _integer("seed", seed, 0, 2**64 - 1)
-    start = _integer("start", start, 0, 2**62)
+    start = _integer("start", start, 0, 2**62 - 1)
     if isinstance(temperature, bool) or not isinstance(temperature, Real):
         raise TypeError(f"temperature must be a number, got {type(temperature).__name__}")
     if not (temperature > 0 and math.isfinite(temperature)):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import itertools
 import math
-import os
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -16,6 +15,7 @@ from tqdm.auto import tqdm
 
 from fastgen import backends
 from fastgen._float32 import convolutions_like_products, float32_products
+from fastgen._memory import total_memory
 from fastgen.sampling.executors import Batch
 from fastgen.sampling.executors.cpu import CpuExecutor
 from fastgen.sampling.executors.reference import ReferenceExecutor
@@ -268,14 +268,14 @@ class Sampler:
         """`_run_tape`, once for each label: a small network takes longer for that than for its images."""
         distinct, index = labels.unique(return_inverse=True)
         keys = [(float32_products(), label) for label in distinct.tolist()]
-        known = {key: self._known_labels[key] for key in keys if key in self._known_labels}
+        kept = self._known_labels  # other threads put another dict in its place
+        known = {key: kept[key] for key in keys if key in kept}
         new = [i for i, key in enumerate(keys) if key not in known]
         if new:
             planes = self._run_tape([distinct[new]])
             known |= {keys[i]: values for i, *values in zip(new, *planes, strict=True)}
-            if len(self._known_labels) * sum(value.nbytes for value in known[keys[0]]) > MAX_KNOWN_BYTES:
-                self._known_labels.clear()
-            self._known_labels |= known
+            room = len(kept) * sum(value.nbytes for value in known[keys[0]]) <= MAX_KNOWN_BYTES
+            self._known_labels = kept | known if room else dict(known)
         rows = zip(*(known[key] for key in keys), strict=True)
         return [torch.stack(values).index_select(0, index) for values in rows]  # on one thread, see `PlanTables.fill`
 
@@ -348,7 +348,7 @@ def _memory_of(executor: Any) -> int:
     device = getattr(executor, "device", None)
     if device is not None and device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return total_memory()
 
 
 def _batch_that_fits(plan: Plan, memory: int) -> int:

@@ -35,7 +35,7 @@ from fastgen.training import recipes
 from fastgen.training.config import TrainConfig
 from fastgen.training.gan import LOSSES, GANConfig, GANResult, train_gan
 from fastgen.training.trainer import TrainResult, initialize, train
-from fastgen.training.vae import VAEConfig, VAEResult, encoded, train_vae, train_vqvae
+from fastgen.training.vae import VAEConfig, encoded, train_vae, train_vqvae
 
 __all__ = [
     "LOSSES",
@@ -44,7 +44,6 @@ __all__ = [
     "TrainConfig",
     "TrainResult",
     "VAEConfig",
-    "VAEResult",
     "encoded",
     "initialize",
     "recipes",

@@ -123,9 +123,9 @@ class Run:
     def _finish(self) -> None:
         """Does what is due at the end of a whole run, the picture last."""
         state = self.state
-        if state.step % self.report_every:
+        if unreported := bool(state.step % self.report_every):
             self.report()
-        self._save()
+        self._save(again=unreported)  # a report may have found the best weights so far
         state.adopt()
         state.model.eval()
         if self.folder:
@@ -133,8 +133,8 @@ class Run:
         if state.step % self.config.sample_every:
             self.sample()
 
-    def _save(self) -> None:
-        if self.checkpoint and self.state.step > self._saved_step:
+    def _save(self, again: bool = False) -> None:
+        if self.checkpoint and (again or self.state.step > self._saved_step):
             self.state.save(self.checkpoint, len(self.data.images))
             self._saved_step, self._saved_at = self.state.step, time.monotonic()
 

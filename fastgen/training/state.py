@@ -48,7 +48,7 @@ class State:
         """Takes one step on a batch; returns its bits/dim and the norm of their gradient.
 
         Raises:
-            RuntimeError: one of the two is not finite; the weights are left as they were.
+            RuntimeError: one of the two is not finite; the parameters are left as they were.
         """
         bits = -self.log_likelihood(images, labels).mean() / (images[0].numel() * math.log(2))
         self.optimizer.zero_grad()
@@ -76,7 +76,7 @@ class State:
 
     def consider(self, bits: float) -> None:
         """Keeps the average if ``bits``, its validation bits/dim, are the best so far."""
-        if self.best_bits is None or bits < self.best_bits:
+        if not math.isnan(bits) and (self.best_bits is None or bits < self.best_bits):
             self.best_bits, self.best_step = bits, self.step
             self._best = _copy(self.average)
 

@@ -31,7 +31,7 @@ class TrainResult:
 
     Attributes:
         model: the model that was passed in, with the best weights, in eval mode.
-        bits_per_dim: of the best weights on the validation images; None without these.
+        bits_per_dim: of the best weights on the validation images; None without these. Of a VAE or VQ-VAE a bound.
         best_step: the step of the best weights.
         steps: steps taken in all, before and after interruptions.
         seconds: seconds of training in all.
@@ -135,12 +135,16 @@ class LikelihoodRun(Run):
 
     def report(self) -> None:
         """Validates, and keeps the average if it is the best so far."""
-        state, figures = self.state, {}
+        state, figures = self.state, dict[str, float]()
         if self.val_data is not None:
-            bits = bits_per_dim(state.average, self.val_data.images, labels_for(state.model, self.val_data))
+            bits, figures = self.validate(self.val_data)
             state.consider(bits)
-            figures["val_bits_per_dim"] = bits
         self.log.write(step=state.step, seconds=round(state.seconds, 3), **figures)
+
+    def validate(self, data: Data) -> tuple[float, dict[str, float]]:
+        """The average's bits/dim on the validation images, by which the best is chosen, and figures for the log."""
+        bits = bits_per_dim(self.state.average, data.images, labels_for(self.state.model, data))
+        return bits, {"val_bits_per_dim": bits}
 
     def progress_text(self, means: dict[str, float]) -> str:
         best = self.state.best_bits

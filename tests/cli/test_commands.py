@@ -216,10 +216,10 @@ BAD = [
     ("sample {m} -n -1", "-n must be in 0..2147483647, got -1"),
     ("sample {m} -n 0", "-n: a picture needs at least one sample, got 0"),
     ("sample {m} -n 2147483648 -o s.npy", "-n must be in 0..2147483647, got 2147483648"),
-    ("sample {c} -n 2000000000 -o s.npy", "-n: 2000000000 samples take 192 GB, and the machine has 8 GB"),
-    ("sample {m} -n 2000000000 -o s.npy", "-n: 2000000000 samples take 192 GB, and the machine has 8 GB"),
+    ("sample {c} -n 2000000000 -o s.npy", "-n: 2000000000 samples take 192 GB, and there are 8 GB"),
+    ("sample {m} -n 2000000000 -o s.npy", "-n: 2000000000 samples take 192 GB, and there are 8 GB"),
     ("sample {m} --seed -1", "--seed must be in 0..18446744073709551615, got -1"),
-    ("sample {c} --start 99999999999999999999", "--start must be in 0..4611686018427387904, got 99999999999999999999"),
+    ("sample {c} --start 99999999999999999999", "--start must be in 0..4611686018427387903, got 99999999999999999999"),
     ("sample {c} --labels 99999999999999999999", "--labels: expected whole numbers"),
     ("sample {c} --labels 99999999999999999999,1", "--labels: expected whole numbers"),
     ("sample {m} --columns 0", "--columns must be in 1.."),
@@ -228,6 +228,11 @@ BAD = [
     ("sample {m} --labels a", "--labels: expected whole numbers"),
     ("sample {m} --backend tpu", "backend must be one of"),
     ("sample {m} --max-batch 0", "max_batch must be a positive integer"),
+    ("sample {m} --keep left", "--keep: the half of which images? --known says it"),
+    ("sample {v} --known digits --keep left", "conditional_vae has no option --keep"),
+    ("sample {v}", "--known: expected a data set, whose validation images (top) are completed"),
+    ("score {v} --data digits", "v.safetensors: it completes images, and scores are of samples without a condition"),
+    ("latent grid {v}", "v.safetensors: it completes images: fastgen sample CKPT --known DATA"),
     ("sample {m} --known nothing", "neither 'digits', 'patches' nor an existing file"),
     ("sample {broken}", "not a readable safetensors file"),
     ("eval {m} --data nothing", "neither 'digits', 'patches' nor an existing file"),
@@ -283,10 +288,13 @@ def test_bad_input(
     for work in ("sampling.sampler.Sampler._batch", "models.GAN.render", "scores.classify._train"):
         monkeypatch.setattr(f"fastgen.{work}", lambda *_, **__: pytest.fail("refused too late"))
     monkeypatch.setattr("os.sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 2_000_000}.__getitem__)
-    paths = {name: str(here / f"{name}.safetensors") for name in ("broken", "g", "c", "q")} | {"m": checkpoint(here)}
+    paths = {name: str(here / f"{name}.safetensors") for name in ("broken", "g", "c", "q", "v")} | {
+        "m": checkpoint(here)
+    }
     (here / "folder.png").mkdir()
     fastgen.save(models.GAN(image_shape=(1, 8, 8), levels=17, num_filters=5), paths["g"])
     fastgen.save(models.GatedPixelCNN(**DIGITS, num_classes=10), paths["c"])
+    fastgen.save(models.ConditionalVAE(image_shape=(1, 8, 8), levels=17, condition="top", num_filters=4), paths["v"])
     fastgen.save(models.VQVAE(image_shape=(1, 8, 8), levels=17, num_codes=64, num_filters=4), paths["q"])
     Path(paths["broken"]).write_bytes(Path(paths["m"]).read_bytes()[:100])
     before = {*here.rglob("*")}
@@ -357,7 +365,7 @@ def test_as_a_module(here: Path) -> None:
     [
         ("vae --latent-dim 2 --likelihood categorical", ""),
         ("conditional_vae --architecture convolutional --beta 0.5", "--labels 3"),
-        ("conditional_vae --unconditional --condition left", "--known digits"),
+        ("conditional_vae --condition left", "--known digits"),
     ],
     ids=["vae", "labels", "half"],
 )

@@ -106,8 +106,10 @@ def test_special_values(device):
     options, grad = (True, 0.0, 0), torch.ones(1, 18, 1, 1)
     expected = run(concat_elu_reference, reference_grads, [x], grad, *options)
     actual = run(kernel.forward, kernel.backward, [x.to(device)], grad.to(device), *options)
-    for ours, theirs in zip(actual, expected, strict=True):
-        torch.testing.assert_close(ours.cpu(), theirs, equal_nan=True)
+    torch.testing.assert_close(actual[0].cpu(), expected[0], equal_nan=True)
+    slopes, nan = actual[1].cpu(), x.isnan()  # where PyTorch's slope depends on the instruction set
+    assert slopes[nan].isnan().all()
+    torch.testing.assert_close(slopes[~nan], expected[1][~nan])
 
 
 def test_what_is_dropped_is_zero_whatever_it_was(device):

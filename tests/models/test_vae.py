@@ -136,10 +136,18 @@ def test_importance_weighted_bound_does_not_depend_on_chunks_or_batches(monkeypa
     torch.testing.assert_close(torch.cat(parts), whole)
     monkeypatch.setattr("fastgen.models.vae.vae.MAX_DECODED", 12)
     torch.testing.assert_close(model.log_prob(images, num_samples=37, seed=2, start=3), whole)
-    torch.testing.assert_close(
-        torch.tensor(fastgen.bits_per_dim(model, images)),
-        -model.log_prob(images).mean() / (64 * math.log(2)),
-    )
+    for batch_size in (64, 4):
+        torch.testing.assert_close(
+            torch.tensor(fastgen.bits_per_dim(model, images, batch_size=batch_size)),
+            -model.log_prob(images).mean() / (64 * math.log(2)),
+        )
+
+
+def test_nan_is_no_likelihood():
+    model = build()
+    torch.nn.init.constant_(model.to_latent.bias, math.nan)
+    with pytest.raises(RuntimeError, match="the likelihood of an image is NaN"):
+        fastgen.bits_per_dim(model, images_for(model))
 
 
 def test_divergence_by_dimension_and_active_units():

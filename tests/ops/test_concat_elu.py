@@ -150,7 +150,9 @@ def test_special_values():
     with fastgen.backend("reference"):
         expected, expected_slopes = run(ops.concat_elu, [x])
     torch.testing.assert_close(values, expected, equal_nan=True)
-    torch.testing.assert_close(slopes, expected_slopes, equal_nan=True)
+    nan = x.isnan()  # where PyTorch's slope depends on the instruction set
+    assert slopes[nan].isnan().all()
+    torch.testing.assert_close(slopes[~nan], expected_slopes[~nan])
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])

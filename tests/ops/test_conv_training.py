@@ -114,11 +114,15 @@ def assert_training_is_accurate(case, training):
     tensors = case.tensors()
     args = (tensors, "leaky_relu", training, grad := grad_for(case, tensors))
     truths = run(plain, case, doubles(tensors), "leaky_relu", training, grad)
-    for ours, theirs, truth in zip(run(native, case, *args), run(plain, case, *args), truths, strict=True):
+    # What is left to PyTorch gets channels-last tensors, with which oneDNN errs more on some processors.
+    channels_last = [*map(LAYOUTS["channels_last"], tensors[:2]), *tensors[2:]]
+    peers = [run(plain, case, some, *args[1:]) for some in (tensors, channels_last)]
+    for ours, truth, *theirs in zip(run(native, case, *args), truths, *peers, strict=True):
+        worst = max(theirs, key=lambda tensor: rms(tensor - truth))
         if rms(truth) < 1e-10:  # the gradient of a bias ahead of batch statistics
-            assert rms(ours) <= rms(theirs)
+            assert rms(ours) <= rms(worst)
         else:
-            assert_as_accurate(ours, theirs, truth, list(truth.shape))
+            assert_as_accurate(ours, worst, truth, list(truth.shape))
 
 
 def assert_training_is_exact(case, isa, training):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -82,6 +84,33 @@ def test_module_that_makes_float32() -> None:
     images = Sampler(module, **given).sample(4)
     images[1, 0, 1, 1] = (images[1, 0, 1, 1] + 1) % 3
     assert not audit(module, images, **given).ok
+
+
+@pytest.mark.parametrize("head", [Categorical(3), LogisticMixture(1, 3)], ids=["categorical", "mixture"])
+def test_a_network_that_gives_nan_proves_nothing(head: Categorical | LogisticMixture) -> None:
+    given = {"image_shape": (1, 3, 3), "head": head}
+    module, images = nn.Conv2d(1, head.num_params(1), 1), torch.zeros(3, 1, 3, 3, dtype=torch.uint8)
+    module.register_forward_hook(lambda module, args, y: y.index_fill(2, torch.tensor([1]), torch.nan))
+    with pytest.raises(RuntimeError, match=r"gives NaN for row 1, column 0 of images\[0\]"):
+        audit(module, images, **given)
+    with pytest.raises(RuntimeError, match="gives NaN for row 1, column 0"):
+        naive_sample(module, 1, **given)
+    mask = torch.ones(3, 3, 3, dtype=torch.bool)
+    audit(module, images, **given, mask=mask)
+    mask[2, 1, 2] = False
+    with pytest.raises(RuntimeError, match=r"gives NaN for row 1, column 2 of images\[2\]"):
+        audit(module, images, **given, mask=mask)
+
+
+def test_a_module_that_cannot_be_copied() -> None:
+    given = {"image_shape": (1, 3, 3), "head": Categorical(3)}
+    module = MakesFloat32()
+    module.lock = threading.Lock()
+    images = Sampler(module, **given).sample(4)
+    assert audit(module, images, **given).ok
+    images[1, 0, 1, 1] = (images[1, 0, 1, 1] + 1) % 3
+    with pytest.raises(TypeError, match=r"1 images are not what the network draws, .* cannot be made: cannot pickle"):
+        audit(module, images, **given)
 
 
 class WholePixels(nn.Module):

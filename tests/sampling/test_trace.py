@@ -384,6 +384,15 @@ def test_surroundings_do_not_matter(surroundings: Callable, mix: Callable) -> No
         assert torch.equal(naive_sample(network, 3, **given, labels=labels), expected)
 
 
+@pytest.mark.parametrize("mix", [variances, compared, other_norms, gates, powers], ids=lambda f: f.__name__)
+def test_composite_operators_in_inference_mode(mix: Callable) -> None:
+    """There they come undecomposed."""
+    network, given = make(mix)
+    expected = naive_sample(network, 7, **given)
+    with torch.inference_mode():
+        assert torch.equal(Sampler(network, **given).sample(7), expected)
+
+
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 @pytest.mark.parametrize("mix", [seen_below, one_hot, layer_norm], ids=lambda f: f.__name__)
 def test_autocast_does_not_matter(mix: Callable, backend: str) -> None:
@@ -515,9 +524,19 @@ def written_partly(net: Causal, h: Tensor, labels: Tensor) -> Tensor:
             r"im2col.default \(F.unfold\) of",
         ),
         (lambda net, h: torch.div(h, 2, rounding_mode="floor"), "with rounding mode 'floor'"),
+        (lambda net, h: F.softplus(h, threshold=1), "aten.softplus.default with threshold 1"),
+        (lambda net, h: h + (h > 0).long().to(torch.int8).bool(), "from torch.int64 to torch.int8"),
+        (lambda net, h: h + (h > 0).long().bool(), "from torch.int64 to torch.bool"),
+        (
+            lambda net, h: F.interpolate(h, scale_factor=(1, 3.2))[..., ::3],
+            "upsampling by a scale factor that the sizes do not have",
+        ),
         (lambda net, h: h * h.sum().item(), "aten.sum"),
         (lambda net, h: torch.from_numpy(h.numpy() + 1), r"reads the values of the image \(Tensor.numpy\)"),
-        (lambda net, h: h + net.channels.gather(0, h.flatten().long()[:1]), "conversion of the image to torch.int64"),
+        (
+            lambda net, h: h + net.channels.gather(0, h.flatten().long()[:1]),
+            "conversion of the image from torch.float32 to torch.int64",
+        ),
         (written_partly, "writing the image into a part of a tensor that depends on the labels"),
     ],
     ids=[
@@ -532,6 +551,10 @@ def written_partly(net: Causal, h: Tensor, labels: Tensor) -> Tensor:
         "fold",
         "single",
         "rounding",
+        "softplus",
+        "int8",
+        "bool",
+        "upsampling",
         "item",
         "numpy",
         "index",

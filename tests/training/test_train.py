@@ -176,6 +176,14 @@ def test_best_weights_are_kept_when_later_ones_are_worse(tmp_path):
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
 
+def test_the_last_checkpoint_has_the_best_weights(tmp_path):
+    """Those that only the validation at the end has found, too, after a checkpoint of the same step."""
+    result = run(tmp_path, max_steps=4, validate_every=3, checkpoint_every=4)
+    saved = checkpoint.load(tmp_path / "checkpoint.safetensors").state_dict()
+    assert result.best_step == 4
+    assert all(torch.equal(saved[name], tensor) for name, tensor in result.model.state_dict().items())
+
+
 def test_without_validation_the_last_average_is_kept():
     result = training.train(build(), dataset(), None, config(), progress=False)
     assert result.bits_per_dim is None

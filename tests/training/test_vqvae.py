@@ -120,6 +120,8 @@ def test_codes_are_averaged_like_the_weights():
         codes = decay * codes + (1 - decay) * model.quantizer.codebook
         torch.testing.assert_close(state.average.quantizer.codebook, codes)
     assert not torch.allclose(codes, model.quantizer.codebook, atol=1e-2)
+    mean = state.average.quantizer  # what training of it goes on from
+    torch.testing.assert_close(mean.sums / mean.counts[:, None], codes)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgen._arguments import check_images, check_labels, positive
+from fastgen.images import half
 from fastgen.models.vae.vae import VAE, Conditions
 
 CONDITIONS = ("grey", "top", "bottom", "left", "right")
@@ -87,13 +88,7 @@ class ConditionalVAE(VAE):
 
     def given_pixels(self) -> Tensor:
         """bool [H, W]: which pixels a model that is given a half sees; all for "grey", none for labels alone."""
-        _, height, width = self.image_shape
-        mask = torch.zeros(height, width, dtype=torch.bool)
-        rows, columns = slice(None), slice(None)
-        if self.condition in ("top", "bottom"):
-            rows = slice(0, height // 2) if self.condition == "top" else slice(height // 2, None)
-        elif self.condition in ("left", "right"):
-            columns = slice(0, width // 2) if self.condition == "left" else slice(width // 2, None)
-        if self.condition is not None:
-            mask[rows, columns] = True
-        return mask
+        size = self.image_shape[1:]
+        if self.condition in (None, "grey"):
+            return torch.full(size, self.condition == "grey")
+        return half(self.condition, *size)

@@ -9,9 +9,8 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -20,32 +19,10 @@ from fastgen.models import VAE
 from fastgen.training.batches import Data, check_kind, labels_for, subseed
 from fastgen.training.run import SampleGrid
 from fastgen.training.state import State
-from fastgen.training.trainer import LikelihoodRun
+from fastgen.training.trainer import LikelihoodRun, TrainResult
 from fastgen.training.vae.config import VAEConfig
 
 VALIDATION_BATCH = 256
-
-
-@dataclass(frozen=True)
-class VAEResult:
-    """What `train_vae` returns.
-
-    Attributes:
-        model: the model that was passed in, with the best weights, in eval mode.
-        bits_per_dim: the evidence lower bound of the best weights on the validation images, in bits per image element;
-            None without these.
-        best_step: the step of the best weights.
-        steps: steps taken in all, before and after interruptions.
-        seconds: seconds of training in all.
-        checkpoint: path of the checkpoint, or None.
-    """
-
-    model: VAE
-    bits_per_dim: float | None
-    best_step: int
-    steps: int
-    seconds: float
-    checkpoint: Path | None
 
 
 def train_vae(
@@ -58,7 +35,7 @@ def train_vae(
     resume: bool = False,
     progress: bool = True,
     sample_grid: SampleGrid | None = None,
-) -> VAEResult:
+) -> TrainResult:
     """Trains a variational autoencoder to its limit of steps or seconds, and leaves the best weights in it.
 
     Weights are averaged over the steps (exponential moving average); the average is validated by its evidence lower
@@ -66,11 +43,11 @@ def train_vae(
     the validation images the bound and the tighter importance-weighted one (`VAE.log_prob`).  A model that is
     conditioned on a part of the image is given that of the images it is trained on.
 
-    Arguments and errors are those of `fastgen.training.train`.
+    Arguments, result and errors are those of `fastgen.training.train`.
     """
     check_kind(model, VAE, "train_vae")
     run = _Run(_State(model, config), config, train_data, val_data, out, resume, sample_grid)
-    return VAEResult(**vars(run.train(resume, progress)))
+    return run.train(resume, progress)
 
 
 class _State(State):
@@ -99,14 +76,9 @@ class _Run(LikelihoodRun):
     state: _State
     config: VAEConfig
 
-    def report(self) -> None:
-        """Validates, and keeps the average if it is the best so far."""
-        state, figures = self.state, {}
-        if self.val_data is not None:
-            elbo, iwae = bounds(state.average, self.val_data, self.config)  # type: ignore[arg-type]
-            state.consider(elbo)
-            figures = {"val_elbo_bits_per_dim": elbo, "val_iwae_bits_per_dim": iwae}
-        self.log.write(step=state.step, seconds=round(state.seconds, 3), **figures)
+    def validate(self, data: Data) -> tuple[float, dict[str, float]]:
+        elbo, iwae = bounds(cast(VAE, self.state.average), data, self.config)
+        return elbo, {"val_elbo_bits_per_dim": elbo, "val_iwae_bits_per_dim": iwae}
 
     def progress_text(self, means: dict[str, float]) -> str:
         best = self.state.best_bits

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from fastgen.data import Dataset
-from fastgen.metrics import bits_per_dim
 from fastgen.models import VQVAE
 from fastgen.models.vae.vqvae import perplexity
 from fastgen.sampling.subject import evaluating
@@ -98,6 +97,7 @@ class _State(State):
         super()._update_average()
         if today.decay is not None:
             mean.codebook.copy_(codes.lerp_(today.codebook, weight))
+            mean.sums.copy_(mean.codebook * mean.counts[:, None])  # from which training that goes on makes the codes
 
 
 class _Run(LikelihoodRun):
@@ -105,15 +105,10 @@ class _Run(LikelihoodRun):
 
     state: _State
 
-    def report(self) -> None:
-        """Validates, and keeps the average if it is the best so far."""
-        state, figures = self.state, {}
-        if self.val_data is not None:
-            bits = bits_per_dim(state.average, self.val_data.images)
-            state.consider(bits)
-            codes = encoded(state.average, self.val_data).images  # type: ignore[arg-type]
-            figures = {"val_bits_per_dim": bits, "val_perplexity": perplexity(codes, state.vqvae.num_codes)}
-        self.log.write(step=state.step, seconds=round(state.seconds, 3), **figures)
+    def validate(self, data: Data) -> tuple[float, dict[str, float]]:
+        bits, figures = super().validate(data)
+        codes = encoded(cast(VQVAE, self.state.average), data).images
+        return bits, figures | {"val_perplexity": perplexity(codes, self.state.vqvae.num_codes)}
 
     def progress_text(self, means: dict[str, float]) -> str:
         best = self.state.best_bits
