@@ -36,17 +36,13 @@ FASTGEN_INLINE void for_runs(const Positions& positions, int64_t begin, int64_t 
     }
 }
 
-template <int kOdd, int... kIndex>
-FASTGEN_INLINE Vec<float> every_second(Vec<float> a, Vec<float> b, std::integer_sequence<int, kIndex...>) {
-    return shuffle<(2 * kIndex + kOdd)...>(a, b);
-}
-
 // Lane i is the sum of the lanes of v[i]; v is overwritten.
 FASTGEN_INLINE Vec<float> totals(Vec<float>* v) {
     constexpr auto lanes = std::make_integer_sequence<int, kLanes<float>>{};
     for (int n = kLanes<float>; n > 1; n /= 2) {
         for (int i = 0; i < n / 2; ++i) {
-            v[i] = every_second<0>(v[2 * i], v[2 * i + 1], lanes) + every_second<1>(v[2 * i], v[2 * i + 1], lanes);
+            const Vec<float> a = v[2 * i], b = v[2 * i + 1];
+            v[i] = every_second<float, 0>(a, b, lanes) + every_second<float, 1>(a, b, lanes);
         }
     }
     return v[0];

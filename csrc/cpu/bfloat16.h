@@ -31,6 +31,10 @@ FASTGEN_INLINE Vec<float> load(const BFloat16* p) {
 }
 
 FASTGEN_INLINE Vec<float> load_n(const BFloat16* p, int n) {
+#if defined(__AVX512F__)
+    const __m256i words = _mm256_maskz_loadu_epi16(static_cast<__mmask16>((1u << n) - 1), p);
+    return reinterpret_cast<Vec<float>>(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16));
+#endif
     BFloat16 copy[kLanes<float>] = {};
     for (int i = 0; i < n; ++i) copy[i] = p[i];
     return load(copy);

@@ -50,7 +50,11 @@ struct Rows {
 
     // A missing vector is `missing` everywhere.
     void spread(int64_t i, const T* values, T missing) const {
-        for (int64_t j = 0; j < padded(); ++j) vector(i)[j] = values ? values[j % pass.channels] : missing;
+        T* to = vector(i);
+        for (int64_t done = 0; done < padded(); done += pass.channels) {
+            const int64_t count = min_of(pass.channels, padded() - done);
+            for (int64_t c = 0; c < count; ++c) to[done + c] = values ? values[c] : missing;
+        }
     }
 
     // Calls body(element, column, lanes) for all vectors of all rows.
@@ -72,16 +76,18 @@ struct Rows {
             for (int64_t j = 0; j < width(); j += kColumnLines * kPanel<T>)
                 sum_columns(begin, end, j, partial(chunk), value);
         }
-        for (int64_t c = 0; c < pass.channels; ++c) {
-            double totals[2] = {};
-            for (int64_t chunk = 0; chunk < chunks(); ++chunk) {
-                for (int64_t j = c; j < width(); j += pass.channels) {
-                    totals[0] += partial(chunk)[j];
-                    totals[1] += partial(chunk)[padded() + j];
-                }
+        add_up(0, first);
+        if (second) add_up(1, second);
+    }
+
+    // One of the two sums of each channel, over chunks and repetitions.
+    void add_up(int64_t which, double* totals) const {
+        for (int64_t c = 0; c < pass.channels; ++c) totals[c] = 0.0;
+        for (int64_t chunk = 0; chunk < chunks(); ++chunk) {
+            const double* sums = partial(chunk) + which * padded();
+            for (int64_t repeat = 0; repeat < repeats(); ++repeat, sums += pass.channels) {
+                for (int64_t c = 0; c < pass.channels; ++c) totals[c] += sums[c];
             }
-            first[c] = totals[0];
-            if (second) second[c] = totals[1];
         }
     }
 
@@ -94,8 +100,9 @@ struct Rows {
             Vec<T> acc[2][kVecs] = {};
             for (int64_t row = first; row < min_of(end, first + kRowsInT); ++row) {
                 const int64_t length = min_of(width(), elements() - row * width()) - column;
-                for (int64_t v = 0; v < vecs; ++v) {
-                    const int lanes = lanes_below<T>(length - v * kLanes<T>);
+#pragma GCC unroll 16
+                for (int64_t v = 0; v < kVecs; ++v) {  // of constant indices, so that sums stay in registers
+                    const int lanes = lanes_below<T>(min_of(length, padded() - column) - v * kLanes<T>);
                     if (lanes == 0) break;
                     Vec<T> values[2];
                     value(row * width() + column + v * kLanes<T>, column + v * kLanes<T>, lanes, values);

@@ -21,6 +21,8 @@
 
 #include <omp.h>
 
+#include <type_traits>
+
 #include "conv_products.h"
 #include "integers.h"
 #include "minimal_filter.h"
@@ -30,8 +32,6 @@
 
 namespace fastgen::FASTGEN_ISA {
 namespace {
-
-FASTGEN_INLINE int64_t floor_div(int64_t a, int64_t b) { return a >= 0 ? a / b : -ceil_div(-a, b); }
 
 template <class T>
 struct Direct {
@@ -53,9 +53,6 @@ struct Direct {
     FASTGEN_INLINE int64_t columns() const {
         return aligned<T>(shape.out_channels * (side_by_side() ? shape.kernel[1] : 1));
     }
-    FASTGEN_INLINE int64_t parts() const {  // of the rows of a product, where products are few
-        return min_of(ceil_div(shape.threads, products()), shape.in_channels);
-    }
     FASTGEN_INLINE int64_t lines() const { return shape.batch * shape.in_size[0]; }
     // 1x1 maps: the sum of a product runs over images instead.
     FASTGEN_INLINE bool lines_are_dots() const { return shape.in_size[0] == 1 && shape.in_size[1] == 1; }
@@ -72,11 +69,11 @@ struct Direct {
         return at * shape.stride[axis] - shape.padding[axis] + k * shape.dilation[axis];
     }
 
-    // One part of the channels of one product, over some lines.
+    // Some rows of one product, over some lines.
     struct Piece {
         const Direct& gradient;
         Tap<T>* taps;
-        int64_t product, part;
+        int64_t product, row0, row1;
 
         // Adds positions x0..x1-1 of lines first..last-1, through the kernel elements kx0..kx1-1 of a row.
         void add(int64_t first, int64_t last, int64_t x0, int64_t x1, int64_t kx0, int64_t kx1) const {
@@ -84,7 +81,6 @@ struct Direct {
             const WeightGradientShape& s = g.shape;
             const int64_t per_row = g.side_by_side() ? 1 : s.kernel[1];
             const int64_t ky = product / per_row % s.kernel[0], group = product / per_row / s.kernel[0];
-            const int64_t row0 = s.in_channels * part / g.parts(), row1 = s.in_channels * (part + 1) / g.parts();
             const bool dots = g.lines_are_dots();
             int64_t count = 0;
             for (int64_t line = first; line < last && x0 < x1; ++line) {
@@ -141,20 +137,23 @@ struct Direct {
     }
 
     void run() const {
-        const int64_t pieces = products() * parts();
+        const int64_t rows = products() * shape.in_channels;
 #pragma omp parallel num_threads(shape.threads)
         {
             const int64_t thread = omp_get_thread_num(), threads = omp_get_num_threads();
             Tap<T>* taps = reinterpret_cast<Tap<T>*>(scratch + sums_size() + thread * taps_size());
 #pragma omp for schedule(static)
             for (int64_t i = 0; i < sums_size(); ++i) scratch[i] = T(0);
-            // Every piece has all of its lines added by one thread, in order; a block of lines serves all the thread's
-            // pieces while it is in the cache.
-            const int64_t begin = pieces * thread / threads, end = pieces * (thread + 1) / threads;
+            // Every row of a product has all of its lines added by one thread, in order; a block of lines serves all the
+            // thread's rows while it is in the cache.
+            const int64_t begin = rows * thread / threads, end = rows * (thread + 1) / threads;
             for (int64_t line = 0; line < lines(); line += block_lines()) {
                 const int64_t last = min_of(line + block_lines(), lines());
-                for (int64_t i = begin; i < end; ++i)
-                    Piece{*this, taps, i / parts(), i % parts()}.add_lines(line, last);
+                for (int64_t row = begin, next; row < end; row = next) {
+                    const int64_t product = row / shape.in_channels, first = product * shape.in_channels;
+                    next = min_of(end, first + shape.in_channels);
+                    Piece{*this, taps, product, row - first, next - first}.add_lines(line, last);
+                }
             }
 #pragma omp barrier
 #pragma omp for schedule(static)
@@ -257,6 +256,15 @@ struct Filtered {
         int64_t first, last, o0, o1;
     };
 
+    // function(y, x) with both as types.
+    template <class Function>
+    static FASTGEN_INLINE void with_bools(bool y, bool x, const Function& function) {
+        if (y)
+            x ? function(std::true_type{}, std::true_type{}) : function(std::true_type{}, std::false_type{});
+        else
+            x ? function(std::false_type{}, std::true_type{}) : function(std::false_type{}, std::false_type{});
+    }
+
     // The rows and columns of a tile by their first one and step: where they lie in the image, null outside.
     struct Window {
         const T* at[kPoints][kPoints];
@@ -281,20 +289,22 @@ struct Filtered {
         T* const to = inputs(sizes) + index * sizes.tile_channels;
         const int64_t step = sizes.inputs_step;
         const Tile t = tile(part.first + index);
-        const int64_t outputs = kPoints + 1 - taps(), rows = is_full(0, t.kind) ? outputs : 2,
-                      cols = is_full(1, t.kind) ? outputs : 2;
-        const Window window(input, t.n, shape.in_size, t.y, t.x, 1, 1, rows, cols);
-        for (int64_t c = 0; c < shape.in_channels; c += kLanes<T>) {
-            const int64_t count = min_of(kLanes<T>, shape.in_channels - c);
-            Vec<T> lines[kPoints * 3] = {}, points[kAllPoints];
-            for (int64_t j = 0; j < cols; ++j) {
-                Vec<T> column[3] = {};
-                for (int64_t i = 0; i < rows; ++i) column[i] = window.load(i, j, c, count);
-                filter_points(rows, column, 1, lines + j, 3);
+        const auto run = [&](auto three_rows, auto three_cols) __attribute__((always_inline)) {
+            constexpr int64_t rows = decltype(three_rows)::value ? 3 : 2, cols = decltype(three_cols)::value ? 3 : 2;
+            const Window window(input, t.n, shape.in_size, t.y, t.x, 1, 1, rows, cols);
+            for (int64_t c = 0; c < shape.in_channels; c += kLanes<T>) {
+                const int64_t count = min_of(kLanes<T>, shape.in_channels - c);
+                Vec<T> lines[kPoints * cols] = {}, points[kAllPoints];
+                for (int64_t j = 0; j < cols; ++j) {
+                    Vec<T> column[rows];
+                    for (int64_t i = 0; i < rows; ++i) column[i] = window.load(i, j, c, count);
+                    filter_points(rows, column, 1, lines + j, cols);
+                }
+                for (int64_t p = 0; p < kPoints; ++p) filter_points(cols, lines + p * cols, 1, points + p * kPoints, 1);
+                for (int64_t p = 0; p < kAllPoints; ++p) store(to + p * step + c, points[p]);
             }
-            for (int64_t p = 0; p < kPoints; ++p) filter_points(cols, lines + p * 3, 1, points + p * kPoints, 1);
-            for (int64_t p = 0; p < kAllPoints; ++p) store(to + p * step + c, points[p]);
-        }
+        };
+        with_bools(taps() == 2 && is_full(0, t.kind), taps() == 2 && is_full(1, t.kind), run);
     }
 
     void transform_grad(const Sizes& sizes, const Part& part, int64_t filter, int64_t index) const {
@@ -320,15 +330,8 @@ struct Filtered {
                 for (int64_t p = 0; p < kAllPoints; ++p) store(lines + p * step, points[p]);
             }
         };
-        if (is_full(0, t.kind))
-            return is_full(1, t.kind) ? run(Bool<true>{}, Bool<true>{}) : run(Bool<true>{}, Bool<false>{});
-        is_full(1, t.kind) ? run(Bool<false>{}, Bool<true>{}) : run(Bool<false>{}, Bool<false>{});
+        with_bools(is_full(0, t.kind), is_full(1, t.kind), run);
     }
-
-    template <bool B>
-    struct Bool {
-        static constexpr bool value = B;
-    };
 
     // Adds the products of a point, for some of the strip's columns.
     void multiply(const Sizes& sizes, const Part& part, int64_t filter, int64_t point, int64_t column) const {

@@ -63,7 +63,12 @@ FASTGEN_INLINE void copy(const T* from, int64_t count, T* to) {
     } else {
         int64_t i = 0;
         for (; i + kLanes<T> <= count; i += kLanes<T>) store(to + i, load(from + i));
+#if defined(__AVX512F__)
+        const int rest = static_cast<int>(count - i);
+        if (rest > 0) store_n(to + i, load_n(from + i, rest), rest);
+#else
         for (; i < count; ++i) to[i] = from[i];
+#endif
     }
 }
 

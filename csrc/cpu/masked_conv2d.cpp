@@ -44,7 +44,9 @@ struct RowConvolution {
     static constexpr int64_t kAhead = 3;
     // Rows at a time: of so many positions, as long as the input of their products stays in the second-level cache, and
     // the weights beside it.
-    static constexpr int64_t kBlockPositions = 32, kBlockBytes = 256 * 1024, kPanelBytes = 128 * 1024;
+    static constexpr int64_t kBlockPositions = 32, kBlockBytes = 256 * 1024, kPanelBytes = kL2Bytes / 4;
+    // Sums that a product works on at a time: each waits for itself.
+    static constexpr int64_t kLeastSums = 8;
     static constexpr int64_t kPositions = 64;  // at a time, of images that are read in place
 
     FASTGEN_INLINE int64_t direct_depth() const { return open_taps(conv) * in; }
@@ -140,7 +142,9 @@ struct RowConvolution {
     template <class Function>
     void for_panels(const T* packed, bool few, Function function) const {
         const int64_t bytes = depth() * kPanel<T> * int64_t(sizeof(T));
-        const int64_t most = few ? max_of(1, kPanelBytes / bytes) : panels();
+        const int64_t positions = how.rows ? pairs_of(conv) : conv.width, vectors = kPanel<T> / kLanes<T>;
+        const int64_t least = ceil_div(kLeastSums, positions * vectors);
+        const int64_t most = few ? max_of(least, kPanelBytes / bytes) : panels();
         for (int64_t panel = 0; panel < panels();) {
             const int64_t bound = last_bound(panel), column = panel * kPanel<T>;
             int64_t end = panel + 1;

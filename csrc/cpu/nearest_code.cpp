@@ -208,7 +208,9 @@ struct Search {
             T* half_norms = scratch;
             const int64_t codes_end = job.count * (thread + 1) / threads;
             for (int64_t k = job.count * thread / threads; k < codes_end; ++k) half_norms[k] = half_norm(k);
+            if (threads > 1) {
 #pragma omp barrier
+            }
             const int64_t end = panels() * (thread + 1) / threads;
             for (int64_t panel = panels() * thread / threads, count; panel < end; panel += count) {
                 count = min_of(block_panels(), end - panel);

@@ -74,13 +74,13 @@ struct OverlapAdd {
     }
 
     // Scratch: scale and shift of every output of a line; then for each thread the products, a line of sums, and the
-    // item's input where its channels are not neighbours.
+    // item's input where its channels are not neighbours. The last vector of each may stick out, by less than a panel.
 
     FASTGEN_INLINE int64_t line_size() const { return plan.x.out_size * channels(); }
-    FASTGEN_INLINE int64_t affine_size() const { return aligned<T>(line_size() + kLanes<T>); }
-    FASTGEN_INLINE int64_t products_size() const { return aligned<T>(most_lines() * in_width() * width() + kLanes<T>); }
-    FASTGEN_INLINE int64_t sums_size() const {  // runs may stick out at either end, the last vector as well
-        return aligned<T>((in_width() + x().slices() + x().padding) * run_size() + line_size() + kLanes<T>);
+    FASTGEN_INLINE int64_t affine_size() const { return aligned<T>(line_size() + kPanel<T>); }
+    FASTGEN_INLINE int64_t products_size() const { return aligned<T>(most_lines() * in_width() * width() + kPanel<T>); }
+    FASTGEN_INLINE int64_t sums_size() const {  // runs may stick out at either end
+        return aligned<T>((in_width() + x().slices() + x().padding) * run_size() + line_size() + kPanel<T>);
     }
     FASTGEN_INLINE bool staged() const { return call.input.c != 1 && plan.in_channels > 1; }
     FASTGEN_INLINE int64_t staged_size() const {

@@ -13,7 +13,7 @@ constexpr int64_t kTileRows = 56;   // of a product: four times the tallest tile
 constexpr int64_t kTallPanels = 4;  // panels of a product of many rows: the tile stays in the first-level cache
 constexpr int64_t kFlatPanels = 8;  // of a product of few rows, which wants wide tiles
 constexpr int64_t kFlatRows = 14;   // up to which a product is flat
-constexpr int64_t kWeightBytes = 256 << 10;  // of panels at work together, where rows are few
+constexpr int64_t kWeightBytes = kL2Bytes / 2;  // of panels at work together, where rows are few
 
 struct Cell {
     int64_t n, y, x;
@@ -23,9 +23,6 @@ struct Cell {
 struct Rectangle {
     int64_t y0, y1, x0, x1;
 
-    FASTGEN_INLINE int64_t index(int64_t n0, const Cell& cell) const {
-        return ((cell.n - n0) * (y1 - y0) + cell.y - y0) * (x1 - x0) + cell.x - x0;
-    }
     FASTGEN_INLINE Cell at(int64_t n0, int64_t index) const {
         const int64_t line = index / (x1 - x0);
         return {n0 + line / (y1 - y0), y0 + line % (y1 - y0), x0 + index % (x1 - x0)};
@@ -62,7 +59,7 @@ struct PhaseWork {
     static constexpr int64_t kGatherBytes = 256 << 10;  // of gathered rows: a part of the second-level cache
     static constexpr int64_t kItemCells = 256;  // of an item: enough rows for the gathered rectangles of small maps
     static constexpr int64_t kMinimalItemCells = 1024;   // the same, of tiles
-    static constexpr int64_t kMinimalBytes = 512 << 10;  // of transformed tiles: half of the second-level cache
+    static constexpr int64_t kMinimalBytes = 512 << 10;  // of transformed tiles
 
     const ConvPlan& plan;
     const TapConvCall<E>& call;

@@ -1,9 +1,10 @@
 // Products by phases: a row for each cell of a rectangle of cells that read the same taps, a column for each output
 // channel of a phase (or of all phases, side by side).
 //
-// Rows are read where they are, along x, if they are many; on small maps the rows of all lines and images of the
-// rectangle are gathered, so that 4x4 maps fill the registers too. Either way the result is a tile in the first-level
-// cache, from which the epilogue writes each row to its place: scale, shift, activation.
+// Rows are read where they are, along x, if they are many, and through all lines and images where these follow on each
+// other, as they do for kernels of one element; on small maps the rows of all lines and images of the rectangle are
+// gathered, so that 4x4 maps fill the registers too. Either way the result is a tile in the first-level cache, from which
+// the epilogue writes each row to its place: scale, shift, activation.
 #pragma once
 
 #include "phase_conv_items.h"
@@ -71,10 +72,18 @@ struct PhaseProducts : PhasePair<E> {
                 const AxisSpan& x = sx.spans[with_first(longest_x, j)];
                 const int64_t lines = (item.n1 - item.n0) * (y.last - y.first), columns = x.last - x.first;
                 const int64_t depth = (y.tap_end - y.tap_begin) * (x.tap_end - x.tap_begin) * plan().in_channels;
-                const bool gathers = lines > 1 && depth > 0 && columns < kDirectRows;
+                const bool gathers = lines > 1 && depth > 0 && columns < kDirectRows && !lines_join(y, x);
                 body(Part{y, x, gathers ? lines * columns : 0, odd_lines<E>(depth)});
             }
         }
+    }
+
+    // Whether the cells of a line read one tap, of all pixels of a line of the input, and of the next line the next ones.
+    bool lines_join(const AxisSpan& y, const AxisSpan& x) const {
+        const AxisPlan &py = plan().y, &px = plan().x;
+        return y.tap_end - y.tap_begin == 1 && x.tap_end - x.tap_begin == 1 && py.in_step == 1 && px.in_step == 1 &&
+               x.first + sx.offsets[x.tap_begin] == 0 && x.last - x.first == px.in_size &&
+               item.source.h == px.in_size * item.source.w;
     }
 
     // The taps that a row of cells reads from cell (n, y, x) on; what is contiguous in memory is one tap.
@@ -102,23 +111,25 @@ struct PhaseProducts : PhasePair<E> {
     }
 
     void direct(const AxisSpan& y, const AxisSpan& x, int64_t panel_begin, int64_t panel_end) const {
-        const int64_t pieces = ceil_div(x.last - x.first, kTileRows);
-        const int64_t count = blocks(panel_end - panel_begin, ceil_div(x.last - x.first, pieces));
+        const Rectangle cells{y.first, y.last, x.first, x.last};
+        const int64_t lines = y.last - y.first, images = item.n1 - item.n0;
+        int64_t run = x.last - x.first, runs = images * lines;  // of rows that follow on each other in memory
+        if (lines_join(y, x)) {
+            const bool images_join = images == 1 || item.source.n == lines * item.source.h;
+            run *= images_join ? runs : lines;
+            runs = images_join ? 1 : images;
+        }
+        const int64_t pieces = ceil_div(run, kTileRows);
+        const int64_t count = blocks(panel_end - panel_begin, ceil_div(run, pieces));
         for (int64_t block = 0; block < count; ++block) {
             const int64_t begin = panel_begin + (panel_end - panel_begin) * block / count;
             const int64_t end = panel_begin + (panel_end - panel_begin) * (block + 1) / count;
-            for (int64_t n = item.n0; n < item.n1; ++n) {
-                for (int64_t line = y.first; line < y.last; ++line) {
-                    for (int64_t piece = 0; piece < pieces; ++piece) {
-                        const int64_t first = x.first + (x.last - x.first) * piece / pieces;
-                        const int64_t last = x.first + (x.last - x.first) * (piece + 1) / pieces;
-                        const Cell cell{n, line, first};
-                        const Rectangle cells{y.first, y.last, x.first, x.last};
-                        const int64_t index = cells.index(item.n0, cell);
-                        prefetch(cells, index, last - first, begin, end);
-                        product(list_taps(y, x, cell, weights(begin)), last - first, end - begin);
-                        epilogue(cells, index, last - first, begin, end);
-                    }
+            for (int64_t i = 0; i < runs; ++i) {
+                for (int64_t piece = 0; piece < pieces; ++piece) {
+                    const int64_t first = i * run + run * piece / pieces, last = i * run + run * (piece + 1) / pieces;
+                    prefetch(cells, first, last - first, begin, end);
+                    product(list_taps(y, x, cells.at(item.n0, first), weights(begin)), last - first, end - begin);
+                    epilogue(cells, first, last - first, begin, end);
                 }
             }
         }

@@ -46,6 +46,14 @@ inline constexpr int kVecBytes = 32;
 inline constexpr int kVecBytes = 16;
 #endif
 
+// Of the processors that have the instructions, the least that one core has for itself. Nothing that scratch memory or bits
+// depend on may depend on it: callers keep sizes of scratch memory, whichever instructions are used.
+#if defined(__AVX512F__)
+inline constexpr int kL2Bytes = 1 << 20;
+#else
+inline constexpr int kL2Bytes = 512 << 10;
+#endif
+
 #if defined(__AVX512F__) || defined(__aarch64__)
 inline constexpr int kVecRegisters = 32;
 #else
@@ -247,6 +255,11 @@ FASTGEN_INLINE Vec<T> lower_halves(Vec<T> a, Vec<T> b, std::integer_sequence<int
 template <class T, int... i>
 FASTGEN_INLINE Vec<T> upper_halves(Vec<T> a, Vec<T> b, std::integer_sequence<int, i...>) {
     return shuffle<(i / 2 + i % 2 * kLanes<T> + kLanes<T> / 2)...>(a, b);
+}
+// And back: every second element of a and b, from the first or the second on.
+template <class T, int odd, int... i>
+FASTGEN_INLINE Vec<T> every_second(Vec<T> a, Vec<T> b, std::integer_sequence<int, i...>) {
+    return shuffle<(2 * i + odd)...>(a, b);
 }
 
 }  // namespace fastgen::FASTGEN_ISA

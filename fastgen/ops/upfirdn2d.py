@@ -18,7 +18,6 @@ from fastgen.ops.conv_block import check_same, goes_straight, is_transformed, is
 from fastgen.ops.feature_maps import channels_last, native, to_channels_last
 
 _MAX_TAPS = 1024  # of the native filter
-_LEAST_WIDTH = 64
 _THREAD_PRODUCTS = 65536  # below, waking a thread costs more than it saves
 
 
@@ -59,8 +58,8 @@ def upfirdn2d(
             input is not contiguous.
 
     float32 and float64 run natively on the CPU where no gradient is wanted: nothing but the result is stored, zeros are
-    not multiplied, and channels-last images are read as they are, as are contiguous ones of a certain width where the
-    size stays.  Elsewhere it is plain PyTorch, and derivatives are of any order.
+    not multiplied, and channels-last images are read as they are, as are contiguous ones unless an axis is both up- and
+    downsampled.  Elsewhere it is plain PyTorch, and derivatives are of any order.
 
     Raises:
         TypeError: an argument is not a tensor or the dtypes differ.
@@ -139,8 +138,8 @@ def _output_shape(input: Tensor, filter: Tensor, options: Options) -> tuple[int,
 def _forward(input: Tensor, filter: Tensor, *rest: Any) -> Tensor:
     options = Options(*rest)
     contiguous = input.is_contiguous()
-    # A plane is computed by its rows, which are to be long, and read one after the other.
-    planes = contiguous and options.up == options.down == (1, 1) and input.shape[3] >= _LEAST_WIDTH
+    # Planes are images of one channel. Of both up- and downsampling, only many channels side by side are fast.
+    planes = contiguous and all(up == 1 or down == 1 for up, down in zip(options.up, options.down, strict=True))
     input = input if planes else to_channels_last(input)
     kernel = (filter if options.flip_filter else filter.flip(0, 1)).contiguous()
     shape = n, c, height, width = _output_shape(input, filter, options)
