@@ -388,9 +388,9 @@ def test_surroundings_do_not_matter(surroundings: Callable, mix: Callable) -> No
 def test_composite_operators_in_inference_mode(mix: Callable) -> None:
     """There they come undecomposed."""
     network, given = make(mix)
-    expected = naive_sample(network, 7, **given)
     with torch.inference_mode():
-        assert torch.equal(Sampler(network, **given).sample(7), expected)
+        images = Sampler(network, **given).sample(300)
+    assert audit(network, images, **given).ok
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
