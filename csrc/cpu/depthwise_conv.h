@@ -23,7 +23,7 @@ struct DepthwiseConv {
     static constexpr int kLongRun = 6, kShortRun = 4;              // outputs of a line in a tile
     static constexpr int kPairVecs = kVecRegisters == 32 ? 2 : 1;  // of channels, in a tile of two lines
     static constexpr int64_t kItems = 4;                           // of a thread, where there are lines enough
-    static constexpr int64_t kStagedBytes = 128 << 10;             // of an item: a part of the second-level cache
+    static constexpr int64_t kStagedBytes = 512 << 10;  // of an item: the more, the fewer lines are copied twice
 
     template <int N>
     using Count = std::integral_constant<int, N>;

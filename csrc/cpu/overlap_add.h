@@ -22,7 +22,7 @@ template <class E>
 struct OverlapAdd {
     using T = SumOf<E>;
 
-    static constexpr int64_t kProductBytes = 128 << 10;  // of an item: a part of the second-level cache
+    static constexpr int64_t kProductBytes = 256 << 10;  // of an item: a part of the second-level cache
     static constexpr int64_t kProductRows = 56;          // at once: they and the weights are in the first-level cache
     static constexpr int kRunsAtOnce = 4;
 
