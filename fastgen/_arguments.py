@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
+from typing import SupportsIndex
 
 import torch
 from torch import Tensor
@@ -11,6 +13,23 @@ from torch import Tensor
 def signed(seed: int) -> int:
     """The int64 with the bits of a seed in 0..2^64-1, as operators and kernels take it."""
     return seed - 2**64 if seed >= 2**63 else seed
+
+
+def integer(name: str, value: SupportsIndex, low: int, high: int) -> int:
+    """The argument as an int, when it is an integer in low..high; NumPy's integers pass, too.
+
+    Raises:
+        TypeError, ValueError: it is not of an integer type, or out of range.
+    """
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
+    if not low <= number <= high:
+        raise ValueError(f"{name} must be in {low}..{high}, got {value}")
+    return number
 
 
 def positive(name: str, value: int) -> int:

@@ -436,14 +436,15 @@ def _settle(
     ]
 )  # fmt: skip
 def draw_level(
-    workspace, where, fields, encoded, state, inverse_temperature, levels, known, mask, operand, x, batch, encodings,
-    num_encodings, colours, height, width, colour, uniform, count,
+    workspace, where, fields, encoded, state, inverse_temperature, top_k, top_p, levels, known, mask, operand, x, batch,
+    encodings, num_encodings, colours, height, width, colour, uniform, count,
     BERNOULLI: tl.constexpr, WIDEST: tl.constexpr, SAMPLES: tl.constexpr, LEVELS: tl.constexpr,
 ):  # fmt: skip
     """Draws a colour of pixel (y, x): the smallest level whose cumulative probability is at least its uniform.
 
     `operand` is that of the `count` logits, which are read LEVELS at a time. Probabilities are float32, their sums
-    float64.
+    float64. Levels that `top_k`, where it is not 0, and `top_p` leave out have none
+    (`fastgen.sampling.truncation.Truncation`).
     """
     sample = tl.program_id(0).to(tl.int64) * SAMPLES + tl.arange(0, SAMPLES)
     exists, y = sample < batch, tl.load(state)
@@ -462,13 +463,22 @@ def draw_level(
             known_logits = exists[:, None] & (k < count - start)[None, :]
             most = tl.maximum(most, tl.max(tl.load(logits + start, known_logits, -float("inf")), 1))
         most = tl.where(exists, most, 0.0)
-        total = tl.zeros([SAMPLES], tl.float64)
+        least, total = tl.zeros([SAMPLES], tl.float64), tl.zeros([SAMPLES], tl.float64)
+        number, share = tl.load(top_k), tl.load(top_p)
+        if number > 0:
+            wanted = total + number
+            least = _threshold(logits, exists, k, count, most, scale, least, wanted, True, LEVELS)
         for start in range(0, count, LEVELS):
-            total += tl.sum(_odds(logits + start, exists, k, count - start, most, scale), 1)
+            total += tl.sum(_odds(logits + start, exists, k, count - start, most, scale, least), 1)
+        if share < 1:
+            least = _threshold(logits, exists, k, count, most, scale, least, share * total, False, LEVELS)
+            total = tl.zeros([SAMPLES], tl.float64)
+            for start in range(0, count, LEVELS):
+                total += tl.sum(_odds(logits + start, exists, k, count - start, most, scale, least), 1)
         total *= u
         sums, level = tl.zeros([SAMPLES], tl.float64), tl.zeros([SAMPLES], tl.int32)
         for start in range(0, count, LEVELS):
-            odds = _odds(logits + start, exists, k, count - start, most, scale)
+            odds = _odds(logits + start, exists, k, count - start, most, scale, least)
             below = (sums[:, None] + tl.cumsum(odds, 1) < total[:, None]) & (k < count - 1 - start)[None, :]
             level += tl.sum(below.to(tl.int32), 1)
             sums += tl.sum(odds, 1)
@@ -479,12 +489,33 @@ def draw_level(
 
 
 @triton.jit
-def _odds(logits, exists, k, count, most, scale):
-    """float64 e^((logits - most) * scale) of some levels, 0 from `count` on."""
+def _threshold(logits, exists, k, count, most, scale, least, wanted, COUNTED: tl.constexpr, LEVELS: tl.constexpr):
+    """The largest float32, at least `least`, that leaves enough of the levels whose odds are no smaller: `wanted` of
+    them, or a sum of so much. Positive floats have the order of their bits.
+    """
+    low = (least * 0).to(tl.int32)
+    high = low + 0x3F800001  # above 1, the odds of the likeliest
+    for _ in range(30):
+        middle = low + (high - low) // 2
+        bound = tl.maximum(least, middle.to(tl.float32, bitcast=True).to(tl.float64))
+        found = least * 0
+        for start in range(0, count, LEVELS):
+            odds = _odds(logits + start, exists, k, count - start, most, scale, bound)
+            if COUNTED:
+                odds = tl.where((odds > 0) & (odds >= bound[:, None]), 1.0, 0.0).to(tl.float64)
+            found += tl.sum(odds, 1)
+        low, high = tl.where(found >= wanted, middle, low), tl.where(found >= wanted, high, middle)
+    return tl.maximum(least, low.to(tl.float32, bitcast=True).to(tl.float64))
+
+
+@triton.jit
+def _odds(logits, exists, k, count, most, scale, least):
+    """float64 e^((logits - most) * scale) of some levels, 0 from `count` on and below `least`."""
     given = exists[:, None] & (k < count)[None, :]
     apart = tl.load(logits, given, -float("inf")) - most[:, None]
     odds = exp((apart.to(tl.float64) * scale).to(tl.float32))
-    return tl.where(given & (apart > -float("inf")), odds, 0.0).to(tl.float64)
+    odds = tl.where(given & (apart > -float("inf")), odds, 0.0).to(tl.float64)
+    return tl.where(odds >= least[:, None], odds, 0.0)
 
 
 @triton.jit(do_not_specialize=["operand", "x", "batch", "encodings", "num_encodings", "height", "width", "num_levels"])

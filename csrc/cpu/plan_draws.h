@@ -4,6 +4,7 @@
 #include "../common/logistic_mixture.h"
 #include "../common/philox.h"
 #include "plan_thread.h"
+#include "truncation.h"
 #include "vec_math.h"
 
 namespace fastgen::FASTGEN_ISA {
@@ -24,6 +25,8 @@ inline int64_t invert(const PlanThread& thread, const float* params, int64_t cou
         const int n = static_cast<int>(min_of(count - k, kLanes<float>));
         store_n(e + k, exp((load_n(params + k, n) - shift) * scale), n);
     }
+    if (thread.batch.top_k > 0 || thread.batch.top_p < 1)
+        keep_likeliest(e, count, thread.batch.top_k, thread.batch.top_p, e + thread.plan.num_levels);
     double total = 0;
     for (int64_t k = 0; k < count; ++k) total += e[k];
     const double target = u * total;

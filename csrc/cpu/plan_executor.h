@@ -72,7 +72,7 @@ inline PlanScratch plan_scratch(const PlanTables& plan) {
     sizes.values = plan.max_instrs * kScratchRecord;
     sizes.active = cache_lines(plan.num_steps * sizeof(int64_t));
     sizes.ran = cache_lines(plan.num_steps * sizeof(int64_t));
-    sizes.probabilities = cache_lines(plan.num_levels * sizeof(float));
+    sizes.probabilities = cache_lines(2 * plan.num_levels * sizeof(float));
     sizes.scores =
         plan.max_keys > 0 ? cache_lines(kPlanHeads * plan_attention_pitch(plan.max_keys) * sizeof(float)) : 0;
     return sizes;

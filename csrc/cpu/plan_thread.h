@@ -119,7 +119,7 @@ struct PlanThread {
     PlanValue* values;        // of the program at hand
     int64_t* active;          // steps that have work in this row
     int64_t* ran;             // epoch in which each step ran last
-    float* probabilities;     // of the levels
+    float* probabilities;     // of the levels, and as much room
     float* scores;            // of the keys of some heads
     PlanSpan next_weights{};  // that this thread needs after the tile at hand
     int64_t y = 0;            // the image row

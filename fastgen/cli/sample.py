@@ -29,8 +29,8 @@ SUFFIXES = (".png", ".npy", ".npz")
 BYTES_BESIDE = 32  # that a sample takes beside its levels: labels, and numbers they are made of
 # options of the sampler of pixel models, with their defaults
 SAMPLER_OPTIONS = {
-    "temperature": 1.0, "known": None, "keep": None, "precision": "fp32", "backend": "auto", "max_batch": None,
-    "vqvae": None, "audit": False,
+    "temperature": 1.0, "top_k": None, "top_p": None, "known": None, "keep": None, "precision": "fp32",
+    "backend": "auto", "max_batch": None, "vqvae": None, "audit": False,
 }  # fmt: skip
 
 
@@ -53,6 +53,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("pixel models")
     group.add_argument(
         "--temperature", type=float, default=1.0, metavar="T", help="below 1: more likely images (default: 1)"
+    )
+    group.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest levels or codes alone")
+    group.add_argument(
+        "--top-p", type=float, metavar="P", help="from the fewest, likeliest first, whose probabilities sum to P"
     )
     group.add_argument(
         "--known", metavar="SPEC", help="complete the held-out images of these data (also conditional_vae)"
@@ -86,6 +90,7 @@ def run(options: argparse.Namespace) -> int:
     labels, known, mask = _given(options, model, vqvae)
     sampler = fastgen.Sampler(model, precision=options.precision, backend=options.backend, max_batch=options.max_batch)
     draw = {"seed": options.seed, "start": options.start, "labels": labels, "temperature": options.temperature}
+    draw |= {"top_k": options.top_k, "top_p": options.top_p}
     images = sampler.sample(options.n, **draw, known=known, mask=mask, progress=not options.quiet)
     pictures = images if vqvae is None else vqvae.render(images, progress=not options.quiet)
     _write(options, pictures, (vqvae or model).levels, labels)

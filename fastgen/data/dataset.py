@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from .._arguments import integer
 from ..ops import philox
 from . import arrays, builtin, cifar, folder, idx
 from .resize import cover
@@ -102,7 +103,7 @@ def load(
         raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
     size = _check_size(size)
     if levels is not None:
-        _check_integer("levels", levels, 2, 256)
+        levels = integer("levels", levels, 2, 256)
     source = _read(spec, size, progress)
     if size is not None and tuple(source.images.shape[2:]) != size and not resize:
         raise ValueError(
@@ -182,16 +183,8 @@ def _check_size(size: object) -> tuple[int, int] | None:
     pair = (size, size) if isinstance(size, int) else size
     if not isinstance(pair, (tuple, list)) or len(pair) != 2:
         raise TypeError(f"size must be an integer or (height, width), got {size!r}")
-    for side in pair:
-        _check_integer("size", side, 1, 4096)
-    return pair[0], pair[1]
-
-
-def _check_integer(name: str, value: object, low: int, high: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    if not low <= value <= high:
-        raise ValueError(f"{name} must be in {low}..{high}, got {value}")
+    height, width = (integer("size", side, 1, 4096) for side in pair)
+    return height, width
 
 
 def _by(size: Iterable[int]) -> str:

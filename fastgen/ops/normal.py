@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fastgen import backends
-from fastgen._arguments import signed
+from fastgen._arguments import integer, signed
 from fastgen.ops import philox
 from fastgen.ops.conv_block import is_transformed
 
@@ -44,11 +44,10 @@ def normal(n: int, shape: Sequence[int], *, seed: int = 0, start: int = 0) -> Te
         TypeError: an argument is not of an integer type.
         ValueError: an argument is negative or too large.
     """
-    for name, value in (("n", n), ("start", start), *(("shape", size) for size in shape)):
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
-        if not 0 <= value < 2**62:
-            raise ValueError(f"{name} must be in 0..2^62-1, got {value}")
+    n, start, *shape = (
+        integer(name, value, 0, 2**62 - 1)
+        for name, value in (("n", n), ("start", start), *(("shape", size) for size in shape))
+    )
     philox.check_seed(seed)
     numbers = normals(n, math.prod(shape), seed=seed, start=start, draw=0)
     return numbers.reshape(n, *shape)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastgen import backends
-from fastgen._arguments import signed
+from fastgen._arguments import integer, signed
 from fastgen.ops import philox
 from fastgen.ops.conv_block import is_transformed, is_unobserved
 from fastgen.ops.normal import normals_reference
@@ -58,8 +58,8 @@ def reparameterize(
     """
     if not (type(seed) is int and 0 <= seed < 2**64 and type(start) is int and 0 <= start < 2**62):
         philox.check_seed(seed)
-        _check_int("start", start, 0, 2**62 - 1)
-    draws = 0 if num_samples is None else _check_int("num_samples", num_samples, 1, 2**32 - 1)
+        start = integer("start", start, 0, 2**62 - 1)
+    draws = 0 if num_samples is None else integer("num_samples", num_samples, 1, 2**32 - 1)
     key = signed(seed)
     compiling = torch.compiler.is_compiling()
     if not compiling and _goes_straight(mu, logvar):
@@ -188,14 +188,6 @@ def _check(mu: Tensor, logvar: Tensor, seed: int, start: int, draws: int) -> Non
         raise ValueError(f"logvar must have the shape of mu, {list(mu.shape)}, got {list(logvar.shape)}")
     if logvar.device != mu.device:
         raise ValueError(f"logvar must be on the device of mu, {mu.device}, got {logvar.device}")
-
-
-def _check_int(name: str, value: int, least: int, most: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
-    if not least <= value <= most:
-        raise ValueError(f"{name} must be in {least}..{most}, got {value}")
-    return value
 
 
 def _check_grad(grad_z: Tensor | None, grad_kl: Tensor | None, mu: Tensor, *rest: Any) -> None:

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from fastgen.sampling.heads import Head
 from fastgen.sampling.precision import weights_in
-from fastgen.sampling.request import check_images, make_request
+from fastgen.sampling.request import Request, images_of, make_request
 from fastgen.sampling.subject import Subject, evaluating, make_subject
 from fastgen.sampling.uniforms import image_uniforms
 
@@ -56,6 +56,8 @@ def audit(
     labels: Tensor | int | None = None,
     condition: Tensor | None = None,
     temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
     mask: Tensor | None = None,
 ) -> AuditReport:
     """Check that `images` are samples start, start+1, ... of the sequence of `seed`.
@@ -68,7 +70,7 @@ def audit(
     Args:
         model, image_shape, head, num_classes, precision: as for `Sampler`.
         images: levels [n, C, H, W], as `Sampler.sample` gives them.
-        seed, start, labels, temperature: as given to `Sampler.sample`.
+        seed, start, labels, temperature, top_k, top_p: as given to `Sampler.sample`.
         condition: [n, *shape], or [1, *shape] for all; for models that read one.
         mask: bool [n, H, W] or [H, W]; pixels where it is True were given and are not checked.
 
@@ -77,7 +79,7 @@ def audit(
         TypeError: an image differs, and the model cannot be copied to find out whether by rounding.
     """
     subject = make_subject(model, image_shape, head, num_classes)
-    images = check_images("images", images, subject.image_shape, subject.head)
+    images = images_of("images", images, subject)
     request = make_request(
         subject,
         len(images),
@@ -86,10 +88,13 @@ def audit(
         labels=labels,
         condition=condition,
         temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
         known=None if mask is None else images,
         mask=mask,
     )
     channels, height, width = subject.image_shape
+    subject = replace(subject, head=subject.head.keeping(request.truncation))
     head = subject.head
     chunk = max(1, CHUNK_BYTES // (8 * height * width * max(channels * head.levels, head.num_params(channels))))
     found = _Found()
@@ -100,7 +105,7 @@ def audit(
         part_mask = None if request.mask is None else request.mask[part]
         inputs = _of_samples((request.labels, request.condition), part)
         with weights_in(precision):
-            found.add(subject, images[part], uniforms, part_mask, inputs, request.temperature, first)
+            found.add(subject, images[part], uniforms, part_mask, inputs, request, first)
     return AuditReport(found.elements, found.mismatches, found.ties, found.max_margin)
 
 
@@ -116,11 +121,12 @@ class _Found:
         uniforms: Tensor,
         mask: Tensor | None,
         inputs: Inputs,
-        temperature: float,
+        request: Request,
         first: int,
     ) -> None:
         """Checks images, of which `first` came before."""
-        boundaries = _boundaries(subject, images, inputs, temperature)
+        params = _params(subject, images, inputs)
+        boundaries = subject.head.boundaries(params, images, request.temperature)
         margin = subject.head.margins(boundaries, images, uniforms)
         checked = torch.ones_like(margin, dtype=torch.bool)
         if mask is not None:
@@ -129,13 +135,19 @@ class _Found:
             sample, _, y, x = undefined.nonzero()[0].tolist()
             raise RuntimeError(f"the network gives NaN for row {y}, column {x} of images[{sample + first}]")
         self.elements += int(checked.sum())
+        for nearby in request.truncation.nearby():  # levels whose order rounding decides, of which one is kept
+            head = subject.head.keeping(nearby)
+            other = head.margins(head.boundaries(params, images, request.temperature), images, uniforms)
+            self.ties += int(((other <= 0) & (margin > 0) & checked).sum())
+            margin = torch.minimum(margin, other)
         differ = (margin > 0) & checked
         suspects = differ.flatten(1).any(1).nonzero()[:, 0]
         if not len(suspects):
             return
         exact = replace(subject, module=_in_float64(subject.module, len(suspects)))
         with _Widening():
-            precise = _boundaries(exact, images[suspects], _of_samples(inputs, suspects), temperature)
+            precise = _params(exact, images[suspects], _of_samples(inputs, suspects))
+            precise = exact.head.boundaries(precise, images[suspects], request.temperature)
         error = float((precise - boundaries[suspects]).abs().max())
         margins = margin[suspects][differ[suspects]]
         ties = int((margins <= 4 * error).sum())
@@ -178,6 +190,6 @@ def _of_samples(inputs: Inputs, samples: slice | Tensor) -> Inputs:
     return tuple(None if t is None else t[samples] for t in inputs)
 
 
-def _boundaries(subject: Subject, images: Tensor, inputs: Inputs, temperature: float) -> Tensor:
+def _params(subject: Subject, images: Tensor, inputs: Inputs) -> Tensor:
     with evaluating(subject.module):
-        return subject.head.boundaries(subject.params(images, *inputs).cpu(), images, temperature)
+        return subject.params(images, *inputs).cpu()

@@ -24,6 +24,8 @@ def naive_sample(
     labels: Tensor | int | None = None,
     condition: Tensor | None = None,
     temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
     known: Tensor | None = None,
     mask: Tensor | None = None,
     progress: bool = False,
@@ -46,6 +48,8 @@ def naive_sample(
         labels=labels,
         condition=condition,
         temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
         known=known,
         mask=mask,
     )
@@ -54,7 +58,8 @@ def naive_sample(
     images = torch.zeros(n, *subject.image_shape, dtype=subject.head.dtype, device="cpu")
     if n == 0:
         return images
-    groups = subject.head.groups(channels)
+    head = subject.head.keeping(request.truncation)
+    groups = head.groups(channels)
     uniforms = image_uniforms(request.seed, request.start, n, (subject.head.num_uniforms(channels), height, width))
     with evaluating(subject.module), tqdm(total=height, desc="naive loop", unit="row", disable=not progress) as bar:
         for y in range(height):
@@ -63,7 +68,7 @@ def naive_sample(
                     params = subject.params(images, request.labels, request.condition)[:, group.params, y, x].cpu()
                     if params.isnan().any():
                         raise RuntimeError(f"the network gives NaN for row {y}, column {x}")
-                    drawn = subject.head.draw(params, uniforms[:, group.uniforms, y, x], request.temperature)
+                    drawn = head.draw(params, uniforms[:, group.uniforms, y, x], request.temperature)
                     if request.known is not None and request.mask is not None:
                         given = request.mask[:, y, x].unsqueeze(1)
                         drawn = torch.where(given, request.known[:, group.colours, y, x], drawn)

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import math
-import operator
 from dataclasses import dataclass
 from numbers import Real
-from typing import SupportsIndex
 
 import torch
 from torch import Tensor
 
-from fastgen._arguments import check_labels
-from fastgen.sampling.heads import Head
+from fastgen._arguments import check_images, check_labels, integer
 from fastgen.sampling.subject import Subject
+from fastgen.sampling.truncation import Truncation, make_truncation
 
 
 @dataclass(frozen=True)
@@ -26,6 +24,7 @@ class Request:
     labels: Tensor | None
     condition: Tensor | None
     temperature: float
+    truncation: Truncation
     known: Tensor | None
     mask: Tensor | None
 
@@ -40,6 +39,8 @@ def make_request(
     condition: Tensor | None = None,
     example: Tensor | None = None,
     temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
     known: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Request:
@@ -48,22 +49,24 @@ def make_request(
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
     """
-    n = _integer("n", n, 0, 2**31 - 1)
-    seed = _integer("seed", seed, 0, 2**64 - 1)
-    start = _integer("start", start, 0, 2**62 - 1)
+    n = integer("n", n, 0, 2**31 - 1)
+    seed = integer("seed", seed, 0, 2**64 - 1)
+    start = integer("start", start, 0, 2**62 - 1)
     if isinstance(temperature, bool) or not isinstance(temperature, Real):
         raise TypeError(f"temperature must be a number, got {type(temperature).__name__}")
     if not (temperature > 0 and math.isfinite(temperature)):
         raise ValueError(f"temperature must be positive and finite, got {temperature}")
+    truncation = make_truncation(top_k, top_p)
+    subject.head.keeping(truncation)  # or say why not
     labels = check_labels(labels, n, subject.num_classes)
     if condition is not None:
         condition = _condition(check_condition(subject, condition), n, example)
     if (known is None) != (mask is None):
         raise ValueError("known and mask go together: images, and which of their pixels are given")
     if known is not None and mask is not None:
-        known = check_images("known", known, subject.image_shape, subject.head, n)
+        known = images_of("known", known, subject, n)
         mask = _mask(mask, n, subject.image_shape)
-    return Request(n, seed, start, labels, condition, float(temperature), known, mask)
+    return Request(n, seed, start, labels, condition, float(temperature), truncation, known, mask)
 
 
 def check_condition(subject: Subject, condition: Tensor) -> Tensor:
@@ -92,38 +95,19 @@ def _condition(condition: Tensor, n: int, example: Tensor | None) -> Tensor:
     return condition.expand(n, *shape)
 
 
-def _integer(name: str, value: SupportsIndex, low: int, high: int) -> int:
-    """As an int: NumPy's integers pass, too."""
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = None
-    if number is None or isinstance(value, bool):
-        raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
-    if not low <= number <= high:
-        raise ValueError(f"{name} must be in {low}..{high}, got {value}")
-    return number
+def images_of(name: str, images: Tensor, subject: Subject, n: int | None = None) -> Tensor:
+    """Levels [N, C, H, W] on the CPU; [C, H, W] is expanded to n images.
 
-
-def check_images(
-    name: str, images: Tensor, image_shape: tuple[int, int, int], head: Head, n: int | None = None
-) -> Tensor:
-    """Levels [N, C, H, W] on the CPU; [C, H, W] is expanded to n images."""
-    if not isinstance(images, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(images).__name__}")
-    if images.dtype != head.dtype:
-        raise TypeError(f"{name} must be {str(head.dtype).removeprefix('torch.')} levels, got {images.dtype}")
-    images = images.cpu()
-    if images.dim() == 3 and n is not None:
-        images = images.expand(n, *images.shape)
-    if images.dim() != 4 or tuple(images.shape[1:]) != tuple(image_shape) or (n is not None and images.shape[0] != n):
-        raise ValueError(
-            f"{name} must have shape ({', '.join(map(str, ('N' if n is None else n, *image_shape)))}), "
-            f"got {tuple(images.shape)}"
-        )
-    if images.numel() and not 0 <= int(images.min()) <= int(images.max()) < head.levels:
-        worst = int(images.max()) if images.min() >= 0 else int(images.min())
-        raise ValueError(f"{name} must hold levels in 0..{head.levels - 1}, got {worst}")
+    Raises:
+        TypeError, ValueError: they are not the subject's, or there are not n.
+    """
+    if isinstance(images, Tensor):
+        images = images.cpu()
+        if images.dim() == 3 and n is not None:
+            images = images.expand(n, *images.shape)
+    check_images(images, subject.image_shape, subject.head.levels, dtype=subject.head.dtype, name=name)
+    if n is not None and len(images) != n:
+        raise ValueError(f"{name}: expected {n} images, got {len(images)}")
     return images
 
 

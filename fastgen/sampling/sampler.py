@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from fastgen import backends
+from fastgen._arguments import integer
 from fastgen._float32 import convolutions_like_products, float32_products
 from fastgen._memory import total_memory
 from fastgen.sampling.executors import Batch
@@ -83,8 +84,8 @@ class Sampler:
     or columns are padded to 16. Where the CPU filters rows of r taps with fewer multiplications
     (`fastgen.sampling.executors.winograd`), their weights are r + 1 float32 in place of r.
 
-    A sample is a function of (weights, seed, index, labels, condition, temperature, known pixels): not of the batch
-    size, the number of threads or the other samples drawn with it, bit for bit.
+    A sample is a function of (weights, seed, index, labels, condition, temperature, top_k, top_p, known pixels): not of
+    the batch size, the number of threads or the other samples drawn with it, bit for bit.
 
     Args:
         model: maps encoded images [N, C, H, W] (and labels [N], and a condition [N, ...], in this order) to head
@@ -130,8 +131,7 @@ class Sampler:
         max_batch: int | None = None,
     ):
         self._subject = make_subject(model, image_shape, head, num_classes)
-        if max_batch is not None and (isinstance(max_batch, bool) or not isinstance(max_batch, int) or max_batch < 1):
-            raise ValueError(f"max_batch must be a positive integer, got {max_batch!r}")
+        max_batch = None if max_batch is None else integer("max_batch", max_batch, 1, 2**31 - 1)
         check_precision(precision)
         self._precision = precision
         self._known_labels: dict[tuple[str, int], list[Tensor]] = {}
@@ -193,6 +193,8 @@ class Sampler:
         labels: Tensor | int | None = None,
         condition: Tensor | None = None,
         temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
         known: Tensor | None = None,
         mask: Tensor | None = None,
         progress: bool = False,
@@ -206,6 +208,8 @@ class Sampler:
             labels: integers [n], or one for all; for models with classes.
             condition: [n, *shape], or [*shape] for all; for samplers made with an example of it.
             temperature: divides the logits; below 1 for more likely images.
+            top_k, top_p: draw from the `top_k` likeliest levels alone, and of these from the fewest whose probabilities
+                sum to at least `top_p` of theirs; for `Categorical` heads, by all executors but `cuda`.
             known, mask: levels [n, C, H, W] or [C, H, W], and bool [n, H, W] or [H, W]: where the mask is True
                 the pixel is given, the others are drawn in raster order, each after all pixels before it.
             progress: show a progress bar.
@@ -229,9 +233,13 @@ class Sampler:
             condition=condition,
             example=self._example,
             temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
             known=known,
             mask=mask,
         )
+        if request.truncation and not self._executor.truncates:
+            raise ValueError("top_k and top_p: the cuda executor draws from all levels; choose another backend")
         n = request.n
         batches = -(-n // self.max_batch)
         images = torch.empty(n, *subject.image_shape, dtype=subject.head.dtype, device="cpu")
@@ -250,6 +258,7 @@ class Sampler:
             seed=request.seed,
             start=request.start + part.start,
             temperature=request.temperature,
+            truncation=request.truncation,
             conditions=self._replay(request, part) if self._conditions else [],
             known=None if request.known is None else request.known[part],
             mask=None if request.mask is None else request.mask[part],

@@ -62,9 +62,15 @@ def check_kind(model: torch.nn.Module, kind: type, function: str) -> None:
 def check_data(model: torch.nn.Module, data: Data, name: str) -> None:
     """
     Raises:
-        ValueError: there are no images, or labels that the model needs are missing.
+        ValueError: there are no images, or labels that the model needs are missing, or of more classes.
     """
     if len(data.images) == 0:
         raise ValueError(f"{name}: holds no images")
-    if getattr(model, "num_classes", None) is not None and data.labels is None:
-        raise ValueError(f"{name}: the model is conditional on {model.num_classes} classes, the data have no labels")
+    num_classes: int | None = getattr(model, "num_classes", None)
+    if num_classes is None:
+        return
+    if data.labels is None:
+        raise ValueError(f"{name}: the model is conditional on {num_classes} classes, the data have no labels")
+    low, high = (int(label) for label in data.labels.aminmax())
+    if low < 0 or high >= num_classes:
+        raise ValueError(f"{name}: expected labels in 0..{num_classes - 1}, got {low}..{high}")

@@ -6,6 +6,8 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
+from fastgen._arguments import positive
+
 
 @dataclass(frozen=True)
 class RunConfig:
@@ -53,9 +55,7 @@ class RunConfig:
 
     def _check_counts(self, *names: str) -> None:
         for name in names:
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}: expected an integer of at least 1, got {value!r}")
+            positive(name, getattr(self, name))
 
     def _check_above_0(self, name: str) -> None:
         value = getattr(self, name)

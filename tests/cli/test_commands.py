@@ -169,6 +169,13 @@ def test_sample_formats_hold_the_samplers_images(here: Path) -> None:
     assert np.array_equal(np.load("s.npy"), sampler.sample(6, labels=7, **expected).numpy())
 
 
+def test_the_likeliest_levels_alone(here: Path) -> None:
+    command = ["sample", checkpoint(here), "-n", "20", "--quiet", "--audit", "-o"]
+    assert main([*command, "all.npy"]) == main([*command, "some.npy", "--top-k", "9", "--top-p", "0.8"]) == 0
+    assert len(np.unique(np.load("some.npy"))) <= len(np.unique(np.load("all.npy")))
+    assert not np.array_equal(np.load("some.npy"), np.load("all.npy"))
+
+
 @pytest.mark.parametrize("keep", ["top", "bottom", "left", "right"])
 def test_completions_keep_the_given_half(here: Path, keep: str) -> None:
     path = checkpoint(here)
@@ -227,7 +234,10 @@ BAD = [
     ("sample {m} --labels 3", "the model has no classes"),
     ("sample {m} --labels a", "--labels: expected whole numbers"),
     ("sample {m} --backend tpu", "backend must be one of"),
-    ("sample {m} --max-batch 0", "max_batch must be a positive integer"),
+    ("sample {m} --max-batch 0", "max_batch must be in 1..2147483647, got 0"),
+    ("sample {m} --top-k 0", "top_k must be in 1..2147483647, got 0"),
+    ("sample {m} --top-p 2", "top_p must be above 0 and at most 1, got 2.0"),
+    ("sample {g} --top-k 3", "gan has no option --top-k"),
     ("sample {m} --keep left", "--keep: the half of which images? --known says it"),
     ("sample {v} --known digits --keep left", "conditional_vae has no option --keep"),
     ("sample {v}", "--known: expected a data set, whose validation images (top) are completed"),

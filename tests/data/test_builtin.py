@@ -106,7 +106,7 @@ def test_requantise_keeps_the_upper_bits():
         ({"split": "test"}, ValueError, "split must be one of train, val, all, got 'test'"),
         ({"levels": 1}, ValueError, "levels must be in 2..256, got 1"),
         ({"levels": 18}, ValueError, "levels must be at most the 17 that are stored, got 18"),
-        ({"levels": 2.0}, TypeError, "levels must be an integer, got 2.0"),
+        ({"levels": 2.0}, TypeError, "levels must be an integer, got float"),
         ({"size": 0}, ValueError, "size must be in 1..4096, got 0"),
         ({"size": "8"}, TypeError, "size must be an integer or"),
         ({"size": 9}, ValueError, "size must be that of the images of digits, 8x8, got 9x9"),

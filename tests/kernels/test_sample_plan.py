@@ -317,6 +317,17 @@ def test_more_levels_than_a_program_reads_at_once(device, monkeypatch):
     assert_same(sampler(model, device), model, {}, 4, seed=2, labels=1)
 
 
+@pytest.mark.parametrize(
+    ("options", "at_once"),
+    [({"top_k": 2}, 512), ({"top_p": 0.4}, 8), ({"top_k": 12, "top_p": 0.8, "temperature": 0.5}, 8)],
+    ids=str,
+)
+def test_the_likeliest_levels_alone(options, at_once, device, monkeypatch):
+    monkeypatch.setattr(executor, "_DRAW_LEVELS", at_once)
+    model = make(wide)
+    assert_same(sampler(model, device), model, {}, 5, seed=2, **options)
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_batches_change_no_bit(precision, device):
     """Of more samples than a tile has rows; memory of three sizes, of which two are kept."""

@@ -36,9 +36,9 @@ SAMPLE = [
     ({"labels": torch.tensor([0, 1])}, ValueError, "the model has no classes"),
     ({"known": IMAGES}, ValueError, "known and mask go together"),
     ({"mask": MASK}, ValueError, "known and mask go together"),
-    ({"known": IMAGES.float(), "mask": MASK}, TypeError, "known must be uint8 levels, got torch.float32"),
-    ({"known": IMAGES[:1], "mask": MASK}, ValueError, r"known must have shape \(2, 1, 3, 4\), got \(1, 1, 3, 4\)"),
-    ({"known": IMAGES + 4, "mask": MASK}, ValueError, "known must hold levels in 0..3, got 4"),
+    ({"known": IMAGES.float(), "mask": MASK}, TypeError, "known: expected a tensor of uint8 levels, got torch.float32"),
+    ({"known": IMAGES[:1], "mask": MASK}, ValueError, "known: expected 2 images, got 1"),
+    ({"known": IMAGES + 4, "mask": MASK}, ValueError, "known: expected levels in 0..3, got 4..4"),
     ({"known": IMAGES, "mask": MASK.float()}, TypeError, "mask must be a bool tensor, got torch.float32"),
     ({"known": IMAGES, "mask": MASK.T}, ValueError, "mask must have shape"),
 ]
@@ -108,7 +108,7 @@ def test_num_classes(num_classes: object) -> None:
 
 @pytest.mark.parametrize("max_batch", [0, -1, 1.5, True])
 def test_max_batch(max_batch: object) -> None:
-    with pytest.raises(ValueError, match="max_batch must be a positive integer"):
+    with pytest.raises((TypeError, ValueError), match=r"max_batch must be (an integer, got|in 1\.\.2147483647, got)"):
         Sampler(MODEL, max_batch=max_batch)
 
 
@@ -183,9 +183,9 @@ def test_constant_that_is_not_a_number() -> None:
 
 
 def test_audit_images() -> None:
-    with pytest.raises(TypeError, match="images must be uint8 levels"):
+    with pytest.raises(TypeError, match="images: expected a tensor of uint8 levels"):
         audit(MODEL, IMAGES.float())
-    with pytest.raises(ValueError, match="images must have shape"):
+    with pytest.raises(ValueError, match="images: expected shape"):
         audit(MODEL, IMAGES[:, :, :2])
 
 
@@ -204,9 +204,9 @@ def test_levels_beyond_bytes() -> None:
     given = {"image_shape": (1, 3, 4), "head": Categorical(300)}
     images = Sampler(model, **given).sample(2)
     assert images.dtype == torch.int64 and torch.equal(images, naive_sample(model, 2, **given))
-    with pytest.raises(TypeError, match=r"known must be int64 levels, got torch\.uint8"):
+    with pytest.raises(TypeError, match=r"known: expected a tensor of int64 levels, got torch\.uint8"):
         Sampler(model, **given).sample(2, known=IMAGES, mask=MASK)
-    with pytest.raises(ValueError, match=r"known must hold levels in 0\.\.299, got 300"):
+    with pytest.raises(ValueError, match=r"known: expected levels in 0\.\.299, got .*300"):
         Sampler(model, **given).sample(2, known=IMAGES.long() + 300, mask=MASK)
 
 

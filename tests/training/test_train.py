@@ -399,6 +399,8 @@ def test_refusals(tmp_path):
     unlabelled = SimpleNamespace(images=dataset().images, labels=None)
     with pytest.raises(ValueError, match="val_data: the model is conditional on 2 classes, the data have no labels"):
         training.train(build(), dataset(), unlabelled, config())
+    with pytest.raises(ValueError, match=r"train_data: expected labels in 0\.\.1, got 0\.\.2"):
+        training.train(build(), SimpleNamespace(images=dataset(3).images, labels=torch.arange(3)), None, config())
 
     run(tmp_path, max_steps=2)
     with pytest.raises(ValueError, match=r"checkpoint.safetensors exists; resume that run or choose another folder"):

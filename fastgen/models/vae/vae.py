@@ -221,7 +221,8 @@ class VAE(nn.Module):
     ) -> Tensor:
         """The mean images of the latents start .. start+n-1 of a seed, in eval mode.
 
-        An image is a function of (weights, seed, index, conditions), bit for bit: see `render`.
+        An image is a function of (weights, seed, index, conditions); PyTorch's linear layers, which the perceptron is
+        made of, may change a last bit with the number of threads and so, rarely, a level.
 
         Args:
             n: number of images.
@@ -235,7 +236,7 @@ class VAE(nn.Module):
             uint8 levels [n, C, H, W], on the CPU.
         """
         z = self.latents(n, seed=seed, start=start)
-        place = start % CHUNK if n else 0  # whole chunks: with samples before, whose images are thrown away
+        place = start % CHUNK if n else 0  # whole chunks: from their first sample on, in whose place are zeros
         known = check_labels(labels, n, self.num_classes)
         labels = None if known is None else F.pad(known, (place, 0))
         if condition is not None and place:

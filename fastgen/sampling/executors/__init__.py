@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from fastgen.sampling.truncation import EVERY_LEVEL, Truncation
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -15,6 +17,7 @@ class Batch:
     count: number of samples, > 0.
     seed, start: sample i of the batch is sample start + i of the sequence of `seed`.
     temperature: divides the logits.
+    truncation: which levels may be drawn, by executors whose `truncates` is set.
     conditions: one float32 tensor [count, channels, height, width] for each plane of `plan.conditions`.
     known, mask: levels [count, C, H, W] and bool [count, H, W]; where the mask is True the pixel is given.
     on_rows: called with the number of image rows finished since the last call.
@@ -24,6 +27,7 @@ class Batch:
     seed: int
     start: int
     temperature: float = 1.0
+    truncation: Truncation = EVERY_LEVEL
     conditions: list[Tensor] = field(default_factory=list)
     known: Tensor | None = None
     mask: Tensor | None = None

@@ -37,6 +37,8 @@ def processors() -> int:
 class CpuExecutor:
     """Plans on the CPU in float32, with `torch.get_num_threads()` threads, but at most one for each processor."""
 
+    truncates = True
+
     def __init__(self, plan: Plan):
         self.plan = plan
         tables = PlanTables(plan)
@@ -85,6 +87,8 @@ class CpuExecutor:
                 seed=batch.seed,
                 start=batch.start,
                 temperature=batch.temperature,
+                top_k=batch.truncation.top_k or 0,
+                top_p=batch.truncation.top_p,
                 levels=levels.data_ptr(),
                 known=0 if known is None else known.data_ptr(),
                 mask=0 if mask is None else mask.data_ptr(),

@@ -52,6 +52,8 @@ class CudaExecutor(TritonExecutor):
             that blocks share.
     """
 
+    truncates = False  # its kernel draws from all levels
+
     def __init__(self, plan: Plan, strategy: Strategy = Strategy.AUTOMATIC):
         native = backends.native_cuda()
         super().__init__(plan, pixel_weights=False)

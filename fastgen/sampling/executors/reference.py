@@ -13,6 +13,8 @@ from fastgen.sampling.uniforms import image_uniforms
 class ReferenceExecutor:
     """Keeps every plane whole, [height, width, batch, channels] with a zero margin, in `dtype`."""
 
+    truncates = True
+
     def __init__(self, plan: Plan, dtype: torch.dtype = torch.float32):
         self.plan = plan
         self.dtype = dtype
@@ -23,7 +25,8 @@ class ReferenceExecutor:
         """Levels [count, C, H, W]."""
         plan = self.plan
         channels, height, width = plan.image_shape
-        groups = plan.head.groups(channels)
+        head = plan.head.keeping(batch.truncation)
+        groups = head.groups(channels)
         uniforms = image_uniforms(batch.seed, batch.start, batch.count, (groups[-1].uniforms.stop, height, width))
         levels = torch.zeros(batch.count, *plan.image_shape, dtype=plan.head.dtype)
         planes = _Planes(plan, batch, self.dtype)
@@ -41,7 +44,7 @@ class ReferenceExecutor:
                             _run(step, planes, row, range(column, column + 1))
                     if y >= 0 and 0 <= x < width:
                         params = planes.params(draw, y, x)
-                        drawn = plan.head.draw(params, uniforms[:, group.uniforms, y, x], batch.temperature)
+                        drawn = head.draw(params, uniforms[:, group.uniforms, y, x], batch.temperature)
                         if batch.known is not None and batch.mask is not None:
                             given = batch.mask[:, y, x].unsqueeze(1)
                             drawn = torch.where(given, batch.known[:, group.colours, y, x], drawn)

@@ -94,6 +94,8 @@ class TritonExecutor:
         RuntimeError: there is no GPU.
     """
 
+    truncates = True
+
     def __init__(self, plan: Plan, device: torch.device | None = None, pixel_weights: bool = True):
         self.plan = plan
         self.device = _here() if device is None else device
@@ -259,9 +261,9 @@ class TritonExecutor:
             )  # fmt: skip
             return
         kernels.draw_level[(-(-space.count // _DRAW_SAMPLES),)](
-            space.planes, space.where, self._fields, self._encoded, space.state, space.inverse_temperature, *where,
-            colours, height, width, group.colours.start, group.uniforms.start, draw.count,
-            BERNOULLI=isinstance(head, Bernoulli), WIDEST=self._widest, SAMPLES=_DRAW_SAMPLES,
+            space.planes, space.where, self._fields, self._encoded, space.state, space.inverse_temperature,
+            space.top_k, space.top_p, *where, colours, height, width, group.colours.start, group.uniforms.start,
+            draw.count, BERNOULLI=isinstance(head, Bernoulli), WIDEST=self._widest, SAMPLES=_DRAW_SAMPLES,
             LEVELS=min(_power(draw.count), _DRAW_LEVELS),
         )  # fmt: skip
 
@@ -291,6 +293,8 @@ class TritonExecutor:
         space.state.copy_(torch.tensor(start, dtype=torch.int64, device="cpu"))
         # Finite in float32, so that times the zero of the likeliest level it is zero.
         space.inverse_temperature.fill_(min(1.0 / batch.temperature, torch.finfo(torch.float32).max))
+        space.top_k.fill_(batch.truncation.top_k or 0)
+        space.top_p.fill_(batch.truncation.top_p)
         space.mask.zero_() if batch.mask is None else space.mask.copy_(batch.mask)
         if batch.known is not None:
             space.known.copy_(batch.known)
@@ -313,7 +317,8 @@ class Space:
         self.known = zeros(count, *plan.image_shape, dtype=torch.int32)
         self.mask = zeros(count, *plan.image_shape[1:], dtype=torch.uint8)
         self.state = zeros(3, dtype=torch.int64)  # image row, seed, index of the first sample
-        self.inverse_temperature = zeros(1, dtype=torch.float64)
+        self.inverse_temperature, self.top_p = zeros(1, dtype=torch.float64), zeros(1, dtype=torch.float64)
+        self.top_k = zeros(1, dtype=torch.int32)  # 0: all levels
         self.graphs: dict[tuple[Any, ...], torch.cuda.CUDAGraph | None] = {}  # None: seen once
 
 

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastgen.sampling.truncation import Truncation
+
 
 @dataclass(frozen=True)
 class Group:
@@ -66,6 +68,16 @@ class Head:
         if self.input_range is None:
             return images.long()
         return self.encoding().to(images.device)[images.long()]
+
+    def keeping(self, truncation: Truncation) -> Head:
+        """The head that draws from the likeliest levels alone.
+
+        Raises:
+            ValueError: levels of this head have no probabilities of their own.
+        """
+        if truncation:
+            raise ValueError(f"top_k and top_p are for Categorical heads, got {self}")
+        return self
 
     def groups(self, channels: int) -> list[Group]:
         """The groups of a pixel with `channels` colours, in the order in which they are drawn."""

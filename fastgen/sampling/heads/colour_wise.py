@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fastgen.sampling.heads.base import Group, Head, outside
+from fastgen.sampling.truncation import EVERY_LEVEL, Truncation
 
 
 class ColourWise(Head):
@@ -64,6 +67,12 @@ class Categorical(ColourWise):
 
     def __init__(self, levels: int, input_range: tuple[float, float] | None = (-1.0, 1.0)):
         super().__init__(levels, levels, input_range)
+        self.truncation = EVERY_LEVEL
+
+    def keeping(self, truncation: Truncation) -> Categorical:
+        head = copy.copy(self)
+        head.truncation = truncation
+        return head
 
     def log_prob(self, params: Tensor, images: Tensor) -> Tensor:
         logits = self._split(params).transpose(1, 2)  # [N, levels, C, H, W]
@@ -71,7 +80,10 @@ class Categorical(ColourWise):
 
     def cdf(self, params: Tensor, temperature: float = 1.0) -> Tensor:
         logits = self._split(params).double() / temperature
-        cdf = torch.softmax(logits, dim=2).cumsum(2)
+        probabilities = torch.softmax(logits, dim=2)
+        if self.truncation:
+            probabilities = self.truncation.of(probabilities)
+        cdf = probabilities.cumsum(2)
         cdf[:, :, -1] = 1.0
         return cdf
 
