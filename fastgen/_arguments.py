@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections.abc import Sequence
 from typing import SupportsIndex
@@ -21,15 +22,14 @@ def integer(name: str, value: SupportsIndex, low: int, high: int) -> int:
     Raises:
         TypeError, ValueError: it is not of an integer type, or out of range.
     """
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = None
-    if number is None or isinstance(value, bool):
+    if not isinstance(value, int):  # which torch.compile need not know the value of
+        with contextlib.suppress(TypeError):
+            value = operator.index(value)
+    if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an integer, got {type(value).__name__}")
-    if not low <= number <= high:
+    if not low <= value <= high:
         raise ValueError(f"{name} must be in {low}..{high}, got {value}")
-    return number
+    return value
 
 
 def positive(name: str, value: int) -> int:

@@ -448,10 +448,10 @@ def draw_level(
     """
     sample = tl.program_id(0).to(tl.int64) * SAMPLES + tl.arange(0, SAMPLES)
     exists, y = sample < batch, tl.load(state)
-    u = _uniform(state, uniform, y * width + x, sample)
     at, _ = _locate(where, fields, operand, x, 0, 0, sample, batch, 1, "whole")
     scale = tl.load(inverse_temperature)
     if BERNOULLI:
+        u = _uniform(state, uniform, y * width + x, sample)
         logit = tl.load(workspace + at, exists, 0.0)
         odds = tl.exp(-tl.abs(logit.to(tl.float64) * scale))
         level = (tl.where(logit < 0, 1.0, odds) / (1.0 + odds) < u).to(tl.int32)
@@ -463,7 +463,7 @@ def draw_level(
             known_logits = exists[:, None] & (k < count - start)[None, :]
             most = tl.maximum(most, tl.max(tl.load(logits + start, known_logits, -float("inf")), 1))
         most = tl.where(exists, most, 0.0)
-        least, total = tl.zeros([SAMPLES], tl.float64), tl.zeros([SAMPLES], tl.float64)
+        least, total = tl.zeros([SAMPLES], tl.float32), tl.zeros([SAMPLES], tl.float64)
         number, share = tl.load(top_k), tl.load(top_p)
         if number > 0:
             wanted = total + number
@@ -475,7 +475,7 @@ def draw_level(
             total = tl.zeros([SAMPLES], tl.float64)
             for start in range(0, count, LEVELS):
                 total += tl.sum(_odds(logits + start, exists, k, count - start, most, scale, least), 1)
-        total *= u
+        total *= _uniform(state, uniform, y * width + x, sample)
         sums, level = tl.zeros([SAMPLES], tl.float64), tl.zeros([SAMPLES], tl.int32)
         for start in range(0, count, LEVELS):
             odds = _odds(logits + start, exists, k, count - start, most, scale, least)
@@ -497,15 +497,15 @@ def _threshold(logits, exists, k, count, most, scale, least, wanted, COUNTED: tl
     high = low + 0x3F800001  # above 1, the odds of the likeliest
     for _ in range(30):
         middle = low + (high - low) // 2
-        bound = tl.maximum(least, middle.to(tl.float32, bitcast=True).to(tl.float64))
-        found = least * 0
+        bound = tl.maximum(least, middle.to(tl.float32, bitcast=True))
+        found = wanted * 0
         for start in range(0, count, LEVELS):
             odds = _odds(logits + start, exists, k, count - start, most, scale, bound)
             if COUNTED:
-                odds = tl.where((odds > 0) & (odds >= bound[:, None]), 1.0, 0.0).to(tl.float64)
+                odds = tl.where(odds > 0, 1.0, 0.0).to(tl.float64)
             found += tl.sum(odds, 1)
         low, high = tl.where(found >= wanted, middle, low), tl.where(found >= wanted, high, middle)
-    return tl.maximum(least, low.to(tl.float32, bitcast=True).to(tl.float64))
+    return tl.maximum(least, low.to(tl.float32, bitcast=True))
 
 
 @triton.jit
@@ -514,8 +514,7 @@ def _odds(logits, exists, k, count, most, scale, least):
     given = exists[:, None] & (k < count)[None, :]
     apart = tl.load(logits, given, -float("inf")) - most[:, None]
     odds = exp((apart.to(tl.float64) * scale).to(tl.float32))
-    odds = tl.where(given & (apart > -float("inf")), odds, 0.0).to(tl.float64)
-    return tl.where(odds >= least[:, None], odds, 0.0)
+    return tl.where(given & (apart > -float("inf")) & (odds >= least[:, None]), odds, 0.0).to(tl.float64)
 
 
 @triton.jit(do_not_specialize=["operand", "x", "batch", "encodings", "num_encodings", "height", "width", "num_levels"])

@@ -44,10 +44,8 @@ def normal(n: int, shape: Sequence[int], *, seed: int = 0, start: int = 0) -> Te
         TypeError: an argument is not of an integer type.
         ValueError: an argument is negative or too large.
     """
-    n, start, *shape = (
-        integer(name, value, 0, 2**62 - 1)
-        for name, value in (("n", n), ("start", start), *(("shape", size) for size in shape))
-    )
+    n, start = integer("n", n, 0, 2**62 - 1), integer("start", start, 0, 2**62 - 1)
+    shape = [integer("shape", size, 0, 2**62 - 1) for size in shape]
     philox.check_seed(seed)
     numbers = normals(n, math.prod(shape), seed=seed, start=start, draw=0)
     return numbers.reshape(n, *shape)

@@ -23,7 +23,7 @@ _MULTIPROCESSORS = 128  # of a large GPU
 _MAX_ROWS = 2**31 - 2**10  # of a step: they are counted in 32 bits
 _STAGES = 4  # of a product's pipeline
 _ROW_SIZE = 256  # operands of a program of `begin_row`
-_DRAW_SAMPLES, _DRAW_LEVELS = 1, 512  # of a program that draws from logits, at a time
+_DRAW_SAMPLES, _DRAW_LEVELS, _DRAW_WARPS = 1, 512, 2  # of a program that draws from logits; of four warps it spills
 _MIXTURE_SAMPLES = 16
 # Of attention: channels of a head that a program takes at a time, at most; keys, at least and at most; numbers of
 # either keys or values, at most.
@@ -264,7 +264,7 @@ class TritonExecutor:
             space.planes, space.where, self._fields, self._encoded, space.state, space.inverse_temperature,
             space.top_k, space.top_p, *where, colours, height, width, group.colours.start, group.uniforms.start,
             draw.count, BERNOULLI=isinstance(head, Bernoulli), WIDEST=self._widest, SAMPLES=_DRAW_SAMPLES,
-            LEVELS=min(_power(draw.count), _DRAW_LEVELS),
+            LEVELS=min(_power(draw.count), _DRAW_LEVELS), num_warps=_DRAW_WARPS,
         )  # fmt: skip
 
     def space(self, count: int, precision: str) -> Space:
