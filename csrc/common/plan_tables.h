@@ -178,7 +178,7 @@ struct PlanBatch {
     int64_t count;
     uint64_t seed, start;
     double inverse_temperature;
-    int64_t top_k;         // 0: all levels may be drawn
+    int64_t top_k;  // 0: all levels may be drawn
     double top_p;
     float* workspace;      // count * PlanTables::workspace floats
     int32_t* levels;       // [count, colours, height, width]
