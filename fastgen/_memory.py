@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 _LARGE_PAGE = 1 << 21  # of x86-64, and of arm64 with pages of 4 KiB
+_CONTAINER_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # version 2, 1
 
 
 def total_memory() -> int:
     """Bytes of memory that this process may use: the machine's, or its container's (Linux, cgroups)."""
     limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
-    for path in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+    for path in _CONTAINER_LIMITS:
         with contextlib.suppress(OSError, ValueError):  # no such file, or "max"
             limits.append(int(Path(path).read_text(encoding="ascii")))
     return min(limits)

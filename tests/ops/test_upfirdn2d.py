@@ -35,6 +35,10 @@ CASES = {
     "long rows": ((2, 3, 5, 70), (4, 4), (1, 1), (1, 1), (1, 2, 2, 1)),
     "long rows cut off": ((1, 2, 9, 83), (3, 4), (1, 1), (1, 1), (-3, -1, 2, -2)),
     "rows alone": ((1, 3, 6, 40), (1, 9), (1, 1), (1, 1), (4, 4, 0, 0)),
+    # Planes in several bands of lines.
+    "tall": ((1, 2, 1100, 20), (4, 4), (1, 1), (1, 1), (1, 1, 1, 1)),
+    "tall, upsampled": ((1, 2, 500, 40), (2, 3), (2, 2), (1, 1), (1, 1, 1, 0)),
+    "tall, downsampled": ((1, 2, 700, 40), (4, 4), (1, 1), (2, 2), (1, 1, 1, 1)),
     "padding beyond the filter": ((1, 9, 3, 4), (2, 2), (1, 1), (1, 1), (5, 4, 3, 6)),
 }
 every_case = pytest.mark.parametrize("name", CASES)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import functools
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from fastgen import backends, models
+from fastgen import _memory, backends, models
 from fastgen.sampling import Bernoulli, Categorical, LogisticMixture, Sampler, audit, naive_sample
 from fastgen.sampling.executors.reference import ReferenceExecutor
 
@@ -110,6 +112,16 @@ def test_num_classes(num_classes: object) -> None:
 def test_max_batch(max_batch: object) -> None:
     with pytest.raises((TypeError, ValueError), match=r"max_batch must be (an integer, got|in 1\.\.2147483647, got)"):
         Sampler(MODEL, max_batch=max_batch)
+
+
+def test_batches_fit_the_memory_of_a_container(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(_memory, "_CONTAINER_LIMITS", (str(tmp_path / "missing"), str(limit)))
+    limit.write_text("max\n")
+    assert _memory.total_memory() == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    fitting = Sampler(MODEL).max_batch
+    limit.write_text("4096\n")
+    assert _memory.total_memory() == 4096 and Sampler(MODEL).max_batch == 1 < fitting
 
 
 def test_backend(monkeypatch: pytest.MonkeyPatch) -> None:
