@@ -80,7 +80,7 @@ class Sampler:
 
     Memory: the weights of products once, packed (`weight_bytes`), biases and masks of attention [heads, positions,
     keys] unless each position sees all keys from one to another, and during `sample` the planes of a batch
-    (`plan.cache_bytes` for each of its samples; Triton keeps those of two batch sizes); rows of fewer than 16 channels
+    (`sample_bytes` for each of its samples; Triton keeps those of two batch sizes); rows of fewer than 16 channels
     or columns are padded to 16. Where the CPU filters rows of r taps with fewer multiplications
     (`fastgen.sampling.executors.winograd`), their weights are r + 1 float32 in place of r.
 
@@ -147,7 +147,7 @@ class Sampler:
                 self.plan.round_weights()
             with host_defaults(), _device(self._subject.like):
                 self._executor = executor(self.plan)
-        self.max_batch = max_batch or _batch_that_fits(self.plan, _memory_of(self._executor))
+        self.max_batch = max_batch or _batch_that_fits(self._executor.sample_bytes, _memory_of(self._executor))
         if not isinstance(self._executor, ReferenceExecutor):
             self.plan.drop_weights()
 
@@ -160,6 +160,11 @@ class Sampler:
     def weight_bytes(self) -> int:
         """Bytes of the weights of products, as they are kept."""
         return self._executor.weight_bytes
+
+    @property
+    def sample_bytes(self) -> int:
+        """Bytes of planes, as they are kept, for each sample of a batch."""
+        return self._executor.sample_bytes
 
     @property
     def flops(self) -> int:
@@ -360,5 +365,5 @@ def _memory_of(executor: Any) -> int:
     return total_memory()
 
 
-def _batch_that_fits(plan: Plan, memory: int) -> int:
-    return int(max(1, min(LARGEST_BATCH, MEMORY_SHARE * memory // max(1, plan.cache_bytes))))
+def _batch_that_fits(sample_bytes: int, memory: int) -> int:
+    return int(max(1, min(LARGEST_BATCH, MEMORY_SHARE * memory // max(1, sample_bytes))))

@@ -122,6 +122,8 @@ def test_batches_fit_the_memory_of_a_container(tmp_path: Path, monkeypatch: pyte
     fitting = Sampler(MODEL).max_batch
     limit.write_text("4096\n")
     assert _memory.total_memory() == 4096 and Sampler(MODEL).max_batch == 1 < fitting
+    limit.write_text(f"{4 * 7 * Sampler(MODEL).sample_bytes}\n")
+    assert Sampler(MODEL).max_batch == 7  # in a quarter of it
 
 
 def test_backend(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -60,6 +60,11 @@ class CpuExecutor:
         return self._tables.flops
 
     @property
+    def sample_bytes(self) -> int:
+        """Bytes of the planes of a sample, constant ones included."""
+        return 4 * self._tables.workspace
+
+    @property
     def weight_bytes(self) -> int:
         """Bytes of the packed weights."""
         return self._weights.nbytes

@@ -19,7 +19,7 @@ class ReferenceExecutor:
         self.plan = plan
         self.dtype = dtype
         self.flops = plan.flops
-        self.weight_bytes = plan.weight_bytes
+        self.weight_bytes, self.sample_bytes = plan.weight_bytes, plan.cache_bytes
 
     def sample(self, batch: Batch) -> Tensor:
         """Levels [count, C, H, W]."""

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastgen._memory import empty_in_large_pages
+from fastgen._memory import empty_in_large_pages, zeros_in_large_pages
 from fastgen.sampling.executors import Batch
 from fastgen.sampling.executors.winograd import find_filters
 from fastgen.sampling.heads import LogisticMixture
@@ -132,9 +132,7 @@ class PlanTables:
     def fill(self, batch: Batch, first: int, count: int) -> Tensor:
         """The planes of samples [first, first + count) of a batch: zeros, but for what is given."""
         floats = count * self.workspace + PANEL  # programs may read a panel past the end
-        space = torch.empty(floats, dtype=torch.float32)
-        # By NumPy: PyTorch's threads of OpenMP spin for milliseconds after such work, in the way of ours.
-        space.numpy().fill(0.0)
+        space = zeros_in_large_pages(floats, torch.float32)
         given = dict(zip(self.plan.conditions, batch.conditions, strict=True))
         for i, plane in enumerate(self.plan.planes):
             if plane.given:
