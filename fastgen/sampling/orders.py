@@ -294,5 +294,7 @@ def _raster_orders(tracer: Tracer, rows: Tensor, pieces: int) -> Iterator[Order]
                     yield Order(result)
                     break
     if len(rows) % batch == 0:
-        index, codes = torch.arange(len(rows)).view(batch, -1), rows.view(batch, -1, rows.shape[1]).transpose(1, 2)
-        yield from (Order(_in_rows(index, *raster)) for raster in rasters(tracer, [codes], pieces))
+        index = torch.arange(len(rows))
+        for tokens in (index.view(batch, -1), index.view(-1, batch).T):  # sample first, token first
+            codes = rows[tokens].transpose(1, 2)
+            yield from (Order(_in_rows(tokens, *raster)) for raster in rasters(tracer, [codes], pieces))

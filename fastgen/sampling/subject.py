@@ -118,6 +118,8 @@ def make_subject(
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(module).__name__}")
+    if isinstance(module, torch.jit.ScriptModule):
+        raise TypeError("model must be a Python module, got one of TorchScript: pass what it was made of")
     image_shape = image_shape if image_shape is not None else getattr(module, "image_shape", None)
     head = head if head is not None else getattr(module, "head", None)
     num_classes = num_classes if num_classes is not None else getattr(module, "num_classes", None)
@@ -142,7 +144,8 @@ def _positive(value: object) -> bool:
 
 def private(module: nn.Module) -> nn.Module:
     """A copy of a module that shares its tensors: modes, hooks and attributes that its forward sets are the copy's own,
-    so that other threads, and later calls of the module, do not see them. What ``torch.compile`` wraps is unwrapped.
+    so that other threads, and later calls of the module, do not see them. What ``torch.compile`` wraps is unwrapped,
+    and ``nn.TransformerEncoder`` computes padded positions as it does in training, instead of making them zeros.
 
     The module itself, where it cannot be copied.
     """
@@ -157,6 +160,8 @@ def private(module: nn.Module) -> nn.Module:
     except Exception:  # locks, files, closures without end: whatever a module may hold
         return module
     for part in list(result.modules()):
+        if isinstance(part, nn.TransformerEncoder):
+            part.use_nested_tensor = False
         for name, child in list(part._modules.items()):
             if child is not None and _eager(child) is not child:
                 part._modules[name] = _eager(child)

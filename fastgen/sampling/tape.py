@@ -49,14 +49,24 @@ class Tape:
         return self._call(torch.ops.aten.clone.default, tensor)
 
     def by_sample(self, tensor: Tensor) -> tuple[Tensor, list[int]] | None:
-        """A tensor [samples * parts, ...] or [parts * samples, ...], as matrix products have them, as [samples, parts,
-        ...], and the order in which its dimensions are the tensor's; None where that cannot be told.
+        """A tensor with its samples in the first dimension, and the order in which its dimensions are the tensor's. One
+        that has them in another, as tokens in PyTorch's own order do, or [samples * parts, ...] or [parts * samples,
+        ...], as matrix products have them, as [samples, parts, ...]. None where that cannot be told.
         """
-        if tensor.dim() == 0 or tensor.shape[0] % TRACE_BATCH:
+        if tensor.dim() == 0:
             return None
-        found = self._samples(tensor).flatten(1)
-        rest, expected = range(2, tensor.dim() + 1), torch.arange(TRACE_BATCH).to(found)
-        parts = len(tensor) // TRACE_BATCH
+        samples = self._samples(tensor)
+        expected = torch.arange(TRACE_BATCH).to(samples)
+        for d in range(tensor.dim()):
+            along = expected.view(-1, *[1] * (tensor.dim() - 1 - d))
+            if tensor.shape[d] == TRACE_BATCH and torch.equal(samples, along.expand_as(samples)):
+                order = list(range(tensor.dim()))
+                order[0], order[d] = d, 0
+                return tensor if d == 0 else self._call(torch.ops.aten.transpose.int, tensor, 0, d), order
+        if tensor.shape[0] % TRACE_BATCH:
+            return None
+        found = samples.flatten(1)
+        rest, parts = range(2, tensor.dim() + 1), len(tensor) // TRACE_BATCH
         if torch.equal(found, expected.repeat_interleave(parts)[:, None].expand_as(found)):
             split = self._call(torch.ops.aten.view.default, tensor, [TRACE_BATCH, parts, *tensor.shape[1:]])
             return split, [0, 1, *rest]

@@ -156,17 +156,7 @@ class Tracer(TorchDispatchMode):
     def _outside_codes(self, tensor: Tensor) -> Tensor:
         """Codes of a tensor that does not depend on the image: its elements form a new plane; zeros are zeros."""
         if self.tape.depends(tensor):
-            if tensor.dim() == 0 or tensor.shape[0] != TRACE_BATCH:
-                parts = self.tape.by_sample(tensor)
-                if parts is not None:
-                    return self._outside_codes(parts[0]).view(parts[0].shape).permute(parts[1]).reshape(tensor.shape)
-                raise self.unsupported(
-                    f"a tensor of shape {tuple(tensor.shape)} that depends on {self.tape.names} and whose first "
-                    "dimension is not the batch"
-                )
-            channels, height, width = tensor.shape[1:] if tensor.dim() == 4 else (tensor[0].numel(), 1, 1)
-            kept = self.tape.keep(tensor)
-            return self.add(Condition(self.module, channels, height, width, tensor=kept)).view(tensor.shape)
+            return self._codes_of_samples(tensor)
         value = tensor.detach().to("cpu", torch.float32)
         if not value.any():
             return torch.zeros(value.shape, dtype=torch.int64)
@@ -178,6 +168,21 @@ class Tracer(TorchDispatchMode):
                     return codes.expand(tensor.shape)
                 return codes.repeat(TRACE_BATCH, *[1] * (first.dim() - 1))
         return self._constant_codes(value)
+
+    def _codes_of_samples(self, tensor: Tensor) -> Tensor:
+        """Codes of a tensor that depends on labels or condition: a plane, which is given with each batch."""
+        if tensor.dim() == 0 or tensor.shape[0] != TRACE_BATCH or TRACE_BATCH in tensor.shape[1:]:
+            found = self.tape.by_sample(tensor)
+            if found is not None and found[0] is not tensor:
+                return self._codes_of_samples(found[0]).permute(found[1]).reshape(tensor.shape)
+            if found is None and (tensor.dim() == 0 or tensor.shape[0] != TRACE_BATCH):
+                raise self.unsupported(
+                    f"a tensor of shape {tuple(tensor.shape)} that depends on {self.tape.names} and whose first "
+                    "dimension is not the batch"
+                )
+        depth, height, width = tensor.shape[1:] if tensor.dim() == 4 else (tensor[0].numel(), 1, 1)
+        kept = self.tape.keep(tensor)
+        return self.add(Condition(self.module, depth, height, width, tensor=kept)).view(tensor.shape)
 
     def _constant_codes(self, value: Tensor) -> Tensor:
         whole = value.dim() == 4 and value.shape[0] == 1

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastgen.sampling import NotCausal, Sampler, audit, naive_sample
+from fastgen.sampling.subject import private
 
 from .attention_networks import CODES
 from .networks import LEVELS
@@ -112,3 +113,74 @@ def test_shifts_the_other_way_are_refused(mix: Callable, text: int) -> None:
     net = Network(mix, text, (3, 4)).eval()
     with pytest.raises(NotCausal):
         Sampler(net, (3, 4), CODES, condition=torch.randint(4, (text,)))
+
+
+class TokenFirst(nn.Module):
+    """PyTorch's own encoder layer as it comes: tokens in the first dimension, norms behind the sums. `start` makes the
+    first token and what is added to all of them: of labels, [count, N, 8] and [count or 1, N or 1, 8].
+    """
+
+    def __init__(self, start: Callable, size: tuple[int, int], position: str):
+        super().__init__()
+        self.start, self.size, self.where = start, size, position
+        self.codes, self.first, self.labels = nn.Embedding(LEVELS, 8), nn.Parameter(torch.randn(8)), nn.Embedding(4, 8)
+        self.position = nn.Parameter(torch.randn(size[0] * size[1], 1, 8))
+        self.layer, self.out = nn.TransformerEncoderLayer(8, 2, 12), nn.Linear(8, LEVELS)
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        h = self.codes(x.flatten(1).t())
+        h = h + self.position if self.where == "before the shift" else h
+        first, everywhere = self.start(self, labels)
+        h = torch.cat([first, h[:-1]]) + everywhere
+        h = h + self.position if self.where == "after" else h
+        h = self.layer(h, nn.Transformer.generate_square_subsequent_mask(len(h)))
+        return self.out(h).permute(1, 2, 0).unflatten(2, self.size)
+
+
+STARTS: dict[str, Callable] = {
+    "label first": lambda net, labels: (net.labels(labels)[None], 0),
+    "label everywhere": lambda net, labels: (net.first.expand(1, len(labels), 8), net.labels(labels)[None]),
+    "label of each token": lambda net, labels: (
+        net.first.expand(1, len(labels), 8),
+        net.labels(labels)[None].expand(net.size[0] * net.size[1], -1, -1),
+    ),
+}
+
+
+@pytest.mark.parametrize("size", [(3, 4), (1, 5)], ids=lambda s: "x".join(map(str, s)))
+@pytest.mark.parametrize("position", ["before the shift", "after", "nowhere"])
+@pytest.mark.parametrize("start", STARTS.values(), ids=STARTS)
+def test_token_first_equals_naive_loop(start: Callable, position: str, size: tuple[int, int]) -> None:
+    torch.manual_seed(5)
+    net = TokenFirst(start, size, position).eval()
+    with torch.no_grad():
+        net.out.weight *= 4
+    given, labels = {"image_shape": size, "head": CODES, "num_classes": 4}, torch.tensor([1, 3, 0])
+    expected = naive_sample(net, 3, **given, labels=labels)
+    assert torch.equal(Sampler(net, **given, backend="cpu").sample(3, labels=labels), expected)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_padding_is_computed_as_in_training() -> None:
+    """PyTorch's encoder would make zeros of it, but in eval mode alone."""
+
+    class Text(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words, self.out = nn.Embedding(9, 8), nn.Conv2d(8, LEVELS, 1)
+            self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 12, 0.0, batch_first=True), 1)
+
+        def forward(self, x: Tensor, text: Tensor) -> Tensor:
+            mean = self.encoder(self.words(text), src_key_padding_mask=text == 0).mean(1)
+            return self.out(mean[:, :, None, None] + F.pad(x.unsqueeze(1), (1, -1)))
+
+    torch.manual_seed(5)
+    net, text = Text(), torch.tensor([[1, 2, 0, 0], [3, 4, 5, 6], [7, 0, 0, 0]])
+    given = {"image_shape": (2, 3), "head": CODES}
+    expected = naive_sample(net, 3, **given, condition=text)
+    assert torch.equal(Sampler(net, **given, condition=text[1]).sample(3, condition=text), expected)
+    codes = expected[:, 0].long()
+    with torch.no_grad():
+        trained = net.train()(codes, text)
+        torch.testing.assert_close(private(net).eval()(codes, text), trained)
+        assert not torch.allclose(net.eval()(codes, text), trained, atol=1e-2)
