@@ -55,12 +55,16 @@ def architecture() -> int:
     return 0 if INTERPRETED else triton.runtime.driver.active.get_current_target().arch
 
 
+def _capturing() -> bool:
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
 class Tuned:
     """A kernel whose tile is timed at the first call of a kind: make it before a CUDA graph is captured.
 
-    A capture that nothing was timed for takes the first configuration.  `triton.autotune` and Triton itself prepare
-    every call anew, which takes longer than most kernels run; here a call like an earlier one launches what was
-    compiled for that.
+    A capture that nothing was timed for takes the first configuration, and leaves the choice to a later call.
+    `triton.autotune` and Triton itself prepare every call anew, which takes longer than most kernels run; here a call
+    like an earlier one launches what was compiled for that.
     """
 
     def __init__(
@@ -86,11 +90,13 @@ class Tuned:
             kernel, options, constants = ready
             kernel[(*grid(options), 1, 1)](*args, *constants)
             return
-        kind = self.kind(*args, **kwargs)
-        if kind not in self.chosen:
-            self.chosen[kind] = self.choose(grid, args, kwargs)
-        options = self.chosen[kind]
+        kind = args[0].get_device(), self.kind(*args, **kwargs)
+        timed = kind in self.chosen
+        options = self.chosen[kind] if timed else self.choose(grid, args, kwargs)
         kernel = self.fn[grid](*args, **kwargs, **options)
+        if not timed and _capturing():
+            return  # the next call that is not captured finds out what is fastest
+        self.chosen[kind] = options
         if not INTERPRETED:
             if len(self.compiled) >= _MAX_COMPILED:
                 self.compiled.clear()
@@ -102,7 +108,7 @@ class Tuned:
         configs = list(self.configs(*args, **kwargs))
         if INTERPRETED:  # tiles are small, so that small tensors have several
             return dict.fromkeys(configs[0].kwargs, 16)
-        if len(configs) == 1 or (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
+        if len(configs) == 1 or _capturing():
             return configs[0].all_kwargs()
         with compiling_side_by_side():
             for config in configs:

@@ -92,6 +92,7 @@ def _nll(
     values, images, nll, out, grad, guess, assumed, levels, size, tiles,
     ps_n, ps_c: tl.constexpr, ps_s, is_n, is_c, is_s, gs_n, gs_s, os_n, os_c: tl.constexpr, os_s,
     K: tl.constexpr, COLORS: tl.constexpr, ROWS: tl.constexpr, PIXELS: tl.constexpr, WHOLE: tl.constexpr,
+    LARGE: tl.constexpr,
 ):  # fmt: skip
     """The result, the gradient or both of a tile of an image, each where there is a tensor for it.
 
@@ -101,7 +102,7 @@ def _nll(
     for nothing.
     """
     n = (tl.program_id(0) // tiles).to(tl.int64)
-    pixel = tl.program_id(0) % tiles * PIXELS + tl.arange(0, PIXELS)
+    pixel = _wide(tl.program_id(0) % tiles * PIXELS + tl.arange(0, PIXELS), LARGE)
     exists = pixel < size
     if WHOLE:
         exists = pixel >= 0
@@ -112,7 +113,7 @@ def _nll(
         g = tl.load(guess + pixel * 0)
     _tile(
         values, images, nll, out, g, assumed, n, pixel, exists, K, levels, size,
-        ps_n, ps_c, ps_s, is_n, is_c, is_s, os_n, os_c, os_s, COLORS, ROWS, PIXELS, WHOLE,
+        ps_n, ps_c, ps_s, is_n, is_c, is_s, os_n, os_c, os_s, COLORS, ROWS, PIXELS, WHOLE, LARGE,
     )  # fmt: skip
 
 
@@ -122,12 +123,12 @@ def _complete(
     values, images, out, grad, guess, assumed, levels, size, tiles, total,
     ps_n, ps_c: tl.constexpr, ps_s, is_n, is_c, is_s, gs_n, gs_s, os_n, os_c: tl.constexpr, os_s,
     K: tl.constexpr, COLORS: tl.constexpr, ROWS: tl.constexpr, PIXELS: tl.constexpr, WHOLE: tl.constexpr,
-    CHECKED: tl.constexpr,
+    LARGE: tl.constexpr, CHECKED: tl.constexpr,
 ):  # fmt: skip
     """The gradient where another one of the result was assumed than `grad`; the first program's becomes the `guess`."""
     first = tl.program_id(0) * CHECKED
     tile = first + tl.arange(0, CHECKED)[:, None]
-    pixel = tile % tiles * PIXELS + tl.arange(0, PIXELS)[None, :]
+    pixel = _wide(tile % tiles * PIXELS + tl.arange(0, PIXELS)[None, :], LARGE)
     exists = (tile < total) & (pixel < size)
     g = tl.load(grad + (tile // tiles).to(tl.int64) * gs_n + pixel * gs_s, exists, 0.0)
     before = tl.load(assumed + tile, tile < total, 0.0)
@@ -139,13 +140,14 @@ def _complete(
         for i in range(CHECKED):
             if first + i < total:
                 n = ((first + i) // tiles).to(tl.int64)
-                at = (first + i) % tiles * PIXELS + tl.arange(0, PIXELS)
+                at = _wide((first + i) % tiles * PIXELS + tl.arange(0, PIXELS), LARGE)
                 here = at < size
                 if WHOLE:
                     here = at >= 0
                 _tile(
                     values, images, None, out, tl.load(grad + n * gs_n + at * gs_s, here, 0.0), None, n, at, here,
                     K, levels, size, ps_n, ps_c, ps_s, is_n, is_c, is_s, os_n, os_c, os_s, COLORS, ROWS, PIXELS, WHOLE,
+                    LARGE,
                 )  # fmt: skip
 
 
@@ -153,12 +155,12 @@ def _complete(
 def _tile(
     values, images, nll, out, g, assumed, n, pixel, exists, K: tl.constexpr, levels, size,
     ps_n, ps_c: tl.constexpr, ps_s, is_n, is_c, is_s, os_n, os_c: tl.constexpr, os_s,
-    COLORS: tl.constexpr, ROWS: tl.constexpr, PIXELS: tl.constexpr, WHOLE: tl.constexpr,
+    COLORS: tl.constexpr, ROWS: tl.constexpr, PIXELS: tl.constexpr, WHOLE: tl.constexpr, LARGE: tl.constexpr,
 ):  # fmt: skip
-    row = tl.arange(0, ROWS)[:, None]
+    row = _wide(tl.arange(0, ROWS)[:, None], LARGE)
     base = values + n * ps_n + (pixel * ps_s)[None, :]
     at = images + n * is_n + pixel * is_s
-    half = 1.0 / (levels - 1)
+    half = tl.div_rn(1.0, (levels - 1).to(tl.float32))  # PyTorch has it rounded once
     red, first_r, last_r, wrong, inners = _level(at, exists, levels)
     if COLORS == 3:
         green, first_g, last_g, wrong_g, inner_g = _level(at + is_c, exists, levels)
@@ -242,6 +244,12 @@ def _tile(
 
 
 @triton.jit
+def _wide(index, LARGE: tl.constexpr):
+    """Of an image whose elements are too far apart for offsets of 32 bits."""
+    return index.to(tl.int64) if LARGE else index
+
+
+@triton.jit
 def _inside(k, exists, K: tl.constexpr, PADDED: tl.constexpr, WHOLE: tl.constexpr):
     """Which elements exist; None for all."""
     if PADDED:
@@ -270,7 +278,7 @@ def _level(at, exists, levels):
     """
     level = tl.load(at, exists, 0).to(tl.int32)
     first, last = level == 0, level == levels - 1
-    x = level.to(tl.float32) * (2.0 / (levels - 1)) - 1.0
+    x = level.to(tl.float32) * tl.div_rn(2.0, (levels - 1).to(tl.float32)) - 1.0
     return x[None, :], first[None, :], last[None, :], level >= levels, tl.where(first | last, 0.0, 1.0)
 
 
@@ -350,8 +358,14 @@ def _tiling(params: Tensor, images: Tensor) -> tuple[dict[str, int | bool], int]
     pixels = _THREADS // rows
     constants = {
         "K": components, "COLORS": colors, "ROWS": rows, "PIXELS": pixels, "WHOLE": height * width % pixels == 0,
+        "LARGE": max(_extent(params), _extent(images)) >= 2**31,
     }  # fmt: skip
     return constants, -(-height * width // pixels)
+
+
+def _extent(tensor: Tensor) -> int:
+    """Elements of memory from the first of an image to its last."""
+    return sum((size - 1) * stride for size, stride in zip(tensor.shape[1:], tensor.stride()[1:], strict=True))
 
 
 def _strides(tensor: Tensor) -> tuple[int, int, int | None]:

@@ -29,17 +29,21 @@ _MAX_LOGVAR = tl.constexpr(80.0)
 
 @triton.jit
 def _tile(N, D, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WHOLE: tl.constexpr):
-    """Rows [ROWS, 1] and columns [1, COLUMNS] of this program, and which of them exist: all of WHOLE tiles."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    """Rows [ROWS, 1] and columns [1, COLUMNS] of this program, which of them exist: all of WHOLE tiles; and the number
+    of its part of these rows.
+    """
+    parts = (D + COLUMNS - 1) // COLUMNS  # on one axis of the grid with the rows: others end at 65,535
+    part = tl.program_id(0) % parts
+    row = (tl.program_id(0) // parts).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = part * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     inside = tl.full([ROWS, COLUMNS], True, tl.int1) if WHOLE else (row < N) & (column < D)
-    return row, column, inside
+    return row, column, inside, part
 
 
 @triton.jit
-def _noise(seed, start, draw, row, COLUMNS: tl.constexpr):
+def _noise(seed, start, draw, row, part, COLUMNS: tl.constexpr):
     """Noise of this program's tile: [ROWS, COLUMNS]."""
-    position = tl.program_id(1) * (COLUMNS // 4) + tl.arange(0, COLUMNS // 4)[None, :]
+    position = part * (COLUMNS // 4) + tl.arange(0, COLUMNS // 4)[None, :]
     return normals(seed, draw, position, start + row)
 
 
@@ -49,20 +53,20 @@ def _forward(
     mu, logvar, z, kl, seed: tl.int64, start: tl.int64, N, D, mu_row, logvar_row, draws,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    row, column, inside = _tile(N, D, ROWS, COLUMNS, WHOLE)
+    row, column, inside, part = _tile(N, D, ROWS, COLUMNS, WHOLE)
     m = tl.load(mu + row * mu_row + column, inside, 0.0).to(tl.float32)
     lv = tl.load(logvar + row * logvar_row + column, inside, 0.0).to(tl.float32)
-    eps = _noise(seed, start, 0, row, COLUMNS)  # while they are loaded
+    eps = _noise(seed, start, 0, row, part, COLUMNS)  # while they are loaded
     lv = tl.minimum(lv, _MAX_LOGVAR, propagate_nan=tl.PropagateNan.ALL)
     sigma = exp_bounded(0.5 * lv)
     to = z + row * D + column
     tl.store(to, tl.fma(sigma, eps, m).to(z.dtype.element_ty), inside)
     for draw in range(1, draws):
-        eps = _noise(seed, start, draw, row, COLUMNS)
+        eps = _noise(seed, start, draw, row, part, COLUMNS)
         tl.store(to + tl.cast(draw, tl.int64) * N * D, tl.fma(sigma, eps, m).to(z.dtype.element_ty), inside)
     share = 0.5 * tl.sum(m * m + exp_beyond_tangent(lv, sigma * sigma), 1)  # 0 where there is no element
-    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    tl.store(kl + tl.program_id(1).to(tl.int64) * N + rows, share, rows < N)
+    rows = tl.reshape(row, [ROWS])
+    tl.store(kl + part.to(tl.int64) * N + rows, share, rows < N)
 
 
 @launched_directly(_WARPS, any_value=("seed", "start"))
@@ -72,7 +76,7 @@ def _backward(
     N, D, mu_row, logvar_row, grad_kl_row, draws,
     HAS_Z: tl.constexpr, HAS_KL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    row, column, inside = _tile(N, D, ROWS, COLUMNS, WHOLE)
+    row, column, inside, part = _tile(N, D, ROWS, COLUMNS, WHOLE)
     m = tl.load(mu + row * mu_row + column, inside, 0.0).to(tl.float32)
     given = tl.load(logvar + row * logvar_row + column, inside, 0.0).to(tl.float32)
     lv = tl.minimum(given, _MAX_LOGVAR, propagate_nan=tl.PropagateNan.ALL)
@@ -81,7 +85,7 @@ def _backward(
     by_logvar = tl.zeros([ROWS, COLUMNS], tl.float32)
     if HAS_Z:
         for draw in range(draws):
-            eps = _noise(seed, start, draw, row, COLUMNS)
+            eps = _noise(seed, start, draw, row, part, COLUMNS)
             g = tl.load(grad_z + (tl.cast(draw, tl.int64) * N + row) * D + column, inside, 0.0).to(tl.float32)
             by_mu += g
             by_logvar += g * eps
@@ -105,13 +109,13 @@ def forward(mu: Tensor, logvar: Tensor, seed: int, start: int, draws: int) -> tu
         return z, torch.zeros(count, **options)
     mu, mu_row = _dense_rows(mu, size)
     logvar, logvar_row = _dense_rows(logvar, size)
-    grid, tile = _tiling(count, size)
-    shares = torch.empty(grid[1], count, **options)
+    programs, parts, tile = _tiling(count, size)
+    shares = torch.empty(parts, count, **options)
     with device_of(mu):
-        _forward[lambda _: grid](
+        _forward[lambda _: (programs,)](
             mu, logvar, z, shares, seed, start, count, size, mu_row, logvar_row, max(1, draws), **tile
         )
-    return z, shares[0] if grid[1] == 1 else shares.sum(0)
+    return z, shares[0] if parts == 1 else shares.sum(0)
 
 
 def backward(
@@ -124,11 +128,11 @@ def backward(
         return grads[0], grads[1]
     mu, mu_row = _dense_rows(mu, size)
     logvar, logvar_row = _dense_rows(logvar, size)
-    grid, tile = _tiling(count, size)
+    programs, _, tile = _tiling(count, size)
     grad_z_or_any = mu if grad_z is None else grad_z.contiguous()
     grad_kl_or_any, grad_kl_row = (mu, 0) if grad_kl is None else (grad_kl, grad_kl.stride(0))
     with device_of(mu):
-        _backward[lambda _: grid](
+        _backward[lambda _: (programs,)](
             grad_z_or_any, grad_kl_or_any, mu, logvar, *grads, seed, start,
             count, size, mu_row, logvar_row, grad_kl_row, max(1, draws),
             HAS_Z=grad_z is not None, HAS_KL=grad_kl is not None, **tile,
@@ -136,13 +140,14 @@ def backward(
     return grads[0], grads[1]
 
 
-def _tiling(count: int, size: int) -> tuple[tuple[int, int], dict[str, Any]]:
-    """Grid and tile: a program has whole rows where they are short, else a part of one."""
+def _tiling(count: int, size: int) -> tuple[int, int, dict[str, Any]]:
+    """Programs, parts of a row and the tile: a program has whole rows where they are short, else a part of one."""
     columns = min(_TILE, max(4, 1 << (size - 1).bit_length()))
     rows = _TILE // columns
     whole = count % rows == 0 and size % columns == 0
     tile = {"ROWS": rows, "COLUMNS": columns, "WHOLE": whole}
-    return (-(-count // rows), -(-size // columns)), tile
+    parts = -(-size // columns)
+    return -(-count // rows) * parts, parts, tile
 
 
 def _dense_rows(tensor: Tensor, size: int) -> tuple[Tensor, int]:

@@ -139,9 +139,10 @@ def _configs(
         return _fitting(_FULL, channels * SH * SW * MERGED**2 if MERGED else channels)
     if MERGED or channels <= 32:
         return _fitting(_NARROW, channels * SH * SW * MERGED**2 if MERGED else channels)
-    if rest[5] is not None or architecture() < 90:
+    gpu = architecture()
+    if rest[5] is not None or gpu < 90 or gpu >= 120:  # 120: without tensor memory, and the shared memory of 86
         return _fitting(_HALF, channels)
-    return _fitting(_WIDE + _HALF if architecture() == 90 else _TENSOR_MEMORY, channels)
+    return _fitting(_WIDE + _HALF if gpu == 90 else _TENSOR_MEMORY, channels)
 
 
 def _kind(image: Tensor, weight: Tensor, out: Tensor, *rest: Any, TRANSPOSED: bool, MERGED: int, **_: Any) -> Any:

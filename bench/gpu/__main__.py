@@ -75,7 +75,7 @@ def plan(python: Path, facts: Facts, results: Path, rehearse: bool, commit: str)
     def watched(name: str, tool: Sequence[str], *arguments: str, **variables: str) -> Part:
         command = [] if rehearse else [sanitizer, "--error-exitcode=1", *tool]
         command += [str(python), "-m", "pytest", *count, *gpu, *arguments]
-        return Part(name, command, 30, environment={**unbuffered, **variables})
+        return Part(name, command, 10, environment={**unbuffered, **variables})  # the last stage has all that is left
 
     def suite(seconds: float, name: str, needs: Sequence[Part] = (), compile: bool = False, lacks: str = "") -> Part:
         options = ["--results", str(results), *(["--commit", commit] if commit else [])]
@@ -103,15 +103,16 @@ def plan(python: Path, facts: Facts, results: Path, rehearse: bool, commit: str)
     stages = [
         [
             suite(40, "ceilings"),  # the best of ten runs, so that it may be measured beside the compilers
-            Part("build", build, 110, environment={"FASTGEN_CUDA": "auto", "FASTGEN_CUDA_ARCHS": archs}),
+            Part("build", build, 150, environment={"FASTGEN_CUDA": "auto", "FASTGEN_CUDA_ARCHS": archs}),
         ],
         [*others.values(), *(part for parts in kernels.values() for part in parts)],
-        [suite(75, "sampling-cuda", needs=[others[CUDA_EXECUTOR], others[EXECUTORS]], lacks=no_nvcc)],
+        [suite(70, "sampling-cuda", needs=[others[CUDA_EXECUTOR], others[EXECUTORS]], lacks=no_nvcc)],
         [suite(50, "sampling-triton", needs=sampling)],
         [suite(30, "generator", needs=generator)],  # which has many tiles to compile and to time
         *([suite(15, name, needs=proofs)] for name, proofs in operations.items()),
-        [suite(50, "generator", needs=generator, compile=True)],
-        *([suite(15, name, needs=proofs, compile=True)] for name, proofs in operations.items()),
+        [suite(35, "generator", needs=generator, compile=True)],
+        *([suite(10, name, needs=proofs, compile=True)] for name, proofs in operations.items()),
+        [suite(15, "sampling-codes-triton", needs=sampling)],
         [
             watched("memcheck executors", memcheck, *executors),
             watched("memcheck operations", memcheck, *small, **memory),

@@ -307,6 +307,13 @@ const void* kernel_of(const PixelStage& stage) {
 int64_t aligned(int64_t bytes) { return div_up(bytes, 16) * 16; }
 
 // As much room for weights as the largest step can use and `share` blocks of a multiprocessor leave each other.
+// Shared memory that a kernel has without being given any.
+int64_t static_bytes(const void* kernel) {
+    cudaFuncAttributes facts{};
+    check(cudaFuncGetAttributes(&facts, kernel), "cannot ask for the kernel");
+    return static_cast<int64_t>(facts.sharedSizeBytes);
+}
+
 Space space_of(const PixelStage& stage, const PixelStep* steps, int64_t size, int64_t share) {
     const PixelScratch scratch = pixel_scratch(stage, steps, kLanes, size);
     Space space{};
@@ -331,11 +338,8 @@ Space space_of(const PixelStage& stage, const PixelStep* steps, int64_t size, in
         if (fragments > most) most = fragments;
     }
     const int64_t fragment = stage.bfloat16 ? 512 : 1024;
-    cudaFuncAttributes facts{};
-    check(cudaFuncGetAttributes(&facts, kernel_of(stage)), "cannot ask for the kernel");
     const int64_t all = attribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor) / share -
-                        attribute(cudaDevAttrReservedSharedMemoryPerBlock) -
-                        static_cast<int64_t>(facts.sharedSizeBytes);
+                        attribute(cudaDevAttrReservedSharedMemoryPerBlock) - static_bytes(kernel_of(stage));
     const int64_t room = all > next ? (all - next) / kWarps / fragment : 0;
     space.weights_of_warp = (most < room ? most : room) * fragment;
     return space;
@@ -346,7 +350,9 @@ struct Launch {
     cudaLaunchConfig_t config{};
 };
 
-bool fits(const Space& space) { return space.total() <= attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin); }
+bool fits(const Space& space, const void* kernel) {
+    return space.total() + static_bytes(kernel) <= attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+}
 
 // Lets a kernel have as much shared memory as any launch of it has had on this GPU: graphs replay launches of before.
 void allow(const void* kernel, int64_t bytes) {
@@ -386,7 +392,7 @@ int64_t pixel_clusters(const PixelStage& stage, const PixelStep* host_steps, int
     Launch launch;
     const void* kernel = kernel_of(stage);
     const Space space = space_of(stage, host_steps, size, share);
-    if (!fits(space)) return 0;
+    if (!fits(space, kernel)) return 0;
     configure(launch, kernel, space, size, 1, nullptr);
     int clusters = 0;
     if (cudaOccupancyMaxActiveClusters(&clusters, kernel, &launch.config) == cudaSuccess) return clusters;

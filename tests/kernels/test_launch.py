@@ -87,6 +87,24 @@ def test_integers_that_are_not_specialised_may_differ(monkeypatch: pytest.Monkey
     assert kernel.fn.launched == [((1, 1, 1), (x, x, 4, 3, 16))]
 
 
+def test_what_a_capture_takes_is_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Timing is left to the next call outside of one."""
+    monkeypatch.setattr(launch, "INTERPRETED", False)
+    configs = [triton.Config({"ROWS": rows}, num_warps=8) for rows in (64, 32)]
+    several = launch.tuned(lambda *_, **__: configs, lambda *args, **_: args[2])(Kernel())
+    x = torch.zeros(8)
+    monkeypatch.setattr(launch, "_capturing", lambda: True)
+    call(several, x)
+    assert several.fn.compiled[-1][1]["ROWS"] == 64 and not several.chosen and not several.compiled
+    monkeypatch.setattr(launch, "_capturing", lambda: False)
+    monkeypatch.setattr(several, "choose", lambda *_: configs[1].all_kwargs())
+    call(several, x)
+    monkeypatch.setattr(launch, "_capturing", lambda: True)
+    call(several, x, 100, 4)  # compiled anew, with what was timed
+    call(several, x, 100, 4)
+    assert [given["ROWS"] for _, given in several.fn.compiled] == [64, 32, 32] and len(several.fn.launched) == 1
+
+
 def test_a_compilation_that_fails_ends_neither_the_others_nor_the_mode() -> None:
     """It raises where its kernel is launched; and again in the next context, which could not begin."""
     finished: list[str] = []

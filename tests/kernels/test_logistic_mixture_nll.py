@@ -97,6 +97,31 @@ def test_a_level_out_of_range_gives_nan(device):
     assert nll.isnan().tolist() == [[[False, True], [False, False]]]
 
 
+@pytest.mark.parametrize("far", ["pixels", "parameters"])
+def test_offsets_of_an_image_beyond_32_bits(far, device, tmp_path):
+    """Elements lie far apart in a file, most of which takes no place on the disk."""
+    case = Case(1, 2, 256, 1)
+    params, images, grad = case.tensors()
+    params, images, grad = params[..., :1, :3].bfloat16(), images[..., :1, :3].contiguous(), grad[..., :1, :3]
+    shape, step = params.shape, 2**30 + 1 if far == "pixels" else 2**29
+    strides = (0, 1, 0, step) if far == "pixels" else (0, step, 0, 1)
+    size = 1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))
+    assert size > 2**31
+    if device == "cpu":
+        apart, out = (
+            torch.from_file(str(tmp_path / name), True, size, dtype=torch.bfloat16).as_strided(shape, strides)
+            for name in ("parameters", "gradient")
+        )
+    else:
+        apart, out = (torch.empty_strided(shape, strides, dtype=torch.bfloat16, device=device) for _ in range(2))
+    apart.copy_(params)
+    exact, exact_gradient = reference(case, params.double(), images, grad)
+    nll = kernel.forward(apart, images.to(device), 256)
+    torch.testing.assert_close(nll.cpu().double(), exact, rtol=1e-5, atol=1e-5)
+    kernel.backward(grad.to(device), apart, images.to(device), 256, out)
+    torch.testing.assert_close(out.cpu().double(), exact_gradient, rtol=2**-7, atol=1e-5)
+
+
 def test_empty(device):
     case = Case(3, 2, 256, 0)
     nll, gradient = run(case, *case.tensors(), device)

@@ -134,3 +134,11 @@ def test_opcheck(device, triton_backend):
     mu, logvar = (value.to(device) for value in parameters((3, 5)))
     opcheck(torch.ops.fastgen.reparameterize.default, (mu, logvar, 3, 0, 2))
     opcheck(torch.ops.fastgen.reparameterize_grad.default, (None, mu[:, 0], mu, logvar, 3, 0, 0))
+
+
+@pytest.mark.gpu
+def test_more_parts_than_an_axis_of_the_grid_takes():
+    zeros = torch.zeros(1, 65_535 * 1024 + 5)
+    expected, _ = ops.reparameterize(zeros, zeros, seed=3)
+    z, _ = kernel.forward(zeros.cuda(), zeros.cuda(), 3, 0, 0)
+    torch.testing.assert_close(z.cpu(), expected)

@@ -265,6 +265,18 @@ def test_attention_is_what_the_plan_says(heads, depth, width, biased, stage, cap
     assert result.any() and not result[0].any() and not result[:, width:].any()
 
 
+def test_the_next_batch_of_a_size_begins_as_the_first(device):
+    """Constant planes are still there, and what was written is not."""
+    network, given = attention("transformer", (2, 3))
+    attends = sampler(network, device, **given)
+    assert any(p.kind == "constant" for p in attends.plan.planes)
+    first = attends.sample(2, seed=1)
+    assert not torch.equal(attends.sample(2, seed=2), first)
+    assert torch.equal(attends.sample(2, seed=1), first)
+    assert_same(attends, network, given, 2, seed=2)
+    assert attends._executor.space(2, "ieee").planes.nbytes == 2 * attends._executor.sample_bytes
+
+
 def test_weights_in_bfloat16(device):
     model, given = make(wide), {"precision": "bf16"}
     assert_same(sampler(model, device, **given), model, given, 2, seed=1)

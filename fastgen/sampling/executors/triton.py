@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from typing import Any, NamedTuple
 
@@ -102,6 +103,8 @@ class TritonExecutor:
         self.flops = plan.flops
         tables = Operands(plan, pixel_weights)
         self._tables = tables
+        self._cleared = _cleared(plan, tables)
+        self.sample_bytes = 4 * tables.floats
         self._row_fields = tables.integers(tables.row_fields, torch.int64).to(self.device)
         self._fields = tables.integers(tables.fields, torch.int32).to(self.device)
         dtype = torch.bfloat16 if plan.precision == "bf16" else torch.float32
@@ -274,26 +277,32 @@ class TritonExecutor:
             while len(self._spaces) >= _KEPT:
                 del self._spaces[next(iter(self._spaces))]
             with torch.inference_mode(False):  # later batches, which may come outside of it, are written there too
-                self._spaces[key] = Space(self.plan, self._tables, count, precision, self.device)
+                space = Space(self.plan, self._tables, count, precision, self.device)
+                for i, plane in enumerate(self.plan.planes):
+                    if plane.data is not None:
+                        self._fill(space, i, plane.data[None])
+            self._spaces[key] = space
         return self._spaces[key]
 
+    def _fill(self, space: Space, plane: int, data: Tensor) -> None:
+        """A plane with its values [count or 1, channels, height, width]."""
+        of = self.plan.planes[plane]
+        shape = of.height, of.width, space.count, pitch_of(of)
+        part = space.planes[self._tables.offsets[plane] * space.count :][: math.prod(shape)].view(shape)
+        part[..., : of.channels].copy_(data.to(self.device).permute(2, 3, 0, 1))
+
     def _begin(self, batch: Batch, space: Space) -> None:
-        """Writes everything that differs between batches: zeros to the planes, but for those that are given."""
-        space.planes.zero_()
-        given = dict(zip(self.plan.conditions, batch.conditions, strict=True))
-        for i, plane in enumerate(self.plan.planes):
-            if plane.given:
-                data = given[i] if plane.data is None else plane.data[None].expand(batch.count, -1, -1, -1)
-                pitch = pitch_of(plane)
-                part = space.planes[self._tables.offsets[i] * batch.count :]
-                part = part[: plane.height * plane.width * batch.count * pitch]
-                part = part.view(plane.height, plane.width, batch.count, pitch)
-                part[..., : plane.channels].copy_(data.permute(2, 3, 0, 1))
+        """Writes everything that differs between batches: conditions, and zeros to the planes that steps write."""
+        for begin, end in self._cleared:
+            space.planes[begin * batch.count : end * batch.count].zero_()
+        for i, condition in zip(self.plan.conditions, batch.conditions, strict=True):
+            self._fill(space, i, condition)
         start = [self.plan.first_row, signed(batch.seed), batch.start]
         space.state.copy_(torch.tensor(start, dtype=torch.int64, device="cpu"))
         # Finite in float32, so that times the zero of the likeliest level it is zero.
         space.inverse_temperature.fill_(min(1.0 / batch.temperature, torch.finfo(torch.float32).max))
-        space.top_k.fill_(batch.truncation.top_k or 0)
+        top_k = batch.truncation.top_k or 0
+        space.top_k.fill_(top_k if top_k < max(draw.count for draw in self.plan.draws) else 0)
         space.top_p.fill_(batch.truncation.top_p)
         space.mask.zero_() if batch.mask is None else space.mask.copy_(batch.mask)
         if batch.known is not None:
@@ -320,6 +329,19 @@ class Space:
         self.inverse_temperature, self.top_p = zeros(1, dtype=torch.float64), zeros(1, dtype=torch.float64)
         self.top_k = zeros(1, dtype=torch.int32)  # 0: all levels
         self.graphs: dict[tuple[Any, ...], torch.cuda.CUDAGraph | None] = {}  # None: seen once
+
+
+def _cleared(plan: Plan, tables: Operands) -> list[tuple[int, int]]:
+    """Where the planes that a batch begins with zeros in lie, in floats per sample: all but constants."""
+    ends = [*tables.offsets[1:], tables.floats]
+    runs: list[tuple[int, int]] = []
+    for plane, begin, end in zip(plan.planes, tables.offsets, ends, strict=True):
+        if plane.data is not None:
+            continue
+        if runs and runs[-1][1] == begin:
+            begin = runs.pop()[0]
+        runs.append((begin, end))
+    return runs
 
 
 def _here() -> torch.device:
