@@ -26,7 +26,7 @@ _MIN_THREAD_ELEMENTS = 8192  # below, waking a thread costs more than it saves
 
 
 def reparameterize(
-    mu: Tensor, logvar: Tensor, *, seed: int = 0, start: int = 0, num_samples: int | None = None
+    mu: Tensor, logvar: Tensor, *, seed: int | None = None, start: int = 0, num_samples: int | None = None
 ) -> tuple[Tensor, Tensor]:
     """Samples of N(mu, exp(logvar)), and the Kullback-Leibler divergence from the standard normal distribution.
 
@@ -39,7 +39,9 @@ def reparameterize(
         mu: means [N, ...].
         logvar: logarithms of the variances, of the shape and dtype of mu.  Above 80 they count as 80, and their
             gradient is zero: so all results are finite for finite logvar (beyond, exp overflows in float32).
-        seed: 0..2^64-1.
+        seed: 0..2^64-1; another one for each step of a training. None: one of PyTorch's default generator, that of the
+            CPU; where a seed would be a constant, in what is compiled, traced, transformed or captured as a CUDA graph,
+            the noise is that of ``torch.randn`` instead.
         start: index of the first sample in the sequence of the seed, 0..2^62-1.
         num_samples: None, or the number of draws for each sample, at least 1.
 
@@ -56,6 +58,10 @@ def reparameterize(
         TypeError: an argument is not a tensor, or not of the dtype above.
         ValueError: a shape or a number is not as above.
     """
+    if seed is None:
+        if _would_keep_a_seed(mu):
+            return _with_pytorchs_noise(mu, logvar, num_samples)
+        seed = int(torch.randint(2**63 - 1, (), device="cpu"))
     if not (type(seed) is int and 0 <= seed < 2**64 and type(start) is int and 0 <= start < 2**62):
         philox.check_seed(seed)
         start = integer("start", start, 0, 2**62 - 1)
@@ -79,6 +85,22 @@ def reparameterize(
         wants_grad = torch.is_grad_enabled() and (mu.requires_grad or logvar.requires_grad)
         return _Reparameterize.apply(*args) if wants_grad else function(*args)
     return function(*args) if function is reparameterize_reference else _Reparameterize.apply(*args)
+
+
+def _would_keep_a_seed(mu: Tensor) -> bool:
+    """Whether this call is made into something that is run again, with the same seed."""
+    if torch.compiler.is_compiling() or is_transformed() or _is_tracing() or _dispatch_modes() > 0:
+        return True
+    return isinstance(mu, Tensor) and mu.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def _with_pytorchs_noise(mu: Tensor, logvar: Tensor, num_samples: int | None) -> tuple[Tensor, Tensor]:
+    _check(mu, logvar, 0, 0, 0)
+    draws = [] if num_samples is None else [integer("num_samples", num_samples, 1, 2**32 - 1)]
+    if mu.dtype in (torch.float16, torch.bfloat16):
+        mu, logvar = mu.float(), logvar.float()
+    noise = torch.randn((*draws, *mu.shape), dtype=mu.dtype, device=mu.device)
+    return _formulas(mu, logvar, noise)
 
 
 def _goes_straight(mu: Tensor, logvar: Tensor) -> bool:
@@ -127,10 +149,14 @@ def _is_for_triton(name: str, args: tuple[Any, ...], function: Any) -> bool:
 
 def reparameterize_reference(mu: Tensor, logvar: Tensor, seed: int, start: int, draws: int) -> tuple[Tensor, Tensor]:
     """The definition, in plain PyTorch; draws = 0 is one draw without a dimension of its own."""
+    return _formulas(mu, logvar, _noise(mu, seed, start, draws))
+
+
+def _formulas(mu: Tensor, logvar: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     rows, columns = _rows_and_columns(mu)
     logvar = logvar.clamp(max=MAX_LOGVAR)
     kl = 0.5 * (mu * mu + torch.expm1(logvar) - logvar).reshape(rows, columns).sum(1)
-    return mu + torch.exp(0.5 * logvar) * _noise(mu, seed, start, draws), kl
+    return mu + torch.exp(0.5 * logvar) * noise, kl
 
 
 def _noise(mu: Tensor, seed: int, start: int, draws: int) -> Tensor:

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastgen
 from fastgen import backends, ops
@@ -277,3 +278,42 @@ def test_no_noise_is_kept():
 def test_errors(arguments, error, message):
     with pytest.raises(error, match=message):
         ops.reparameterize(**{"mu": torch.zeros(2, 3), "logvar": torch.zeros(2, 3), **arguments})
+
+
+def without_a_seed(mu: torch.Tensor) -> torch.Tensor:
+    return ops.reparameterize(mu, mu, num_samples=3)[0]
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.trace:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda function, mu: function,
+        lambda function, mu: torch.compile(function, backend="eager", fullgraph=True),
+        lambda function, mu: torch.jit.trace(function, mu, check_trace=False),
+        lambda function, mu: torch.vmap(function, in_dims=1, out_dims=2, randomness="different"),
+        lambda function, mu: make_fx(function)(mu),
+    ],
+    ids=["eager", "compiled", "traced", "transformed", "fx"],
+)
+def test_without_a_seed_every_call_has_its_noise(make):
+    """That of PyTorch's generator."""
+    mu = torch.zeros(4, 9)
+    made = make(without_a_seed, mu)
+    torch.manual_seed(1)
+    first, second = made(mu), made(mu)
+    assert first.shape == (3, 4, 9) and not torch.isclose(first, second).any()
+    assert len(first.flatten().unique()) == first.numel()
+    torch.manual_seed(1)
+    assert torch.equal(made(mu), first)
+    torch.manual_seed(2)
+    assert not torch.isclose(made(mu), first).any()
+
+
+def test_without_a_seed_it_differentiates():
+    mu, logvar = (value.requires_grad_() for value in parameters((3, 5)))
+    z, kl = torch.compile(ops.reparameterize, backend="eager")(mu, logvar)
+    by_mu, by_logvar = torch.autograd.grad(z.sum(), (mu, logvar), retain_graph=True)
+    assert torch.equal(by_mu, torch.ones_like(mu))
+    torch.testing.assert_close(by_logvar, 0.5 * (z - mu).detach())
+    torch.testing.assert_close(kl, run(mu, logvar)[1])

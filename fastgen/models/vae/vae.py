@@ -141,7 +141,7 @@ class VAE(nn.Module):
         *,
         num_samples: int = 1,
         beta: float = 1.0,
-        seed: int = 0,
+        seed: int | None = None,
         start: int = 0,
     ) -> Tensor:
         """The evidence lower bound, [N] nats: E log p(x | z) - beta KL(q(z | x), p(z)) (equation 3).
@@ -151,7 +151,7 @@ class VAE(nn.Module):
             labels: of a `ConditionalVAE` with classes, int64 [N] or one for all.
             num_samples: latents drawn for each image.
             beta: weight of the divergence (Higgins et al. 2017, "beta-VAE", equation 4); 1 for the bound.
-            seed, start: of the noise, see `ops.reparameterize`.
+            seed, start: of the noise, see `ops.reparameterize`; without a seed new noise in each call.
         """
         likelihood, kl = self.elbo_terms(images, labels, num_samples=num_samples, seed=seed, start=start)
         return likelihood - beta * kl
@@ -162,7 +162,7 @@ class VAE(nn.Module):
         labels: Tensor | int | None = None,
         *,
         num_samples: int = 1,
-        seed: int = 0,
+        seed: int | None = None,
         start: int = 0,
     ) -> tuple[Tensor, Tensor]:
         """E log p(x | z) and KL(q(z | x), p(z)), [N] nats each; arguments as for `elbo`."""
@@ -185,7 +185,7 @@ class VAE(nn.Module):
 
         log of the mean of p(x | z) p(z) / q(z | x) over latents drawn from q (Burda, Grosse, Salakhutdinov 2016,
         1509.00519, equation 8).  `MAX_DECODED` images are decoded at a time, whatever the number of samples.  Arguments
-        as for `elbo`; draw s of image i is the same for any number of samples.
+        as for `elbo`, but for the seed, which has a value; draw s of image i is the same for any number of samples.
         """
         if isinstance(num_samples, bool) or not isinstance(num_samples, int) or num_samples < 1:
             raise ValueError(f"num_samples: expected an integer of at least 1, got {num_samples!r}")
