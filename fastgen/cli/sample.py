@@ -85,7 +85,7 @@ def run(options: argparse.Namespace) -> int:
     _check_memory(options.n, vqvae or model)
     if isinstance(model, fastgen.models.AdversarialModel | fastgen.models.VAE):
         return _sample_generator(options, model)
-    if vqvae is None and getattr(model, "embedding", None) is not None and options.output.suffix == ".png":
+    if vqvae is None and shared.draws_codes(model) and options.output.suffix == ".png":
         raise ValueError("-o: the samples are codes: give --vqvae to render them, or the name of an .npy or .npz file")
     labels, known, mask = _given(options, model, vqvae)
     sampler = fastgen.Sampler(model, precision=options.precision, backend=options.backend, max_batch=options.max_batch)

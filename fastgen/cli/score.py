@@ -42,7 +42,7 @@ def run(options: argparse.Namespace) -> int:
     shared.check_seed(options.seed)
     model: Any = fastgen.load(options.checkpoint)
     vqvae = None if options.vqvae is None else checkpoint.load_vqvae(options.vqvae, model)
-    if vqvae is None and (isinstance(model, models.VQVAE) or getattr(model, "embedding", None) is not None):
+    if vqvae is None and (isinstance(model, models.VQVAE) or shared.draws_codes(model)):
         raise ValueError(f"{options.checkpoint}: images take a prior and its vqvae: fastgen score PRIOR --vqvae CKPT")
     if getattr(model, "condition", None) is not None:
         raise ValueError(f"{options.checkpoint}: it completes images, and scores are of samples without a condition")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,8 @@ DATA_HELP = (
     "digits (8x8 handwritten digits), patches (32x32 colour patches of two photographs), a folder of images, "
     "a .npy or .npz file, an IDX file or folder (MNIST), a CIFAR .bin file or folder"
 )
+
+CODE_SUFFIXES = (".npy", ".npz")  # of files that may hold codes rather than levels
 
 
 def add_data(parser: argparse.ArgumentParser) -> None:
@@ -52,18 +55,41 @@ def check_output(path: Path, suffixes: Sequence[str]) -> None:
         raise ValueError(f"-o: the folder {str(path.parent)!r} cannot be written to")
 
 
+def draws_codes(model: Any) -> bool:
+    """Whether what a model draws are codes, such as those of a vqvae, rather than levels of pixels."""
+    return getattr(model, "embedding", None) is not None
+
+
 def load_for(model: Any, spec: str, split: str) -> Dataset:
-    """A data set in the size and levels of a model.
+    """A data set in the size and levels of a model; for one that draws codes, maps of these from a NumPy file.
 
     Raises:
-        ValueError: the images have another shape.
+        ValueError: the images have another shape; or the model draws codes, and the data are images.
     """
     from fastgen import data
 
-    found = data.load(spec, split=split, size=tuple(model.image_shape[1:]), levels=model.levels, progress=True)
+    codes = draws_codes(model)
+    if codes and (Path(spec).suffix.lower() not in CODE_SUFFIXES or model.levels > 256):
+        raise ValueError(
+            f"{spec}: the model draws codes, not pixels: give the vqvae that they are of (--vqvae CKPT), or, of at "
+            f"most 256 codes, maps of them ({', '.join(CODE_SUFFIXES)})"
+        )
+    levels = None if codes else model.levels  # codes keep their numbers
+    found = data.load(spec, split=split, size=tuple(model.image_shape[1:]), levels=levels, progress=True)
     if found.image_shape != tuple(model.image_shape):
         raise ValueError(f"the images of {spec} are {found.image_shape}, the model's are {tuple(model.image_shape)}")
-    return found
+    return _as_codes(found, model.levels) if codes else found
+
+
+def _as_codes(found: Dataset, count: int) -> Dataset:
+    """The same numbers as codes, when they are some; files that do not state their levels count as 256."""
+    largest = int(found.images.max())
+    if found.levels not in (256, count) or largest >= count:
+        raise ValueError(
+            f"{found.name}: the model draws codes in 0..{count - 1}, the data have 0..{largest} of {found.levels} "
+            "levels: of images, give the vqvae as well (--vqvae CKPT)"
+        )
+    return dataclasses.replace(found, levels=count)
 
 
 def labels_for(model: Any, data: Dataset) -> Tensor | None:

@@ -20,6 +20,7 @@ from fastgen import data, models
 from fastgen.cli import COMMANDS, main
 
 DIGITS = {"image_shape": (1, 8, 8), "levels": 17, "num_filters": 4, "num_blocks": 2, "kernel_size": 3}
+PRIOR = {"image_shape": (1, 2, 2), "levels": 64, "embedding_dim": 3, "num_filters": 4, "num_blocks": 1}
 
 
 @pytest.fixture
@@ -287,6 +288,11 @@ BAD = [
     ("sample {g} --vqvae {q}", "model: expected a prior over the 64 codes of the vqvae"),
     ("eval {m} --vqvae {q} --data digits", "model: expected a prior over the 64 codes of the vqvae"),
     ("latent grid {q}", "q.safetensors: a vqvae has no latents to walk through"),
+    ("eval {p} --data grey", "grey: the model draws codes, not pixels: give the vqvae that they are of (--vqvae CKPT)"),
+    ("eval {p} --data digits", "digits: the model draws codes, not pixels"),
+    ("eval {p} --data grey.npy", "grey.npy: the model draws codes in 0..63, the data have 0..200 of 256 levels"),
+    ("eval {p} --data few.npz", "few.npz: the model draws codes in 0..63, the data have 0..3 of 17 levels"),
+    ("sample {p} --known grey -o z.npz", "grey: the model draws codes, not pixels"),
 ]
 
 
@@ -298,7 +304,7 @@ def test_bad_input(
     for work in ("sampling.sampler.Sampler._batch", "models.GAN.render", "scores.classify._train"):
         monkeypatch.setattr(f"fastgen.{work}", lambda *_, **__: pytest.fail("refused too late"))
     monkeypatch.setattr("os.sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 2_000_000}.__getitem__)
-    paths = {name: str(here / f"{name}.safetensors") for name in ("broken", "g", "c", "q", "v")} | {
+    paths = {name: str(here / f"{name}.safetensors") for name in ("broken", "g", "c", "q", "v", "p")} | {
         "m": checkpoint(here)
     }
     (here / "folder.png").mkdir()
@@ -306,6 +312,12 @@ def test_bad_input(
     fastgen.save(models.GatedPixelCNN(**DIGITS, num_classes=10), paths["c"])
     fastgen.save(models.ConditionalVAE(image_shape=(1, 8, 8), levels=17, condition="top", num_filters=4), paths["v"])
     fastgen.save(models.VQVAE(image_shape=(1, 8, 8), levels=17, num_codes=64, num_filters=4), paths["q"])
+    fastgen.save(models.GatedPixelCNN(**PRIOR), paths["p"])
+    (here / "grey").mkdir()
+    for i in range(2):
+        Image.new("L", (8, 8), 90 * i).save(here / f"grey/{i}.png")
+    np.save("grey.npy", np.full((2, 2, 2), 200, np.uint8))
+    np.savez("few.npz", images=np.full((2, 2, 2), 3, np.uint8), levels=17)
     Path(paths["broken"]).write_bytes(Path(paths["m"]).read_bytes()[:100])
     before = {*here.rglob("*")}
     assert main(command.format(**paths).split()) == 2
@@ -434,6 +446,24 @@ def test_two_stages(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main("eval runs/vqvae-digits/model.safetensors --data digits".split()) == 0
     assert "at most " in capsys.readouterr().out
     assert main("latent reconstruct runs/vqvae-digits/model.safetensors --data digits -n 3 -o r.png".split()) == 0
+
+
+def test_codes_as_data(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Maps of codes in a file keep their numbers, of a prior that has no vqvae beside it."""
+    torch.manual_seed(0)
+    prior = models.GatedPixelCNN(**PRIOR).eval()
+    fastgen.save(prior, "p.safetensors")
+    assert main("sample p.safetensors -n 20 -o codes.npz --quiet".split()) == 0
+    codes = torch.from_numpy(np.load("codes.npz")["images"])
+    capsys.readouterr()
+    assert main("eval p.safetensors --data codes.npz --split all".split()) == 0
+    bits = float(re.findall(r"\d+\.\d+", capsys.readouterr().out)[0])
+    assert bits == pytest.approx(fastgen.bits_per_dim(prior, codes), abs=2e-5)
+    np.savez("stated.npz", images=codes.numpy(), levels=64)
+    for name in ("codes.npz", "stated.npz"):
+        known = data.load(name, split="val").images
+        assert main(f"sample p.safetensors -n {len(known)} --known {name} -o k.npy --quiet".split()) == 0
+        assert np.array_equal(np.load("k.npy")[..., :1, :], known[..., :1, :].numpy())
 
 
 def test_a_model_that_is_given_a_half_needs_it_for_sampling(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
