@@ -24,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     shared.add_vqvae(parser, "the model is a prior over the codes of this vqvae: the bound of both together")
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="images at a time (default: 64)")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -35,7 +36,7 @@ def run(options: argparse.Namespace) -> int:
         raise ValueError(f"{options.checkpoint}: a {model.name} has no likelihood to evaluate")
     if options.vqvae is not None:
         return _eval_prior(options, model)
-    data = shared.load_for(model, options.data, options.split)
+    data = shared.load_for(model, options.data, options.split, not options.quiet)
     labels = shared.labels_for(model, data)
     bits = fastgen.bits_per_dim(model, data.images, labels, batch_size=options.batch_size, precision=options.precision)
     bound = "at most " if isinstance(model, fastgen.models.VAE | fastgen.models.VQVAE) else ""
@@ -50,7 +51,7 @@ def _eval_prior(options: argparse.Namespace, prior: Any) -> int:
     from fastgen.metrics import two_stages_bits_per_dim
 
     vqvae = checkpoint.load_vqvae(options.vqvae, prior)
-    data = shared.load_for(vqvae, options.data, options.split)
+    data = shared.load_for(vqvae, options.data, options.split, not options.quiet)
     labels = shared.labels_for(prior, data)
     measured = {"batch_size": options.batch_size, "precision": options.precision}
     both, of_codes = two_stages_bits_per_dim(vqvae, prior, data.images, labels, **measured)

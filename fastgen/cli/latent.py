@@ -64,6 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = tools.add_parser("reconstruct", parents=[common], help="images above what an autoencoder makes of them")
     shared.add_data(add)
     add.add_argument("-n", type=int, default=10, metavar="N", help="held-out images (default: 10)")
+    add.add_argument("--quiet", action="store_true", help="no progress bar")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -167,7 +168,7 @@ def _reconstruct(options: argparse.Namespace, model: Any) -> np.ndarray:
 
     if not hasattr(model, "reconstruct"):
         raise ValueError(f"{options.checkpoint}: a {model.name} has no encoder")
-    data = shared.load_for(model, options.data, "val")
+    data = shared.load_for(model, options.data, "val", not options.quiet)
     count = min(_at_least_1("-n", options.n), len(data))
     labels = shared.labels_for(model, data)
     originals = data.images[:count]

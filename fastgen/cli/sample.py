@@ -155,7 +155,7 @@ def _given(
         labels = in_turn(options.n, options.start, model.num_classes)
     if options.known is None:
         return labels, None, None
-    data = shared.load_for(vqvae or model, options.known, "val")
+    data = shared.load_for(vqvae or model, options.known, "val", not options.quiet)
     index = in_turn(options.n, options.start, len(data))
     own = shared.labels_for(model, data) if options.labels is None else None
     mask = half(options.keep or "top", *model.image_shape[1:])

@@ -60,7 +60,7 @@ def draws_codes(model: Any) -> bool:
     return getattr(model, "embedding", None) is not None
 
 
-def load_for(model: Any, spec: str, split: str) -> Dataset:
+def load_for(model: Any, spec: str, split: str, progress: bool) -> Dataset:
     """A data set in the size and levels of a model; for one that draws codes, maps of these from a NumPy file.
 
     Raises:
@@ -75,7 +75,7 @@ def load_for(model: Any, spec: str, split: str) -> Dataset:
             f"most 256 codes, maps of them ({', '.join(CODE_SUFFIXES)})"
         )
     levels = None if codes else model.levels  # codes keep their numbers
-    found = data.load(spec, split=split, size=tuple(model.image_shape[1:]), levels=levels, progress=True)
+    found = data.load(spec, split=split, size=tuple(model.image_shape[1:]), levels=levels, progress=progress)
     if found.image_shape != tuple(model.image_shape):
         raise ValueError(f"the images of {spec} are {found.image_shape}, the model's are {tuple(model.image_shape)}")
     return _as_codes(found, model.levels) if codes else found

@@ -36,7 +36,7 @@ def train_prior(options: argparse.Namespace, kind: type) -> int:
             raise ValueError(f"--{name}: with --vqvae it is that of the vqvae")
     vqvae = checkpoint.load_vqvae(options.vqvae)
     config = TrainConfig(**recipes.OPTIONS.get(options.model, {}) | training_arguments(options, TrainConfig))
-    images = [shared.load_for(vqvae, options.data, split) for split in ("train", "val")]
+    images = [shared.load_for(vqvae, options.data, split, not options.quiet) for split in ("train", "val")]
     train_data, val_data = (encoded(vqvae, part, f"codes of {part.name}") for part in images)
     own = {"embedding_dim": vqvae.config["latent_dim"], "head": "categorical"}
     model = _new(options, kind, config, train_data, own)

@@ -36,6 +36,12 @@ def checkpoint(folder: Path, **options: object) -> str:
     return str(path)
 
 
+def grey_images(folder: Path, count: int) -> None:
+    folder.mkdir()
+    for i in range(count):
+        Image.new("L", (8, 8), 9 * i).save(folder / f"{i}.png")
+
+
 @pytest.mark.parametrize(
     "model",
     [
@@ -313,9 +319,7 @@ def test_bad_input(
     fastgen.save(models.ConditionalVAE(image_shape=(1, 8, 8), levels=17, condition="top", num_filters=4), paths["v"])
     fastgen.save(models.VQVAE(image_shape=(1, 8, 8), levels=17, num_codes=64, num_filters=4), paths["q"])
     fastgen.save(models.GatedPixelCNN(**PRIOR), paths["p"])
-    (here / "grey").mkdir()
-    for i in range(2):
-        Image.new("L", (8, 8), 90 * i).save(here / f"grey/{i}.png")
+    grey_images(here / "grey", 2)
     np.save("grey.npy", np.full((2, 2, 2), 200, np.uint8))
     np.savez("few.npz", images=np.full((2, 2, 2), 3, np.uint8), levels=17)
     Path(paths["broken"]).write_bytes(Path(paths["m"]).read_bytes()[:100])
@@ -446,6 +450,28 @@ def test_two_stages(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main("eval runs/vqvae-digits/model.safetensors --data digits".split()) == 0
     assert "at most " in capsys.readouterr().out
     assert main("latent reconstruct runs/vqvae-digits/model.safetensors --data digits -n 3 -o r.png".split()) == 0
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "eval m.safetensors --data grey",
+        "eval p.safetensors --vqvae q.safetensors --data grey",
+        "sample m.safetensors -n 2 --known grey",
+        "latent reconstruct q.safetensors --data grey -n 2",
+        "train gated_pixelcnn --vqvae q.safetensors --data grey --num-filters 4 --num-blocks 1 --steps 1",
+    ],
+)
+def test_quiet_commands_show_no_bars(command: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    checkpoint(here)
+    fastgen.save(models.VQVAE(image_shape=(1, 8, 8), levels=17, num_codes=64, num_filters=4), "q.safetensors")
+    fastgen.save(models.GatedPixelCNN(**PRIOR), "p.safetensors")
+    grey_images(here / "grey", 20)
+    assert main([*command.split(), "--quiet"]) == 0
+    assert capsys.readouterr().err == ""
+    if not command.startswith("train"):
+        assert main(command.split()) == 0
+        assert "reading grey" in capsys.readouterr().err
 
 
 def test_codes_as_data(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
