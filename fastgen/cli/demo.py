@@ -43,9 +43,12 @@ def run(options: argparse.Namespace) -> int:
     import fastgen
     from fastgen import data, images
     from fastgen._files import atomic_path
+    from fastgen.cli import shared
     from fastgen.sampling import naive_sample
     from fastgen.training import recipes
 
+    shared.check_above_0("--seconds", options.seconds)
+    shared.check_folder(options.out)
     options.out.mkdir(parents=True, exist_ok=True)
     progress = not options.quiet
     trained = recipes.demo_digits(seconds=options.seconds, progress=progress)

@@ -31,6 +31,7 @@ def run(options: argparse.Namespace) -> int:
     import fastgen
     from fastgen.cli import shared
 
+    shared.check_range("--batch-size", options.batch_size, 1, 2**31 - 1)
     model = fastgen.load(options.checkpoint)
     if not hasattr(model, "log_prob"):
         raise ValueError(f"{options.checkpoint}: a {model.name} has no likelihood to evaluate")

@@ -35,8 +35,26 @@ def check_range(flag: str, value: int, low: int, high: int) -> None:
         raise ValueError(f"{flag} must be in {low}..{high}, got {value}")
 
 
+def check_above_0(flag: str, value: float) -> None:
+    if not value > 0:
+        raise ValueError(f"{flag}: expected a number above 0, got {value}")
+
+
 def check_seed(seed: int) -> None:
     check_range("--seed", seed, 0, 2**64 - 1)
+
+
+def check_folder(path: Path) -> None:
+    """What can be known of a folder of `--out` before there is anything to write, whether it exists or not.
+
+    Raises:
+        ValueError: it cannot be made, or not be written to.
+    """
+    found = next((part for part in (path, *path.parents) if part.exists()), path)
+    if not found.is_dir():
+        raise ValueError(f"--out: {str(found)!r} is a file, not a folder")
+    if not os.access(found, os.W_OK):
+        raise ValueError(f"--out: the folder {str(found)!r} cannot be written to")
 
 
 def check_output(path: Path, suffixes: Sequence[str]) -> None:

@@ -95,6 +95,7 @@ ADVERSARIAL_OPTIONS = {
     "beta2": ("beta2", "Adam's decay of the mean square gradient"),
     "log_every": ("log_every", "steps between lines of the log"),
 }
+CONFIG_OPTIONS = TRAINING_OPTIONS | ADVERSARIAL_OPTIONS | VARIATIONAL_OPTIONS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -180,6 +181,9 @@ def run(options: argparse.Namespace) -> int:
 
     if options.seed is not None:
         shared.check_seed(options.seed)
+    if options.minutes is not None:
+        shared.check_above_0("--minutes", options.minutes)
+    shared.check_folder(train_runs.folder(options))
     kind = models.get(options.model)
     if options.scores and not issubclass(kind, models.AdversarialModel):
         raise ValueError(f"{options.model} has no option --scores: it is validated by its likelihood")
@@ -213,13 +217,23 @@ def training_arguments(options: argparse.Namespace, config: Any, default_steps: 
     seconds = None if options.minutes is None else 60 * options.minutes
     arguments: dict[str, Any] = {"max_steps": steps, "max_seconds": seconds}
     takes = {field.name for field in dataclasses.fields(config)}
-    for name, (field, _) in (TRAINING_OPTIONS | ADVERSARIAL_OPTIONS | VARIATIONAL_OPTIONS).items():
+    for name, (field, _) in CONFIG_OPTIONS.items():
         value = getattr(options, name)
         if value is not None:
             if field not in takes:
                 raise ValueError(f"{options.model} has no option {_flag(name)}")
             arguments[field] = value
     return arguments
+
+
+def configuration(make: Any, arguments: dict[str, Any]) -> Any:
+    """``make(**arguments)``, whose errors begin with the name of a field: they name the option instead."""
+    flags = {field: _flag(name) for name, (field, _) in CONFIG_OPTIONS.items()} | {"max_steps": "--steps"}
+    try:
+        return make(**arguments)
+    except ValueError as error:
+        field, colon, reason = str(error).partition(":")
+        raise ValueError(f"{flags.get(field, field)}{colon}{reason}") from error
 
 
 def model_arguments(options: argparse.Namespace, kind: type, train_data: Any, own: dict[str, Any]) -> dict[str, Any]:

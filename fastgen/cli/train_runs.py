@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any
 
 from fastgen.cli import shared
-from fastgen.cli.train import DCGAN_SIZE, DEFAULT_STEPS, model_arguments, training_arguments
+from fastgen.cli.train import DCGAN_SIZE, DEFAULT_STEPS, configuration, model_arguments, training_arguments
 
 GRID = 64  # images of a picture
 
 
 def train_likelihood(options: argparse.Namespace, kind: type) -> int:
     """Trains an autoregressive model on images."""
-    from fastgen.training import TrainConfig, recipes, train
+    from fastgen.training import train
 
-    config = TrainConfig(**recipes.OPTIONS.get(options.model, {}) | training_arguments(options, TrainConfig))
+    config = _train_config(options)
     train_data, val_data = _splits(options)
     model = _new(options, kind, config, train_data, {})
     return _report(options, _run(options, model, train_data, train, val_data, config), "", "dim")
@@ -27,7 +27,7 @@ def train_likelihood(options: argparse.Namespace, kind: type) -> int:
 def train_prior(options: argparse.Namespace, kind: type) -> int:
     """Trains an autoregressive model on the codes that a vqvae has for images."""
     from fastgen import checkpoint
-    from fastgen.training import TrainConfig, encoded, recipes, train
+    from fastgen.training import encoded, train
 
     if "embedding_dim" not in inspect.signature(kind).parameters:
         raise ValueError(f"{options.model} has no option --vqvae: expected gated_pixelcnn, pixelsnail or image_gpt")
@@ -35,7 +35,7 @@ def train_prior(options: argparse.Namespace, kind: type) -> int:
         if getattr(options, name) is not None:
             raise ValueError(f"--{name}: with --vqvae it is that of the vqvae")
     vqvae = checkpoint.load_vqvae(options.vqvae)
-    config = TrainConfig(**recipes.OPTIONS.get(options.model, {}) | training_arguments(options, TrainConfig))
+    config = _train_config(options)
     images = [shared.load_for(vqvae, options.data, split, not options.quiet) for split in ("train", "val")]
     train_data, val_data = (encoded(vqvae, part, f"codes of {part.name}") for part in images)
     own = {"embedding_dim": vqvae.config["latent_dim"], "head": "categorical"}
@@ -51,7 +51,7 @@ def train_variational(options: argparse.Namespace, kind: type) -> int:
 
     from fastgen.training import VAEConfig, train_vae
 
-    config = VAEConfig(**training_arguments(options, VAEConfig))
+    config = configuration(VAEConfig, training_arguments(options, VAEConfig))
     train_data, val_data = _splits(options)
     model = _new(options, kind, config, train_data, {})
     given: dict[str, Any] = {}
@@ -65,14 +65,21 @@ def train_variational(options: argparse.Namespace, kind: type) -> int:
 
 def train_quantized(options: argparse.Namespace, kind: type) -> int:
     """Trains an autoencoder with discrete latents."""
-    from fastgen.training import TrainConfig, recipes, train_vqvae
+    from fastgen.training import train_vqvae
 
-    config = TrainConfig(**recipes.OPTIONS.get(options.model, {}) | training_arguments(options, TrainConfig))
+    config = _train_config(options)
     train_data, val_data = _splits(options)
     model = _new(options, kind, config, train_data, {})
     draw = partial(save_reconstructions, originals=val_data.images)
     result = _run(options, model, train_data, train_vqvae, val_data, config, sample_grid=draw)
     return _report(options, result, "at most ", "dim")
+
+
+def _train_config(options: argparse.Namespace) -> Any:
+    from fastgen.training import TrainConfig, recipes
+
+    own = recipes.OPTIONS.get(options.model, {})
+    return configuration(TrainConfig, own | training_arguments(options, TrainConfig))
 
 
 def _splits(options: argparse.Namespace) -> list[Any]:
@@ -100,7 +107,7 @@ def train_adversarial(options: argparse.Namespace, kind: type) -> int:
         size = shape["size"] if size is None else size
     given = training_arguments(options, GANConfig, short.pop("max_steps", DEFAULT_STEPS))
     given["loss_options"] = short.get("loss_options", {}) | given.get("loss_options", {})
-    config = GANConfig.of(**({"loss": loss} | short | given))
+    config = configuration(GANConfig.of, {"loss": loss} | short | given)
     if size is None and options.model == "dcgan":
         size = DCGAN_SIZE
     progress = not options.quiet
@@ -109,7 +116,7 @@ def train_adversarial(options: argparse.Namespace, kind: type) -> int:
     score = _scorer(options, model) if options.scores else None
     result = _run(options, model, train_data, train_gan, config, score=score)
     print(f"{result.steps} steps in {result.seconds:.0f} s")
-    print(f"wrote {_folder(options) / 'model.safetensors'}")
+    print(f"wrote {folder(options) / 'model.safetensors'}")
     return 0
 
 
@@ -139,7 +146,7 @@ def _new(options: argparse.Namespace, kind: type, config: Any, data: Any, own: d
 
 def _run(options: argparse.Namespace, model: Any, train_data: Any, function: Any, *arguments: Any, **more: Any) -> Any:
     """``function(model, train_data, *arguments, **more)`` with what all kinds of training take."""
-    out = _folder(options)
+    out = folder(options)
     print(f"{options.model} with {sum(p.numel() for p in model.parameters()):,} parameters on {train_data}")
     try:
         return function(
@@ -158,11 +165,12 @@ def _run(options: argparse.Namespace, model: Any, train_data: Any, function: Any
 
 def _report(options: argparse.Namespace, result: Any, at_most: str, unit: str) -> int:
     print(f"{at_most}{result.bits_per_dim:.4f} bits/{unit}, validation, at step {result.best_step} of {result.steps}")
-    print(f"wrote {_folder(options) / 'model.safetensors'}")
+    print(f"wrote {folder(options) / 'model.safetensors'}")
     return 0
 
 
-def _folder(options: argparse.Namespace) -> Path:
+def folder(options: argparse.Namespace) -> Path:
+    """The folder of a run."""
     of_codes = "" if options.vqvae is None else "-codes"
     return options.out or Path("runs") / f"{options.model}-{Path(options.data).stem}{of_codes}"
 

@@ -254,8 +254,21 @@ BAD = [
     ("sample {broken}", "not a readable safetensors file"),
     ("eval {m} --data nothing", "neither 'digits', 'patches' nor an existing file"),
     ("eval {m} --data patches", "model's are (1, 8, 8)"),
-    ("eval {m} --data digits --batch-size 0", "batch_size"),
-    ("train gated_pixelcnn --data digits --steps 0 --quiet", "max_steps: expected an integer of at least 1"),
+    ("eval {m} --data digits --batch-size 0", "--batch-size must be in 1..2147483647, got 0"),
+    ("train gated_pixelcnn --data digits --steps -3 --quiet", "--steps: expected an integer of at least 1, got -3"),
+    ("train gated_pixelcnn --data digits --minutes 0 --quiet", "--minutes: expected a number above 0, got 0.0"),
+    ("train gated_pixelcnn --data digits --lr nan --quiet", "--lr: expected a number above 0, got nan"),
+    (
+        "train gated_pixelcnn --data digits --vqvae {q} --batch-size 0",
+        "--batch-size: expected an integer of at least 1",
+    ),
+    ("train vqvae --data digits --clip-norm 0 --quiet", "--clip-norm: expected a number above 0, got 0.0"),
+    ("train vae --data digits --kl-warmup 2 --quiet", "--kl-warmup: expected a number of at least 0 and below 1"),
+    ("train gan --data digits --loss-options a=1 --quiet", "--loss-options: non-saturating does not take {'a': 1.0}"),
+    ("train vae --data digits --out few.npz --quiet", "--out: 'few.npz' is a file, not a folder"),
+    ("train vae --data digits --out few.npz/run --quiet", "--out: 'few.npz' is a file, not a folder"),
+    ("demo --out few.npz", "--out: 'few.npz' is a file, not a folder"),
+    ("demo --seconds 0", "--seconds: expected a number above 0, got 0.0"),
     ("train gated_pixelcnn --data digits --levels 1 --quiet", "levels must be in 2..256"),
     ("train gated_pixelcnn --data digits --kernel-size 2 --quiet", "kernel_size: expected an odd integer"),
     ("train pixelcnn --data digits --kernel-size 3 --quiet", "pixelcnn has no option --kernel-size"),
@@ -266,7 +279,7 @@ BAD = [
     ("train dcgan --data digits --warmup 0.1 --quiet", "dcgan has no option --warmup"),
     ("train dcgan --data digits --kernel-size 3 --quiet", "dcgan has no option --kernel-size"),
     ("train dcgan --data digits --size 24 --quiet", "expected squares of 16, 32, 64, ... pixels a side, got 24x24"),
-    ("train dcgan --data digits --critic-steps 0 --quiet", "critic_steps: expected an integer of at least 1, got 0"),
+    ("train dcgan --data digits --critic-steps 0 --quiet", "--critic-steps: expected an integer of at least 1, got 0"),
     ("sample {g} --temperature 0.5", "gan has no option --temperature: it does not draw pixel by pixel"),
     ("sample {g} --audit", "gan has no option --audit"),
     ("sample {g} -n -1", "n must be in 0.."),
@@ -334,9 +347,12 @@ def test_folders_that_cannot_be_written_to(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("os.access", lambda path, mode: mode != os.W_OK)
-    for command in ("sample", "latent grid"):
-        assert main([*command.split(), "m.safetensors"]) == 2
+    for command in ("sample m.safetensors", "latent grid m.safetensors"):
+        assert main(command.split()) == 2
         assert capsys.readouterr().err == "fastgen: -o: the folder '.' cannot be written to\n"
+    for command in ("demo", "train pixelcnn --data digits"):
+        assert main([*command.split(), "--out", "a/b"]) == 2
+        assert capsys.readouterr().err == "fastgen: --out: the folder '.' cannot be written to\n"
 
 
 @pytest.mark.parametrize("name", ["s.png", "s.npy", "s.npz"])
