@@ -27,7 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shared.add_vqvae(parser, "the model is a prior over the codes of this vqvae: the images of drawn codes are scored")
     parser.add_argument("-n", type=int, metavar="N", help="number of samples (default: as many as training images)")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="of the samples, 0..2^64-1 (default: 0)")
-    parser.add_argument("--splits", type=int, default=10, metavar="G", help="groups of the jackknife (default: 10)")
+    parser.add_argument(
+        "--splits", type=int, metavar="G", help="groups of the jackknife (default: 10, or fewer than the images)"
+    )
     parser.add_argument("--inception", metavar="FILE", help="weights of Inception v3: its features, not a classifier's")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
 
@@ -36,6 +38,7 @@ def run(options: argparse.Namespace) -> int:
     import fastgen
     from fastgen import checkpoint, data, models, scores
     from fastgen.cli import shared
+    from fastgen.scores.estimates import SPLITS
 
     if options.n is not None and options.n < 3:
         raise ValueError(f"-n: expected at least 3, got {options.n}")
@@ -58,7 +61,13 @@ def run(options: argparse.Namespace) -> int:
     if val.image_shape != tuple(makes.image_shape):
         raise ValueError(f"the images of {val.name} are {val.image_shape}, the model's are {tuple(makes.image_shape)}")
     count = len(train) if options.n is None else options.n
-    shared.check_range("--splits", options.splits, 2, min(count, len(train), len(val)) - 1)
+    fewest = min(count, len(train), len(val))
+    if fewest < 3:
+        raise ValueError(
+            f"{val.name}: scores need 3 training and 3 held-out images at least, got {len(train)} and {len(val)}"
+        )
+    splits = min(SPLITS, fewest - 1) if options.splits is None else options.splits
+    shared.check_range("--splits", splits, 2, fewest - 1)
     if options.inception is None:
         extractor: Any = scores.classifier(options.data, progress=progress)
         features = f"a classifier that is right on {100 * float(extractor.accuracy):.1f} % of them"
@@ -69,8 +78,8 @@ def run(options: argparse.Namespace) -> int:
     print(f"{'':24}{'Frechet distance':20}{'bias':>8}   Inception score")
     for name, images in ((f"{count} samples", samples), (f"{len(train)} training images", train.images)):
         found = scores.extract(extractor, images, makes.levels)
-        distance = scores.frechet_distance(real, found.features, splits=options.splits)
-        score = scores.inception_score(found.logits, splits=options.splits)
+        distance = scores.frechet_distance(real, found.features, splits=splits)
+        score = scores.inception_score(found.logits, splits=splits)
         print(f"{name:24}{distance!s:20}{distance.bias:8.2f}   {score}")
     print(f"against {len(val)} held-out images of {val.name}, on features of {features}")
     return 0

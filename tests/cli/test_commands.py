@@ -137,6 +137,17 @@ def test_score_a_generator_and_a_pixel_model(
         assert float(rows[1][2]) > float(rows[2][3])  # the training images are closer
 
 
+def test_scores_of_few_images(
+    here: Path, classifier_cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """There are as many groups of the jackknife as there can be, where 10 are too many."""
+    monkeypatch.setenv("FASTGEN_CACHE", str(classifier_cache))
+    command = ["score", checkpoint(here), "--data", "digits", "-n", "4", "--quiet"]
+    assert main(command) == main([*command, "--splits", "3"]) == 0
+    rows = capsys.readouterr().out.splitlines()
+    assert len(rows) == 8 and rows[:4] == rows[4:]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -269,6 +280,7 @@ BAD = [
     ("train vae --data digits --out few.npz/run --quiet", "--out: 'few.npz' is a file, not a folder"),
     ("demo --out few.npz", "--out: 'few.npz' is a file, not a folder"),
     ("demo --seconds 0", "--seconds: expected a number above 0, got 0.0"),
+    ("score {m} --data grey --quiet", "grey: scores need 3 training and 3 held-out images at least, got 1 and 1"),
     ("train gated_pixelcnn --data digits --levels 1 --quiet", "levels must be in 2..256"),
     ("train gated_pixelcnn --data digits --kernel-size 2 --quiet", "kernel_size: expected an odd integer"),
     ("train pixelcnn --data digits --kernel-size 3 --quiet", "pixelcnn has no option --kernel-size"),
