@@ -134,14 +134,23 @@ def read_run(
     if "training" not in metadata:
         raise ValueError(f"{path}: holds a model, but no training run to resume")
     training = metadata["training"]
-    if metadata["fastgen"] != (mine := checkpoint.describe(model)):
-        raise ValueError(f"{path}: cannot resume: the checkpoint is of {metadata['fastgen']}, this run trains {mine}")
+    if different := _differences(metadata["fastgen"], checkpoint.describe(model)):
+        raise ValueError(f"{path}: cannot resume: {different}")
     saved = training["config"] | {"number of training images": training["num_images"]}
     wanted = config.as_dict() | {"number of training images": num_images}
     for name in (*config.FIXED, "number of training images"):
         if saved[name] != wanted[name]:
             raise ValueError(f"{path}: cannot resume: {name} was {saved[name]}, this run has {wanted[name]}")
     return tensors, training
+
+
+def _differences(saved: dict[str, Any], wanted: dict[str, Any]) -> str:
+    """What two descriptions of models differ in, or nothing; of models of different kinds, these alone."""
+    if saved["model"] != wanted["model"]:
+        return f"the model was {saved['model']}, this run has {wanted['model']}"
+    was, has = (part["config"] | {"fingerprint of the vqvae": part.get("codes_of")} for part in (saved, wanted))
+    names = [name for name in was | has if was.get(name) != has.get(name)]
+    return "; ".join(f"{name} was {was.get(name)}, this run has {has.get(name)}" for name in names)
 
 
 def optimizer_tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

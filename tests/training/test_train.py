@@ -407,8 +407,12 @@ def test_refusals(tmp_path):
         run(tmp_path, max_steps=2)
     with pytest.raises(ValueError, match="cannot resume: batch_size was 5, this run has 6"):
         run(tmp_path, resume=True, batch_size=6)
-    with pytest.raises(ValueError, match=r"cannot resume: the checkpoint is of .*'num_filters': 4.*'num_filters': 6"):
-        run(tmp_path, build(num_filters=6), resume=True)
+    filters, classes = "num_filters was 4, this run has 6", "num_classes was 2, this run has None"
+    with pytest.raises(ValueError, match=f"cannot resume: {filters}; {classes}$"):
+        run(tmp_path, build(num_filters=6, num_classes=None), resume=True)
+    other = PixelCNN(image_shape=(1, 4, 3), levels=4, num_filters=4, num_blocks=1, num_features=4)
+    with pytest.raises(ValueError, match=r"cannot resume: the model was gated_pixelcnn, this run has pixelcnn$"):
+        run(tmp_path, other, resume=True)
     with pytest.raises(ValueError, match="cannot resume: number of training images was 22, this run has 20"):
         training.train(build(), dataset(20), None, config(), out=tmp_path, resume=True, progress=False)
     (tmp_path / "model.safetensors").replace(tmp_path / "checkpoint.safetensors")
