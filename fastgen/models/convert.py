@@ -88,8 +88,8 @@ def _sizes(layers: Mapping[str, Mapping[str, Tensor]]) -> tuple[int, int, int, i
     per_component = 3 if channels == 1 else 10
     if outputs % per_component:
         raise ValueError(
-            f"state_dict: expected a multiple of {per_component} outputs of 'nin_out.lin_a' for images with "
-            f"{channels} channels, got {outputs}"
+            f"state_dict: expected a multiple of {per_component} outputs of 'nin_out.lin_a' for "
+            f"{channels}-channel images, got {outputs}"
         )
     return channels, filters, blocks, outputs // per_component
 

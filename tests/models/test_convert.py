@@ -72,7 +72,7 @@ def spoil(state, how):
         ("missing", r"missing up_layers\.1\.ul_stream\.0\.conv_out\.conv\.bias; unexpected nothing"),
         ("unexpected", r"missing nothing; unexpected down_layers\.0\.u_stream\.0\.conv_out\.norm\.running_mean"),
         ("shape", r"upsize_u_stream\.1\.deconv: expected weight_v \[5, 5, 2, 3\].*got .*weight_v \[5, 5, 2, 2\]"),
-        ("outputs", r"expected a multiple of 10 outputs of 'nin_out\.lin_a' for images with 3 channels, got 31"),
+        ("outputs", r"expected a multiple of 10 outputs of 'nin_out\.lin_a' for 3-channel images, got 31"),
         ("another", r"not a PixelCNN\+\+ of the PyTorch port: missing 'u_init\.conv\.weight_v'"),
         ("flat", r"expected 4 dimensions of 'u_init\.conv\.weight_v', got \[5\]"),
     ],
