@@ -28,23 +28,24 @@ def empty_in_large_pages(count: int, dtype: torch.dtype) -> Tensor:
 
     Tensors that fill no large page are made as others are.
     """
-    mapped = _mapped(count * dtype.itemsize)
-    return torch.empty(count, dtype=dtype, device="cpu") if mapped is None else mapped.view(dtype)
+    mapped = _mapped(count, dtype)
+    return torch.empty(count, dtype=dtype, device="cpu") if mapped is None else mapped
 
 
 def zeros_in_large_pages(count: int, dtype: torch.dtype) -> Tensor:
     """`count` zeros, likewise. The system makes pages of them as they are first touched, by whoever touches them."""
-    mapped = _mapped(count * dtype.itemsize)
+    mapped = _mapped(count, dtype)
     if mapped is not None:
-        return mapped.view(dtype)
+        return mapped
     zeros = torch.empty(count, dtype=dtype, device="cpu")
     # By NumPy: PyTorch's threads of OpenMP spin for milliseconds after such work, in the way of ours.
     zeros.numpy().fill(0)
     return zeros
 
 
-def _mapped(size: int) -> Tensor | None:
-    """Bytes that begin with a large page; None where there would be none."""
+def _mapped(count: int, dtype: torch.dtype) -> Tensor | None:
+    """Elements that begin with a large page, as their storage does; None where there would be none."""
+    size = count * dtype.itemsize
     if size < _LARGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
         return None
     # What is never touched takes no memory. Shared memory, Python's default, has large pages only where the system is
@@ -52,5 +53,5 @@ def _mapped(size: int) -> Tensor | None:
     memory = mmap.mmap(-1, size + _LARGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError):  # a hint
         memory.madvise(mmap.MADV_HUGEPAGE)
-    whole = torch.frombuffer(memory, dtype=torch.uint8)
-    return whole[-whole.data_ptr() % _LARGE_PAGE :][:size]
+    address = torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
+    return torch.frombuffer(memory, dtype=dtype, count=count, offset=-address % _LARGE_PAGE)

@@ -20,6 +20,7 @@ def test_zeros(size: int) -> None:
         zeros = _memory.zeros_in_large_pages(size, torch.float32)
         assert zeros.shape == (size,) and zeros.dtype == torch.float32 and not zeros.any()
         assert 4 * size < LARGE_PAGE or zeros.data_ptr() % LARGE_PAGE == 0
+        assert zeros.storage_offset() == 0  # `as_strided` counts from there
         zeros.fill_(1.0)
 
 

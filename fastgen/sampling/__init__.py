@@ -13,6 +13,7 @@ __all__ = [
     "Categorical",
     "Head",
     "LogisticMixture",
+    "NextToken",
     "NotCausal",
     "Sampler",
     "UnsupportedModel",
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from fastgen.sampling.graph import NotCausal, UnsupportedModel
     from fastgen.sampling.heads import Bernoulli, Categorical, Head, LogisticMixture
     from fastgen.sampling.naive import naive_sample
+    from fastgen.sampling.next_token import NextToken
     from fastgen.sampling.sampler import Sampler
 
 # Resolved on first use: models import `heads` from here, and the sampler is not needed to train.
@@ -34,6 +36,7 @@ _HOMES = {
     "Categorical": "heads",
     "Head": "heads",
     "LogisticMixture": "heads",
+    "NextToken": "next_token",
     "NotCausal": "graph",
     "Sampler": "sampler",
     "UnsupportedModel": "graph",

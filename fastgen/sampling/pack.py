@@ -51,14 +51,14 @@ def compile_graph(graph: Graph, head: Head) -> tuple[Plan, list[Tensor]]:
     needed = head.num_params(colours)
     if len(graph.output.plane) != needed:
         raise ValueError(
-            f"the network gives {len(graph.output.plane)} output channels; {head} needs {needed} for an image with "
-            f"{colours} channels"
+            f"the network gives {len(graph.output.plane)} output channels; {head} needs {needed} for "
+            f"{colours}-channel images"
         )
     groups = head.groups(colours)
     try:
         schedule(graph, groups)  # on the graph as traced: errors name the user's modules
     except NotCausal as error:
-        raise NotCausal(f"{error}{_order_that_is_causal(graph, groups)}") from None
+        raise NotCausal(f"{error}{_order_that_is_causal(graph, groups)}{_next_token(graph)}") from None
     trim(graph)
     arrange(graph)
     spread(graph)
@@ -87,6 +87,13 @@ def _order_that_is_causal(graph: Graph, groups: list[Group]) -> str:
             schedule(graph, groups)
             return f". The output y would be causal with its channels read as {what}"
     return ""
+
+
+def _next_token(graph: Graph) -> str:
+    """What to say of a transformer whose logits may be those of the token behind."""
+    if not any(isinstance(node, Attention) for node in graph.nodes):
+        return ""
+    return ". A language model, whose logits are of the next token, is wrapped: fastgen.sampling.NextToken"
 
 
 class _Packer:

@@ -64,7 +64,7 @@ class Subject:
         if isinstance(output, Tensor):
             return output
         shapes = self._output_shapes(n)
-        entries = _entries(output)
+        entries = entries_of(output)
         if isinstance(entries.get("logits"), Tensor):
             return entries["logits"]
         parts = output if isinstance(output, tuple | list) else ()
@@ -96,7 +96,7 @@ class Subject:
         return next((t for t in tensors if t.is_floating_point()), torch.zeros(()))
 
 
-def _entries(output: Any) -> dict[Any, Any]:
+def entries_of(output: Any) -> dict[Any, Any]:
     """What a mapping or a dataclass holds; many libraries' outputs are one of them, or both."""
     if isinstance(output, Mapping):
         return dict(output)

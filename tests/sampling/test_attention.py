@@ -16,7 +16,7 @@ from fastgen.sampling.schedule import Stage
 from fastgen.sampling.scores import unfused
 
 from .attention_models import MODELS, Arithmetic, Axial, Pooled, PrefixLM, Subpixels
-from .attention_networks import STYLES, WRONG, Case, Prior, alibi, lower, min_gpt, nano_gpt, prior, t5, window
+from .attention_networks import CODES, STYLES, WRONG, Case, Prior, alibi, lower, min_gpt, nano_gpt, prior, t5, window
 from .networks import LEVELS
 
 
@@ -243,3 +243,13 @@ def test_rows_attend_by_spans() -> None:
     ((_, attention),) = attentions(plan)
     assert attention.bias is None
     assert attention.spans.tolist() == [[p // 5 * 5, p + 1] for p in range(20)]
+
+
+def test_planes_in_large_pages() -> None:
+    """Constants lie where steps read them."""
+    torch.manual_seed(0)
+    net, given = Prior(min_gpt, 3, 4).eval(), {"image_shape": (3, 4), "head": CODES}
+    count = 2**21 // Sampler(net, **given, backend="cpu").sample_bytes + 1
+    sampler = Sampler(net, **given, backend="cpu", max_batch=count)
+    assert any(plane.kind == "constant" for plane in sampler.plan.planes)
+    assert torch.equal(sampler.sample(count), naive_sample(net, count, **given))

@@ -107,7 +107,7 @@ class LogisticMixture(Head):
         if params.shape[1] != self.num_params(channels):
             raise ValueError(
                 f"the network gives {params.shape[1]} output channels; {self} needs {self.num_params(channels)} for "
-                f"images with {channels} channels"
+                f"{channels}-channel images"
             )
 
 
