@@ -14,7 +14,7 @@ from fastgen.sampling.elementwise import named_arguments
 from fastgen.sampling.graph import LayoutError
 from fastgen.sampling.planes import pointwise
 from fastgen.sampling.products import sums
-from fastgen.sampling.rules import rule
+from fastgen.sampling.rules import OVER_POSITIONS, rule
 
 if TYPE_CHECKING:
     from fastgen.sampling.trace import Tracer
@@ -57,7 +57,7 @@ def _layer_norm(tracer: Tracer, func: Any, args: tuple, kwargs: dict, outputs: l
     """(x - mean) / sqrt(variance + eps) * weight + bias over the last dimension."""
     x, shape, weight, bias, eps = args
     if len(shape) != 1:
-        raise LayoutError("over more than the channels")
+        raise LayoutError(f"over more than the channels, {OVER_POSITIONS},")
     centred = _Channels(tracer, tracer.codes(x).movedim(-1, 1)).centred()
     out = centred.apply("div", centred.squared().mean(centred.count).apply("add", eps).apply("sqrt"))
     out = out if weight is None else out.apply("mul", weight)
@@ -76,7 +76,7 @@ def reduction(*names: str) -> Callable[[Formula], Formula]:
             named = named_arguments(func, args, kwargs)
             x, dims = named.pop("self"), named.pop("dim", None)
             if not dims or len(dims) != 1:
-                raise LayoutError("over more than the channels")
+                raise LayoutError(f"over more than the channels, {OVER_POSITIONS},")
             found = formula(_Channels(tracer, tracer.codes(x).movedim(dims[0], 1)), **named)
             for output, channels in zip(outputs, found, strict=True):
                 tracer.set_codes(output, channels.codes.movedim(1, dims[0]).reshape(output.shape))

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastgen.sampling.graph import LayoutError
 from fastgen.sampling.planes import pointwise
-from fastgen.sampling.rules import find, rule
+from fastgen.sampling.rules import OVER_POSITIONS, find, rule
 
 if TYPE_CHECKING:
     from fastgen.sampling.trace import Tracer
@@ -275,7 +275,7 @@ def _batch_norm(tracer: Tracer, func: Any, args: tuple, kwargs: dict, outputs: l
     """(x - mean) / sqrt(var + eps) * weight + bias with running statistics: one scale and one shift per channel."""
     named = named_arguments(func, args, kwargs)
     if named.get("training"):
-        raise tracer.unsupported("BatchNorm on batch statistics")
+        raise tracer.unsupported(f"a norm by statistics of the batch or an image, {OVER_POSITIONS},")
     scale = torch.rsqrt(named["running_var"].double() + named["eps"])
     scale = scale * named["weight"].double() if named["weight"] is not None else scale
     shift = -named["running_mean"].double() * scale

@@ -17,8 +17,6 @@ from fastgen.sampling.rules import rule
 if TYPE_CHECKING:
     from fastgen.sampling.trace import Tracer
 
-HINTS = {"aten::_softmax": "as the last layer leave it out: heads take logits; "}  # on operators without a rule
-
 
 @rule("_log_softmax")
 def _log_softmax(tracer: Tracer, func: Any, args: tuple, kwargs: dict, outputs: list[Tensor]) -> None:

@@ -34,6 +34,12 @@ def adding_to(rules: dict[str, F]) -> Callable[..., Callable[[F], F]]:
 
 rule = adding_to(_RULES)
 
+OVER_POSITIONS = "which takes in pixels that are drawn later"
+HINTS = {
+    "_softmax": "as the last layer leave it out: heads take logits",
+    "native_group_norm": f"over positions, {OVER_POSITIONS}; over the channels of each it is a LayerNorm",
+}  # on operators without a rule
+
 
 def supported() -> list[str]:
     """Names of the ATen operators that have a rule; views are supported besides."""

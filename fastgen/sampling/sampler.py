@@ -111,7 +111,7 @@ class Sampler:
     Raises:
         NotCausal: the model sees the pixel it predicts, or a later one; the text names the module.
         UnsupportedModel: an operator without a lowering, Python code that reads values of the image, the labels or the
-            condition, or an error in the model's forward; the text names the module, and what is supported.
+            condition, or an error in the model's forward; the text names the module and what it ran into.
         ValueError, TypeError: bad arguments, or weights that are not finite.
         RuntimeError: the backend asked for cannot be used; the text says why.
 

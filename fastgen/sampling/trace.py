@@ -232,8 +232,9 @@ class Tracer(TorchDispatchMode):
             return result
         rule = rules.find(func)
         if rule is None:
-            hint = logits.HINTS.get(func._schema.name, "")
-            raise self.unsupported(f"operator {func} ({hint}supported: views, {', '.join(rules.supported())})")
+            hint = rules.HINTS.get(func._schema.name.removeprefix("aten::"))
+            hint = "fastgen.sampling.rules.supported() lists those that can" if hint is None else hint
+            raise self.unsupported(f"operator {func} ({hint})")
         with self.refusing(func):
             with host_defaults():
                 for tensor in _written(func, args, kwargs):
@@ -377,7 +378,11 @@ def trace(
             found = tracer.recognise(codes)
             tracer.graph.output = tracer.graph.at_stride(found, (1, 1), (output.shape[2], output.shape[3]))
     except LayoutError as error:
-        what = f"depends {error}" if str(error).startswith("on ") else "is not made of shifted windows of feature maps"
+        what = (
+            f"depends {error}"
+            if str(error).startswith("on ")
+            else ("is not made of shifted windows of feature maps, as those of convolutions and attention are")
+        )
         raise UnsupportedModel(f"the network's output {what}") from None
     if output.shape[1] == subject.head.num_params(subject.image_shape[0]):  # `compile_graph` refuses others
         logits.check_logits(tracer, codes, subject.head)

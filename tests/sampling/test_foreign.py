@@ -307,7 +307,7 @@ def test_unsupported_operator_at_a_level_is_named(layer: nn.Module, operator: st
     with pytest.raises(UnsupportedModel) as error:
         Sampler(Pooled(layer), (1, 8, 8), Categorical(LEVELS))
     text = str(error.value)
-    assert "module 'level.1'" in text and operator in text and "supported: views, " in text
+    assert "module 'level.1'" in text and operator in text and len(text) < 240
 
 
 def test_weights_stay_as_the_network_leaves_them() -> None:
