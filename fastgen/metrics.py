@@ -9,8 +9,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from fastgen._arguments import check_labels
+from fastgen.sampling.heads import Head
 from fastgen.sampling.precision import weights_in
-from fastgen.sampling.subject import evaluating, private
+from fastgen.sampling.request import check_condition, images_of
+from fastgen.sampling.subject import Subject, evaluating, make_subject, private
 
 
 def bits_per_dim(
@@ -18,6 +21,10 @@ def bits_per_dim(
     images: Tensor,
     labels: Tensor | None = None,
     *,
+    image_shape: tuple[int, ...] | None = None,
+    head: Head | None = None,
+    num_classes: int | None = None,
+    condition: Tensor | None = None,
     batch_size: int = 64,
     precision: str = "fp32",
 ) -> float:
@@ -26,18 +33,36 @@ def bits_per_dim(
     The model is evaluated in eval mode, without autocast, on the device of its parameters, and left as it was.
 
     Args:
-        model: has ``log_prob(images, labels) -> [n]`` nats per image.
-        images: uint8 levels [N, C, H, W], N >= 1.
+        model: has ``log_prob(images, labels) -> [n]`` nats per image; or it is any network that a `Sampler` takes, with
+            what is said of it there.
+        images: uint8 levels [N, C, H, W], N >= 1; int64 where there are more than 256.
         labels: int64 [N] for a conditional model.
+        image_shape, head, num_classes: of a network, as for `Sampler`.
+        condition: of a network that reads one, [N, ...].
         batch_size: images per forward pass.
         precision: of the weights, as for `Sampler`.
 
     Raises:
         TypeError: the model has no likelihood.
-        ValueError: there is no image, batch_size is below 1, or the precision is unknown.
+        ValueError: there is no image, batch_size is below 1, or the precision is unknown; or the images, labels or
+            condition are not those of the network.
         RuntimeError: the likelihood of an image is NaN.
     """
-    return float(_bits_per_dim(model, images, labels, batch_size, precision))
+    named = any(given is not None for given in (image_shape, head, num_classes, condition))
+    if named or not hasattr(model, "log_prob"):
+        if head is None and getattr(model, "head", None) is None:
+            raise TypeError(
+                "model: expected one with a likelihood (log_prob), or a network and its head, got "
+                f"{type(model).__name__}"
+            )
+        model = _Network(make_subject(model, image_shape, head, num_classes))
+        images = images_of("images", images, model.subject)
+        labels = check_labels(labels, len(images), model.subject.num_classes)
+        if condition is not None:
+            condition = check_condition(model.subject, condition)
+            if len(condition) != len(images):
+                raise ValueError(f"condition must have shape ({len(images)}, ...), got {tuple(condition.shape)}")
+    return float(_bits_per_dim(model, images, labels, batch_size, precision, condition))
 
 
 def two_stages_bits_per_dim(
@@ -61,6 +86,18 @@ def two_stages_bits_per_dim(
     return both, of_codes
 
 
+class _Network(torch.nn.Module):
+    """``log_prob`` of a network, by what its head makes of its outputs."""
+
+    def __init__(self, subject: Subject) -> None:
+        super().__init__()
+        self.network, self.subject = subject.module, subject
+
+    def log_prob(self, images: Tensor, labels: Tensor | None, condition: Tensor | None = None) -> Tensor:
+        params = self.subject.params(images.cpu(), labels, condition).float()
+        return self.subject.head.log_prob(params, images).sum((1, 2, 3))
+
+
 class _TwoStages(torch.nn.Module):
     """``log_prob``: [N, 2] nats, of the whole and of the codes alone."""
 
@@ -76,26 +113,30 @@ class _TwoStages(torch.nn.Module):
 
 
 def _bits_per_dim(
-    model: torch.nn.Module, images: Tensor, labels: Tensor | None, batch_size: int, precision: str
+    model: torch.nn.Module,
+    images: Tensor,
+    labels: Tensor | None,
+    batch_size: int,
+    precision: str,
+    condition: Tensor | None = None,
 ) -> Tensor:
     """`bits_per_dim` of each column of ``log_prob``: float64, [] for [n], [k] for [n, k]."""
     if batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
     if images.numel() == 0:
         raise ValueError(f"images: bits per dimension need at least one image, got shape {list(images.shape)}")
-    if not hasattr(model, "log_prob"):
-        raise TypeError(f"model: expected one with a likelihood (log_prob), got {type(model).__name__}")
-    device = next(model.parameters()).device
+    device = next((p.device for p in model.parameters()), images.device)
     model = private(model)
     log_prob = cast(Any, model).log_prob
     noisy = "start" in inspect.signature(log_prob).parameters  # of latents: every image has its own, in whatever batch
     nats = []
     with evaluating(model), weights_in(precision):
         for i in range(0, len(images), batch_size):
+            given: dict[str, Any] = {"start": i} if noisy else {}
+            if condition is not None:
+                given["condition"] = condition[i : i + batch_size]
             batch_labels = None if labels is None else labels[i : i + batch_size].to(device)
-            batch_nats = log_prob(
-                images[i : i + batch_size].to(device), batch_labels, **({"start": i} if noisy else {})
-            )
+            batch_nats = log_prob(images[i : i + batch_size].to(device), batch_labels, **given)
             nats.append(batch_nats.double().sum(0).cpu())
     bits = -torch.stack(nats).sum(0) / (images.numel() * math.log(2))
     if bits.isnan().any():
