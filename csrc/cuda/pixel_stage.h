@@ -127,6 +127,8 @@ struct PixelBatch {
     const int64_t* where;               // floats per sample before the row of each operand; -1: outside
     const int64_t* state;               // image row, seed, index of the first sample
     const double* inverse_temperature;  // at most the largest float
+    const int32_t* top_k;               // 0: all levels of a draw
+    const double* top_p;                // 1: all of them
     int32_t* levels;                    // [count, colours, height, width]
     const int32_t* known;               // the same
     const uint8_t* mask;                // [count, height, width]: 1 where the pixel is given
@@ -497,16 +499,20 @@ private:
             odds[k] = scalar::exp((odds[k] - static_cast<float>(top)) * scale);
         }
         team_.sync();
-        for (int32_t s = team_.lane(); s < kPixelSegments; s += team_.lanes()) {
-            const PixelRange own = segment(s, length, source.count);
-            double total = 0;
-            for (int32_t k = own.begin; k < own.end; ++k) total += odds[k];
-            totals[s] = total;
+        float least = 0;
+        if (*batch_.top_k > 0) least = threshold(odds, totals, source.count, least, *batch_.top_k, true);
+        if (*batch_.top_p < 1) {
+            const double wanted = *batch_.top_p * sum_from(odds, totals, source.count, least, false);
+            least = threshold(odds, totals, source.count, least, wanted, false);
         }
-        team_.sync();
+        if (least > 0) {
+            for (int32_t k = team_.lane(); k < source.count; k += team_.lanes())
+                odds[k] = odds[k] < least ? 0 : odds[k];
+            team_.sync();
+        }
+        const double all = sum_from(odds, totals, source.count, 0, false);
         if (team_.lane() != 0) return;
-        double all = 0, sum = 0;
-        for (int32_t s = 0; s < kPixelSegments; ++s) all += totals[s];
+        double sum = 0;
         const double target = uniform(source.first_uniform, x, n) * all;
         int32_t s = 0;
         for (; (s + 1) * length < source.count && sum + totals[s] < target; ++s) sum += totals[s];
@@ -516,6 +522,39 @@ private:
             if (sum >= target) break;
         }
         keep(source, x, n, &level);
+    }
+
+    // The sum of the odds that are at least `least`, or the number of those above 0; `totals` keeps that of each segment.
+    FASTGEN_HOST_DEVICE double sum_from(const float* odds, double* totals, int32_t count, float least, bool counted) {
+        const int32_t length = (count + kPixelSegments - 1) / kPixelSegments;
+        team_.sync();  // the totals of before are read
+        for (int32_t s = team_.lane(); s < kPixelSegments; s += team_.lanes()) {
+            const PixelRange own = segment(s, length, count);
+            double total = 0;
+            for (int32_t k = own.begin; k < own.end; ++k) {
+                if (!(odds[k] < least)) total += counted ? static_cast<double>(odds[k] > 0) : odds[k];
+            }
+            totals[s] = total;
+        }
+        team_.sync();
+        double all = 0;
+        for (int32_t s = 0; s < kPixelSegments; ++s) all += totals[s];
+        return all;
+    }
+
+    // The largest float, at least `least`, that leaves enough of the levels whose odds are no smaller: `wanted` of them,
+    // or a sum of so much. Positive floats have the order of their bits.
+    FASTGEN_HOST_DEVICE float threshold(const float* odds, double* totals, int32_t count, float least, double wanted,
+                                        bool counted) {
+        int32_t low = 0, high = 0x3f800001;  // above 1, the odds of the likeliest
+        while (high - low > 1) {
+            const int32_t middle = low + (high - low) / 2;
+            const float bound = scalar::as_float(middle);
+            const double found = sum_from(odds, totals, count, bound > least ? bound : least, counted);
+            (found >= wanted ? low : high) = middle;
+        }
+        const float bound = scalar::as_float(low);
+        return bound > least ? bound : least;
     }
 
     FASTGEN_HOST_DEVICE static PixelRange segment(int32_t index, int32_t length, int32_t count) {

@@ -243,8 +243,6 @@ class Sampler:
             known=known,
             mask=mask,
         )
-        if request.truncation and not self._executor.truncates:
-            raise ValueError("top_k and top_p: the cuda executor draws from all levels; choose another backend")
         n = request.n
         batches = -(-n // self.max_batch)
         images = torch.empty(n, *subject.image_shape, dtype=subject.head.dtype, device="cpu")

@@ -36,6 +36,8 @@ struct PixelCall {
         point("where", batch.where);
         point("state", batch.state);
         point("inverse_temperature", batch.inverse_temperature);
+        point("top_k", batch.top_k);
+        point("top_p", batch.top_p);
         point("levels", batch.levels);
         point("known", batch.known);
         point("mask", batch.mask);

@@ -121,6 +121,20 @@ def test_known_pixels_and_temperature(name: str) -> None:
     assert_same(images, expected, model, **{k: v for k, v in options.items() if k != "known"})
 
 
+@pytest.mark.parametrize("watch", [Watch.SCHEDULE, Watch.KERNEL], ids=lambda w: w.name)
+@pytest.mark.parametrize(
+    "truncation", [{"top_k": 1}, {"top_k": 3, "top_p": 0.7}, {"top_p": 0.5}, {"top_k": 99}], ids=str
+)
+@pytest.mark.parametrize("name", ["gated labels", "pixelcnn rgb"])
+def test_the_likeliest_levels(name: str, truncation: dict[str, float], watch: Watch) -> None:
+    model, labels = make_model(name)
+    options = {"seed": 1, "labels": labels, "temperature": 1.5, **truncation}
+    images = host_sampler(model, watch=watch).sample(6, **options)
+    assert_same(images, Sampler(model, backend="cpu").sample(6, **options), model, **options)
+    everything = Sampler(model, backend="cpu").sample(6, seed=1, labels=labels, temperature=1.5)
+    assert torch.equal(images, everything) == (truncation == {"top_k": 99})
+
+
 def test_a_temperature_of_almost_nothing() -> None:
     """1 / temperature is infinite in float32."""
     model, _ = make_model("gated")

@@ -166,14 +166,6 @@ def test_heads_without_a_choice(head: Bernoulli | LogisticMixture) -> None:
     assert torch.equal(Sampler(module, **given).sample(2, top_p=1.0), naive_sample(module, 2, **given))
 
 
-def test_executors_that_draw_all_levels(monkeypatch: pytest.MonkeyPatch) -> None:
-    sampler = Sampler(MODEL)
-    monkeypatch.setattr(type(sampler._executor), "truncates", False)
-    with pytest.raises(ValueError, match="top_k and top_p: the cuda executor draws from all levels"):
-        sampler.sample(1, top_k=3)
-    assert len(sampler.sample(1)) == 1
-
-
 def test_head() -> None:
     head = Categorical(3)
     kept = head.keeping(make_truncation(1, None))

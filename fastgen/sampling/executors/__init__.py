@@ -17,7 +17,7 @@ class Batch:
     count: number of samples, > 0.
     seed, start: sample i of the batch is sample start + i of the sequence of `seed`.
     temperature: divides the logits.
-    truncation: which levels may be drawn, by executors whose `truncates` is set.
+    truncation: which levels may be drawn.
     conditions: one float32 tensor [count, channels, height, width] for each plane of `plan.conditions`.
     known, mask: levels [count, C, H, W] and bool [count, H, W]; where the mask is True the pixel is given.
     on_rows: called with the number of image rows finished since the last call.

@@ -37,8 +37,6 @@ def processors() -> int:
 class CpuExecutor:
     """Plans on the CPU in float32, with `torch.get_num_threads()` threads, but at most one for each processor."""
 
-    truncates = True
-
     def __init__(self, plan: Plan):
         self.plan = plan
         tables = PlanTables(plan)

@@ -52,8 +52,6 @@ class CudaExecutor(TritonExecutor):
             that blocks share.
     """
 
-    truncates = False  # its kernel draws from all levels
-
     def __init__(self, plan: Plan, strategy: Strategy = Strategy.AUTOMATIC):
         native = backends.native_cuda()
         super().__init__(plan, pixel_weights=False)
@@ -111,5 +109,5 @@ class CudaExecutor(TritonExecutor):
 
 def pixel_memory(space: Space) -> dict[str, Tensor]:
     """What the pixel stage reads and writes, by the names of PixelBatch."""
-    names = ("where", "state", "inverse_temperature", "levels", "known", "mask")
+    names = ("where", "state", "inverse_temperature", "top_k", "top_p", "levels", "known", "mask")
     return {"workspace": space.planes, **{name: getattr(space, name) for name in names}}

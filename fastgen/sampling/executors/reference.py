@@ -13,8 +13,6 @@ from fastgen.sampling.uniforms import image_uniforms
 class ReferenceExecutor:
     """Keeps every plane whole, [height, width, batch, channels] with a zero margin, in `dtype`."""
 
-    truncates = True
-
     def __init__(self, plan: Plan, dtype: torch.dtype = torch.float32):
         self.plan = plan
         self.dtype = dtype

@@ -95,8 +95,6 @@ class TritonExecutor:
         RuntimeError: there is no GPU.
     """
 
-    truncates = True
-
     def __init__(self, plan: Plan, device: torch.device | None = None, pixel_weights: bool = True):
         self.plan = plan
         self.device = _here() if device is None else device
