@@ -1,4 +1,4 @@
-"""`type`, `isinstance`, `callable` and `int` for traced code: symbols are of the type of what they stand for."""
+"""`type`, `isinstance`, `callable`, `len` and `int` for traced code: symbols are of the type of what they stand for."""
 
 from __future__ import annotations
 
@@ -48,6 +48,11 @@ def _is_callable(value: Any) -> bool:
     return callable(value) and not (issubclass(type(value), Symbol) and is_tensor(value.node))
 
 
+def _length(value: Any) -> Any:
+    """Of a tensor its first size, a symbol, which ``__len__`` could not return."""
+    return value.shape[0] if issubclass(type(value), Symbol) and value._is_tensor() else len(value)
+
+
 class _MetaInt(type):
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:
         is_symbol = len(args) == 1 and not kwargs and issubclass(type(args[0]), Symbol)
@@ -79,4 +84,5 @@ def calls_int_only(source: str) -> bool:
     return all(id(name) in allowed and isinstance(name.ctx, ast.Load) for name in names)
 
 
-BELIEVED = {"type": BelievedType, "isinstance": _is_instance, "callable": _is_callable}  # built in, as code sees them
+# Built in, as code sees them.
+BELIEVED = {"type": BelievedType, "isinstance": _is_instance, "callable": _is_callable, "len": _length}

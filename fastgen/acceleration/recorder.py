@@ -308,8 +308,8 @@ def _by_definition(operation: Any, *args: Any, **kwargs: Any) -> Any:
 
 @contextlib.contextmanager
 def believed_types(root: torch.nn.Module, calls_int: Sequence[dict[str, Any]] = ()) -> Iterator[None]:
-    """Questions for types, in the code of the module's classes, answered for symbols as for what they stand for; and
-    `calls_int` are globals of code where ``int`` returns symbols that are integers already.
+    """Questions for types and lengths, in the code of the module's classes, answered for symbols as for what they stand
+    for; and `calls_int` are globals of code where ``int`` returns symbols that are integers already.
     """
     classes = {base for part in root.modules() for base in type(part).__mro__}
     names = {base.__module__ for base in classes if not base.__module__.startswith(("torch.", "fastgen.", "builtins"))}

@@ -104,6 +104,8 @@ class Symbol(fx.Proxy):
         return iter([self[i] for i in range(self._length_of_sizes())])
 
     def __len__(self) -> int:
+        if self._is_tensor():  # in code outside of the modules' own files
+            raise fx.proxy.TraceError("it calls len(tensor), which is not recorded there: tensor.shape[0] is")
         return self._length_of_sizes()
 
     def _length_unbound(self) -> int | None:

@@ -98,6 +98,7 @@ QUESTIONS = {
     "in a tensor": lambda m, x, y: 100.0 in x,
     "batch": lambda m, x, y: x.shape[0] >= 3,
     "batch by size": lambda m, x, y: y.size(0) == 1,
+    "batch by length": lambda m, x, y: len(y) == 1,
     "elements": lambda m, x, y: y.numel() * 2 > 2**31,
     "dimensions": lambda m, x, y: len(x.shape) == 4 and y.ndim == 4 and len(y.shape[2:]) == 2,
     "sizes": lambda m, x, y: x.shape[2] > 5,
@@ -117,7 +118,7 @@ def test_the_same_branch(question, gradients):
             x = torch.randn(n, 4, 6, 5)
             torch.testing.assert_close(fast(x), network(x), rtol=1e-4, atol=1e-5)
     module = sys.modules[__name__]
-    assert not any(name in vars(module) for name in ("type", "isinstance", "callable"))
+    assert not any(name in vars(module) for name in ("type", "isinstance", "callable", "len"))
 
 
 FUSED = ["is a tensor", "type", "subclass", "torch.jit.isinstance", "match", "singledispatch", "callable", "__class__"]
@@ -130,6 +131,7 @@ FUSED += [
     "cuda",
     "batch",
     "batch by size",
+    "batch by length",
     "elements",
     "dimensions",
 ]

@@ -275,3 +275,41 @@ def test_two_conditions_of_a_check():
     for shape in [(1, 3, 3, 5), (1, 3, 5, 3)]:
         with pytest.raises(ValueError, match="too small"):
             fast(torch.ones(shape))
+
+
+class Repeats(nn.Module):
+    """A constant for each image, by the length of the latents."""
+
+    def __init__(self):
+        super().__init__()
+        self.constant = nn.Parameter(torch.randn(1, 4, 3, 3))
+        self.conv, self.norm = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+
+    def forward(self, z):
+        x = self.constant.repeat(len(z), 1, 1, 1)
+        assert len(self.constant) == 1 and len(x.shape) == 4
+        return torch.relu(self.norm(self.conv(x))) * z.view(len(z), -1, 1, 1)
+
+
+@torch.no_grad()
+def test_length_of_a_tensor():
+    network = prepared(Repeats())
+    fast = fastgen.accelerate(network)
+    assert [entry.what for entry in fast.fastgen_report.fused] == ["Conv2d + BatchNorm2d + relu"]
+    for n in (1, 3):
+        both(network, fast, torch.randn(n, 4))
+
+
+class RepeatsElsewhere(Repeats):
+    """By a function of another file, which is not read as the module's own code."""
+
+    def forward(self, z):
+        return self.conv(self.constant.repeat(len_of(z), 1, 1, 1))
+
+
+len_of = eval("lambda x: length(x)", {"length": len})
+
+
+def test_length_of_a_tensor_in_code_of_others():
+    fast = fastgen.accelerate(prepared(RepeatsElsewhere()))
+    assert "tensor.shape[0]" in reasons(fast)["conv"]
