@@ -29,7 +29,7 @@ from fastgen.acceleration.links import (
 from fastgen.acceleration.nodes import input_of
 from fastgen.acceleration.report import Entry, Report
 from fastgen.acceleration.tracing import Trace
-from fastgen.ops.conv_block import activate, goes_straight, is_jit_traced, wants_grad
+from fastgen.ops.conv_block import activate, goes_straight, wants_grad
 from fastgen.ops.conv_cpu import Options
 from fastgen.ops.conv_sequence import conv_bn_act_sequence
 from fastgen.ops.known_convs import BLOCK_TENSORS, Blocks, call_known, of_block
@@ -152,7 +152,7 @@ def linear_sequence(input: Tensor, tensors: tuple[Tensor | None, ...], layers: B
 
 
 def _is_for_kernels(input: Tensor, tensors: tuple[Tensor | None, ...]) -> bool:
-    if torch.compiler.is_compiling() or is_jit_traced():
+    if torch.compiler.is_compiling():
         return False
     if not isinstance(input, Tensor) or input.dtype not in _DTYPES:
         return False

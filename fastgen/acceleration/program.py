@@ -112,8 +112,8 @@ def _parts(key: _Key) -> tuple[Any, ...]:
 
 
 def _is_recorded() -> bool:
-    """Whether something of PyTorch looks at every operation, as ``torch.jit.trace`` and ``torch.export`` do."""
-    return torch._C._get_tracing_state() is not None or _get_current_dispatch_mode() is not None
+    """Whether something of PyTorch looks at every operation, as ``torch.export`` does."""
+    return _get_current_dispatch_mode() is not None
 
 
 def _kind_of(tensors: dict[str, Tensor]) -> tuple[Any, ...]:
@@ -247,6 +247,8 @@ class Program:
             self._make_first(first)
             if first in self.functions and not self.sources[first].assumes and self._holds_compiled():
                 return self.functions[first](self.root, *tensors.values())
+            return type(self.root).forward(self.root, *args, **kwargs)
+        if torch._C._is_tracing():  # by torch.jit.trace, whose graph is run without us
             return type(self.root).forward(self.root, *args, **kwargs)
         if not self._holds():
             self._tell("has changed since (training mode, hooks, members or attributes)")

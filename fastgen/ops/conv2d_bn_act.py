@@ -97,14 +97,18 @@ def conv2d_bn_act(
         ValueError: a shape or an option is not as above.
     """
     strides, dilations = pair("stride", stride), pair("dilation", dilation)
+    parameter = alpha if activation == "elu" else negative_slope
+    training = training and (running_mean is not None or bn_weight is not None or bn_bias is not None)
+    compiling = torch.compiler.is_compiling()
+    if not compiling and is_jit_traced():  # which warns of checks
+        tensors = (input, weight, bias, running_mean, running_var, bn_weight, bn_bias)
+        rest = (strides, padding, (0, 0), groups, dilations, training, eps, activation, parameter)
+        return reference(False, *tensors, *rest, momentum=momentum)
     if isinstance(padding, str):
         input, padding = _pad(input, weight, padding, strides, dilations)
-    parameter = alpha if activation == "elu" else negative_slope
     tensors = (input, weight, bias, running_mean, running_var, bn_weight, bn_bias)
     given = (strides, pair("padding", padding), groups, dilations, eps, activation, parameter)
-    training = training and (running_mean is not None or bn_weight is not None or bn_bias is not None)
     options, args = _options(*given, training=training), (*tensors, *given)
-    compiling = torch.compiler.is_compiling()
     if not compiling and not training and isinstance(input, Tensor):
         block = (False, options)
         known = call_known(input, tensors[1:], (block,))
@@ -117,7 +121,7 @@ def conv2d_bn_act(
     _check(tensors, options)
     if training or wants_grad(tensors):
         return _train(tensors, options, momentum)
-    if backends.is_autocast(input) or is_transformed() or (not compiling and is_jit_traced()):
+    if backends.is_autocast(input) or is_transformed():
         return conv2d_bn_act_reference(*args)
     if compiling or not is_unobserved(tensors):
         return torch.ops.fastgen.conv2d_bn_act(*args)

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from fastgen import backends
 from fastgen.ops import conv_cpu as cpu
-from fastgen.ops.conv_block import activate, is_jit_traced, is_transformed
+from fastgen.ops.conv_block import activate, is_transformed
 from fastgen.ops.conv_cpu import Options, output_shape
 from fastgen.ops.feature_maps import channels_last
 from fastgen.ops.registration import Implementation, define
@@ -77,7 +77,7 @@ def train(transposed: bool, args: Sequence[Any], momentum: float) -> Tensor:
 def _is_plain(transposed: bool, args: Sequence[Any]) -> bool:
     if torch.compiler.is_compiling():
         return is_transformed() or backends.is_autocast(args[0])
-    if is_transformed() or is_jit_traced():
+    if is_transformed():
         return True
     return backends.select(f"{_NAMES[transposed]}_saving", *args) is _SAVING[transposed]
 

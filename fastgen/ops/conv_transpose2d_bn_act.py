@@ -96,6 +96,8 @@ def conv_transpose2d_bn_act(
     parameter = alpha if activation == "elu" else negative_slope
     args = (*tensors, *geometry, groups, pair("dilation", dilation), training, eps, activation, parameter)
     compiling = torch.compiler.is_compiling()
+    if not compiling and is_jit_traced():  # which warns of checks
+        return reference(True, *args, momentum=momentum)
     if not compiling and not training and isinstance(input, Tensor):
         block = (True, args[7:])
         known = call_known(input, tensors[1:], (block,))
@@ -117,7 +119,7 @@ def conv_transpose2d_bn_act(
         return reference(True, *args)
     if not compiling:
         function = backends.select("conv_transpose2d_bn_act", *args)
-        if function is _forward_reference or is_jit_traced():
+        if function is _forward_reference:
             return reference(True, *args)
         if is_unobserved(tensors):
             return function(*args)

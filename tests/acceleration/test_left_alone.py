@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import fastgen
+from fastgen import ops
 
 from .networks import Checking, block, prepared
 
@@ -556,6 +557,49 @@ def test_traced_by_others():
     ):
         with contextlib.suppress(NotImplementedError):
             torch.testing.assert_close(traced(x), network(x), rtol=1e-4, atol=1e-5)
+
+
+class Traced(nn.Module):
+    """Blocks of which PyTorch itself does not warn, as it does of group norms."""
+
+    def __init__(self):
+        super().__init__()
+        self.down = nn.Sequential(nn.Conv2d(3, 4, 3, padding="same"), nn.BatchNorm2d(4), nn.SiLU(), nn.Conv2d(4, 4, 3))
+        self.up = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(4, 6, 3, padding=1), nn.ReLU(), *block(6, 4))
+        self.own = fastgen.nn.ConvBNAct(4, 3, 3)
+
+    def forward(self, x):
+        return self.own(self.up(self.down(x)))
+
+
+@pytest.mark.filterwarnings("error::torch.jit.TracerWarning")
+@pytest.mark.parametrize("gradients", [False, True], ids=["without gradients", "with gradients"])
+def test_traced_by_jit_for_other_sizes(gradients):
+    network = prepared(Traced())
+    fast = fastgen.accelerate(network)
+    assert not fast.fastgen_report.skipped
+    with torch.set_grad_enabled(gradients):
+        traced = torch.jit.trace(fast, image())
+        for x in (image(), torch.randn(3, 3, 9, 12)):
+            torch.testing.assert_close(traced(x), network(x), rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(fast(x), network(x), rtol=1e-4, atol=1e-4)
+
+
+OPERATIONS = {
+    "conv2d": lambda x, w: ops.conv2d_bn_act(x, w, padding="same", activation="relu"),
+    "conv_transpose2d": lambda x, w: ops.conv_transpose2d_bn_act(x, w, stride=2, activation="elu", alpha=0.5),
+    "group norm": lambda x, w: ops.group_norm_act(x, 2, activation="silu"),
+}
+
+
+@pytest.mark.filterwarnings("error::torch.jit.TracerWarning")
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("gradients", [False, True], ids=["without gradients", "with gradients"])
+def test_operations_traced_by_jit(operation, gradients):
+    weight = torch.randn(4, 4, 3, 3, requires_grad=gradients)
+    traced = torch.jit.trace(OPERATIONS[operation], (torch.randn(1, 4, 6, 5), weight))
+    x = torch.randn(3, 4, 8, 9)
+    torch.testing.assert_close(traced(x, weight), OPERATIONS[operation](x, weight), rtol=1e-4, atol=1e-4)
 
 
 def test_second_derivatives_of_ordinary_convolutions():
