@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import logging
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any, NamedTuple
 
@@ -31,20 +32,41 @@ class Source(NamedTuple):
     assumes: bool  # something of inputs
     one_image: bool  # or several, where it is assumed
     draws: bool  # random numbers
+    off: tuple[str, ...]  # as of `Trace`
 
     @classmethod
-    def of(cls, graph: fx.Graph, root: torch.nn.Module, one_image: bool = False, draws: bool = False) -> Source:
+    def of(
+        cls,
+        graph: fx.Graph,
+        root: torch.nn.Module,
+        one_image: bool = False,
+        draws: bool = False,
+        off: tuple[str, ...] = (),
+    ) -> Source:
         code = graph.python_code("self")
         names = {name: value for name, value in code.globals.items() if not isinstance(value, ModuleType)}
         modules = {name: value.__name__ for name, value in code.globals.items() if isinstance(value, ModuleType)}
         assumes = any(node.target in (blocks.assume, blocks.expect_rank, blocks.expect_plain) for node in graph.nodes)
-        return cls(_with_direct_paths(code.src, graph, root), names, modules, assumes, one_image, draws)
+        return cls(_with_direct_paths(code.src, graph, root), names, modules, assumes, one_image, draws, off)
 
     def function(self) -> Any:
         scope = {**self.names, **{name: _module(path) for name, path in self.modules.items()}}
         code: CodeType = compile(self.text, "<fastgen.accelerate>", "exec")
         exec(code, scope)
-        return scope["forward"]
+        return _without(self.off, scope["forward"]) if self.off else scope["forward"]
+
+
+def _without(off: tuple[str, ...], forward: Callable[..., Any]) -> Callable[..., Any]:
+    def switched(*args: Any) -> Any:
+        with contextlib.ExitStack() as stack:
+            for name in off:
+                if name == "gradients":
+                    stack.enter_context(torch.no_grad())
+                elif torch.is_autocast_enabled(name):
+                    stack.enter_context(torch.autocast(name, enabled=False))
+            return forward(*args)
+
+    return switched
 
 
 def _with_direct_paths(text: str, graph: fx.Graph, root: torch.nn.Module) -> str:
@@ -245,7 +267,8 @@ class Program:
         first, tensors = call
         if torch.compiler.is_compiling():
             self._make_first(first)
-            if first in self.functions and not self.sources[first].assumes and self._holds_compiled():
+            source = self.sources[first] if first in self.functions else None
+            if source is not None and not source.assumes and not source.off and self._holds_compiled():
                 return self.functions[first](self.root, *tensors.values())
             return type(self.root).forward(self.root, *args, **kwargs)
         if torch._C._is_tracing():  # by torch.jit.trace, whose graph is run without us

@@ -25,17 +25,23 @@ from fastgen import ops
 from fastgen._hooks import has_hooks
 from fastgen.acceleration import blocks
 from fastgen.acceleration.beliefs import BELIEVED, BelievedInt, believed_type
-from fastgen.acceleration.nodes import returns_tensor
+from fastgen.acceleration.nodes import COMPARISONS, returns_tensor
+from fastgen.acceleration.sizes import is_size
 from fastgen.acceleration.states import Incomparable
 from fastgen.acceleration.symbols import Symbol
 from fastgen.nn import ConvBNAct, ConvTransposeBNAct
 from fastgen.ops.conv_block import activate
 
 _DEVICES = ("cpu", "cuda")
+_MODES = ("gradients", "inference mode", *_DEVICES)  # in the order of `ambient`
 _MOST_QUESTIONS = 10_000  # of one forward
 
 # Take sizes, and so symbols, in places where PyTorch looks for numbers alone.
 _FACTORIES = "zeros ones full empty eye arange linspace tensor rand randn randint randperm normal".split()
+
+
+# The same with gradients and autocast, or without.
+_FREE = {getattr, blocks.assume, blocks.expect, blocks.expect_rank, blocks.expect_plain, blocks.keep, *COMPARISONS}
 
 
 class Tracer(fx.Tracer):
@@ -52,7 +58,9 @@ class Tracer(fx.Tracer):
         self.tensors = tensors
         self.constants = constants or {}  # arguments that are none, and not at their defaults
         self.refused = refused  # modules that are one node, and why
-        self.ambient: tuple[Any, ...] = ()
+        self.ambient = self.inner = ambient()  # outside of the forward, and where it computes
+        self.computes = False
+        self.gradients = torch.is_grad_enabled()  # by what the forward calls: autograd switches them off by itself
         self.caller = ""
         self.thread = threading.get_ident()  # fx replaces methods of modules for all of them
         self.inlined: set[str] = set()
@@ -80,9 +88,9 @@ class Tracer(fx.Tracer):
         return Symbol(node, self)
 
     def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
-        if ambient() != self.ambient:
-            raise fx.proxy.TraceError("it switches gradients or autocast on or off")
         node = super().create_node(*args, **kwargs)
+        if node.op.startswith("call_") and node.target not in _FREE and not is_size(node):
+            self.expect_ambient()
         node.meta["caller"] = self.caller
         node.meta["layer"] = self.root.get_submodule(str(node.target)) if node.op == "call_module" else None
         node.meta["tensor"] = returns_tensor(node)
@@ -94,6 +102,23 @@ class Tracer(fx.Tracer):
                 if not is_lazy(own):
                     node.meta["own_shape"] = functools.partial(self.kind_of, path, "shape")
         return node
+
+    def expect_ambient(self) -> None:
+        """Of all that is computed the same: gradients and autocast as they were outside, or switched off."""
+        now = ambient()
+        switched_on = now[1] is not self.ambient[1] or any(on > was for on, was in zip(now, self.ambient, strict=True))
+        if switched_on or now[0] is not self.gradients or (self.computes and now != self.inner):
+            raise fx.proxy.TraceError("it switches gradients or autocast on or off")
+        self.computes, self.inner = True, now
+
+    def set_gradients(self, on: bool) -> None:
+        if torch.is_grad_enabled() is self.gradients:  # else in the forward of an autograd function
+            self.gradients = on
+
+    def off(self) -> dict[str, bool]:
+        """Of what was on outside, whether the forward switches it off."""
+        pairs = zip(_MODES, self.ambient, self.inner, strict=True)
+        return {name: not inside for name, outside, inside in pairs if outside}
 
     def create_arg(self, a: Any) -> Any:
         if isinstance(a, fx.Proxy):
@@ -173,6 +198,7 @@ class Tracer(fx.Tracer):
         if threading.get_ident() != self.thread:
             return forward(*args, **kwargs)
         path = self.path_of_module(m)
+        self.expect_ambient()
         if self.is_leaf_module(m, path):
             return self.create_proxy("call_module", path, args, kwargs)
         if path in self.refused:
@@ -240,8 +266,11 @@ class Recorder(TorchFunctionMode):
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if function is torch._C._set_grad_enabled or str(function).startswith("profiler._record_function"):
-            return function(*args, **kwargs)  # the latter of a label for profilers, which is dropped
+        if function is torch._C._set_grad_enabled:
+            self.tracer.set_gradients(*args)
+            return function(*args)
+        if str(function).startswith("profiler._record_function"):
+            return function(*args, **kwargs)  # of a label for profilers, which is dropped
         leaves = tree_leaves((args, kwargs))
         if any(isinstance(leaf, fx.Proxy) for leaf in leaves):
             return fx.Proxy.__torch_function__(function, types, args, kwargs)

@@ -41,8 +41,8 @@ def accelerate(module: nn.Module) -> nn.Module:
 
     Left alone is whatever is not known to be equal: norms by statistics of the batch, dropout in training mode, hooks,
     other weights that are computed in forward, intermediate results that are used elsewhere. What cannot be traced
-    (control flow on data, ``no_grad`` inside, another result where gradients or autocast are on) keeps its own forward,
-    its submodules are looked at one by one.
+    (control flow on data, ``no_grad`` around a part, another result where gradients or autocast are on) keeps its own
+    forward, its submodules are looked at one by one.
 
     Where the copy is no longer what it was, the forward of the class runs: after ``.train()``, until ``.eval()``, and
     for good where a hook, a member or an attribute of a module that takes part was added or changed, be it a value deep
@@ -228,7 +228,7 @@ def _rewrite(
     bypassed |= more
     keep_contiguous(traced)
     drop_unused(traced.graph)
-    source = Source.of(traced.graph, part, traced.asked_for_images and not several, random)
+    source = Source.of(traced.graph, part, traced.asked_for_images and not several, random, traced.off)
     open_to_view = traced.inlined | traced.read
     return _Rewritten(source, report, open_to_view | layers, open_to_view | bypassed, traced.kinds, traced.kept)
 

@@ -59,7 +59,7 @@ class Trace:
     `inlined` holds the paths of the submodules whose forward is part of the graph, `opaque` those that are one node and
     why, `read` those that the forward took something from. `kinds` are the dtypes and devices of parameters and buffers
     that it decided by, by the path of the tensor and the name. `kept` are the attributes, path and name, that it keeps
-    the shape of a tensor in.
+    the shape of a tensor in. It runs without "gradients", or autocast on the devices, that are `off`.
     """
 
     graph: fx.Graph
@@ -70,6 +70,7 @@ class Trace:
     kinds: dict[tuple[str, str], Any] = field(default_factory=dict)
     kept: set[tuple[str, str]] = field(default_factory=set)
     asked_for_images: bool = False  # and was told one, or several
+    off: tuple[str, ...] = ()
     changed: set[fx.Node] | None = None  # those that are written to, once asked for
 
 
@@ -92,7 +93,7 @@ def trace(
     try:
         with _LOCK, warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            tracer, graph = _record_in_all_modes(skeleton, (tensors, constants, several))
+            tracer, graph, off = _record_in_all_modes(skeleton, (tensors, constants, several))
     except Exception as error:
         raise Untraceable(describe(error)) from error
     finally:
@@ -104,12 +105,12 @@ def trace(
     read = {path for path, part in modules.items() if part in tracer.read and not _is_within(path, tracer.opaque)}
     read |= {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
     return Trace(
-        graph, modules, tracer.inlined, tracer.opaque, read, tracer.kinds, tracer.kept, tracer.asked_for_images
+        graph, modules, tracer.inlined, tracer.opaque, read, tracer.kinds, tracer.kept, tracer.asked_for_images, off
     )
 
 
-def _record_in_all_modes(module: torch.nn.Module, call: _Call) -> tuple[Tracer, fx.Graph]:
-    """The graph, if it is one for all; submodules of which this is not true become one node."""
+def _record_in_all_modes(module: torch.nn.Module, call: _Call) -> tuple[Tracer, fx.Graph, tuple[str, ...]]:
+    """The graph, if it is one for all, and what is off in it; submodules of which this is not true become one node."""
     before = {part: state(part) for part in module.modules()}
     opaque: dict[str, str] = {}
     calls_int: list[dict[str, Any]] = []
@@ -126,8 +127,11 @@ def _record_in_all_modes(module: torch.nn.Module, call: _Call) -> tuple[Tracer, 
             continue
         graphs = [graph for _, graph in found]
         blamed = next((path for graph in graphs for path in _difference(graphs[0], graph)), None)
-        if blamed is None:
-            return found[0]
+        off = [tracer.off() for tracer, _ in found]
+        switched = tuple(sorted({name for one in off for name in one if one[name]}))
+        alike = all(one.get(name, True) for one in off for name in switched)
+        if blamed is None and alike:
+            return *found[0], switched
         if not blamed:
             raise fx.proxy.TraceError(_ASKS_FOR_MODES)
         opaque[blamed] = _ASKS_FOR_MODES
@@ -143,14 +147,15 @@ def _record(
 ) -> tuple[Tracer, fx.Graph]:
     gradients, inference, with_autocast = mode
     tensors, constants, several = call
-    tracer = Tracer(tensors, opaque, constants, several)
     attributes = {part: dict(part.__dict__) for part in before}
     with torch.inference_mode(inference), torch.set_grad_enabled(gradients), autocast(with_autocast):
-        tracer.ambient = ambient()
+        tracer = Tracer(tensors, opaque, constants, several)
         with recorded_functions(tracer), believed_types(module, calls_int), Recorder(tracer):
             graph = _unless_int(tracer, module, calls_int)
             if graph is not None:
                 _record_kept_shapes(tracer, graph, attributes)
+        if ambient() != tracer.ambient:
+            raise fx.proxy.TraceError("it leaves gradients or autocast switched on or off")
     if graph is None:
         calls_int += tracer.calls_int
         return _record(module, before, call, opaque, mode, calls_int)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import pickle
 import random
 
 import numpy as np
@@ -618,3 +619,102 @@ def test_modules_that_cannot_be_copied():
     network.stream = open(__file__)  # noqa: SIM115
     with network.stream, pytest.raises(TypeError, match="module cannot be copied: cannot pickle"):
         fastgen.accelerate(network)
+
+
+# Without gradients or autocast as a whole
+
+
+class Frozen(Body):
+    @torch.no_grad()
+    def forward(self, x):
+        return self.alone(self.body(x))
+
+
+class FrozenWithin(Body):
+    def forward(self, x):
+        assert x.shape[1] == 3
+        n = x.shape[0]
+        with torch.no_grad():
+            x = self.alone(self.body(x)).view(n, -1)
+        return x
+
+
+class InFloat32(Body):
+    def forward(self, x):
+        with torch.autocast("cpu", enabled=False):
+            return self.alone(self.body(x.float()))
+
+
+class FrozenInFloat32(Body):
+    @torch.autocast("cpu", enabled=False)
+    @torch.no_grad()
+    def forward(self, x):
+        return self.alone(self.body(x.float()))
+
+
+AMBIENTS = {
+    "gradients": torch.enable_grad,
+    "no_grad": torch.no_grad,
+    "inference mode": torch.inference_mode,
+    "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
+}
+
+
+@pytest.mark.parametrize("kind", [Frozen, FrozenWithin, InFloat32, FrozenInFloat32])
+@pytest.mark.parametrize("ambient", AMBIENTS)
+def test_forwards_that_switch_off_all_that_they_compute_with(kind, ambient):
+    torch.manual_seed(0)
+    network = prepared(kind())
+    fast = fastgen.accelerate(network)
+    assert whats(fast) == ["ConvTranspose2d + BatchNorm2d + relu", "ConvTranspose2d + BatchNorm2d + ReLU"]
+    with AMBIENTS[ambient]():
+        for module in (fast, copy.deepcopy(fast), pickle.loads(pickle.dumps(fast))):
+            x = image().requires_grad_()
+            y, expected = module(x), network(x)
+            assert (y.dtype, y.requires_grad) == (expected.dtype, expected.requires_grad)
+            torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-4)
+            modes = torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")
+            assert modes == (ambient in ("gradients", "autocast"), ambient == "autocast")
+    if kind is Frozen:
+        compiled = torch.compile(fast, backend="eager")
+        torch.testing.assert_close(compiled(x), network(x), rtol=1e-4, atol=1e-4)
+
+
+class StraightAlone(Body):
+    def forward(self, x):
+        return Halved.apply(self, x)
+
+
+class Halved(torch.autograd.Function):
+    """Has a gradient of its own, where `no_grad` in its forward changes nothing."""
+
+    @staticmethod
+    def forward(ctx, module, x):
+        with torch.no_grad():
+            return module.alone(module.body(x))
+
+    @staticmethod
+    def backward(ctx, grad):
+        return None, grad[:, :, ::4, ::4] / 2
+
+
+class LeavesGradientsOff(Body):
+    def forward(self, x):
+        torch.set_grad_enabled(False)
+        return self.alone(self.body(x))
+
+
+@pytest.mark.parametrize("kind", [StraightAlone, LeavesGradientsOff])
+def test_forwards_that_switch_off_more(kind):
+    network = prepared(kind())
+    fast, results = fastgen.accelerate(network), []
+    for module in (network, fast):
+        x = image().fill_(1.0).requires_grad_()
+        with torch.enable_grad():
+            y = module(x)
+            results.append((y.detach(), y.requires_grad, torch.is_grad_enabled()))
+        if y.requires_grad:
+            y.sum().backward()
+            results[-1] += (x.grad,)
+    assert results[1][1:3] == results[0][1:3]
+    torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)
