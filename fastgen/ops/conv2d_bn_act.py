@@ -79,10 +79,11 @@ def conv2d_bn_act(
 
     Where no gradient is wanted, float32, float64 and bfloat16 run natively on the CPU, but for groups of a few channels
     (one input and one output channel, depthwise, are native in float32 and float64) and for layers of more than a few
-    million multiply-adds whose kernels have one element or whose input channels are fewer than eight: there, and in
-    other dtypes, PyTorch's convolution is used, with the BatchNorm folded into weights that are kept from call to call,
-    and the activation in place. So it is in bfloat16 of an odd number of input channels; but where oneDNN has no
-    bfloat16 for the processor, all but groups of such run natively, and depthwise ones in float32, rounded once.
+    million multiply-adds whose kernels have one element (but in float32 with one thread) or whose input channels are
+    fewer than eight: there, and in other dtypes, PyTorch's convolution is used, with the BatchNorm folded into weights
+    that are kept from call to call, and the activation in place. So it is in bfloat16 of an odd number of input
+    channels; but where oneDNN has no bfloat16 for the processor, all but groups of such run natively, and depthwise
+    ones in float32, rounded once.
 
     Where a gradient is wanted, or with `training`, float32 and float64 run natively on the CPU, forward and backward,
     where that is faster: kernels of two or three times the stride without groups and dilation, of 32 channels or more

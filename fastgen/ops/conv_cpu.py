@@ -24,7 +24,7 @@ FEW_INPUTS = 8
 FEW_OUTPUTS = 8  # which oneDNN does not fill vectors with
 _SMALL_GROUP = 16
 _MOST_FEW = 1 << 21  # multiply-adds of few inputs: below, it is the calls that cost, of which PyTorch needs more
-_MOST_ONE = 1 << 25  # and of kernels of one element with no activation behind, unless their results are large:
+_MOST_ONE = 1 << 25  # and of kernels of one element, no activation behind, several threads, unless results are large:
 _LARGE = 12 << 20  # bytes, where new memory costs PyTorch as much as the products
 
 Tensors = Sequence["Tensor | None"]  # bias, running_mean, running_var, bn_weight, bn_bias
@@ -79,7 +79,9 @@ def is_native_better(dtype: torch.dtype, input: Sequence[int], weight: Sequence[
     size = math.prod(output_shape(False, input, weight, options))
     work = size * math.prod(weight[1:])
     if math.prod(kernel) == 1:
-        return work < _MOST_ONE or options.activation != "none" or size * dtype.itemsize >= _LARGE
+        # By one thread PyTorch computes these as products of matrices, on Zen 5 in twice the time of oneDNN's and ours.
+        alone = torch.get_num_threads() == 1 and dtype is torch.float32 and tuple(options.stride) == (1, 1)
+        return alone or work < _MOST_ONE or options.activation != "none" or size * dtype.itemsize >= _LARGE
     return in_channels >= FEW_INPUTS or out_channels <= FEW_OUTPUTS or work < _MOST_FEW
 
 

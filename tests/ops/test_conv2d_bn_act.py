@@ -314,7 +314,7 @@ def test_kernels_of_one_element_keep_the_layout(monkeypatch):
         torch.testing.assert_close(output, plain(case, [x, *rest], "relu"), rtol=1e-4, atol=1e-4)
 
 
-# Cin / groups, Cout, kernel, groups, height and width, dtype: does the native kernel compute it?
+# Cin / groups, Cout, kernel, groups, height and width, dtype: does the native kernel compute it, by two threads?
 CHOICES = {
     "middle": ((256, 256, 3, 1, 8, torch.float32), True),
     "double": ((256, 256, 3, 1, 8, torch.float64), True),
@@ -339,6 +339,19 @@ CHOICES = {
 
 @pytest.mark.parametrize(("sizes", "native"), CHOICES.values(), ids=CHOICES.keys())
 def test_who_computes_it(sizes, native, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert who_computes(sizes, monkeypatch) == ("_native" if native else "_folded")
+
+
+@pytest.mark.parametrize(("stride", "dtype"), [(1, torch.float32), (2, torch.float32), (1, torch.bfloat16)])
+def test_kernels_of_one_element_by_one_thread(stride, dtype, monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    native = (stride, dtype) == (1, torch.float32)
+    found = who_computes((256, 256, 1, 1, 48, dtype), monkeypatch, stride=stride)
+    assert found == ("_native" if native else "_folded")
+
+
+def who_computes(sizes, monkeypatch, **options):
     inputs, outputs, kernel, groups, size, dtype = sizes
     used = []
     monkeypatch.setattr(cpu, "has_fast_bfloat16", lambda: True)
@@ -346,8 +359,8 @@ def test_who_computes_it(sizes, native, monkeypatch):
         monkeypatch.setattr(module, name, lambda *_, name=name: lambda *_: used.append(name))
     monkeypatch.setattr(cpu, "_served", {})
     x = torch.ones(1, inputs * groups, size, size, dtype=dtype)
-    ops.conv2d_bn_act(x, torch.ones(outputs, inputs, kernel, kernel, dtype=dtype), groups=groups)
-    assert used == ["_native" if native else "_folded"]
+    ops.conv2d_bn_act(x, torch.ones(outputs, inputs, kernel, kernel, dtype=dtype), groups=groups, **options)
+    return "".join(used)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
