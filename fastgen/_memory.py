@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import mmap
 import os
+import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 _LARGE_PAGE = 1 << 21  # of x86-64, and of arm64 with pages of 4 KiB
+_MOST_KEPT = 1 << 28  # bytes
 _CONTAINER_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # version 2, 1
 
 
@@ -32,15 +35,33 @@ def empty_in_large_pages(count: int, dtype: torch.dtype) -> Tensor:
     return torch.empty(count, dtype=dtype, device="cpu") if mapped is None else mapped
 
 
-def zeros_in_large_pages(count: int, dtype: torch.dtype) -> Tensor:
-    """`count` zeros, likewise. The system makes pages of them as they are first touched, by whoever touches them."""
-    mapped = _mapped(count, dtype)
-    if mapped is not None:
-        return mapped
-    zeros = torch.empty(count, dtype=dtype, device="cpu")
-    # By NumPy: PyTorch's threads of OpenMP spin for milliseconds after such work, in the way of ours.
-    zeros.numpy().fill(0)
-    return zeros
+class KeptMemory:
+    """Zeros, float32 and in large pages, in the memory of earlier ones. New pages are dear: the host of a virtual
+    machine takes a second to find half a gigabyte.
+    """
+
+    def __init__(self) -> None:
+        self._tensors: list[Tensor] = []
+        self._lock = threading.Lock()
+
+    def take(self, count: int) -> Tensor:
+        """`count` zeros, which nobody else has."""
+        with self._lock:
+            i = next((i for i, tensor in enumerate(self._tensors) if len(tensor) == count), None)
+            tensor = None if i is None else self._tensors.pop(i)
+        if tensor is None:
+            tensor = _mapped(count, torch.float32)
+            if tensor is not None:
+                return tensor
+            tensor = torch.empty(count, dtype=torch.float32, device="cpu")
+        # By NumPy: PyTorch's threads of OpenMP spin for milliseconds after such work, in the way of ours.
+        tensor.numpy().fill(0)
+        return tensor
+
+    def give_back(self, tensors: Sequence[Tensor]) -> None:
+        """They are kept for those who ask for as many, in place of what was kept, unless they are large."""
+        with self._lock:
+            self._tensors = list(tensors) if sum(t.nbytes for t in tensors) <= _MOST_KEPT else []
 
 
 def _mapped(count: int, dtype: torch.dtype) -> Tensor | None:

@@ -14,14 +14,31 @@ LARGE_PAGE = 2**21
 
 
 @pytest.mark.parametrize("size", [0, 5, LARGE_PAGE // 4 - 1, LARGE_PAGE // 4, LARGE_PAGE + 3])
-def test_zeros(size: int) -> None:
-    """Also where memory that was written before is given out again."""
+def test_kept_memory(size: int) -> None:
+    """Zeros, also where it was written before."""
+    kept, seen = _memory.KeptMemory(), []
     for _ in range(2):
-        zeros = _memory.zeros_in_large_pages(size, torch.float32)
-        assert zeros.shape == (size,) and zeros.dtype == torch.float32 and not zeros.any()
-        assert 4 * size < LARGE_PAGE or zeros.data_ptr() % LARGE_PAGE == 0
-        assert zeros.storage_offset() == 0  # `as_strided` counts from there
-        zeros.fill_(1.0)
+        zeros = [kept.take(size) for _ in range(2)]
+        for tensor in zeros:
+            assert tensor.shape == (size,) and tensor.dtype == torch.float32 and not tensor.any()
+            assert 4 * size < LARGE_PAGE or tensor.data_ptr() % LARGE_PAGE == 0
+            assert tensor.storage_offset() == 0  # `as_strided` counts from there
+            tensor.fill_(1.0)
+        assert size == 0 or zeros[0].data_ptr() != zeros[1].data_ptr()
+        kept.give_back(zeros)
+        seen.append({tensor.data_ptr() for tensor in zeros})
+    assert seen[0] == seen[1]
+
+
+def test_little_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of the last batch alone, and nothing of a large one."""
+    kept = _memory.KeptMemory()
+    kept.give_back([torch.ones(3)])
+    kept.give_back([torch.ones(5), torch.ones(4)])
+    assert [len(tensor) for tensor in kept._tensors] == [5, 4]
+    monkeypatch.setattr(_memory, "_MOST_KEPT", 35)
+    kept.give_back([torch.ones(5), torch.ones(4)])
+    assert not kept._tensors and not kept.take(5).any()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="as Linux lists the memory of a process")
