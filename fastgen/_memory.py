@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import math
 import mmap
 import os
+import sys
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -13,7 +17,12 @@ import torch
 from torch import Tensor
 
 _LARGE_PAGE = 1 << 21  # of x86-64, and of arm64 with pages of 4 KiB
-_MOST_KEPT = 1 << 28  # bytes
+_HAS_LARGE_PAGES = hasattr(mmap, "MADV_HUGEPAGE")
+_PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+_CPU = torch.device("cpu")  # whatever the default device is
+LEAST_POOLED = 8 << 20  # bytes: the C library maps most of such anew each time, or gives them back to the system
+_POOLED_PART = 8  # of the memory that there is, one part at most
+_SECONDS = 30.0
 _CONTAINER_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")  # version 2, 1
 
 
@@ -31,48 +40,103 @@ def empty_in_large_pages(count: int, dtype: torch.dtype) -> Tensor:
 
     Tensors that fill no large page are made as others are.
     """
-    mapped = _mapped(count, dtype)
-    return torch.empty(count, dtype=dtype, device="cpu") if mapped is None else mapped
+    size = count * dtype.itemsize
+    if size < _LARGE_PAGE or not _HAS_LARGE_PAGES:
+        return torch.empty(count, dtype=dtype, device="cpu")
+    memory, offset = _map(size)
+    return torch.frombuffer(memory, dtype=dtype, count=count, offset=offset)
 
 
-class KeptMemory:
-    """Zeros, float32 and in large pages, in the memory of earlier ones. New pages are dear: the host of a virtual
-    machine takes a second to find half a gigabyte.
+def zeros(count: int) -> Tensor:
+    """float32, on the CPU; in memory of the pool where they are large."""
+    found = _pool().take(count, torch.float32) if 4 * count >= LEAST_POOLED else None
+    result, is_new = (torch.empty(count, dtype=torch.float32, device="cpu"), False) if found is None else found
+    if not is_new:
+        # By NumPy: PyTorch's threads of OpenMP spin for milliseconds after such work, in the way of ours.
+        result.numpy().fill(0)
+    return result
+
+
+def empty(shape: Sequence[int], dtype: torch.dtype, memory_format: torch.memory_format) -> Tensor:
+    """As ``torch.empty`` on the CPU, contiguous or channels-last; in memory of the pool where it is large: then its
+    storage cannot be resized.
+    """
+    count = math.prod(shape)
+    found = _pool().take(count, dtype) if count * dtype.itemsize >= LEAST_POOLED else None
+    if found is None:
+        return torch.empty(shape, dtype=dtype, device=_CPU, memory_format=memory_format)
+    strides = torch.empty(shape, device="meta", memory_format=memory_format).stride()
+    # No view of another tensor: autograd would not let such be changed in place.
+    return torch.empty(0, dtype=dtype, device=_CPU).set_(found[0].untyped_storage(), 0, shape, strides)
+
+
+class Pool:
+    """Memory of megabytes that is given out again once no tensor has it. New pages are dear: the system clears them,
+    and the host of a virtual machine takes a second to find half a gigabyte.
+
+    What nobody has had for `_SECONDS` goes back to the system when someone asks next; and so does as much as keeps all
+    of it below `most` bytes.
     """
 
-    def __init__(self) -> None:
-        self._tensors: list[Tensor] = []
+    def __init__(self, most: int):
+        self.most = most
+        self._blocks: list[_Block] = []
         self._lock = threading.Lock()
+        self._alone = _Block(0).references()
 
-    def take(self, count: int) -> Tensor:
-        """`count` zeros, which nobody else has."""
+    def take(self, count: int, dtype: torch.dtype) -> tuple[Tensor, bool] | None:
+        """Elements that nobody else has, and whether they are new zeros; None where there is no room for them."""
+        size = count * dtype.itemsize
         with self._lock:
-            i = next((i for i, tensor in enumerate(self._tensors) if len(tensor) == count), None)
-            tensor = None if i is None else self._tensors.pop(i)
-        if tensor is None:
-            tensor = _mapped(count, torch.float32)
-            if tensor is not None:
-                return tensor
-            tensor = torch.empty(count, dtype=torch.float32, device="cpu")
-        # By NumPy: PyTorch's threads of OpenMP spin for milliseconds after such work, in the way of ours.
-        tensor.numpy().fill(0)
-        return tensor
+            now = time.monotonic()
+            free = [block for block in self._blocks if block.references() == self._alone]
+            fitting = [block for block in free if size <= block.size <= 2 * size]
+            found = min(fitting, key=lambda block: block.size, default=None)
+            more = size if found is None else 0
+            for block in sorted(free, key=lambda block: block.used):
+                if block is not found and (now - block.used > _SECONDS or self._total() + more > self.most):
+                    self._blocks.remove(block)
+            if found is None and self._total() + size > self.most:
+                return None
+            block = found or _Block(size)
+            if found is None:
+                self._blocks.append(block)
+            block.used = now
+            return torch.frombuffer(block.memory, dtype=dtype, count=count, offset=block.offset), found is None
 
-    def give_back(self, tensors: Sequence[Tensor]) -> None:
-        """They are kept for those who ask for as many, in place of what was kept, unless they are large."""
-        with self._lock:
-            self._tensors = list(tensors) if sum(t.nbytes for t in tensors) <= _MOST_KEPT else []
+    def _total(self) -> int:
+        return sum(block.size for block in self._blocks)
 
 
-def _mapped(count: int, dtype: torch.dtype) -> Tensor | None:
-    """Elements that begin with a large page, as their storage does; None where there would be none."""
-    size = count * dtype.itemsize
-    if size < _LARGE_PAGE or not hasattr(mmap, "MADV_HUGEPAGE"):
-        return None
+class _Block:
+    """A mapping, which every storage in it refers to. used: when it was last asked for."""
+
+    def __init__(self, size: int):
+        self.size, self.used = size, 0.0
+        self.memory, self.offset = _map(size)
+
+    def references(self) -> int:
+        return sys.getrefcount(self.memory)
+
+
+@functools.cache
+def _pool() -> Pool:
+    """Of the process; FASTGEN_REUSE_MEMORY=0 does without."""
+    counts_references = getattr(sys, "_is_gil_enabled", lambda: True)()
+    wanted = os.environ.get("FASTGEN_REUSE_MEMORY") != "0"
+    return Pool(total_memory() // _POOLED_PART if wanted and counts_references else 0)
+
+
+if hasattr(os, "register_at_fork"):  # whose lock another thread may have had
+    os.register_at_fork(after_in_child=_pool.cache_clear)
+
+
+def _map(size: int) -> tuple[mmap.mmap, int]:
+    """New memory, and where in it the first large page begins."""
     # What is never touched takes no memory. Shared memory, Python's default, has large pages only where the system is
     # told so.
-    memory = mmap.mmap(-1, size + _LARGE_PAGE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    with contextlib.suppress(OSError):  # a hint
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    address = torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
-    return torch.frombuffer(memory, dtype=dtype, count=count, offset=-address % _LARGE_PAGE)
+    memory = mmap.mmap(-1, size + _LARGE_PAGE, **_PRIVATE)
+    if _HAS_LARGE_PAGES:
+        with contextlib.suppress(OSError):  # a hint
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory, -torch.frombuffer(memory, dtype=torch.uint8).data_ptr() % _LARGE_PAGE

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgen import ops
+from fastgen._memory import empty
 from fastgen.acceleration.deferred import Axes, Deferred, Dims, Sizes, of_shapes, or_of_tensor, plain
 from fastgen.acceleration.scaled_weights import DTYPES, ScaledWeight
 from fastgen.ops.conv_block import is_transformed, is_unobserved, pair, wants_grad
@@ -23,6 +24,14 @@ from fastgen.ops.known_convs import BLOCK_TENSORS
 _N, _C, _H, _U, _W, _V = range(6)
 _ZERO, _ONE = [(n, (n,), (n, n), [n], [n, n]) for n in (0, 1)]  # as options of a convolution
 _NO_NORM = (None,) * (BLOCK_TENSORS - 1)
+
+
+def _times(images: Tensor, scales: Tensor) -> Tensor:
+    """Images times scales [N, C, 1, 1], in the images' order."""
+    for order in (torch.contiguous_format, torch.channels_last):
+        if images.is_contiguous(memory_format=order):
+            return torch.mul(images, scales, out=empty(images.shape, images.dtype, order))
+    return images * scales
 
 
 def images(value: Any) -> Any:
@@ -196,7 +205,7 @@ class Images(Deferred):
         if not weight.of_groups(n, c, groups, transposed) or wants_grad((inner, outer)):
             return None
         source = self.scaled()
-        scaled, kernel = source if inner is None else source * inner, weight.kernel(transposed)
+        scaled, kernel = source if inner is None else _times(source, inner), weight.kernel(transposed)
         steps, sides, rest, spread = (_pair(value) for value in (stride, padding, more, dilation))
         options = Options(steps, sides, rest, 1, spread, False, 0.0, "none", 0.0)
         blocks = ((transposed, tuple(options)),)

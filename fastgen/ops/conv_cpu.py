@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from fastgen import backends
+from fastgen._memory import empty
 from fastgen.ops.conv_block import signature
-from fastgen.ops.feature_maps import address, channels_last, dense, dense_strides
+from fastgen.ops.feature_maps import address, dense, dense_strides
 from fastgen.ops.packed_weights import borrowed_weight, packed_weight
 
 CPU = torch.device("cpu")  # whatever the default device is
@@ -159,7 +160,7 @@ class Inference:
         self.sums = _sum_dtype(block.dtype)
 
     def __call__(self, input: Tensor, weight: Tensor, *tensors: Tensor | None) -> Tensor:
-        output = torch.empty(self.shape, dtype=input.dtype, device=CPU, memory_format=torch.channels_last)
+        output = empty(self.shape, input.dtype, torch.channels_last)
         if not self.scratch:
             return output
         packed = packed_weight(weight, self.plan, self.threads, out_channels_first=not self.transposed)
@@ -201,7 +202,7 @@ def saving(transposed: bool, input: Tensor, weight: Tensor, *rest: Any) -> tuple
     bias, running_mean, running_var, *norm = rest[:5]
     options = Options(*rest[5:])
     block = Block.of(transposed, input.shape, input.dtype, weight, options)
-    conv = channels_last(input, block.output)
+    conv = empty(block.output, input.dtype, torch.channels_last)
     statistics = options.training or running_mean is not None
     at_once = follows_from_output(transposed, options, statistics)
     if conv.numel():
@@ -210,7 +211,7 @@ def saving(transposed: bool, input: Tensor, weight: Tensor, *rest: Any) -> tuple
     if at_once or (not statistics and options.activation == "none"):
         return conv, input.new_empty(0), input.new_empty(0), input.new_empty(0)
     mean, var = (input.new_zeros(conv.shape[1] if statistics else 0) for _ in range(2))
-    output = torch.empty_like(conv)
+    output = empty(conv.shape, conv.dtype, torch.channels_last)
     if options.training and conv.numel():
         scratch = block.channel_scratch()
         size = block.positions, conv.shape[1]
@@ -238,7 +239,7 @@ def backward(
     options, (for_input, for_weight) = Options(*rest[:-1]), rest[-1]
     block = Block.of(transposed, input.shape, input.dtype, weight, options)
     channels = grad.shape[1]
-    grad_input = channels_last(input, input.shape) if for_input else input.new_empty(0)
+    grad_input = empty(input.shape, input.dtype, torch.channels_last) if for_input else input.new_empty(0)
     grad_weight = input.new_zeros(weight.shape) if for_weight else input.new_empty(0)
     sums = [input.new_zeros(channels) for _ in range(2)]
     if grad.numel():

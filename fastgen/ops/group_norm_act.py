@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from fastgen import backends
+from fastgen._memory import LEAST_POOLED, empty
 from fastgen.ops.conv_block import (
     ACTIVATIONS,
     activate,
@@ -160,12 +161,15 @@ def _native(input: Tensor, options: Options) -> Callable[..., Tensor]:
     shape, strides, groups = tuple(input.shape), input.stride(), options.num_groups
     threads = _worthwhile_threads(math.prod(shape), torch.get_num_threads())
     size = getattr(native, f"group_norm_act_scratch_size_{dtype}")(shape, groups, threads) * 8 // input.itemsize
-    output_strides = dense_strides(shape)
+    output_strides, is_pooled = dense_strides(shape), math.prod(shape) * input.itemsize >= LEAST_POOLED
     function = getattr(native, f"group_norm_act_{dtype}")
     act = (options.eps, getattr(native.Activation, options.activation), options.parameter)
 
     def call(input: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-        output = input.new_empty_strided(shape, output_strides)  # in half the time of torch.empty
+        if is_pooled:
+            output = empty(shape, input.dtype, torch.channels_last)
+        else:
+            output = input.new_empty_strided(shape, output_strides)  # in half the time of torch.empty
         weight, bias = dense(weight), dense(bias)
         scratch = input.new_empty(size)
         function(

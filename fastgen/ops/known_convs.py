@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastgen import backends
+from fastgen._memory import empty
 from fastgen.ops import conv_cpu as cpu
 from fastgen.ops.conv_block import goes_straight
 from fastgen.ops.conv_cpu import Options, is_native_better
@@ -212,7 +213,7 @@ class _Native:
 
     def __call__(self, input: Tensor, tensors: Tensors) -> Tensor | None:
         """None if a weight is not what it was."""
-        output = torch.empty(self.shape, dtype=input.dtype, device=cpu.CPU, memory_format=self.format)
+        output = empty(self.shape, input.dtype, self.format)
         scratch = torch.empty(self.scratch, dtype=self.sums, device=cpu.CPU)
         addresses = output.data_ptr(), scratch.data_ptr()
         return output if self.native.run(self.batch, input.data_ptr(), self.strides, *addresses) else None

@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastgen import backends
+from fastgen._memory import empty
 from fastgen.ops.conv_block import check_same, goes_straight, is_transformed, is_unobserved, pair, wants_grad
-from fastgen.ops.feature_maps import channels_last, native, to_channels_last
+from fastgen.ops.feature_maps import native, to_channels_last
 
 _MAX_TAPS = 1024  # of the native filter
 _THREAD_PRODUCTS = 65536  # below, waking a thread costs more than it saves
@@ -143,7 +144,7 @@ def _forward(input: Tensor, filter: Tensor, *rest: Any) -> Tensor:
     input = input if planes else to_channels_last(input)
     kernel = (filter if options.flip_filter else filter.flip(0, 1)).contiguous()
     shape = n, c, height, width = _output_shape(input, filter, options)
-    output = input.new_empty(shape) if planes else channels_last(input, shape)
+    output = empty(shape, input.dtype, torch.contiguous_format if planes else torch.channels_last)
     axes = (
         (input.shape[2], height, filter.shape[0], options.padding[2], options.up[0], options.down[0]),
         (input.shape[3], width, filter.shape[1], options.padding[0], options.up[1], options.down[1]),

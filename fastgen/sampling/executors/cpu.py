@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from fastgen import backends
-from fastgen._memory import KeptMemory
 from fastgen.sampling.executors import Batch
 from fastgen.sampling.executors.tables import PlanTables
 from fastgen.sampling.plan import Plan
@@ -43,7 +42,6 @@ class CpuExecutor:
         tables = PlanTables(plan)
         self._tables = tables
         self._alone_until, self._alone_seconds = 0.0, ALONE_SECONDS
-        self._kept = KeptMemory()
         self._weights = tables.packed_weights()  # used in place; the constructor copies the rest
         integers, floats = tables.integers(), tables.floats()
         self._native = backends.native_cpu().PlanExecutor(
@@ -74,9 +72,7 @@ class CpuExecutor:
         plan = self.plan
         levels = torch.zeros(batch.count, *plan.image_shape, dtype=torch.int32)
         groups, team = self.split(batch.count, min(torch.get_num_threads(), processors()))
-        spaces = [self._kept.take(self._tables.floats_of(count)) for _, count in groups]
-        for space, (first, count) in zip(spaces, groups, strict=True):
-            self._tables.fill(space, batch, first, count)
+        spaces = [self._tables.fill(batch, first, count) for first, count in groups]
         scratch = torch.empty(len(groups) * team * self._native.scratch() + 64, dtype=torch.uint8)
         known = None if batch.known is None else batch.known.to(torch.int32).contiguous()
         mask = None if batch.mask is None else batch.mask.contiguous()
@@ -110,7 +106,6 @@ class CpuExecutor:
             elif several:
                 self._alone_seconds = max(self._alone_seconds / 2, ALONE_SECONDS)
             batch.on_rows(end - max(begin, 0))
-        self._kept.give_back(spaces)
         return levels.to(plan.head.dtype)
 
     def split(self, count: int, threads: int) -> tuple[list[tuple[int, int]], int]:

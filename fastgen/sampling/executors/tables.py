@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from fastgen._memory import empty_in_large_pages
+from fastgen._memory import empty_in_large_pages, zeros
 from fastgen.sampling.executors import Batch
 from fastgen.sampling.executors.winograd import find_filters
 from fastgen.sampling.heads import LogisticMixture
@@ -129,12 +129,9 @@ class PlanTables:
             "bfloat16": int(self.depth == 2),
         }
 
-    def floats_of(self, count: int) -> int:
-        """Of the planes of so many samples."""
-        return count * self.workspace + PANEL  # programs may read a panel past the end
-
-    def fill(self, space: Tensor, batch: Batch, first: int, count: int) -> None:
-        """Write what is given into the planes of samples [first, first + count) of a batch, which are zeros."""
+    def fill(self, batch: Batch, first: int, count: int) -> Tensor:
+        """The planes of samples [first, first + count) of a batch: zeros, but for what is given."""
+        space = zeros(count * self.workspace + PANEL)  # programs may read a panel past the end
         given = dict(zip(self.plan.conditions, batch.conditions, strict=True))
         for i, plane in enumerate(self.plan.planes):
             if plane.given:
@@ -149,6 +146,7 @@ class PlanTables:
                 origin = (offset + plane.left * pitch) * count
                 size = (plane.height, plane.width, count, plane.channels)
                 space.as_strided(size, strides, origin).numpy()[...] = data.permute(2, 3, 0, 1).numpy()
+        return space
 
     def _plane(self, index: int) -> tuple[int, ...]:
         plane = self.plan.planes[index]
