@@ -18,7 +18,7 @@ from fastgen import __version__, backends
 ENVIRONMENT = {
     "FASTGEN_BACKEND": "backend of every operation: auto, reference, cpu, triton, cuda",
     "FASTGEN_ISA": "instruction set of the C++ kernels: baseline, avx2, avx512, avx512bf16",
-    "FASTGEN_REUSE_MEMORY": "0: large results are not put into the memory of earlier ones, which is kept for half a minute",
+    "FASTGEN_REUSE_MEMORY": "0: large results do not come in the memory of earlier ones",
     "FASTGEN_DEBUG": "1 shows the traceback of an error of the command line",
     "FASTGEN_CACHE": "folder of cached files (default: fastgen in XDG_CACHE_HOME or ~/.cache)",
     "FASTGEN_CUDA": "at build time: 0 leaves out the CUDA module, 1 insists on it, auto builds it where nvcc is found",
