@@ -86,23 +86,31 @@ class Pool:
 
     def take(self, count: int, dtype: torch.dtype) -> tuple[Tensor, bool] | None:
         """Elements that nobody else has, and whether they are new zeros; None where there is no room for them."""
-        size = count * dtype.itemsize
-        with self._lock:
-            now = time.monotonic()
-            free = [block for block in self._blocks if block.references() == self._alone]
-            fitting = [block for block in free if size <= block.size <= 2 * size]
-            found = min(fitting, key=lambda block: block.size, default=None)
-            more = size if found is None else 0
-            for block in sorted(free, key=lambda block: block.used):
-                if block is not found and (now - block.used > _SECONDS or self._total() + more > self.most):
-                    self._blocks.remove(block)
-            if found is None and self._total() + size > self.most:
-                return None
-            block = found or _Block(size)
-            if found is None:
-                self._blocks.append(block)
-            block.used = now
-            return torch.frombuffer(block.memory, dtype=dtype, count=count, offset=block.offset), found is None
+        if not self._lock.acquire(
+            blocking=False
+        ):  # another thread's, or this one's, in a finaliser that comes in between
+            return None
+        try:
+            return self._take(count, dtype)
+        finally:
+            self._lock.release()
+
+    def _take(self, count: int, dtype: torch.dtype) -> tuple[Tensor, bool] | None:
+        size, now = count * dtype.itemsize, time.monotonic()
+        free = [block for block in self._blocks if block.references() == self._alone]
+        fitting = [block for block in free if size <= block.size <= 2 * size]
+        found = min(fitting, key=lambda block: block.size, default=None)
+        more = size if found is None else 0
+        for block in sorted(free, key=lambda block: block.used):
+            if block is not found and (now - block.used > _SECONDS or self._total() + more > self.most):
+                self._blocks.remove(block)
+        if found is None and self._total() + size > self.most:
+            return None
+        block = found or _Block(size)
+        if found is None:
+            self._blocks.append(block)
+        block.used = now
+        return torch.frombuffer(block.memory, dtype=dtype, count=count, offset=block.offset), found is None
 
     def _total(self) -> int:
         return sum(block.size for block in self._blocks)

@@ -164,3 +164,12 @@ def test_large_memory_is_private() -> None:
             assert line.split()[1].endswith("p")
             return
     raise AssertionError("it lies nowhere")
+
+
+def test_a_finaliser_may_ask_for_memory(pool: _memory.Pool) -> None:
+    """In the middle of another question: it gets memory that is not pooled."""
+    pool._lock.acquire()
+    assert new(50).shape == (50,) and not pool._blocks
+    pool._lock.release()
+    new(50)
+    assert len(pool._blocks) == 1
