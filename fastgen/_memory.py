@@ -86,9 +86,8 @@ class Pool:
 
     def take(self, count: int, dtype: torch.dtype) -> tuple[Tensor, bool] | None:
         """Elements that nobody else has, and whether they are new zeros; None where there is no room for them."""
-        if not self._lock.acquire(
-            blocking=False
-        ):  # another thread's, or this one's, in a finaliser that comes in between
+        # Nobody waits: not for another thread, nor, in a finaliser that comes in between, for this one.
+        if not self._lock.acquire(blocking=False):
             return None
         try:
             return self._take(count, dtype)
@@ -96,24 +95,33 @@ class Pool:
             self._lock.release()
 
     def _take(self, count: int, dtype: torch.dtype) -> tuple[Tensor, bool] | None:
-        size, now = count * dtype.itemsize, time.monotonic()
+        size = count * dtype.itemsize
+        found = self._free_block(size)
+        if found is None and sum(block.size for block in self._blocks) + size > self.most:
+            return None
+        try:
+            block = found or _Block(size)
+        except OSError:  # there is no room: PyTorch's allocator says so, or finds some
+            self._blocks = [block for block in self._blocks if block.references() != self._alone]
+            return None
+        if found is None:
+            self._blocks.append(block)
+        block.used = time.monotonic()
+        return torch.frombuffer(block.memory, dtype=dtype, count=count, offset=block.offset), found is None
+
+    def _free_block(self, size: int) -> _Block | None:
+        """The smallest that serves; others go where they are old, or in the way of a new one."""
         free = [block for block in self._blocks if block.references() == self._alone]
         fitting = [block for block in free if size <= block.size <= 2 * size]
         found = min(fitting, key=lambda block: block.size, default=None)
-        more = size if found is None else 0
+        total = sum(block.size for block in self._blocks) + (size if found is None else 0)
+        gone, old = set(), time.monotonic() - _SECONDS
         for block in sorted(free, key=lambda block: block.used):
-            if block is not found and (now - block.used > _SECONDS or self._total() + more > self.most):
-                self._blocks.remove(block)
-        if found is None and self._total() + size > self.most:
-            return None
-        block = found or _Block(size)
-        if found is None:
-            self._blocks.append(block)
-        block.used = now
-        return torch.frombuffer(block.memory, dtype=dtype, count=count, offset=block.offset), found is None
-
-    def _total(self) -> int:
-        return sum(block.size for block in self._blocks)
+            if block is not found and (block.used < old or total > self.most):
+                gone.add(id(block))
+                total -= block.size
+        self._blocks = [block for block in self._blocks if id(block) not in gone]
+        return found
 
 
 class _Block:

@@ -166,6 +166,19 @@ def test_large_memory_is_private() -> None:
     raise AssertionError("it lies nowhere")
 
 
+def test_no_room(pool: _memory.Pool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is idle goes back to the system; PyTorch's allocator has the last word."""
+    held = new(50)
+    new(60)
+    assert len(pool._blocks) == 2
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr("mmap.mmap", full)
+    assert new(500).shape == (500,) and len(pool._blocks) == 1 and held.shape == (50,)
+
+
 def test_a_finaliser_may_ask_for_memory(pool: _memory.Pool) -> None:
     """In the middle of another question: it gets memory that is not pooled."""
     pool._lock.acquire()

@@ -306,7 +306,6 @@ const void* kernel_of(const PixelStage& stage) {
 
 int64_t aligned(int64_t bytes) { return div_up(bytes, 16) * 16; }
 
-// As much room for weights as the largest step can use and `share` blocks of a multiprocessor leave each other.
 // Shared memory that a kernel has without being given any.
 int64_t static_bytes(const void* kernel) {
     cudaFuncAttributes facts{};
@@ -314,6 +313,7 @@ int64_t static_bytes(const void* kernel) {
     return static_cast<int64_t>(facts.sharedSizeBytes);
 }
 
+// As much room for weights as the largest step can use and `share` blocks of a multiprocessor leave each other.
 Space space_of(const PixelStage& stage, const PixelStep* steps, int64_t size, int64_t share) {
     const PixelScratch scratch = pixel_scratch(stage, steps, kLanes, size);
     Space space{};

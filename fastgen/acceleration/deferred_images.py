@@ -28,6 +28,8 @@ _NO_NORM = (None,) * (BLOCK_TENSORS - 1)
 
 def _times(images: Tensor, scales: Tensor) -> Tensor:
     """Images times scales [N, C, 1, 1], in the images' order."""
+    if wants_grad((images, scales)):
+        return images * scales
     for order in (torch.contiguous_format, torch.channels_last):
         if images.is_contiguous(memory_format=order):
             return torch.mul(images, scales, out=empty(images.shape, images.dtype, order))

@@ -41,7 +41,7 @@ def reparameterize(
             gradient is zero: so all results are finite for finite logvar (beyond, exp overflows in float32).
         seed: 0..2^64-1; another one for each step of a training. None: one of PyTorch's default generator, that of the
             CPU; where a seed would be a constant, in what is compiled, traced, transformed or captured as a CUDA graph,
-            the noise is that of ``torch.randn`` instead.
+            the noise is that of ``torch.randn`` instead, in vmap with its rules of randomness.
         start: index of the first sample in the sequence of the seed, 0..2^62-1.
         num_samples: None, or the number of draws for each sample, at least 1.
 
@@ -60,6 +60,7 @@ def reparameterize(
     """
     if seed is None:
         if _would_keep_a_seed(mu):
+            integer("start", start, 0, 2**62 - 1)
             return _with_pytorchs_noise(mu, logvar, num_samples)
         seed = int(torch.randint(2**63 - 1, (), device="cpu"))
     if not (type(seed) is int and 0 <= seed < 2**64 and type(start) is int and 0 <= start < 2**62):

@@ -70,6 +70,12 @@ class NextToken(nn.Module):
 
     @staticmethod
     def _logits(output: Any) -> Tensor:
-        if isinstance(output, tuple | list) and "logits" not in entries_of(output):
-            output = output[0]
-        return output if isinstance(output, Tensor) else entries_of(output)["logits"]
+        found = entries_of(output).get("logits")
+        if found is None:
+            found = output[0] if isinstance(output, tuple | list) and output else output
+        if not isinstance(found, Tensor):
+            raise TypeError(
+                "the model's output must be logits [N, T, vocabulary], a tuple that begins with them or a mapping with "
+                f"logits, got {type(output).__name__}"
+            )
+        return found

@@ -129,6 +129,12 @@ def test_arguments(arguments: dict[str, Any], error: type[Exception], message: s
         NextToken(GPT(), **{"image_shape": SIZE, "levels": LEVELS, **arguments})
 
 
+@pytest.mark.parametrize("output", [{}, (None,), (), None], ids=repr)
+def test_other_outputs(output: Any) -> None:
+    with pytest.raises(UnsupportedModel, match=f"must be logits .* got {type(output).__name__}"):
+        Sampler(make(lambda logits: output, start=START))
+
+
 def test_something_is_in_front() -> None:
     with pytest.raises(UnsupportedModel, match="nothing is in front of the first code: NextToken needs start, labels"):
         Sampler(make())
