@@ -80,10 +80,11 @@ class Tape:
         [samples, ...] by its strides, else by where NaN in the last sample gets to.
         """
         made = (t for call in reversed(self.calls) for t in call[3] if storage_key(t) == storage_key(tensor))
-        whole = next((t for t in made if t.dim() and len(t) == TRACE_BATCH), None)
+        whole = next((t for t in made if t.dim() and len(t) == TRACE_BATCH and t.stride(0)), None)
         if whole is not None:
             sample = torch.full_like(whole_storage(whole), -1, dtype=torch.int64)
-            torch.as_strided(sample, whole.shape, whole.stride(), whole.storage_offset()).copy_(
+            sizes = [n if stride else 1 for n, stride in zip(whole.shape, whole.stride(), strict=True)]  # not expanded
+            torch.as_strided(sample, sizes, whole.stride(), whole.storage_offset()).copy_(
                 torch.arange(TRACE_BATCH).view(-1, *[1] * (whole.dim() - 1))
             )
             return torch.as_strided(sample, tensor.shape, tensor.stride(), tensor.storage_offset())
