@@ -9,10 +9,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from fastgen._arguments import check_labels
 from fastgen.sampling.heads import Head
 from fastgen.sampling.precision import weights_in
-from fastgen.sampling.request import check_condition, images_of
+from fastgen.sampling.request import images_of, make_request
 from fastgen.sampling.subject import Subject, evaluating, make_subject, private
 
 
@@ -38,7 +37,7 @@ def bits_per_dim(
         images: uint8 levels [N, C, H, W], N >= 1; int64 where there are more than 256.
         labels: int64 [N] for a conditional model.
         image_shape, head, num_classes: of a network, as for `Sampler`.
-        condition: of a network that reads one, [N, ...].
+        condition: of a network that reads one, [N, ...], or [1, ...] for all images.
         batch_size: images per forward pass.
         precision: of the weights, as for `Sampler`.
 
@@ -57,11 +56,8 @@ def bits_per_dim(
             )
         model = _Network(make_subject(model, image_shape, head, num_classes))
         images = images_of("images", images, model.subject)
-        labels = check_labels(labels, len(images), model.subject.num_classes)
-        if condition is not None:
-            condition = check_condition(model.subject, condition)
-            if len(condition) != len(images):
-                raise ValueError(f"condition must have shape ({len(images)}, ...), got {tuple(condition.shape)}")
+        request = make_request(model.subject, len(images), labels=labels, condition=condition)
+        labels, condition = request.labels, request.condition
     return float(_bits_per_dim(model, images, labels, batch_size, precision, condition))
 
 
@@ -94,7 +90,7 @@ class _Network(torch.nn.Module):
         self.network, self.subject = subject.module, subject
 
     def log_prob(self, images: Tensor, labels: Tensor | None, condition: Tensor | None = None) -> Tensor:
-        params = self.subject.params(images.cpu(), labels, condition).float()
+        params = self.subject.params(images, labels, condition).float()
         return self.subject.head.log_prob(params, images).sum((1, 2, 3))
 
 

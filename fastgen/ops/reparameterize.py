@@ -90,7 +90,7 @@ def reparameterize(
 
 def _would_keep_a_seed(mu: Tensor) -> bool:
     """Whether this call is made into something that is run again, with the same seed."""
-    if torch.compiler.is_compiling() or is_transformed() or _is_tracing() or _dispatch_modes() > 0:
+    if torch.compiler.is_compiling() or is_transformed() or not is_unobserved(()):
         return True
     return isinstance(mu, Tensor) and mu.is_cuda and torch.cuda.is_current_stream_capturing()
 

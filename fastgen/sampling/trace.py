@@ -378,11 +378,8 @@ def trace(
             found = tracer.recognise(codes)
             tracer.graph.output = tracer.graph.at_stride(found, (1, 1), (output.shape[2], output.shape[3]))
     except LayoutError as error:
-        what = (
-            f"depends {error}"
-            if str(error).startswith("on ")
-            else ("is not made of shifted windows of feature maps, as those of convolutions and attention are")
-        )
+        what = "is not made of shifted windows of feature maps, as those of convolutions and attention are"
+        what = f"depends {error}" if str(error).startswith("on ") else what
         raise UnsupportedModel(f"the network's output {what}") from None
     if output.shape[1] == subject.head.num_params(subject.image_shape[0]):  # `compile_graph` refuses others
         logits.check_logits(tracer, codes, subject.head)
