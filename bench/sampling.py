@@ -137,7 +137,7 @@ def variants(model: nn.Module, sampler: Any, batch: int) -> dict[str, Provider]:
     from fastgen import backends
 
     half = fastgen.Sampler(model, max_batch=batch, backend="cpu", precision="bf16")
-    bytes_of = {"workspace_bytes": half.plan.cache_bytes * batch, "weight_bytes": half.weight_bytes}
+    bytes_of = {"workspace_bytes": half.sample_bytes * batch, "weight_bytes": half.weight_bytes}
     found = {"fastgen bf16": Provider(partial(half.sample, batch), note="weights in bfloat16", extra=bytes_of)}
     for isa in ("avx2", "baseline"):
         # The portable kernels have a quarter of the rate: one batch size shows it.
@@ -193,7 +193,7 @@ def build(subject: Subject, batch: int) -> Work:
             partial(sampler.sample, batch, labels=labels),
             extra={
                 "compile_s": compile_seconds,
-                "workspace_bytes": plan.cache_bytes * batch,
+                "workspace_bytes": sampler.sample_bytes * batch,
                 "weight_bytes": sampler.weight_bytes,
                 "mflop_per_sample": plan.flops / 1e6,
                 "executed_mflop_per_sample": sampler.flops / 1e6,

@@ -66,7 +66,7 @@ class Subject(ABC):
         extra = {
             "compile_s": seconds,
             "first_call_s": first,
-            "workspace_bytes": sampler.plan.cache_bytes * batch,
+            "workspace_bytes": sampler.sample_bytes * batch,
             "weight_bytes": sampler.weight_bytes,
             "executed_mflop_per_sample": sampler.flops / 1e6,
         }
