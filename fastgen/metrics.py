@@ -11,8 +11,8 @@ from torch import Tensor
 
 from fastgen.sampling.heads import Head
 from fastgen.sampling.precision import weights_in
-from fastgen.sampling.request import images_of, make_request
-from fastgen.sampling.subject import Subject, evaluating, make_subject, private
+from fastgen.sampling.request import Condition, images_of, make_request
+from fastgen.sampling.subject import Conditions, Subject, evaluating, make_subject, private
 
 
 def bits_per_dim(
@@ -23,7 +23,7 @@ def bits_per_dim(
     image_shape: tuple[int, ...] | None = None,
     head: Head | None = None,
     num_classes: int | None = None,
-    condition: Tensor | None = None,
+    condition: Condition | None = None,
     batch_size: int = 64,
     precision: str = "fp32",
 ) -> float:
@@ -37,7 +37,7 @@ def bits_per_dim(
         images: uint8 levels [N, C, H, W], N >= 1; int64 where there are more than 256.
         labels: int64 [N] for a conditional model.
         image_shape, head, num_classes: of a network, as for `Sampler`.
-        condition: of a network that reads one, [N, ...], or [1, ...] for all images.
+        condition: of a network that reads one, as for `Sampler`: tensors [N, ...], or [1, ...] for all images.
         batch_size: images per forward pass.
         precision: of the weights, as for `Sampler`.
 
@@ -57,8 +57,8 @@ def bits_per_dim(
         model = _Network(make_subject(model, image_shape, head, num_classes))
         images = images_of("images", images, model.subject)
         request = make_request(model.subject, len(images), labels=labels, condition=condition)
-        labels, condition = request.labels, request.condition
-    return float(_bits_per_dim(model, images, labels, batch_size, precision, condition))
+        return float(_bits_per_dim(model, images, request.labels, batch_size, precision, request.conditions))
+    return float(_bits_per_dim(model, images, labels, batch_size, precision))
 
 
 def two_stages_bits_per_dim(
@@ -89,8 +89,8 @@ class _Network(torch.nn.Module):
         super().__init__()
         self.network, self.subject = subject.module, subject
 
-    def log_prob(self, images: Tensor, labels: Tensor | None, condition: Tensor | None = None) -> Tensor:
-        params = self.subject.params(images, labels, condition).float()
+    def log_prob(self, images: Tensor, labels: Tensor | None, conditions: Conditions) -> Tensor:
+        params = self.subject.params(images, labels, conditions).float()
         return self.subject.head.log_prob(params, images).sum((1, 2, 3))
 
 
@@ -114,7 +114,7 @@ def _bits_per_dim(
     labels: Tensor | None,
     batch_size: int,
     precision: str,
-    condition: Tensor | None = None,
+    conditions: Conditions | None = None,
 ) -> Tensor:
     """`bits_per_dim` of each column of ``log_prob``: float64, [] for [n], [k] for [n, k]."""
     if batch_size < 1:
@@ -129,8 +129,8 @@ def _bits_per_dim(
     with evaluating(model), weights_in(precision):
         for i in range(0, len(images), batch_size):
             given: dict[str, Any] = {"start": i} if noisy else {}
-            if condition is not None:
-                given["condition"] = condition[i : i + batch_size]
+            if conditions is not None:
+                given["conditions"] = {key: value[i : i + batch_size] for key, value in conditions.items()}
             batch_labels = None if labels is None else labels[i : i + batch_size].to(device)
             batch_nats = log_prob(images[i : i + batch_size].to(device), batch_labels, **given)
             nats.append(batch_nats.double().sum(0).cpu())

@@ -315,22 +315,25 @@ def _locate_positions(plane, pitch, channel, s, sample, batch, VECTOR: tl.conste
 @triton.jit(
     do_not_specialize=[
         "scale", "cap", "lag", "stride", "frame", "operand", "query", "keys", "key_pitch", "key_channel", "values",
-        "value_pitch", "value_channel", "of_head", "of_position", "column", "every", "columns", "batch",
+        "value_pitch", "value_channel", "added", "added_pitch", "added_channel", "of_head", "of_position", "column",
+        "every", "columns", "batch",
     ]
 )  # fmt: skip
 def attend(
     workspace, where, fields, constants, spans, bias, state, scale, cap, lag, stride, frame, operand, query, keys,
-    key_pitch, key_channel, values, value_pitch, value_channel, of_head, of_position, column, every, columns, batch,
+    key_pitch, key_channel, values, value_pitch, value_channel, added, added_pitch, added_channel, of_head, of_position,
+    column, every, columns, batch,
     PROGRAM: tl.constexpr, STORES: tl.constexpr, VECTOR: tl.constexpr, SPACING: tl.constexpr, CAPPED: tl.constexpr,
-    SOFTMAX: tl.constexpr, BIASED: tl.constexpr, DEPTH: tl.constexpr, WIDTH: tl.constexpr, KEYS: tl.constexpr,
-    CHANNELS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
+    SOFTMAX: tl.constexpr, BIASED: tl.constexpr, ADDED: tl.constexpr, DEPTH: tl.constexpr, WIDTH: tl.constexpr,
+    KEYS: tl.constexpr, CHANNELS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """A step with attention (`fastgen.sampling.plan.Attention`): one of its rows, and up to COLUMNS channels of a head.
 
     The step's frame has `frame` columns, its row is that of the image, less `lag`, over `stride`. `query` is an
     operand; the planes of keys and values begin at `keys` and `values` floats per sample. A head has DEPTH channels of
     queries and keys, of which CHANNELS are multiplied at a time, and WIDTH of values. Numbers of `bias`, unless there
-    are none, lie `of_head` and `of_position` from each other. The rest: see `step`.
+    are none, lie `of_head` and `of_position` from each other. With ADDED, a channel of the plane at `added` is added to
+    the scores. The rest: see `step`.
 
     Keys are read KEYS at a time. Each of these has a largest score and sums of its own until the end, so that threads
     need not wait for each other. The order of the sums is the same in all batches.
@@ -367,6 +370,9 @@ def attend(
             score = tanh(tl.div_rn(score, cap)) * cap
         if BIASED:
             score += tl.load(bias + s, exists, 0.0)
+        if ADDED:
+            of_sum = _locate_positions(added, added_pitch, added_channel, s, of_sample, batch, 1)
+            score += tl.load(workspace + of_sum, exists, 0.0)
         score = tl.where(exists, score, -float("inf"))
         of_value = _locate_positions(values, value_pitch, value_channel, s, of_sample, batch, VECTOR)
         value = tl.load(workspace + of_value[:, None] + m[None, :], exists[:, None] & wanted[None, :], 0.0)

@@ -48,12 +48,12 @@ FASTGEN_INLINE Vec<float> totals(Vec<float>* v) {
     return v[0];
 }
 
-// scores[h * pitch + i] = capped(scale * query . keys[begin + i]) + bias[h * bias_stride + i], of heads that are `depth`
-// channels each; capped(x) is x where the cap is 0, else cap * tanh(x / cap); bias may be null. Whole vectors are
-// written.
+// scores[h * pitch + i] = capped(scale * query . keys[begin + i]) + bias[h * bias_stride + i] + added[begin + i], of heads
+// that are `depth` channels each; capped(x) is x where the cap is 0, else cap * tanh(x / cap); bias and where `added`
+// begins may be null. Whole vectors are written.
 inline void attention_scores(const float* query, int heads, int64_t depth, const Positions& keys, int64_t begin,
-                             int64_t end, float scale, float cap, const float* bias, int64_t bias_stride, float* scores,
-                             int64_t pitch) {
+                             int64_t end, float scale, float cap, const float* bias, int64_t bias_stride,
+                             const Positions& added, float* scores, int64_t pitch) {
     constexpr int64_t kL = kLanes<float>;
     const int64_t whole = depth / kL * kL;
     const int rest = static_cast<int>(depth - whole);
@@ -71,12 +71,17 @@ inline void attention_scores(const float* query, int heads, int64_t depth, const
                     products[h][j] = sum;
                 }
             }
+            float of_key[kL] = {};
+            if (added.first) {
+                const float* a = added.at(begin + first + i);
+                for (int64_t j = 0; j < n; ++j) of_key[j] = a[j * added.stride];
+            }
             for (int h = 0; h < heads; ++h) {
                 for (int64_t j = n; j < kL; ++j) products[h][j] = Vec<float>{};
                 Vec<float> result = totals(products[h]) * broadcast(scale);
                 if (cap != 0.0f) result = tanh(result / broadcast(cap)) * broadcast(cap);
                 if (bias) result = result + load_n(bias + h * bias_stride + first + i, static_cast<int>(n));
-                store(scores + h * pitch + first + i, result);
+                store(scores + h * pitch + first + i, result + load(of_key));
             }
         }
     });

@@ -47,6 +47,8 @@ inline void attend(const PlanThread& thread, const PlanTile& tile, const PlanAtt
         const int64_t* span = thread.plan.spans + of.spans + 2 * position;
         const Positions all_keys = all_positions(thread, of.keys, of.keys_channel, place.sample);
         const Positions all_values = all_positions(thread, of.values, of.values_channel, place.sample);
+        Positions added{};
+        if (of.of_keys >= 0) added = all_positions(thread, of.of_keys, of.of_keys_channel, place.sample);
         for (int64_t c = first_channel; c < end_channel;) {
             const int64_t head = c / of.width, end = min_of((head + kPlanHeads) * of.width, end_channel);
             const int heads = static_cast<int>(div_up(end, of.width) - head);
@@ -57,7 +59,7 @@ inline void attend(const PlanThread& thread, const PlanTile& tile, const PlanAtt
             keys_here.first += head * of.depth;
             values_here.first += c;
             attention_scores(query.p + r * query.row_stride + head * of.depth, heads, of.depth, keys_here, span[0],
-                             span[1], floats[0], floats[1], bias, bias_stride, thread.scores, pitch);
+                             span[1], floats[0], floats[1], bias, bias_stride, added, thread.scores, pitch);
             for (int h = 0; h < heads; ++h) {
                 factors[h] = of.softmax ? attention_weights(thread.scores + h * pitch, span[1] - span[0]) : 1.0f;
             }

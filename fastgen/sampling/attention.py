@@ -11,12 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastgen.sampling import key_masks
 from fastgen.sampling.graph import Attention, Constant, Graph, LayoutError, Node, Pointwise, Ref
 from fastgen.sampling.joined_scores import once_each, some_values
+from fastgen.sampling.key_masks import MASKED
 from fastgen.sampling.orders import Order, appended, depends, feature_map
-from fastgen.sampling.planes import pointwise_4d
+from fastgen.sampling.planes import pointwise_4d, rebuilt
 from fastgen.sampling.rotations import turned
-from fastgen.sampling.scores import MASKED, Attended, Scores, is_batch, known_of, rule
+from fastgen.sampling.scores import Attended, Scores, is_batch, known_of, rule
 
 if TYPE_CHECKING:
     from fastgen.sampling.trace import Tracer
@@ -113,6 +115,7 @@ def _attend_all(tracer: Tracer, known: Scores, values: Tensor) -> Tensor:
         if (order.index[0] >= count).any():
             raise LayoutError("that mixes samples")
     query, keys, values = (turned(tracer, codes, heads) for codes in (query, keys, values))
+    known, added = key_masks.of_keys(tracer, known, query_order, key_order)
     seen = _seen(known, query_order.index[0].flatten(), key_order.index[0].flatten())
     of_query, by = _without_number(tracer.graph, plane_of(tracer, _times(tracer, query, seen.of_queries)))
     of_keys, times = _without_number(tracer.graph, plane_of(tracer, _times(tracer, keys, seen.of_keys)))
@@ -129,6 +132,7 @@ def _attend_all(tracer: Tracer, known: Scores, values: Tensor) -> Tensor:
         values=plane_of(tracer, values),
         spans=seen.spans,
         bias=seen.bias,
+        of_keys=added,
     )
     found.stride = found.query.stride
     check_order(tracer.graph, found)
@@ -185,10 +189,11 @@ def _times(tracer: Tracer, codes: Tensor, factor: Tensor | None) -> Tensor:
 
 def plane_of(tracer: Tracer, grid: Tensor) -> Ref:
     """Codes [N, channels, h, w] as channels of one plane that differs between samples, in place."""
-    with contextlib.suppress(LayoutError):
-        ref = tracer.recognise(grid)
-        if _in_place(tracer.graph, ref, grid.shape[2], grid.shape[3]):
-            return ref
+    for codes in (grid, rebuilt(tracer, grid)):
+        with contextlib.suppress(LayoutError):
+            ref = tracer.recognise(codes)
+            if _in_place(tracer.graph, ref, grid.shape[2], grid.shape[3]):
+                return ref
     return tracer.graph.recognise(pointwise_4d(tracer, "copy", [grid]))
 
 
@@ -268,7 +273,7 @@ def _seen(known: Scores, rows: Tensor, columns: Tensor) -> _Seen:
     """
     _, queries, keys = known.shape
     heads = max(len(v) for v in (known.gain, known.bias, known.weight, *(known.capped or ())))
-    known = known.each(lambda v, outside: v.expand(heads, queries, keys)[:, rows][:, :, columns])
+    known = replace(known, given=None).each(lambda v, outside: v.expand(heads, queries, keys)[:, rows][:, :, columns])
     gain, bias, weight = known.gain, known.bias, known.weight
     keys = len(columns)
     seen = (bias > MASKED) & (weight != 0).any(2, keepdim=True) & (rows >= 0)[:, None] & (columns >= 0)

@@ -13,13 +13,13 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from fastgen.sampling.heads import Head
 from fastgen.sampling.precision import weights_in
-from fastgen.sampling.request import Request, images_of, make_request
-from fastgen.sampling.subject import Subject, evaluating, make_subject
+from fastgen.sampling.request import Condition, Request, images_of, make_request
+from fastgen.sampling.subject import Conditions, Subject, evaluating, make_subject
 from fastgen.sampling.uniforms import image_uniforms
 
 CHUNK_BYTES = 1 << 27  # of parameters, or cumulative probabilities, held at a time
 
-Inputs = tuple[Tensor | None, ...]  # labels and condition
+Inputs = tuple[Tensor | None, Conditions]  # labels and conditions
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def audit(
     seed: int = 0,
     start: int = 0,
     labels: Tensor | int | None = None,
-    condition: Tensor | None = None,
+    condition: Condition | None = None,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
@@ -71,7 +71,7 @@ def audit(
         model, image_shape, head, num_classes, precision: as for `Sampler`.
         images: levels [n, C, H, W], as `Sampler.sample` gives them.
         seed, start, labels, temperature, top_k, top_p: as given to `Sampler.sample`.
-        condition: [n, *shape], or [1, *shape] for all; for models that read one.
+        condition: tensors [n, *shape], or [1, *shape] for all; for models that read some.
         mask: bool [n, H, W] or [H, W]; pixels where it is True were given and are not checked.
 
     Raises:
@@ -103,7 +103,7 @@ def audit(
         size = (head.num_uniforms(channels), height, width)
         uniforms = image_uniforms(request.seed, request.start + first, len(images[part]), size)
         part_mask = None if request.mask is None else request.mask[part]
-        inputs = _of_samples((request.labels, request.condition), part)
+        inputs = _of_samples((request.labels, request.conditions), part)
         with weights_in(precision):
             found.add(subject, images[part], uniforms, part_mask, inputs, request, first)
     return AuditReport(found.elements, found.mismatches, found.ties, found.max_margin)
@@ -187,7 +187,8 @@ def _widened(value: Any) -> Any:
 
 
 def _of_samples(inputs: Inputs, samples: slice | Tensor) -> Inputs:
-    return tuple(None if t is None else t[samples] for t in inputs)
+    labels, conditions = inputs
+    return None if labels is None else labels[samples], {key: t[samples] for key, t in conditions.items()}
 
 
 def _params(subject: Subject, images: Tensor, inputs: Inputs) -> Tensor:

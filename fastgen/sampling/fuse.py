@@ -65,7 +65,7 @@ def renumber(graph: Graph, readers: list[int], plane: int, channel: np.ndarray) 
         elif isinstance(node, Pointwise):
             node.operands = [moved(o) if isinstance(o, Ref) else o for o in node.operands]
         elif isinstance(node, Attention):
-            node.query, node.keys, node.values = moved(node.query), moved(node.keys), moved(node.values)
+            node.query, node.keys, node.values, node.of_keys = map(moved, node.sources())
 
 
 def live(graph: Graph) -> list[bool]:

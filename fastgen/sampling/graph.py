@@ -208,7 +208,8 @@ class Pointwise(Node):
         return [o for o in self.operands if isinstance(o, Ref)]
 
 
-def _nothing() -> Ref:
+def nothing() -> Ref:
+    """The view of no channels."""
     none = np.zeros(0, dtype=np.int64)
     return Ref(none, none, none, none)
 
@@ -225,21 +226,23 @@ class Attention(Node):
     s in that of the keys.
 
     spans: int32 [positions, 2], p sees the keys begin <= s < end. bias: float [heads or 1, positions, keys], -inf where
-    a key inside the span is not seen, or None. Some head sees the first key of a span, and some the last.
+    a key inside the span is not seen, or None. Some head sees the first key of a span, and some the last. of_keys: one
+    channel of a condition, added to the bias of each key, or nothing.
     """
 
     heads: int = 1
     scale: float = 1.0
     cap: float = 0.0
     softmax: bool = True
-    query: Ref = field(default_factory=_nothing)
-    keys: Ref = field(default_factory=_nothing)
-    values: Ref = field(default_factory=_nothing)
+    query: Ref = field(default_factory=nothing)
+    keys: Ref = field(default_factory=nothing)
+    values: Ref = field(default_factory=nothing)
     spans: Tensor = field(default_factory=lambda: torch.empty(0, 2))
     bias: Tensor | None = None
+    of_keys: Ref = field(default_factory=nothing)
 
     def sources(self) -> list[Ref]:
-        return [self.query, self.keys, self.values]
+        return [self.query, self.keys, self.values, self.of_keys]
 
 
 class Graph:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from fastgen.sampling.graph import LayoutError
-from fastgen.sampling.scores import MASKED, Attended, Scores, Unusable, known_of, rule
+from fastgen.sampling.key_masks import MASKED
+from fastgen.sampling.scores import Attended, Scores, Unusable, known_of, rule
 
 if TYPE_CHECKING:
     from fastgen.sampling.trace import Tracer
@@ -53,6 +54,7 @@ def _of_queries(known: Scores, tensor: Tensor) -> Scores:
     """Scores of as many queries as a tensor [..., queries, keys] of them has: rows of an image have the keys of a text
     in common, and come as one matrix.
     """
+    known.check_not_given()
     _, queries, keys = known.shape
     count = tensor.shape[-2] if tensor.dim() > 2 else 0
     whole = tensor.is_contiguous() and not tensor.storage_offset() and tensor.numel() == math.prod(known.shape)

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from fastgen.sampling.heads import Head
-from fastgen.sampling.request import make_request
+from fastgen.sampling.request import Condition, make_request
 from fastgen.sampling.subject import evaluating, make_subject
 from fastgen.sampling.uniforms import image_uniforms
 
@@ -22,7 +22,7 @@ def naive_sample(
     seed: int = 0,
     start: int = 0,
     labels: Tensor | int | None = None,
-    condition: Tensor | None = None,
+    condition: Condition | None = None,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
@@ -34,7 +34,7 @@ def naive_sample(
     of each pixel.
 
     Arguments and result are those of `Sampler` and `Sampler.sample`, but for the condition, of which there is no
-    example: [n, *shape], or [1, *shape] for all.
+    example: tensors [n, *shape], or [1, *shape] for all.
 
     Raises:
         RuntimeError: the network gives NaN.
@@ -65,7 +65,7 @@ def naive_sample(
         for y in range(height):
             for x in range(width):
                 for group in groups:
-                    params = subject.params(images, request.labels, request.condition)[:, group.params, y, x].cpu()
+                    params = subject.params(images, request.labels, request.conditions)[:, group.params, y, x].cpu()
                     if params.isnan().any():
                         raise RuntimeError(f"the network gives NaN for row {y}, column {x}")
                     drawn = head.draw(params, uniforms[:, group.uniforms, y, x], request.temperature)

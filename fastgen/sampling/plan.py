@@ -122,16 +122,17 @@ class Store:
 class Attention:
     """A step's sum over keys, in place of a product: with p the step's position in raster order,
 
-        score[h, s] = capped(scale * query[p, h] . keys[s, h]) + bias[h, p, s]
+        score[h, s] = capped(scale * query[p, h] . keys[s, h]) + bias[h, p, s] + of_keys[s]
         acc[0, h * width + c] = sum over s of softmax_s(score[h, s]) * values[s, h, c]
 
     or, where it has no softmax, of score[h, s] * values[s, h, c],
     over the keys spans[p, 0] <= s < spans[p, 1]; zero where none is seen. capped(x) is x where the cap is 0, else
     cap * tanh(x / cap). Query, keys and values are read in place, the
     query `heads * depth` channels at the step's position, keys as many and values `heads * width` at position s of
-    their planes, in raster order. These two planes have one size, and keep all their rows.
+    their planes, in raster order. These planes have one size, and keep all their rows.
 
     spans: int32 [positions, 2]. bias: float32 [heads or 1, positions, keys], -inf for keys that are not seen, or None.
+    of_keys: a channel of a plane like that of the keys, or None: what masks have for each sample.
     """
 
     heads: int
@@ -143,13 +144,15 @@ class Attention:
     values: Read
     spans: Tensor
     bias: Tensor | None
+    of_keys: Read | None = None
     cap: float = 0.0
     softmax: bool = True
 
     def reads(self) -> list[tuple[Read, int]]:
         """What it reads, with the number of channels."""
         channels = self.heads * self.depth
-        return [(self.query, channels), (self.keys, channels), (self.values, self.heads * self.width)]
+        reads = [(self.query, channels), (self.keys, channels), (self.values, self.heads * self.width)]
+        return reads if self.of_keys is None else [*reads, (self.of_keys, 1)]
 
     @property
     def macs(self) -> float:

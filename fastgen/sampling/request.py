@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastgen._arguments import check_images, check_labels, integer
-from fastgen.sampling.subject import Subject
+from fastgen.sampling.subject import Conditions, Subject
 from fastgen.sampling.truncation import Truncation, make_truncation
+
+Condition = Tensor | Sequence[Tensor] | Mapping[str, Tensor]  # as users give it
 
 
 @dataclass(frozen=True)
@@ -22,7 +26,7 @@ class Request:
     seed: int
     start: int
     labels: Tensor | None
-    condition: Tensor | None
+    conditions: Conditions
     temperature: float
     truncation: Truncation
     known: Tensor | None
@@ -36,15 +40,15 @@ def make_request(
     seed: int = 0,
     start: int = 0,
     labels: Tensor | int | None = None,
-    condition: Tensor | None = None,
-    example: Tensor | None = None,
+    condition: Condition | None = None,
+    examples: Conditions | None = None,
     temperature: float = 1.0,
     top_k: int | None = None,
     top_p: float | None = None,
     known: Tensor | None = None,
     mask: Tensor | None = None,
 ) -> Request:
-    """Check and normalise. example: what the condition of one sample must look like, if that is known.
+    """Check and normalise. examples: what the conditions of one sample must look like, if that is known.
 
     Raises:
         ValueError, TypeError: naming the argument, what was expected and what came.
@@ -59,39 +63,64 @@ def make_request(
     truncation = make_truncation(top_k, top_p)
     subject.head.keeping(truncation)  # or say why not
     labels = check_labels(labels, n, subject.num_classes)
-    if condition is not None:
-        condition = _condition(check_condition(subject, condition), n, example)
+    conditions = check_condition(subject, condition)
+    if examples is not None and list(conditions) != list(examples):
+        raise ValueError(f"condition must be {_form(examples)}, as the Sampler's example is, got {_form(conditions)}")
+    for key, value in conditions.items():
+        conditions[key] = _for_each(_name(key, conditions), value, n, None if examples is None else examples[key])
     if (known is None) != (mask is None):
         raise ValueError("known and mask go together: images, and which of their pixels are given")
     if known is not None and mask is not None:
         known = images_of("known", known, subject, n)
         mask = _mask(mask, n, subject.image_shape)
-    return Request(n, seed, start, labels, condition, float(temperature), truncation, known, mask)
+    return Request(n, seed, start, labels, conditions, float(temperature), truncation, known, mask)
 
 
-def check_condition(subject: Subject, condition: Tensor) -> Tensor:
-    """On the CPU; floats in the dtype of the module."""
-    if not isinstance(condition, Tensor):
-        raise TypeError(f"condition must be a tensor, got {type(condition).__name__}")
-    condition = condition.detach().to("cpu", subject.like.dtype if condition.is_floating_point() else condition.dtype)
-    if condition.isnan().any():
-        raise ValueError("condition must not hold NaN")
-    return condition
+def check_condition(subject: Subject, condition: Condition | None) -> Conditions:
+    """Its tensors on the CPU; floats in the dtype of the module."""
+    if condition is None:
+        return {}
+    parts: Mapping[Any, Any] = condition if isinstance(condition, Mapping) else {0: condition}
+    if isinstance(condition, tuple | list):
+        parts = dict(enumerate(condition))
+    result: Conditions = {}
+    for key, value in parts.items():
+        name = _name(key, parts)
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+        result[key] = value.detach().to("cpu", subject.like.dtype if value.is_floating_point() else value.dtype)
+        if result[key].isnan().any():
+            raise ValueError(f"{name} must not hold NaN")
+    if isinstance(condition, Mapping) and not all(isinstance(key, str) for key in result):
+        raise TypeError(f"condition must have names of arguments as keys, got {list(result)}")
+    return result
 
 
-def _condition(condition: Tensor, n: int, example: Tensor | None) -> Tensor:
+def _name(key: int | str, parts: Mapping[Any, Any]) -> str:
+    return "condition" if list(parts) == [0] else f"condition[{key!r}]"
+
+
+def _form(conditions: Conditions) -> str:
+    """What holds so many tensors, or those of these names."""
+    keys = list(conditions)
+    if not keys or keys == [0]:
+        return "a tensor" if keys else "nothing"
+    return f"a tuple of {len(keys)}" if 0 in keys else f"a dict of {', '.join(map(str, keys))}"
+
+
+def _for_each(name: str, condition: Tensor, n: int, example: Tensor | None) -> Tensor:
     """For each of n samples."""
     got = tuple(condition.shape)
     if example is None:
         if got[:1] not in ((n,), (1,)):
-            raise ValueError(f"condition must have shape ({n}, ...), or (1, ...) for all samples, got {got}")
+            raise ValueError(f"{name} must have shape ({n}, ...), or (1, ...) for all samples, got {got}")
         return condition.expand(n, *got[1:])
     if condition.dtype != example.dtype:
         expected = "of floats" if example.is_floating_point() else f"of {example.dtype}"
-        raise TypeError(f"condition must be a tensor {expected}, as the Sampler's example is, got {condition.dtype}")
+        raise TypeError(f"{name} must be a tensor {expected}, as the Sampler's example is, got {condition.dtype}")
     shape = tuple(example.shape)
     if got not in (shape, (1, *shape), (n, *shape)):
-        raise ValueError(f"condition must have shape {(n, *shape)}, or {shape} for all samples, got {got}")
+        raise ValueError(f"{name} must have shape {(n, *shape)}, or {shape} for all samples, got {got}")
     return condition.expand(n, *shape)
 
 

@@ -26,7 +26,7 @@ from fastgen.sampling.heads import Head
 from fastgen.sampling.pack import compile_graph
 from fastgen.sampling.plan import Plan
 from fastgen.sampling.precision import check_precision, weights_in
-from fastgen.sampling.request import Request, check_condition, make_request
+from fastgen.sampling.request import Condition, Request, check_condition, make_request
 from fastgen.sampling.subject import evaluating, host_defaults, host_device, make_subject, no_autocast
 from fastgen.sampling.tape import TRACE_BATCH
 from fastgen.sampling.trace import trace
@@ -88,7 +88,7 @@ class Sampler:
     the batch size, the number of threads or the other samples drawn with it, bit for bit.
 
     Args:
-        model: maps encoded images [N, C, H, W] (and labels [N], and a condition [N, ...], in this order) to head
+        model: maps encoded images [N, C, H, W] (and labels [N], and conditions [N, ...], in this order) to head
             parameters [N, head.num_params(C), H, W] or, for `Categorical`, [N, levels, C, H, W], or to a tuple with one
             such tensor, or a mapping or dataclass whose `logits` are one. They are logits; log-probabilities do, too,
             probabilities do not. Any module; a copy that shares its tensors is traced, in eval mode and without
@@ -98,8 +98,10 @@ class Sampler:
         head: default: ``model.head``.
         num_classes: labels are 0..num_classes-1; default: ``model.num_classes``, else there are none.
         condition: for a model that reads a tensor for each sample besides the image: a latent, a feature map, the codes
-            of a coarser level. An example of that of one sample, without the batch dimension: its shape and dtype are
-            those of all others, its values need only be valid. Floats reach the model in its own dtype.
+            of a coarser level, a text. An example of that of one sample, without the batch dimension: its shape and
+            dtype are those of all others, its values need only be valid; where they say what attention sees, as the
+            padding of a text does, they should hide as little as possible. Floats reach the model in its own dtype.
+            For several tensors a tuple, or a dict by the names of the model's arguments.
         precision: "fp32", or "bf16": the weights of products are rounded to bfloat16, activations and sums stay
             float32. Half the memory traffic of a pixel; the samples are exactly those of the model with rounded
             weights, which is not quite the same model.
@@ -125,7 +127,7 @@ class Sampler:
         head: Head | None = None,
         *,
         num_classes: int | None = None,
-        condition: Tensor | None = None,
+        condition: Condition | None = None,
         precision: str = "fp32",
         backend: str = "auto",
         max_batch: int | None = None,
@@ -135,9 +137,10 @@ class Sampler:
         check_precision(precision)
         self._precision = precision
         self._known_labels: dict[tuple[str, int], list[Tensor]] = {}
-        self._example = None if condition is None else check_condition(self._subject, condition)
-        if self._example is not None and not self._example.numel():
-            raise ValueError(f"condition must not be empty, got shape {tuple(self._example.shape)}")
+        self._examples = check_condition(self._subject, condition)
+        for example in self._examples.values():
+            if not example.numel():
+                raise ValueError(f"condition must not be empty, got shape {tuple(example.shape)}")
         # "auto" leaves the choice to the environment and to an enclosing `with fastgen.backend(...)`.
         with contextlib.nullcontext() if backend == "auto" else backends.backend(backend):
             executor = _select(self._subject.like)
@@ -182,9 +185,9 @@ class Sampler:
             labels = None
             if subject.num_classes is not None:
                 labels = (torch.arange(TRACE_BATCH) % subject.num_classes).to(subject.like.device)
-            condition = None if self._example is None else torch.stack([self._example] * TRACE_BATCH)
+            conditions = {key: torch.stack([example] * TRACE_BATCH) for key, example in self._examples.items()}
         with evaluating(subject.module):
-            graph, self._tape = trace(subject, image, labels, condition)
+            graph, self._tape = trace(subject, image, labels, conditions)
         _check_finite(graph)
         with host_defaults():
             self.plan, self._conditions = compile_graph(graph, subject.head)
@@ -196,7 +199,7 @@ class Sampler:
         seed: int = 0,
         start: int = 0,
         labels: Tensor | int | None = None,
-        condition: Tensor | None = None,
+        condition: Condition | None = None,
         temperature: float = 1.0,
         top_k: int | None = None,
         top_p: float | None = None,
@@ -211,10 +214,10 @@ class Sampler:
             seed: 0..2^64-1.
             start: index of the first sample.
             labels: integers [n], or one for all; for models with classes.
-            condition: [n, *shape], or [*shape] for all; for samplers made with an example of it.
+            condition: [n, *shape], or [*shape] for all; a tensor, tuple or dict, as the sampler's example is.
             temperature: divides the logits; below 1 for more likely images.
             top_k, top_p: draw from the `top_k` likeliest levels alone, and of these from the fewest whose probabilities
-                sum to at least `top_p` of theirs; for `Categorical` heads, by all executors but `cuda`.
+                sum to at least `top_p` of theirs; for `Categorical` heads.
             known, mask: levels [n, C, H, W] or [C, H, W], and bool [n, H, W] or [H, W]: where the mask is True
                 the pixel is given, the others are drawn in raster order, each after all pixels before it.
             progress: show a progress bar.
@@ -223,11 +226,12 @@ class Sampler:
             levels [n, C, H, W], uint8 (int64 for heads with more than 256 levels).
         """
         subject = self._subject
-        if (condition is None) != (self._example is None):
+        if (condition is None) == bool(self._examples):
+            shapes = " and ".join(str((n, *example.shape)) for example in self._examples.values())
             raise ValueError(
-                "condition was given, but no example of it to the Sampler: Sampler(model, ..., condition=example)"
-                if self._example is None
-                else f"the model is conditional: a condition of shape {(n, *self._example.shape)} is needed"
+                f"the model is conditional: a condition of shape {shapes} is needed"
+                if self._examples
+                else "condition was given, but no example of it to the Sampler: Sampler(model, ..., condition=example)"
             )
         request = make_request(
             subject,
@@ -236,7 +240,7 @@ class Sampler:
             start=start,
             labels=labels,
             condition=condition,
-            example=self._example,
+            examples=self._examples,
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
@@ -270,8 +274,8 @@ class Sampler:
 
     def _replay(self, request: Request, part: slice) -> list[Tensor]:
         """What the model makes of labels and condition: a plane for each of `plan.conditions`."""
-        inputs = [t[part] for t in (request.labels, request.condition) if t is not None]
-        planes = self._of_labels(inputs[0]) if request.condition is None else self._run_tape(inputs)
+        inputs = [t[part] for t in (request.labels, *request.conditions.values()) if t is not None]
+        planes = self._run_tape(inputs) if request.conditions else self._of_labels(inputs[0])
         if any(p.isnan().any() for p in planes):
             raise ValueError(f"the model makes NaN of {self._tape.names}")
         return planes

@@ -149,7 +149,7 @@ def _latest(graph: Graph, node: Attention) -> int:
 
 
 def _attention_keys(graph: Graph, node: Attention, reach: list[Keys]) -> list[Keys]:
-    """Of each channel of query, keys and values."""
+    """Of each channel of query, keys, values and what is added for each key."""
     query, *seen = (_source_keys(graph, ref, reach) for ref in node.sources())
     latest = _latest(graph, node)
     return [query, *(np.where(np.minimum(k, latest) > _NEVER, k + latest, _NEVER) for k in seen)]
@@ -259,7 +259,7 @@ def _critical(graph: Graph, node: Node, channel: int, reach: list[Keys]) -> list
     found = []
     if isinstance(node, Attention):
         down, right, _ = (int(v) for v in unkey(np.array(_latest(graph, node))))
-        shifts = [(0, 0), (down, right), (down, right)]
+        shifts = [(0, 0), *[(down, right)] * 3]
         for ref, keys, shift in zip(node.sources(), _attention_keys(graph, node, reach), shifts, strict=True):
             if len(keys):
                 k = int(np.argmax(keys))
@@ -324,7 +324,7 @@ def _mark_pixel_stage(graph: Graph, parts: list[list[Part]]) -> None:
             elif isinstance(node, Attention):
                 part.pixel[:] = True
                 latest = _latest(graph, node)
-                for ref, shift in zip(node.sources(), (0, latest, latest), strict=True):
+                for ref, shift in zip(node.sources(), (0, latest, latest, latest), strict=True):
                     if shift > _NEVER:
                         mark(ref, np.ones(len(ref.plane), dtype=bool), np.broadcast_to(dy[0], len(ref.plane)), shift)
             elif isinstance(node, Pointwise):

@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fastgen.sampling import key_masks
 from fastgen.sampling.attention import added
 from fastgen.sampling.graph import LayoutError
-from fastgen.sampling.scores import MASKED, Attended, Known, Reduced, Scores, Unusable, constant, known_of, rule
+from fastgen.sampling.key_masks import MASKED
+from fastgen.sampling.scores import Attended, Known, Reduced, Scores, Unusable, constant, known_of, rule
 
 if TYPE_CHECKING:
     from fastgen.sampling.trace import Tracer
@@ -26,13 +28,13 @@ def _result(tracer: Tracer, func: Any, tensor: Tensor, known: Scores, dtype: tor
     return result
 
 
-def _operands(tracer: Tracer, named: dict[str, Any]) -> tuple[Tensor, Scores, Tensor, bool]:
+def _operands(tracer: Tracer, named: dict[str, Any]) -> tuple[Tensor, Scores, Any, bool]:
     """(scores, what is known of them, the other operand, whether the scores come first)."""
     x, y = named["self"], named["other"]
     first = isinstance(x, Tensor) and isinstance(tracer.scores_of(x), Scores)
     scores, other = (x, y) if first else (y, x)
     known = known_of(tracer, scores)
-    return scores, known, constant(tracer, known, scores, other), first
+    return scores, known, other, first
 
 
 def _reduced(tracer: Tracer, named: dict[str, Any], kind: str) -> Scores | None:
@@ -62,7 +64,10 @@ def _scale(tracer: Tracer, func: Any, named: dict[str, Any]) -> Tensor:
         bias = normalised.bias + normalised.weight.log()
         one = torch.ones_like(normalised.weight[:1, :1, :1])
         return _result(tracer, func, named["self"], replace(normalised, bias=bias, weight=one, softmax="plain"))
-    scores, known, value, first = _operands(tracer, named)
+    scores, known, other, first = _operands(tracer, named)
+    value = constant(tracer, known, scores, other)
+    if not known.softmax:
+        known.check_not_given()
     if func._schema.name.removeprefix("aten::").startswith("div"):
         if not first or named.get("rounding_mode") is not None:
             raise LayoutError("by products of queries and keys")
@@ -81,14 +86,20 @@ def _add(tracer: Tracer, func: Any, named: dict[str, Any]) -> Tensor:
     lowered = _reduced(tracer, named, "maximum") if "aten::sub" in func._schema.name else None
     if lowered is not None and not lowered.softmax:  # softmax is the same
         return _result(tracer, func, named["self"], replace(lowered, lowered=True))
-    scores, known, value, first = _operands(tracer, named)
+    scores, known, other, first = _operands(tracer, named)
     name = func._schema.name.removeprefix("aten::").removesuffix("_")
     own, others = {"add": (1, 1), "sub": (1, -1), "rsub": (-1, 1)}[name]
     if known.softmax:
         raise LayoutError("to probabilities of attention")
     factor = named.get("alpha", 1)  # of the second operand; of rsub, of the first
     own, others = (own, others * factor) if first == (name != "rsub") else (others * factor, own)
-    known = replace(known, gain=known.gain * own, bias=known.bias * own + value * others)
+    if own != 1:
+        known.check_not_given()
+    known = replace(known, gain=known.gain * own, bias=known.bias * own)
+    if key_masks.of_condition(tracer, other):
+        known = key_masks.added(tracer, known, scores, other, others)
+    else:
+        known = replace(known, bias=known.bias + constant(tracer, known, scores, other) * others)
     return _result(tracer, func, scores, known)
 
 
@@ -113,16 +124,20 @@ def _write(tracer: Tracer, func: Any, named: dict[str, Any]) -> Tensor:
 @rule("where")
 def _where(tracer: Tracer, func: Any, named: dict[str, Any]) -> Tensor:
     mask, x, y = named["condition"], named["self"], named["other"]
-    if tracer.varies(mask):
-        raise LayoutError("with a mask that depends on the image, the labels or the condition")
     if isinstance(x, Tensor) and tracer.scores_of(x) is not None:
-        return _fill(tracer, func, x, known_of(tracer, x), ~mask.bool(), y)
+        others = tracer.tape.call(torch.logical_not, mask) if key_masks.of_condition(tracer, mask) else ~mask.bool()
+        return _fill(tracer, func, x, known_of(tracer, x), others, y)
     return _fill(tracer, func, y, known_of(tracer, y), mask, x)
 
 
 def _fill(tracer: Tracer, func: Any, scores: Tensor, known: Scores, mask: Tensor, value: Any) -> Tensor:
-    filled = constant(tracer, known, scores, mask) != 0
     number = constant(tracer, known, scores, value)
+    if key_masks.of_condition(tracer, mask):
+        filled = key_masks.filled(tracer, known, scores, mask, float(number.max()))
+        return _result(tracer, func, scores, filled)
+    filled = constant(tracer, known, scores, mask) != 0
+    if not (number <= MASKED).all():
+        known.check_not_given()
     zero = torch.zeros(1, 1, 1, dtype=torch.float64)
     if not known.softmax:
         gain, bias = torch.where(filled, zero, known.gain), torch.where(filled, number, known.bias)
@@ -166,6 +181,7 @@ def _negative(tracer: Tracer, func: Any, named: dict[str, Any]) -> Tensor:
     if known.softmax:
         known = replace(known, weight=-known.weight)
     else:
+        known.check_not_given()
         known = replace(known, gain=-known.gain, bias=-known.bias)
     return _result(tracer, func, scores, known)
 
@@ -176,6 +192,7 @@ def _cap(tracer: Tracer, func: Any, named: dict[str, Any]) -> Tensor:
     Optimization with Reinforcement Learning", appendix A.1.
     """
     scores, known = named["self"], known_of(tracer, named["self"])
+    known.check_not_given()
     if known.softmax or known.capped is not None or known.lowered:
         raise LayoutError("of products of queries and keys that were capped, lowered or made probabilities before")
     one = torch.ones(1, 1, 1, dtype=torch.float64)

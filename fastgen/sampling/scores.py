@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves
 
+from fastgen.sampling import key_masks
 from fastgen.sampling.elementwise import named_arguments
 from fastgen.sampling.graph import LayoutError
 from fastgen.sampling.orders import are_positions
@@ -28,11 +29,6 @@ from fastgen.sampling.rules import adding_to
 
 if TYPE_CHECKING:
     from fastgen.sampling.trace import Tracer
-
-
-# A score as low as this is a mask: beside one that is seen its exponential is zero in float32. People write -1e4, and
-# add other biases to it, or divide it with the scores.
-MASKED = -1e3
 
 
 # Operators that make views, though not marked so, or look only at the shape.
@@ -54,6 +50,8 @@ class Scores:
     keys]. by_sample: a sample's heads lie side by side, not a head's samples. softmax: None, "exp" (the exponentials
     alone), "plain", or "safe", which makes zeros of rows without a key. swapped: in memory, keys come before queries.
     capped: the gain and bias inside of tanh. lowered: less the maximum of each query, which softmax takes no notice of.
+    given: what is added for each condition, on the tape, [N, heads or 1, queries or 1, keys], see
+    `fastgen.sampling.key_masks`.
     """
 
     query: Tensor
@@ -66,6 +64,7 @@ class Scores:
     swapped: bool = False
     capped: tuple[Tensor, Tensor] | None = None
     lowered: bool = False
+    given: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -85,9 +84,16 @@ class Scores:
 
     def each(self, f: Callable[[Tensor, float], Tensor]) -> Scores:
         """With f(tensor, outside) in place of all that is [heads, queries, keys]; outside: of keys not seen."""
+        self.check_not_given()
         capped = self.capped and (f(self.capped[0], 1), f(self.capped[1], 0))
         gain, bias, weight = f(self.gain, 1), f(self.bias, -torch.inf), f(self.weight, 1)
         return replace(self, gain=gain, bias=bias, weight=weight, capped=capped)
+
+    def check_not_given(self) -> None:
+        if self.given is not None:
+            raise LayoutError(
+                "of products of queries and keys to which something that depends on the condition was added"
+            )
 
     def axes(self, tensor: Tensor) -> list[int]:
         """The dimensions of a tensor of scores in the order (samples and heads ..., queries, keys)."""
@@ -239,7 +245,10 @@ def _begin(tracer: Tracer, named: dict[str, Any]) -> Tensor:
     known = replace(known, query=known.split(query), keys=known.split(keys))
     result = torch.empty(*left.shape[:2], right.shape[2], dtype=left.dtype, device=left.device)
     if bias is not None and beta:
-        known = replace(known, bias=constant(tracer, known, result, bias) * beta)
+        if key_masks.of_condition(tracer, bias):
+            known = key_masks.added(tracer, known, result, bias, beta)
+        else:
+            known = replace(known, bias=constant(tracer, known, result, bias) * beta)
     tracer.set_scores(result, known)
     return result
 

@@ -18,6 +18,8 @@ from fastgen.sampling.graph import UnsupportedModel
 from fastgen.sampling.heads import Categorical, Head
 
 MAX_CHANNELS = 256  # of an image: what the schedule's keys have room for
+# What a module reads besides images and labels: by position behind these, or by the name of the argument.
+Conditions = dict[int | str, Tensor]
 AUTOCAST_DEVICES = ("cpu", "cuda", "xpu", "mps")
 
 
@@ -33,23 +35,26 @@ class Subject:
     num_classes: int | None
     reads_channels: bool = True
 
-    def params(self, images: Tensor, labels: Tensor | None, condition: Tensor | None = None) -> Tensor:
+    def params(self, images: Tensor, labels: Tensor | None, conditions: Conditions) -> Tensor:
         """Head parameters [N, C*K, H, W] of levels [N, C, H, W], in the dtype and on the device of the module."""
-        return self.forward(self.encode(images), labels, condition)
+        return self.forward(self.encode(images), labels, conditions)
 
-    def forward(self, x: Tensor, labels: Tensor | None, condition: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, labels: Tensor | None, conditions: Conditions) -> Tensor:
         """Head parameters [N, C*K, H, W] of encoded images [N, C, H, W]; as precise as an executor's on a GPU, too."""
         inputs = [x if self.reads_channels else x.squeeze(1)]
         if labels is not None:
             inputs.append(labels.to(self.like.device))
-        if condition is not None:
-            dtype = self.like.dtype if condition.is_floating_point() else condition.dtype
-            inputs.append(condition.to(self.like.device, dtype, copy=True))  # the module may write into it
+        own = {k: t.to(self.like.device, self._dtype_of(t), copy=True) for k, t in conditions.items()}  # to write into
+        inputs += [tensor for key, tensor in own.items() if isinstance(key, int)]
+        named = {key: tensor for key, tensor in own.items() if isinstance(key, str)}
         with convolutions_like_products():
-            output = self._tensor_of(self.module(*inputs), len(x))
+            output = self._tensor_of(self.module(*inputs, **named), len(x))
         if output.shape in self._output_shapes(len(x))[1:]:
             return output.transpose(1, 2).flatten(1, 2)
         return output
+
+    def _dtype_of(self, condition: Tensor) -> torch.dtype:
+        return self.like.dtype if condition.is_floating_point() else condition.dtype
 
     def _output_shapes(self, n: int) -> list[tuple[int, ...]]:
         """Of head parameters for n images; the second one as losses take it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map
 
 TRACE_BATCH = 2  # two samples tell the batch dimension from a broadcast one, and show a mix-up of samples
+MOST_VARIANTS = 8  # of one input
 
 
 class Tape:
@@ -20,10 +21,9 @@ class Tape:
     find the zeros that a one-hot row is written into.
     """
 
-    def __init__(self, inputs: dict[str, Tensor]):
-        """inputs: labels and condition, each [TRACE_BATCH, ...], by what errors call them."""
-        self.inputs = list(inputs.values())
-        self.names = " or ".join(inputs)
+    def __init__(self, inputs: list[Tensor], names: str):
+        """inputs: labels and conditions, each [TRACE_BATCH, ...]. names: what errors call them."""
+        self.inputs, self.names = inputs, names
         self.calls: list[tuple[Callable, tuple, dict, list[Tensor]]] = []
         self._tainted = {storage_key(t): t for t in self.inputs}
         self._before: dict[int, Tensor] = {}  # storages that a call wrote into: their elements before
@@ -46,7 +46,7 @@ class Tape:
 
     def keep(self, tensor: Tensor) -> Tensor:
         """A copy of a tensor that depends on the inputs, which later calls may overwrite."""
-        return self._call(torch.ops.aten.clone.default, tensor)
+        return self.call(torch.ops.aten.clone.default, tensor)
 
     def by_sample(self, tensor: Tensor) -> tuple[Tensor, list[int]] | None:
         """A tensor with its samples in the first dimension, and the order in which its dimensions are the tensor's. One
@@ -62,17 +62,17 @@ class Tape:
             if tensor.shape[d] == TRACE_BATCH and torch.equal(samples, along.expand_as(samples)):
                 order = list(range(tensor.dim()))
                 order[0], order[d] = d, 0
-                return tensor if d == 0 else self._call(torch.ops.aten.transpose.int, tensor, 0, d), order
+                return tensor if d == 0 else self.call(torch.ops.aten.transpose.int, tensor, 0, d), order
         if tensor.shape[0] % TRACE_BATCH:
             return None
         found = samples.flatten(1)
         rest, parts = range(2, tensor.dim() + 1), len(tensor) // TRACE_BATCH
         if torch.equal(found, expected.repeat_interleave(parts)[:, None].expand_as(found)):
-            split = self._call(torch.ops.aten.view.default, tensor, [TRACE_BATCH, parts, *tensor.shape[1:]])
+            split = self.call(torch.ops.aten.view.default, tensor, [TRACE_BATCH, parts, *tensor.shape[1:]])
             return split, [0, 1, *rest]
         if torch.equal(found, expected.repeat(parts)[:, None].expand_as(found)):
-            split = self._call(torch.ops.aten.view.default, tensor, [parts, TRACE_BATCH, *tensor.shape[1:]])
-            return self._call(torch.ops.aten.transpose.int, split, 0, 1), [1, 0, *rest]
+            split = self.call(torch.ops.aten.view.default, tensor, [parts, TRACE_BATCH, *tensor.shape[1:]])
+            return self.call(torch.ops.aten.transpose.int, split, 0, 1), [1, 0, *rest]
         return None
 
     def _samples(self, tensor: Tensor) -> Tensor:
@@ -97,21 +97,37 @@ class Tape:
     def gather(self, tensor: Tensor, index: Tensor) -> Tensor:
         """The elements tensor[n].flatten()[index], [N, *index.shape]."""
         ops = torch.ops.aten
-        copy = self._call(ops.clone.default, tensor, memory_format=torch.contiguous_format)
-        flat = self._call(ops.view.default, copy, [len(tensor), -1])
-        picked = self._call(ops.index_select.default, flat, 1, index.flatten().to(tensor.device))
-        return self._call(ops.view.default, picked, [-1, *index.shape])
+        copy = self.call(ops.clone.default, tensor, memory_format=torch.contiguous_format)
+        flat = self.call(ops.view.default, copy, [len(tensor), -1])
+        picked = self.call(ops.index_select.default, flat, 1, index.flatten().to(tensor.device))
+        return self.call(ops.view.default, picked, [-1, *index.shape])
 
     def rows(self, table: Tensor, tensor: Tensor, elements: Tensor, scale: int, shift: int) -> Tensor:
         """Rows [N, n, columns] of a table by scale * tensor[n].flatten()[elements] + shift."""
         ops = torch.ops.aten
-        index = self._call(ops.mul.Scalar, self.gather(tensor, elements), scale)
-        return self._call(ops.embedding.default, table, self._call(ops.add.Scalar, index, shift))
+        index = self.call(ops.mul.Scalar, self.gather(tensor, elements), scale)
+        return self.call(ops.embedding.default, table, self.call(ops.add.Scalar, index, shift))
 
-    def _call(self, func: Callable, *args: Any, **kwargs: Any) -> Tensor:
+    def call(self, func: Callable, *args: Any, **kwargs: Any) -> Tensor:
+        """The result of a function, called now and at each replay."""
         result = func(*args, **kwargs)
         self.record(func, args, kwargs, [result])
         return result
+
+    def variants(self, tensor: Tensor) -> Iterator[Tensor]:
+        """What a recorded tensor is in the traced call, and for other inputs of the same shapes: one of them all zeros
+        or ones, if it is of floats or bools, or all one of its integers.
+        """
+        yield tensor
+        for changed in self.inputs:
+            integers = changed[0].unique()[:MOST_VARIANTS].tolist()
+            for value in [0, 1] if changed.is_floating_point() or changed.dtype == torch.bool else integers:
+                inputs = [torch.full_like(t, value) if t is changed else t for t in self.inputs]
+                try:
+                    found = self._run(inputs)[id(tensor)]
+                except Exception:  # whatever the model makes of values that are not its own
+                    continue
+                yield found
 
     def replay(self, inputs: list[Tensor], wanted: list[Tensor]) -> list[Tensor]:
         """Values [n, ...] of the recorded tensors `wanted` for inputs [n, ...] on the CPU, any n."""

@@ -55,7 +55,7 @@ from fastgen.sampling.graph import (
     UnsupportedModel,
 )
 from fastgen.sampling.orders import Order
-from fastgen.sampling.subject import Subject, host_defaults
+from fastgen.sampling.subject import Conditions, Subject, host_defaults
 from fastgen.sampling.tape import TRACE_BATCH, Tape, storage_key, tensors_in, whole_storage
 
 
@@ -88,10 +88,10 @@ def _has_shape_by_values(func: Any, inputs: list[Tensor]) -> bool:
 class Tracer(TorchDispatchMode):
     """Builds a Graph from the calls made while the mode is active."""
 
-    def __init__(self, inputs: dict[str, Tensor]):
+    def __init__(self, inputs: list[Tensor], names: str):
         super().__init__()
         self.graph = Graph(TRACE_BATCH)
-        self.tape = Tape(inputs)
+        self.tape = Tape(inputs, names)
         self.log_softmaxes: dict[int, np.ndarray] = {}  # by node: see `fastgen.sampling.logits`
         self.module = ""  # path of the module whose forward is running
         # storage -> (flat codes, the storage, which keeps its key but not its memory)
@@ -334,16 +334,16 @@ def _module_paths(root: nn.Module, tracer: Tracer) -> Iterator[None]:
 
 
 def trace(
-    subject: Subject, image: Tensor, labels: Tensor | None = None, condition: Tensor | None = None
+    subject: Subject, image: Tensor, labels: Tensor | None = None, conditions: Conditions | None = None
 ) -> tuple[Graph, Tape]:
-    """Follow subject.forward(image, labels, condition).
+    """Follow subject.forward(image, labels, conditions).
 
     Args:
         subject: its module in eval mode.
         image: encoded images [TRACE_BATCH, C, H, W]; the values matter only to operators that do not depend on them in
             a supported model.
         labels: [TRACE_BATCH] or None.
-        condition: [TRACE_BATCH, ...] or None; nobody else's memory.
+        conditions: [TRACE_BATCH, ...] each, or None; nobody else's memory.
 
     Returns:
         the graph, its `output` set, and the tape of calls that depend on labels or condition alone.
@@ -351,8 +351,10 @@ def trace(
     Raises:
         UnsupportedModel: an operator without a lowering, an output of the wrong shape, or an error in the forward.
     """
-    named = {"the labels": labels, "the condition": condition}
-    tracer = Tracer({name: t for name, t in named.items() if t is not None})
+    conditions = conditions or {}
+    inputs = [*([] if labels is None else [labels]), *conditions.values()]
+    names = [*([] if labels is None else ["the labels"]), *(["the condition"] if conditions else [])]
+    tracer = Tracer(inputs, " or ".join(names))
     with host_defaults():
         tracer.set_codes(image, tracer.add(Image("", *image.shape[1:])))
     with contextlib.ExitStack() as stack:
@@ -362,7 +364,7 @@ def trace(
         stack.enter_context(_module_paths(subject.module, tracer))
         stack.enter_context(_Watch(tracer))
         stack.enter_context(tracer)
-        output = _forward(subject, tracer, image, labels, condition)
+        output = _forward(subject, tracer, image, labels, conditions)
     if output.dim() != 4 or output.shape[0] != TRACE_BATCH:
         raise UnsupportedModel(
             f"the network's output must be a tensor [N, parameters, H, W] or, for Categorical, [N, levels, C, H, W], "
@@ -386,17 +388,15 @@ def trace(
     return tracer.graph, tracer.tape
 
 
-def _forward(
-    subject: Subject, tracer: Tracer, image: Tensor, labels: Tensor | None, condition: Tensor | None
-) -> Tensor:
+def _forward(subject: Subject, tracer: Tracer, image: Tensor, labels: Tensor | None, conditions: Conditions) -> Tensor:
     try:
-        return subject.forward(image, labels, condition)
+        return subject.forward(image, labels, conditions)
     except UnsupportedModel:
         raise
     except Exception as error:
         shape = tuple(image.shape if subject.reads_channels else image.squeeze(1).shape)
         given = f"{image.dtype} of shape {shape}"
-        if condition is not None:
+        for condition in conditions.values():
             given += f" and a condition of shape {tuple(condition.shape)}"
         raise UnsupportedModel(
             f"module {tracer.module or TOP_LEVEL!r} of {type(subject.module).__name__}, which was given {given}, "

@@ -45,6 +45,14 @@ class Attending(nn.Module):
         return self.out(torch.cat([F.elu(self.of(h)), h], dim=1))
 
 
+class Padded(Attending):
+    """Not to positions that the condition hides."""
+
+    def forward(self, x: Tensor, hidden: Tensor) -> Tensor:
+        self.hidden = hidden
+        return super().forward(x)
+
+
 class Above(Attending):
     """Of rows above, so that whole rows attend."""
 
@@ -103,6 +111,11 @@ def earlier(net: Attending, query: Tensor, keys: Tensor, values: Tensor) -> Tens
     scores = query @ keys.transpose(2, 3) / query.shape[3] ** 0.5
     seen = before(query, -1)
     return (scores.masked_fill(~seen, -1e4).softmax(3) * seen.any(1)[:, None]) @ values
+
+
+def not_hidden(net: Attending, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    seen = before(query) & (net.hidden == 0)[:, None, None]
+    return F.scaled_dot_product_attention(query, keys, values, attn_mask=seen)
 
 
 def capped(net: Attending, query: Tensor, keys: Tensor, values: Tensor) -> Tensor:

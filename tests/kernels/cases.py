@@ -12,7 +12,7 @@ from torch import Tensor
 from fastgen import models
 from fastgen.nn import MaskedConv2d
 from fastgen.sampling import Bernoulli, Categorical
-from tests.kernels.attending import Attend, Attending, at_a_distance, capped, earlier, mixed
+from tests.kernels.attending import Attend, Attending, Padded, at_a_distance, capped, earlier, mixed, not_hidden
 
 Case = tuple[str, str, Callable[[], tuple[Any, ...]]]  # module, function, arguments
 FLOAT, BFLOAT, HALF = torch.float32, torch.bfloat16, torch.float16
@@ -206,13 +206,17 @@ CASES: dict[str, Case] = {
     **named("128 to 64 gelu", transposed(128, 64, 8, FLOAT, "gelu")),
 }
 
+GIVEN = {"image_shape": (1, 2, 2), "head": Categorical(5)}
 PLANS: dict[str, Callable[[], None]] = {
     "sample_plan PixelCNN++ fp32": plan(pixelcnnpp, "fp32", "ieee", 0, 2),
     "sample_plan PixelCNN++ bf16": plan(pixelcnnpp, "bf16", "ieee", 2),
     "sample_plan gated tf32": plan(gated, "fp32", "tf32", 2),
     "sample_plan primitives fp32": plan(Primitives, "fp32", "ieee", 1, image_shape=(1, 2, 2), head=Bernoulli()),
+    "sample_plan attention padded": plan(
+        lambda: Padded(not_hidden, (2, 2), 8, 64, 64), "fp32", "ieee", **GIVEN, condition=torch.zeros(4)
+    ),
     **{
-        f"sample_plan attention {name}": plan(network, "fp32", "ieee", image_shape=(1, 2, 2), head=Categorical(5))
+        f"sample_plan attention {name}": plan(network, "fp32", "ieee", **GIVEN)
         for name, network in {
             "PixelSNAIL": attending(8, 16, 16),
             "PixelSNAIL, wide values": attending(1, 16, 128),

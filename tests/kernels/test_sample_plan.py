@@ -182,9 +182,11 @@ def test_attention_in_other_batches_changes_no_bit(name, device):
     assert torch.equal(parameters_of_last_row(alone, 1), parameters[1:])
 
 
-def attending_step(heads: int, depth: int, width: int, biased: bool, stage: Stage, cap: float, softmax: bool) -> Plan:
+def attending_step(
+    heads: int, depth: int, width: int, biased: bool, stage: Stage, cap: float, softmax: bool, added: bool
+) -> Plan:
     """A plan of one step at image rows that are odd, added to what it reads elsewhere; keys lie in a plane of another
-    size, together with their values. Some positions see no key.
+    size, together with their values and what is added to their scores. Some positions see no key.
     """
     height, columns, channels, skipped = 3, 2, heads * width, 4 - heads * depth % 4
     sizes = [(heads * depth + 1, height, columns), (skipped + heads * (depth + width), 5, 4), (channels, 1, 1)]
@@ -199,7 +201,7 @@ def attending_step(heads: int, depth: int, width: int, biased: bool, stage: Stag
         bias[0, 0] = -math.inf
     of = Attention(
         heads, depth, width, 0.7, Read(0, 0, 0, 1), Read(1, 0, 0, skipped), Read(1, 0, 0, skipped + heads * depth),
-        spans, bias if biased else None, cap, softmax,
+        spans, bias if biased else None, Read(1, 0, 0, skipped - 1) if added else None, cap, softmax,
     )  # fmt: skip
     program = (Instr("acc", 0), Instr("load", read=Read(2, 0, 0, 0)), Instr("add", 0, 1))
     step = Step("", stage, -1, 0, 0, channels, program, (Store(3, 1, 2),), groups=1, attention=of)
@@ -213,11 +215,13 @@ def attended(plan: Plan, conditions: list[Tensor]) -> Tensor:
     of = step.attention
     query, keys, values = (
         conditions[r.plane][:, r.channel : r.channel + count].flatten(2).unflatten(1, (of.heads, -1))
-        for r, count in of.reads()
+        for r, count in of.reads()[:3]
     )
     scores = of.scale * torch.einsum("nhdp,nhds->nhps", query, keys)
     scores = of.cap * torch.tanh(scores / of.cap) if of.cap else scores
     scores = scores if of.bias is None else scores + of.bias
+    if of.of_keys is not None:
+        scores = scores + conditions[1][:, of.of_keys.channel].flatten(1)[:, None, None]
     s = torch.arange(scores.shape[3])
     scores.masked_fill_((s < of.spans[:, :1]) | (s >= of.spans[:, 1:]), -math.inf if of.softmax else 0)
     weights = torch.ops.aten._safe_softmax(scores, 3) if of.softmax else scores
@@ -226,21 +230,21 @@ def attended(plan: Plan, conditions: list[Tensor]) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("heads", "depth", "width", "biased", "stage", "cap", "softmax"),
+    ("heads", "depth", "width", "biased", "stage", "cap", "softmax", "added"),
     [
-        (2, 3, 5, True, Stage.PIXEL, 0.0, True),
-        (1, 8, 8, False, Stage.PIXEL, 0.0, True),
-        (3, 4, 4, True, Stage.ROW, 0.0, True),
-        (2, 1, 2, False, Stage.ROW, 0.0, True),
-        (2, 5, 3, True, Stage.PIXEL, 0.8, True),
-        (1, 4, 4, False, Stage.ROW, 3.0, True),
-        (2, 0, 3, True, Stage.PIXEL, 0.0, False),
-        (1, 0, 6, True, Stage.ROW, 0.0, False),
+        (2, 3, 5, True, Stage.PIXEL, 0.0, True, False),
+        (1, 8, 8, False, Stage.PIXEL, 0.0, True, True),
+        (3, 4, 4, True, Stage.ROW, 0.0, True, True),
+        (2, 1, 2, False, Stage.ROW, 0.0, True, False),
+        (2, 5, 3, True, Stage.PIXEL, 0.8, True, True),
+        (1, 4, 4, False, Stage.ROW, 3.0, True, False),
+        (2, 0, 3, True, Stage.PIXEL, 0.0, False, False),
+        (1, 0, 6, True, Stage.ROW, 0.0, False, False),
     ],
 )
-def test_attention_is_what_the_plan_says(heads, depth, width, biased, stage, cap, softmax, device):
+def test_attention_is_what_the_plan_says(heads, depth, width, biased, stage, cap, softmax, added, device):
     """As precisely as PyTorch in float32; NaN of a sample and a head stays there."""
-    plan = attending_step(heads, depth, width, biased, stage, cap, softmax)
+    plan = attending_step(heads, depth, width, biased, stage, cap, softmax, added)
     conditions = [2 * torch.randn(2, p.channels, p.height, p.width) for p in plan.planes[:3]]
     step = plan.steps[0]
     of = executor.TritonExecutor(plan, torch.device(device))

@@ -430,7 +430,7 @@ def test_names_both_where_there_are_both() -> None:
     ("condition", "error", "message"),
     [
         (None, ValueError, r"the model is conditional: a condition of shape \(2, 33\) is needed"),
-        ([0.0] * 33, TypeError, "condition must be a tensor, got list"),
+        ([0.0] * 33, TypeError, r"condition\[0\] must be a tensor, got float"),
         (torch.zeros(2, 33, dtype=torch.int64), TypeError, "a tensor of floats, as .*example is, got torch.int64"),
         (
             torch.zeros(3, 33),

@@ -158,7 +158,7 @@ def _vector(step: Step) -> int:
     operands: tuple[Read | StepTap | Store, ...] = (*step.reads(), *step.stores, *step.taps)
     counts = [step.width, *(t.count for t in step.taps)]
     if step.attention is not None:
-        operands += tuple(read for read, _ in step.attention.reads())
+        operands += step.attention.query, step.attention.keys, step.attention.values
         counts += step.attention.depth, step.attention.width
     return 1 if any(n % _VECTOR for n in (*counts, *(operand.channel for operand in operands))) else _VECTOR
 

@@ -145,7 +145,7 @@ def _run(step: Step, planes: _Planes, row: int, columns: range) -> None:
 def _attend(step: Step, attention: Attention, planes: _Planes, row: int, columns: range) -> Tensor:
     """[columns, batch, heads * width]."""
     of, plan = attention, planes.plan
-    (_, depths), _, (_, widths) = of.reads()
+    (_, depths), _, (_, widths), *_ = of.reads()
     query = planes.read(step, of.query, row, columns, depths).unflatten(2, (of.heads, of.depth))
     keys = planes.whole(of.keys, depths).unflatten(2, (of.heads, of.depth))
     values = planes.whole(of.values, widths).unflatten(2, (of.heads, of.width))
@@ -160,6 +160,8 @@ def _attend(step: Step, attention: Attention, planes: _Planes, row: int, columns
             scores = of.cap * torch.tanh(scores / of.cap)
         if of.bias is not None:
             scores += of.bias[:, position, begin:end].to(scores)
+        if of.of_keys is not None:
+            scores += planes.whole(of.of_keys, 1)[begin:end].permute(1, 2, 0)
         weights = torch.ops.aten._safe_softmax(scores, 2) if of.softmax else scores
         result[i] = torch.einsum("nhs,snhc->nhc", weights, values[begin:end])
     return result.flatten(2)

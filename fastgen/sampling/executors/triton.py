@@ -219,7 +219,7 @@ class TritonExecutor:
         launch, tables, out = self._tables.launches[id(step)], self._tables, self.plan.planes[step.out]
         spans, bias = self._seen[id(step)]
         places: list[int] = []
-        for read in (of.keys, of.values):
+        for read in (of.keys, of.values, of.of_keys or of.keys):
             places += tables.offsets[read.plane], pitch_of(self.plan.planes[read.plane]), read.channel
         arguments = (
             space.planes, space.where, self._fields, self._constants[launch.constant :], spans, bias, space.state,
@@ -230,7 +230,7 @@ class TritonExecutor:
         options = {
             "PROGRAM": launch.program, "STORES": launch.stores, "VECTOR": launch.vector, "SPACING": launch.spacing,
             "CAPPED": of.cap != 0, "SOFTMAX": of.softmax, "BIASED": of.bias is not None,
-            "DEPTH": of.depth, "WIDTH": of.width,
+            "ADDED": of.of_keys is not None, "DEPTH": of.depth, "WIDTH": of.width,
             "KEYS": _keys_at_once(of.depth, of.width, launch.vector), "CHANNELS": channels, "COLUMNS": width,
             "STAGES": _ATTENTION_STAGES, "num_warps": _ATTENTION_WARPS,
         }  # fmt: skip
