@@ -136,8 +136,8 @@ def _drop_unread_channels(plan: Plan) -> None:
         step.init = step.init and moved(step.init)
         if step.attention:
             of = step.attention
-            reads = {name: moved(read) for name, read in vars(of).items() if isinstance(read, Read)}
-            step.attention = replace(of, **reads)
+            of = replace(of, query=moved(of.query), keys=moved(of.keys), values=moved(of.values))
+            step.attention = replace(of, of_keys=of.of_keys and moved(of.of_keys))
         step.program = tuple(replace(i, read=i.read and moved(i.read)) for i in step.program)
         step.stores = tuple(moved(s) for s in step.stores)
     plan.planes = planes

@@ -121,5 +121,6 @@ def of_keys(tracer: Tracer, known: Scores, queries: Order, keys: Order) -> tuple
         plane = tracer.tape.call(grid, known.given)
     except UnevenMask as error:
         raise LayoutError(f"with {error}") from None
-    node = tracer.graph.add(Condition(tracer.module, *plane.shape[1:], tensor=plane))
+    _, channels, height, width = plane.shape
+    node = tracer.graph.add(Condition(tracer.module, channels, height, width, tensor=plane))
     return known, tracer.graph.whole(node)

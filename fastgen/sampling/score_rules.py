@@ -133,8 +133,7 @@ def _where(tracer: Tracer, func: Any, named: dict[str, Any]) -> Tensor:
 def _fill(tracer: Tracer, func: Any, scores: Tensor, known: Scores, mask: Tensor, value: Any) -> Tensor:
     number = constant(tracer, known, scores, value)
     if key_masks.of_condition(tracer, mask):
-        filled = key_masks.filled(tracer, known, scores, mask, float(number.max()))
-        return _result(tracer, func, scores, filled)
+        return _result(tracer, func, scores, key_masks.filled(tracer, known, scores, mask, float(number.max())))
     filled = constant(tracer, known, scores, mask) != 0
     if not (number <= MASKED).all():
         known.check_not_given()

@@ -693,7 +693,7 @@ WRONG: dict[str, tuple[Case, type[Exception], str]] = {
         (softmax_of_queries, UnsupportedModel, "that sums over anything but the keys"),
         (mixed_samples, UnsupportedModel, "that mixes samples|of matrices that do not belong to samples"),
         (mask_of_the_image, UnsupportedModel, "products of queries and keys and what depends on the image"),
-        (probabilities_as_features, UnsupportedModel, "on products of queries and keys"),
+        (probabilities_as_features, UnsupportedModel, "to probabilities of attention"),
         (
             softmax_by_hand_masked,
             UnsupportedModel,
