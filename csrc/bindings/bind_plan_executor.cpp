@@ -128,7 +128,8 @@ public:
     // Draws rows [row_begin, row_end) of a batch; whether all teams stayed together to the end.  groups: (first sample,
     // count, workspace) of each group; team: threads per group; scratch: scratch() bytes for each thread.
     bool run(const std::vector<std::tuple<int64_t, int64_t, uintptr_t>>& groups, int team, uintptr_t scratch,
-             uint64_t seed, uint64_t start, double temperature, int64_t top_k, double top_p, uintptr_t levels,
+             uint64_t seed, uint64_t start, double temperature, int64_t top_k, double top_p, int64_t streams,
+             double guidance, uintptr_t levels,
              uintptr_t known, uintptr_t mask, uintptr_t params, int64_t num_params, int64_t row_begin,
              int64_t row_end) const {
         if (team < 1) throw std::invalid_argument("team must be at least 1, got " + std::to_string(team));
@@ -140,7 +141,9 @@ public:
         batches.reserve(groups.size());
         for (const auto& [first, count, workspace] : groups) {
             PlanBatch batch{};
-            batch.count = count;
+            batch.count = count * streams;
+            batch.streams = streams;
+            batch.guidance = static_cast<float>(guidance);
             batch.seed = seed;
             batch.start = start + static_cast<uint64_t>(first);
             batch.inverse_temperature = plan_inverse_temperature(temperature);
@@ -222,6 +225,7 @@ void bind_plan_executor(py::module_& module) {
         .def("scratch", &PlanExecutor::scratch, "Bytes of scratch memory for each thread.")
         .def("run", &PlanExecutor::run, py::kw_only(), py::arg("groups"), py::arg("team"), py::arg("scratch"),
              py::arg("seed"), py::arg("start"), py::arg("temperature"), py::arg("top_k"), py::arg("top_p"),
+             py::arg("streams"), py::arg("guidance"),
              py::arg("levels"), py::arg("known"), py::arg("mask"), py::arg("params"), py::arg("num_params"),
              py::arg("row_begin"), py::arg("row_end"), py::call_guard<py::gil_scoped_release>());
 }

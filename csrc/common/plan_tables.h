@@ -176,16 +176,18 @@ struct PlanTables {
 
 // One group of samples and the threads that share it.
 struct PlanBatch {
-    int64_t count;
+    int64_t count;    // rows: as many for each sample as there are streams
+    int64_t streams;  // 2 with guidance, the second one of what is led away from; else 1
+    float guidance;   // the scale
     uint64_t seed, start;
     double inverse_temperature;
     int64_t top_k;  // 0: all levels may be drawn
     double top_p;
     float* workspace;      // count * PlanTables::workspace floats
-    int32_t* levels;       // [count, colours, height, width]
+    int32_t* levels;       // [samples, colours, height, width]
     const int32_t* known;  // the same, or null
-    const uint8_t* mask;   // [count, height, width]: 1 where the pixel is given; or null
-    float* params;         // [count, parameters, height, width] takes what the levels are drawn from; or null
+    const uint8_t* mask;   // [samples, height, width]: 1 where the pixel is given; or null
+    float* params;         // [samples, parameters, height, width] takes what the levels are drawn from; or null
     int64_t num_params;
 };
 

@@ -60,13 +60,21 @@ inline void draw_levels(const PlanThread& thread, const PlanDraw& source, const 
     drawn[0] = static_cast<int32_t>(invert(thread, params, source.count, uniform(source.first_uniform)));
 }
 
-inline void encode(const PlanThread& thread, int64_t colour, int32_t level, int64_t n, int64_t x) {
+inline void encode(const PlanThread& thread, int64_t colour, int32_t level, int64_t row, int64_t x) {
     for (const PlanEncoding *e = thread.plan.encodings, *end = e + thread.plan.num_encodings; e != end; ++e) {
         if (e->colour != colour) continue;
-        float* to = thread.at(e->plane, thread.y, x) + n * thread.plan.planes[e->plane].pitch + e->channel;
+        float* to = thread.at(e->plane, thread.y, x) + row * thread.plan.planes[e->plane].pitch + e->channel;
         const float* from = thread.plan.tables + e->offset + level * e->count;
         for (int64_t c = 0; c < e->count; ++c) to[c] = from[c];
     }
+}
+
+// null + scale * (given - null), of `count` logits. What both forbid, by -inf, stays forbidden.
+inline const float* guided(const PlanThread& thread, const float* given, const float* null, int64_t count) {
+    for (int64_t k = 0; k < count; ++k) {
+        thread.guided[k] = given[k] == null[k] ? given[k] : null[k] + thread.batch.guidance * (given[k] - null[k]);
+    }
+    return thread.guided;
 }
 
 // Samples are split between the members.
@@ -76,10 +84,12 @@ inline void draw(const PlanThread& thread, const PlanDraw& source, int64_t x) {
     const PlanPlane& plane = plan.planes[source.plane];
     const float* params = thread.at(source.plane, thread.y, x) + source.channel;
     const int64_t pixels = plan.height * plan.width, position = thread.y * plan.width + x;
-    const int64_t first = batch.count * thread.member / thread.members;
-    const int64_t end = batch.count * (thread.member + 1) / thread.members;
+    const int64_t samples = batch.count / batch.streams;
+    const int64_t first = samples * thread.member / thread.members;
+    const int64_t end = samples * (thread.member + 1) / thread.members;
     for (int64_t n = first; n < end; ++n) {
-        const float* own = params + n * plane.pitch;
+        const float* own = params + n * batch.streams * plane.pitch;
+        if (batch.streams > 1) own = guided(thread, own, own + plane.pitch, source.count);
         if (batch.params) {
             float* copy = batch.params + (n * batch.num_params + source.channel) * pixels + position;
             for (int64_t k = 0; k < source.count; ++k) copy[k * pixels] = own[k];
@@ -94,7 +104,9 @@ inline void draw(const PlanThread& thread, const PlanDraw& source, int64_t x) {
         }
         for (int64_t c = 0; c < source.num_colours; ++c) {
             levels[c * pixels] = drawn[c];
-            encode(thread, source.first_colour + c, drawn[c], n, x);
+            for (int64_t row = n * batch.streams; row < (n + 1) * batch.streams; ++row) {
+                encode(thread, source.first_colour + c, drawn[c], row, x);
+            }
         }
     }
 }

@@ -46,9 +46,10 @@ constexpr int64_t kTileFloats = kTileRows * kTileColumns;
 
 // Bytes of scratch memory that each thread needs, all rounded up to cache lines.
 struct PlanScratch {
-    int64_t product, shared, filtered, buffers, rows, taps, values, active, ran, probabilities, scores;
+    int64_t product, shared, filtered, buffers, rows, taps, values, active, ran, probabilities, guided, scores;
     int64_t total() const {
-        return product + shared + filtered + buffers + rows + taps + values + active + ran + probabilities + scores;
+        return product + shared + filtered + buffers + rows + taps + values + active + ran + probabilities + guided +
+               scores;
     }
 };
 
@@ -73,6 +74,7 @@ inline PlanScratch plan_scratch(const PlanTables& plan) {
     sizes.active = cache_lines(plan.num_steps * sizeof(int64_t));
     sizes.ran = cache_lines(plan.num_steps * sizeof(int64_t));
     sizes.probabilities = cache_lines(2 * plan.num_levels * sizeof(float));
+    sizes.guided = cache_lines(plan.num_levels * sizeof(float));
     sizes.scores =
         plan.max_keys > 0 ? cache_lines(kPlanHeads * plan_attention_pitch(plan.max_keys) * sizeof(float)) : 0;
     return sizes;

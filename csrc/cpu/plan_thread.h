@@ -66,6 +66,7 @@ struct PlanThread {
         active = reinterpret_cast<int64_t*>(take(sizes.active));
         ran = reinterpret_cast<int64_t*>(take(sizes.ran));
         probabilities = reinterpret_cast<float*>(take(sizes.probabilities));
+        guided = reinterpret_cast<float*>(take(sizes.guided));
         scores = reinterpret_cast<float*>(take(sizes.scores));
     }
 
@@ -120,6 +121,7 @@ struct PlanThread {
     int64_t* active;          // steps that have work in this row
     int64_t* ran;             // epoch in which each step ran last
     float* probabilities;     // of the levels, and as much room
+    float* guided;            // logits of the levels
     float* scores;            // of the keys of some heads
     PlanSpan next_weights{};  // that this thread needs after the tile at hand
     int64_t y = 0;            // the image row

@@ -14,12 +14,10 @@ from torch.utils._pytree import tree_flatten, tree_map
 from fastgen.sampling.heads import Head
 from fastgen.sampling.precision import weights_in
 from fastgen.sampling.request import Condition, Request, images_of, make_request
-from fastgen.sampling.subject import Conditions, Subject, evaluating, make_subject
+from fastgen.sampling.subject import Subject, evaluating, make_subject
 from fastgen.sampling.uniforms import image_uniforms
 
 CHUNK_BYTES = 1 << 27  # of parameters, or cumulative probabilities, held at a time
-
-Inputs = tuple[Tensor | None, Conditions]  # labels and conditions
 
 
 @dataclass(frozen=True)
@@ -59,6 +57,9 @@ def audit(
     top_k: int | None = None,
     top_p: float | None = None,
     mask: Tensor | None = None,
+    guidance_scale: float = 1.0,
+    null_labels: Tensor | int | None = None,
+    null_condition: Condition | None = None,
 ) -> AuditReport:
     """Check that `images` are samples start, start+1, ... of the sequence of `seed`.
 
@@ -70,8 +71,8 @@ def audit(
     Args:
         model, image_shape, head, num_classes, precision: as for `Sampler`.
         images: levels [n, C, H, W], as `Sampler.sample` gives them.
-        seed, start, labels, temperature, top_k, top_p: as given to `Sampler.sample`.
-        condition: tensors [n, *shape], or [1, *shape] for all; for models that read some.
+        seed, start, labels, temperature, top_k, top_p, guidance_scale, null_labels: as given to `Sampler.sample`.
+        condition, null_condition: tensors [n, *shape], or [1, *shape] for all; for models that read some.
         mask: bool [n, H, W] or [H, W]; pixels where it is True were given and are not checked.
 
     Raises:
@@ -92,6 +93,9 @@ def audit(
         top_p=top_p,
         known=None if mask is None else images,
         mask=mask,
+        guidance_scale=guidance_scale,
+        null_labels=null_labels,
+        null_condition=null_condition,
     )
     channels, height, width = subject.image_shape
     subject = replace(subject, head=subject.head.keeping(request.truncation))
@@ -102,10 +106,8 @@ def audit(
         part = slice(first, first + chunk)
         size = (head.num_uniforms(channels), height, width)
         uniforms = image_uniforms(request.seed, request.start + first, len(images[part]), size)
-        part_mask = None if request.mask is None else request.mask[part]
-        inputs = _of_samples((request.labels, request.conditions), part)
         with weights_in(precision):
-            found.add(subject, images[part], uniforms, part_mask, inputs, request, first)
+            found.add(subject, images[part], uniforms, request, part)
     return AuditReport(found.elements, found.mismatches, found.ties, found.max_margin)
 
 
@@ -119,21 +121,19 @@ class _Found:
         subject: Subject,
         images: Tensor,
         uniforms: Tensor,
-        mask: Tensor | None,
-        inputs: Inputs,
         request: Request,
-        first: int,
+        part: slice,
     ) -> None:
-        """Checks images, of which `first` came before."""
-        params = _params(subject, images, inputs)
+        """Checks a part of the images of a request."""
+        params = _params(subject, images, request, part)
         boundaries = subject.head.boundaries(params, images, request.temperature)
         margin = subject.head.margins(boundaries, images, uniforms)
         checked = torch.ones_like(margin, dtype=torch.bool)
-        if mask is not None:
-            checked &= ~mask.unsqueeze(1)
+        if request.mask is not None:
+            checked &= ~request.mask[part].unsqueeze(1)
         if (undefined := margin.isnan() & checked).any():
             sample, _, y, x = undefined.nonzero()[0].tolist()
-            raise RuntimeError(f"the network gives NaN for row {y}, column {x} of images[{sample + first}]")
+            raise RuntimeError(f"the network gives NaN for row {y}, column {x} of images[{sample + part.start}]")
         self.elements += int(checked.sum())
         for nearby in request.truncation.nearby():  # levels whose order rounding decides, of which one is kept
             head = subject.head.keeping(nearby)
@@ -146,7 +146,7 @@ class _Found:
             return
         exact = replace(subject, module=_in_float64(subject.module, len(suspects)))
         with _Widening():
-            precise = _params(exact, images[suspects], _of_samples(inputs, suspects))
+            precise = _params(exact, images[suspects], request, part.start + suspects)
             precise = exact.head.boundaries(precise, images[suspects], request.temperature)
         error = float((precise - boundaries[suspects]).abs().max())
         margins = margin[suspects][differ[suspects]]
@@ -186,11 +186,6 @@ def _widened(value: Any) -> Any:
     return value.double() if isinstance(value, Tensor) and value.dtype == torch.float32 else value
 
 
-def _of_samples(inputs: Inputs, samples: slice | Tensor) -> Inputs:
-    labels, conditions = inputs
-    return None if labels is None else labels[samples], {key: t[samples] for key, t in conditions.items()}
-
-
-def _params(subject: Subject, images: Tensor, inputs: Inputs) -> Tensor:
+def _params(subject: Subject, images: Tensor, request: Request, samples: slice | Tensor) -> Tensor:
     with evaluating(subject.module):
-        return subject.params(images, *inputs).cpu()
+        return request.params(subject, images, samples).cpu()

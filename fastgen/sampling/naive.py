@@ -28,6 +28,9 @@ def naive_sample(
     top_p: float | None = None,
     known: Tensor | None = None,
     mask: Tensor | None = None,
+    guidance_scale: float = 1.0,
+    null_labels: Tensor | int | None = None,
+    null_condition: Condition | None = None,
     progress: bool = False,
 ) -> Tensor:
     """Draw the images that `Sampler.sample` draws, with one forward pass of the whole batch for each group of colours
@@ -52,6 +55,9 @@ def naive_sample(
         top_p=top_p,
         known=known,
         mask=mask,
+        guidance_scale=guidance_scale,
+        null_labels=null_labels,
+        null_condition=null_condition,
     )
     channels, height, width = subject.image_shape
     n = request.n
@@ -65,7 +71,7 @@ def naive_sample(
         for y in range(height):
             for x in range(width):
                 for group in groups:
-                    params = subject.params(images, request.labels, request.conditions)[:, group.params, y, x].cpu()
+                    params = request.params(subject, images)[:, group.params, y, x].cpu()
                     if params.isnan().any():
                         raise RuntimeError(f"the network gives NaN for row {y}, column {x}")
                     drawn = head.draw(params, uniforms[:, group.uniforms, y, x], request.temperature)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fastgen._arguments import check_images, check_labels, integer
+from fastgen.sampling.guidance import Guidance, check_scale
 from fastgen.sampling.subject import Conditions, Subject
 from fastgen.sampling.truncation import Truncation, make_truncation
 
@@ -31,6 +32,17 @@ class Request:
     truncation: Truncation
     known: Tensor | None
     mask: Tensor | None
+    guidance: Guidance | None
+
+    def params(self, subject: Subject, images: Tensor, samples: slice | Tensor = slice(None)) -> Tensor:
+        """Head parameters [n, C*K, H, W] of levels of these samples, by the module itself."""
+        each = [subject.params(images, *of_samples(*given, samples)) for given in self.inputs()]
+        return each[0] if self.guidance is None else self.guidance.of(*each)
+
+    def inputs(self) -> list[tuple[Tensor | None, Conditions]]:
+        """Labels and conditions; with guidance, those of nothing, too."""
+        null = [] if self.guidance is None else [(self.guidance.labels, self.guidance.conditions)]
+        return [(self.labels, self.conditions), *null]
 
 
 def make_request(
@@ -47,6 +59,9 @@ def make_request(
     top_p: float | None = None,
     known: Tensor | None = None,
     mask: Tensor | None = None,
+    guidance_scale: float = 1.0,
+    null_labels: Tensor | int | None = None,
+    null_condition: Condition | None = None,
 ) -> Request:
     """Check and normalise. examples: what the conditions of one sample must look like, if that is known.
 
@@ -63,20 +78,45 @@ def make_request(
     truncation = make_truncation(top_k, top_p)
     subject.head.keeping(truncation)  # or say why not
     labels = check_labels(labels, n, subject.num_classes)
-    conditions = check_condition(subject, condition)
-    if examples is not None and list(conditions) != list(examples):
-        raise ValueError(f"condition must be {_form(examples)}, as the Sampler's example is, got {_form(conditions)}")
-    for key, value in conditions.items():
-        conditions[key] = _for_each(_name(key, conditions), value, n, None if examples is None else examples[key])
+    conditions = _conditions(subject, condition, n, examples)
+    guidance = None
+    scale = check_scale(guidance_scale, subject.head)
+    if scale != 1:
+        if null_labels is None and null_condition is None:
+            raise ValueError("guidance_scale needs null_labels or a null_condition: what it leads away from")
+        of_labels = labels if null_labels is None else check_labels(null_labels, n, subject.num_classes)
+        null = conditions
+        if null_condition is not None:
+            null = _conditions(subject, null_condition, n, examples, "null_condition")
+        if list(null) != list(conditions):
+            raise ValueError(f"null_condition must be {_form(conditions)}, as condition is, got {_form(null)}")
+        guidance = Guidance(scale, of_labels, null)
     if (known is None) != (mask is None):
         raise ValueError("known and mask go together: images, and which of their pixels are given")
     if known is not None and mask is not None:
         known = images_of("known", known, subject, n)
         mask = _mask(mask, n, subject.image_shape)
-    return Request(n, seed, start, labels, conditions, float(temperature), truncation, known, mask)
+    return Request(n, seed, start, labels, conditions, float(temperature), truncation, known, mask, guidance)
 
 
-def check_condition(subject: Subject, condition: Condition | None) -> Conditions:
+def _conditions(
+    subject: Subject, condition: Condition | None, n: int, examples: Conditions | None, name: str = "condition"
+) -> Conditions:
+    """For each of n samples."""
+    parts = check_condition(subject, condition, name)
+    if examples is not None and list(parts) != list(examples):
+        raise ValueError(f"{name} must be {_form(examples)}, as the Sampler's example is, got {_form(parts)}")
+    each = {key: None if examples is None else examples[key] for key in parts}
+    return {key: _for_each(_name(name, key, parts), value, n, each[key]) for key, value in parts.items()}
+
+
+def of_samples(
+    labels: Tensor | None, conditions: Conditions, samples: slice | Tensor
+) -> tuple[Tensor | None, Conditions]:
+    return None if labels is None else labels[samples], {key: t[samples] for key, t in conditions.items()}
+
+
+def check_condition(subject: Subject, condition: Condition | None, name: str = "condition") -> Conditions:
     """Its tensors on the CPU; floats in the dtype of the module."""
     if condition is None:
         return {}
@@ -85,19 +125,19 @@ def check_condition(subject: Subject, condition: Condition | None) -> Conditions
         parts = dict(enumerate(condition))
     result: Conditions = {}
     for key, value in parts.items():
-        name = _name(key, parts)
+        own = _name(name, key, parts)
         if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+            raise TypeError(f"{own} must be a tensor, got {type(value).__name__}")
         result[key] = value.detach().to("cpu", subject.like.dtype if value.is_floating_point() else value.dtype)
         if result[key].isnan().any():
-            raise ValueError(f"{name} must not hold NaN")
+            raise ValueError(f"{own} must not hold NaN")
     if isinstance(condition, Mapping) and not all(isinstance(key, str) for key in result):
-        raise TypeError(f"condition must have names of arguments as keys, got {list(result)}")
+        raise TypeError(f"{name} must have names of arguments as keys, got {list(result)}")
     return result
 
 
-def _name(key: int | str, parts: Mapping[Any, Any]) -> str:
-    return "condition" if list(parts) == [0] else f"condition[{key!r}]"
+def _name(name: str, key: int | str, parts: Mapping[Any, Any]) -> str:
+    return name if list(parts) == [0] else f"{name}[{key!r}]"
 
 
 def _form(conditions: Conditions) -> str:

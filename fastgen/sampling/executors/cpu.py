@@ -71,13 +71,13 @@ class CpuExecutor:
         """Levels [count, C, H, W]; `params`, float32 [count, parameters, H, W], takes what they are drawn from."""
         plan = self.plan
         levels = torch.zeros(batch.count, *plan.image_shape, dtype=torch.int32)
-        groups, team = self.split(batch.count, min(torch.get_num_threads(), processors()))
+        groups, team = self.split(batch.count, min(torch.get_num_threads(), processors()), batch.streams)
         spaces = [self._tables.fill(batch, first, count) for first, count in groups]
         scratch = torch.empty(len(groups) * team * self._native.scratch() + 64, dtype=torch.uint8)
         known = None if batch.known is None else batch.known.to(torch.int32).contiguous()
         mask = None if batch.mask is None else batch.mask.contiguous()
         height = plan.image_shape[1]
-        chunks = max(1, min(CHUNKS, int(batch.count * self.flops / CORE_FLOPS / CHUNK_SECONDS)))
+        chunks = max(1, min(CHUNKS, int(batch.rows * self.flops / CORE_FLOPS / CHUNK_SECONDS)))
         edges = [plan.first_row, *(height * i // chunks for i in range(1, chunks + 1))]
         for begin, end in zip(edges[:-1], edges[1:], strict=True):
             if begin == end:
@@ -92,6 +92,8 @@ class CpuExecutor:
                 temperature=batch.temperature,
                 top_k=batch.truncation.top_k or 0,
                 top_p=batch.truncation.top_p,
+                streams=batch.streams,
+                guidance=1.0 if batch.guidance is None else batch.guidance.scale,
                 levels=levels.data_ptr(),
                 known=0 if known is None else known.data_ptr(),
                 mask=0 if mask is None else mask.data_ptr(),
@@ -108,7 +110,7 @@ class CpuExecutor:
             batch.on_rows(end - max(begin, 0))
         return levels.to(plan.head.dtype)
 
-    def split(self, count: int, threads: int) -> tuple[list[tuple[int, int]], int]:
+    def split(self, count: int, threads: int, streams: int = 1) -> tuple[list[tuple[int, int]], int]:
         """How the threads share the work: ((first sample, count) of each group of samples, threads per group).
 
         Groups are independent, without barriers, but each reads all weights.  Where there are too few samples for that,
@@ -117,9 +119,9 @@ class CpuExecutor:
         """
         size = self._tables.pixel_weight_bytes
         needed = next(samples for limit, samples in SAMPLES_PER_THREAD if size <= limit)
-        parts = max(1, min(threads, count // needed))
+        parts = max(1, min(threads, count, count * streams // needed))
         team = threads // parts
-        pixel_seconds = max(size / CORE_BYTES_PER_SECOND, count / parts * size / 2 / CORE_FLOPS)
+        pixel_seconds = max(size / CORE_BYTES_PER_SECOND, count * streams / parts * size / 2 / CORE_FLOPS)
         if team > 1 and pixel_seconds < TEAM_STEP_SECONDS * self._tables.barriers:
             parts, team = min(threads, count), 1
         edges = [count * i // parts for i in range(parts + 1)]

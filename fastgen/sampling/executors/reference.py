@@ -42,12 +42,14 @@ class ReferenceExecutor:
                             _run(step, planes, row, range(column, column + 1))
                     if y >= 0 and 0 <= x < width:
                         params = planes.params(draw, y, x)
+                        if batch.guidance is not None:
+                            params = batch.guidance.of(params[::2], params[1::2])
                         drawn = head.draw(params, uniforms[:, group.uniforms, y, x], batch.temperature)
                         if batch.known is not None and batch.mask is not None:
                             given = batch.mask[:, y, x].unsqueeze(1)
                             drawn = torch.where(given, batch.known[:, group.colours, y, x], drawn)
                         levels[:, group.colours, y, x] = drawn
-                        planes.encode(levels, y, x, group.colours)
+                        planes.encode(levels.repeat_interleave(batch.streams, 0), y, x, group.colours)
             if y >= 0:
                 batch.on_rows(1)
         return levels
@@ -66,7 +68,7 @@ class _Planes:
         self.margin = max(shifts, default=0) + max(p.height + p.width for p in plan.planes)
         self.values: list[Tensor] = []
         for i, plane in enumerate(plan.planes):
-            size = (plane.height + 2 * self.margin, plane.width + 2 * self.margin, batch.count, plane.channels)
+            size = (plane.height + 2 * self.margin, plane.width + 2 * self.margin, batch.rows, plane.channels)
             value = torch.zeros(size, dtype=dtype)
             data = given.get(i) if plane.data is None else plane.data[None]
             if data is not None:

@@ -131,6 +131,7 @@ class PlanTables:
 
     def fill(self, batch: Batch, first: int, count: int) -> Tensor:
         """The planes of samples [first, first + count) of a batch: zeros, but for what is given."""
+        first, count = first * batch.streams, count * batch.streams  # rows
         space = zeros(count * self.workspace + PANEL)  # programs may read a panel past the end
         given = dict(zip(self.plan.conditions, batch.conditions, strict=True))
         for i, plane in enumerate(self.plan.planes):
