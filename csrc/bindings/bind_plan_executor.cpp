@@ -129,9 +129,8 @@ public:
     // count, workspace) of each group; team: threads per group; scratch: scratch() bytes for each thread.
     bool run(const std::vector<std::tuple<int64_t, int64_t, uintptr_t>>& groups, int team, uintptr_t scratch,
              uint64_t seed, uint64_t start, double temperature, int64_t top_k, double top_p, int64_t streams,
-             double guidance, uintptr_t levels,
-             uintptr_t known, uintptr_t mask, uintptr_t params, int64_t num_params, int64_t row_begin,
-             int64_t row_end) const {
+             double guidance, uintptr_t levels, uintptr_t known, uintptr_t mask, uintptr_t params, int64_t num_params,
+             int64_t row_begin, int64_t row_end) const {
         if (team < 1) throw std::invalid_argument("team must be at least 1, got " + std::to_string(team));
         const int64_t pixels = tables_.height * tables_.width, elements = pixels * tables_.colours;
         const PlanWorker worker = kWorkers[active_isa()];
@@ -225,9 +224,9 @@ void bind_plan_executor(py::module_& module) {
         .def("scratch", &PlanExecutor::scratch, "Bytes of scratch memory for each thread.")
         .def("run", &PlanExecutor::run, py::kw_only(), py::arg("groups"), py::arg("team"), py::arg("scratch"),
              py::arg("seed"), py::arg("start"), py::arg("temperature"), py::arg("top_k"), py::arg("top_p"),
-             py::arg("streams"), py::arg("guidance"),
-             py::arg("levels"), py::arg("known"), py::arg("mask"), py::arg("params"), py::arg("num_params"),
-             py::arg("row_begin"), py::arg("row_end"), py::call_guard<py::gil_scoped_release>());
+             py::arg("streams"), py::arg("guidance"), py::arg("levels"), py::arg("known"), py::arg("mask"),
+             py::arg("params"), py::arg("num_params"), py::arg("row_begin"), py::arg("row_end"),
+             py::call_guard<py::gil_scoped_release>());
 }
 
 }  // namespace fastgen

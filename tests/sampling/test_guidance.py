@@ -34,7 +34,9 @@ class Guided(nn.Module):
 
 def labelled(image_shape: tuple[int, int, int] = (2, 4, 3)) -> nn.Module:
     torch.manual_seed(1)
-    model = models.GatedPixelCNN(image_shape=image_shape, levels=LEVELS, num_filters=6, num_blocks=2, num_classes=CLASSES).eval()
+    model = models.GatedPixelCNN(
+        image_shape=image_shape, levels=LEVELS, num_filters=6, num_blocks=2, num_classes=CLASSES
+    ).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(2)
@@ -159,8 +161,18 @@ def mixture() -> nn.Module:
 
 WRONG: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], type[Exception], str]] = {
     "no null": (labelled, {"guidance_scale": 2.0}, ValueError, "needs null_labels or a null_condition"),
-    "text": (labelled, {"guidance_scale": "2", "null_labels": 3}, TypeError, "guidance_scale must be a number, got str"),
-    "infinite": (labelled, {"guidance_scale": torch.inf, "null_labels": 3}, ValueError, "guidance_scale must be finite"),
+    "text": (
+        labelled,
+        {"guidance_scale": "2", "null_labels": 3},
+        TypeError,
+        "guidance_scale must be a number, got str",
+    ),
+    "infinite": (
+        labelled,
+        {"guidance_scale": torch.inf, "null_labels": 3},
+        ValueError,
+        "guidance_scale must be finite",
+    ),
     "no class": (labelled, {"guidance_scale": 2.0, "null_labels": 4}, ValueError, r"labels must be in 0\.\.3, got 4"),
     "condition": (
         labelled,
