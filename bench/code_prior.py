@@ -85,7 +85,7 @@ class Prior(nn.Module):
 def cached_loop(
     prior: Prior, batch: int, step: Callable[..., Tensor] | None = None, labels: Tensor | None = None
 ) -> Tensor:
-    """Samples by `Prior.step`, with labels guided ones; compiled steps get keys and values of all positions, and a mask."""
+    """Samples by `Prior.step`; with labels, guided. Compiled steps get keys and values of all positions, and a mask."""
     length, heads = prior.position.shape[1], prior.blocks[0].heads
     with torch.inference_mode():
         if labels is None:
