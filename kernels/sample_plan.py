@@ -417,9 +417,9 @@ def _uniform(state, index, position, sample):
 @triton.jit
 def _settle(
     workspace, where, fields, encoded, levels, known, mask, level, colour, y, x, sample, exists, batch,
-    encodings, num_encodings, colours, height, width, WIDEST: tl.constexpr,
+    encodings, num_encodings, colours, height, width, WIDEST: tl.constexpr, STREAMS: tl.constexpr,
 ):  # fmt: skip
-    """Writes the level, or the given one, and its encodings; returns it."""
+    """Writes the level, or the given one, and its encodings in all rows of the sample; returns it."""
     pixel = y * width + x
     at = (sample * colours + colour) * height * width + pixel
     given = tl.load(mask + sample * height * width + pixel, exists, 0) != 0
@@ -427,11 +427,12 @@ def _settle(
     tl.store(levels + at, level, exists)
     c = tl.arange(0, WIDEST)
     for e in range(encodings, encodings + num_encodings):
-        to, _ = _locate(where, fields, e, x, 0, 0, sample, batch, 1, "whole")
         count = tl.load(fields + e * _FIELDS + 6)
         here = exists[:, None] & (c < count)[None, :] & (tl.load(fields + e * _FIELDS + 8) == colour)
         code = tl.load(encoded + (tl.load(fields + e * _FIELDS + 7) + level * count)[:, None] + c[None, :], here, 0.0)
-        tl.store(workspace + to[:, None] + c[None, :], code, here)
+        for stream in tl.static_range(STREAMS):
+            to, _ = _locate(where, fields, e, x, 0, 0, sample * STREAMS + stream, batch, 1, "whole")
+            tl.store(workspace + to[:, None] + c[None, :], code, here)
     return level
 
 
@@ -442,85 +443,161 @@ def _settle(
     ]
 )  # fmt: skip
 def draw_level(
-    workspace, where, fields, encoded, state, inverse_temperature, top_k, top_p, levels, known, mask, operand, x, batch,
-    encodings, num_encodings, colours, height, width, colour, uniform, count,
-    BERNOULLI: tl.constexpr, WIDEST: tl.constexpr, SAMPLES: tl.constexpr, LEVELS: tl.constexpr,
+    workspace, where, fields, encoded, room, state, inverse_temperature, top_k, top_p, guidance, levels, known, mask,
+    operand, x, batch, encodings, num_encodings, colours, height, width, colour, uniform, count,
+    BERNOULLI: tl.constexpr, WIDEST: tl.constexpr, STREAMS: tl.constexpr, SAMPLES: tl.constexpr, LEVELS: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Draws a colour of pixel (y, x): the smallest level whose cumulative probability is at least its uniform.
 
     `operand` is that of the `count` logits, which are read LEVELS at a time. Probabilities are float32, their sums
     float64. Levels that `top_k`, where it is not 0, and `top_p` leave out have none
-    (`fastgen.sampling.truncation.Truncation`).
+    (`fastgen.sampling.truncation.Truncation`). A sample has STREAMS of the `batch` rows, two with `guidance`
+    (`fastgen.sampling.guidance.Guidance`).
+
+    Odds, which are probabilities but for a factor, are computed once. WHOLE: there are LEVELS at most, and they stay in
+    registers; otherwise `room` has those of each sample, filled up with zeros to a multiple of LEVELS.
     """
     sample = tl.program_id(0).to(tl.int64) * SAMPLES + tl.arange(0, SAMPLES)
-    exists, y = sample < batch, tl.load(state)
-    at, _ = _locate(where, fields, operand, x, 0, 0, sample, batch, 1, "whole")
+    exists, y = sample * STREAMS < batch, tl.load(state)
+    at, _ = _locate(where, fields, operand, x, 0, 0, sample * STREAMS, batch, 1, "whole")
+    null, _ = _locate(where, fields, operand, x, 0, 0, sample * STREAMS + STREAMS - 1, batch, 1, "whole")
+    apart = null - at
     scale = tl.load(inverse_temperature)
     if BERNOULLI:
         u = _uniform(state, uniform, y * width + x, sample)
-        logit = tl.load(workspace + at, exists, 0.0)
+        logit = _logits(workspace + at, exists, apart, guidance, STREAMS)
         odds = tl.exp(-tl.abs(logit.to(tl.float64) * scale))
         level = (tl.where(logit < 0, 1.0, odds) / (1.0 + odds) < u).to(tl.int32)
     else:
-        k = tl.arange(0, LEVELS)
-        logits = workspace + at[:, None] + k[None, :]
-        most = tl.full([SAMPLES], -float("inf"), tl.float32)
-        for start in range(0, count, LEVELS):
-            known_logits = exists[:, None] & (k < count - start)[None, :]
-            most = tl.maximum(most, tl.max(tl.load(logits + start, known_logits, -float("inf")), 1))
-        most = tl.where(exists, most, 0.0)
-        least, total = tl.zeros([SAMPLES], tl.float32), tl.zeros([SAMPLES], tl.float64)
-        number, share = tl.load(top_k), tl.load(top_p)
+        k, end = tl.arange(0, LEVELS), LEVELS if WHOLE else count
+        logits, apart = workspace + at[:, None] + k[None, :], apart[:, None]
+        largest = tl.full([SAMPLES, LEVELS], -float("inf"), tl.float32)
+        for start in range(0, end, LEVELS):
+            here = exists[:, None] & (k < count - start)[None, :]
+            largest = tl.maximum(largest, _logits(logits + start, here, apart, guidance, STREAMS))
+        most = tl.where(exists, tl.max(largest, 1), 0.0)
+        odds = _odds(logits, exists[:, None] & (k < count)[None, :], apart, guidance, most, scale, STREAMS)
+        room += (sample * ((count + LEVELS - 1) // LEVELS * LEVELS))[:, None] + k[None, :]
+        if not WHOLE:
+            tl.store(room, odds, exists[:, None])
+            for start in range(LEVELS, count, LEVELS):
+                here = exists[:, None] & (k < count - start)[None, :]
+                own = _odds(logits + start, here, apart, guidance, most, scale, STREAMS)
+                tl.store(room + start, own, exists[:, None])
+            tl.debug_barrier()  # other threads read them
+        least, number, share = tl.zeros([SAMPLES], tl.float32), tl.load(top_k), tl.load(top_p)
         if number > 0:
-            wanted = total + number
-            least = _threshold(logits, exists, k, count, most, scale, least, wanted, True, LEVELS)
-        for start in range(0, count, LEVELS):
-            total += tl.sum(_odds(logits + start, exists, k, count - start, most, scale, least), 1)
+            wanted = least + number
+            least = _threshold(odds, room, exists, end, least, wanted, True, LEVELS, WHOLE)
         if share < 1:
-            least = _threshold(logits, exists, k, count, most, scale, least, share * total, False, LEVELS)
-            total = tl.zeros([SAMPLES], tl.float64)
-            for start in range(0, count, LEVELS):
-                total += tl.sum(_odds(logits + start, exists, k, count - start, most, scale, least), 1)
-        total *= _uniform(state, uniform, y * width + x, sample)
-        sums, level = tl.zeros([SAMPLES], tl.float64), tl.zeros([SAMPLES], tl.int32)
-        for start in range(0, count, LEVELS):
-            odds = _odds(logits + start, exists, k, count - start, most, scale, least)
-            below = (sums[:, None] + tl.cumsum(odds, 1) < total[:, None]) & (k < count - 1 - start)[None, :]
-            level += tl.sum(below.to(tl.int32), 1)
-            sums += tl.sum(odds, 1)
+            wanted = share * _total(odds, room, exists, end, least, LEVELS, WHOLE)
+            least = _threshold(odds, room, exists, end, least, wanted, False, LEVELS, WHOLE)
+        target = _uniform(state, uniform, y * width + x, sample)
+        target *= _total(odds, room, exists, end, least, LEVELS, WHOLE)
+        before, first = tl.zeros([SAMPLES], tl.float64), tl.zeros([SAMPLES], tl.int32)
+        if not WHOLE:
+            for start in range(0, count - LEVELS, LEVELS):
+                after = before + tl.sum(_kept(odds, room + start, exists, least, WHOLE), 1)
+                passed = (first == start) & (after < target)
+                before, first = tl.where(passed, after, before), tl.where(passed, start + LEVELS, first)
+        sums = before[:, None] + tl.cumsum(_kept(odds, room + first[:, None], exists, least, WHOLE), 1)
+        below = (sums < target[:, None]) & (k[None, :] < (count - 1 - first)[:, None])
+        level = first + tl.sum(below.to(tl.int32), 1)
     _settle(
         workspace, where, fields, encoded, levels, known, mask, level, colour, y, x, sample, exists, batch, encodings,
-        num_encodings, colours, height, width, WIDEST,
+        num_encodings, colours, height, width, WIDEST, STREAMS,
     )  # fmt: skip
 
 
 @triton.jit
-def _threshold(logits, exists, k, count, most, scale, least, wanted, COUNTED: tl.constexpr, LEVELS: tl.constexpr):
-    """The largest float32, at least `least`, that leaves enough of the levels whose odds are no smaller: `wanted` of
-    them, or a sum of so much. Positive floats have the order of their bits.
+def _logits(logits, given, apart, guidance, STREAMS: tl.constexpr):
+    """Logits, with two streams led away from those that lie `apart`; -inf where none are given."""
+    own = tl.load(logits, given, -float("inf"))
+    if STREAMS == 2:
+        null = tl.load(logits + apart, given, -float("inf"))
+        own = tl.where(own == null, own, null + tl.load(guidance) * (own - null))
+    return own
+
+
+@triton.jit
+def _odds(logits, given, apart, guidance, most, scale, STREAMS: tl.constexpr):
+    """float32 e^((logits - most) * scale), 0 where none are given."""
+    below = _logits(logits, given, apart, guidance, STREAMS) - most[:, None]
+    odds = exp((below.to(tl.float64) * scale).to(tl.float32))
+    return tl.where(given & (below > -float("inf")), odds, 0.0)
+
+
+@triton.jit
+def _read(odds, room, exists, WHOLE: tl.constexpr):
+    if WHOLE:
+        return odds
+    else:
+        return tl.load(room, exists[:, None], 0.0)
+
+
+@triton.jit
+def _kept(odds, room, exists, least, WHOLE: tl.constexpr):
+    """float64 odds, 0 below `least`."""
+    own = _read(odds, room, exists, WHOLE)
+    return tl.where(own >= least[:, None], own, 0.0).to(tl.float64)
+
+
+@triton.jit
+def _total(odds, room, exists, end, least, LEVELS: tl.constexpr, WHOLE: tl.constexpr):
+    total = tl.zeros(odds.shape, tl.float64)
+    for start in range(0, end, LEVELS):
+        total += _kept(odds, room + start, exists, least, WHOLE)
+    return tl.sum(total, 1)
+
+
+@triton.jit
+def _threshold(
+    odds, room, exists, end, least, wanted, COUNTED: tl.constexpr, LEVELS: tl.constexpr, WHOLE: tl.constexpr
+):
+    """A float32, at least `least`, that leaves enough of the levels whose odds are no smaller: `wanted` of them, or a
+    sum of so much. Larger ones that leave enough leave the same.
+
+    Positive floats have the order of their bits. Of these, three are found at a time, since threads wait for each other
+    at every sum, until sums say that between what is enough and what is not there is one level.
     """
-    low = (least * 0).to(tl.int32)
-    high = low + 0x3F800001  # above 1, the odds of the likeliest
-    for _ in range(30):
-        middle = low + (high - low) // 2
-        bound = tl.maximum(least, middle.to(tl.float32, bitcast=True))
-        found = wanted * 0
-        for start in range(0, count, LEVELS):
-            odds = _odds(logits + start, exists, k, count - start, most, scale, bound)
-            if COUNTED:
-                odds = tl.where(odds > 0, 1.0, 0.0).to(tl.float64)
-            found += tl.sum(odds, 1)
-        low, high = tl.where(found >= wanted, middle, low), tl.where(found >= wanted, high, middle)
+    low, shift = (least * 0).to(tl.int32), 27  # odds are 1 at most, whose bits are below 2^30
+    enough, too_few = wanted * 0 + float("inf"), wanted * 0  # sums: from `low` on, and from `1 << shift` above it on
+    while shift >= 0:
+        sums = _sums(odds, room, exists, end, least, low, shift, COUNTED, LEVELS, WHOLE)
+        reached = sums >= wanted[:, None]
+        low += tl.maximum(tl.sum(reached.to(tl.int32), 1) - 1, 0) << shift
+        enough = tl.minimum(enough, tl.min(tl.where(reached, sums, float("inf")), 1))
+        too_few = tl.maximum(too_few, tl.max(tl.where(reached, 0.0, sums), 1))
+        smallest = tl.maximum(least, low.to(tl.float32, bitcast=True))
+        # Half of a level is no more than sums are off.
+        several = enough - too_few >= 1.5 * (1.0 if COUNTED else smallest)
+        shift = tl.where(tl.max(several.to(tl.int32), 0) > 0, shift - 3, -1)
     return tl.maximum(least, low.to(tl.float32, bitcast=True))
 
 
 @triton.jit
-def _odds(logits, exists, k, count, most, scale, least):
-    """float64 e^((logits - most) * scale) of some levels, 0 from `count` on and below `least`."""
-    given = exists[:, None] & (k < count)[None, :]
-    apart = tl.load(logits, given, -float("inf")) - most[:, None]
-    odds = exp((apart.to(tl.float64) * scale).to(tl.float32))
-    return tl.where(given & (apart > -float("inf")) & (odds >= least[:, None]), odds, 0.0).to(tl.float64)
+def _sums(odds, room, exists, end, least, low, shift, COUNTED: tl.constexpr, LEVELS: tl.constexpr, WHOLE: tl.constexpr):
+    """[SAMPLES, 8], in any order: the odds from `least` on whose bits are at least low + (j << shift) for each j, summed
+    in float64; or counted, those above 0.
+    """
+    sums = ()
+    for _ in tl.static_range(8):
+        sums = sums + (tl.zeros(odds.shape, tl.float32 if COUNTED else tl.float64),)
+    for start in range(0, end, LEVELS):
+        own = _read(odds, room + start, exists, WHOLE)
+        if COUNTED:
+            worth = tl.where(own > 0, 1.0, 0.0)
+        else:
+            worth = own.to(tl.float64)
+        added = ()
+        for j in tl.static_range(8):
+            bound = tl.maximum(least, (low + (j << shift)).to(tl.float32, bitcast=True))
+            added = added + (sums[j] + tl.where(own >= bound[:, None], worth, 0.0),)
+        sums = added
+    halves = (tl.join(tl.join(sums[0], sums[1]), tl.join(sums[2], sums[3])),)
+    halves = halves + (tl.join(tl.join(sums[4], sums[5]), tl.join(sums[6], sums[7])),)
+    return tl.sum(tl.reshape(tl.join(halves[0], halves[1]), [odds.shape[0], LEVELS, 8]), 1)
 
 
 @triton.jit(do_not_specialize=["operand", "x", "batch", "encodings", "num_encodings", "height", "width", "num_levels"])
@@ -564,6 +641,6 @@ def draw_mixture(
         level = tl.where(place > 0.0, inner, 0)
         level = _settle(
             workspace, where, fields, encoded, levels, known, mask, level, c, y, x, sample, exists, batch, encodings,
-            num_encodings, COLOURS, height, width, WIDEST,
+            num_encodings, COLOURS, height, width, WIDEST, 1,
         )  # fmt: skip
         drawn = drawn + (level,)

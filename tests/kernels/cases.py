@@ -122,10 +122,10 @@ class Primitives(torch.nn.Module):
 
 
 def plan(
-    network: Callable[[], torch.nn.Module], precision: str, products: str, *groups: int, **given: Any
+    network: Callable[[], torch.nn.Module], precision: str, products: str, *groups: int, streams: int = 1, **given: Any
 ) -> Callable[[], None]:
-    """Of what sampling a network launches: draws, attention, and of the products of each stage with so many groups the
-    longest program in all tiles.
+    """Of what sampling a network launches: draws, for samples of so many rows, attention, and of the products of each
+    stage with so many groups the longest program in all tiles.
     """
 
     def launch() -> None:
@@ -136,7 +136,7 @@ def plan(
         # The plan of a sampler on the CPU keeps no weights; their values do not matter here.
         kept = Sampler(network(), **given, precision=precision, backend="reference").plan
         executor = TritonExecutor(kept, torch.device("cpu"))
-        space = executor.space(1, products)
+        space = executor.space(streams, products, streams)
         executor.launch_row(((), (), True), space)
         for step in kept.steps:
             if step.attention is not None:
@@ -166,6 +166,10 @@ def gated() -> torch.nn.Module:
 def attending(heads: int, depth: int, width: int, attend: Attend = earlier) -> Callable[[], torch.nn.Module]:
     """Kernels that attend do not depend on the number of keys."""
     return lambda: Attending(attend, (2, 2), heads, depth, width)
+
+
+def codebook(count: int) -> torch.nn.Module:
+    return torch.nn.Sequential(MaskedConv2d(1, 4, 3, mask_type="A"), torch.nn.Conv2d(4, count, 1))
 
 
 def named(suffix: str, cases: dict[str, Case]) -> dict[str, Case]:
@@ -212,6 +216,18 @@ PLANS: dict[str, Callable[[], None]] = {
     "sample_plan PixelCNN++ bf16": plan(pixelcnnpp, "bf16", "ieee", 2),
     "sample_plan gated tf32": plan(gated, "fp32", "tf32", 2),
     "sample_plan primitives fp32": plan(Primitives, "fp32", "ieee", 1, image_shape=(1, 2, 2), head=Bernoulli()),
+    **{
+        f"sample_plan {count} codes, {streams} rows": plan(
+            lambda count=count: codebook(count),
+            "fp32",
+            "ieee",
+            streams=streams,
+            image_shape=(1, 2, 2),
+            head=Categorical(count),
+        )
+        for count in (512, 1024, 16384)
+        for streams in (1, 2)
+    },
     "sample_plan attention padded": plan(
         lambda: Padded(not_hidden, (2, 2), 8, 64, 64), "fp32", "ieee", **GIVEN, condition=torch.zeros(4)
     ),

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from fastgen import backends, models
 from fastgen.kernels import sample_plan
 from fastgen.nn import MaskedConv2d
-from fastgen.sampling import Categorical, LogisticMixture, Sampler, audit
+from fastgen.sampling import Bernoulli, Categorical, LogisticMixture, Sampler, audit
 from fastgen.sampling.executors import Batch
 from fastgen.sampling.executors import triton as executor
 from fastgen.sampling.plan import (
@@ -342,6 +342,72 @@ def test_the_likeliest_levels_alone(options, at_once, device, monkeypatch):
     monkeypatch.setattr(executor, "_DRAW_LEVELS", at_once)
     model = make(wide)
     assert_same(sampler(model, device), model, {}, 5, seed=2, **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "seed"), [({}, 1), ({"top_k": 7}, 2), ({"top_p": 0.6}, 3), ({"top_k": 60}, 4)], ids=str
+)
+def test_large_codebooks(options, seed, device, monkeypatch):
+    """Of more levels than stay in registers, among them some as likely as others and some that are forbidden."""
+    monkeypatch.setattr(executor, "_DRAW_LEVELS", 32)
+    torch.manual_seed(seed)
+    logits = 2 * torch.randn(2 * 32 + 5)
+    logits[torch.randperm(len(logits))[:20]] = logits[:20].clone()
+    network = Codebook(logits)
+    given = {"image_shape": (1, 3), "head": Categorical(len(logits), input_range=None)}
+    images = sampler(network, device, **given).sample(4, seed=seed, **options)
+    assert torch.equal(images, Sampler(network, backend="cpu", **given).sample(4, seed=seed, **options))
+
+
+@pytest.mark.parametrize(
+    ("options", "at_once"), [({}, 2), ({"top_k": 2}, 512), ({"top_p": 0.5, "temperature": 0.7}, 2)], ids=str
+)
+def test_guidance(options, at_once, device, monkeypatch):
+    """Two rows of a sample have the same levels; known ones, too."""
+    monkeypatch.setattr(executor, "_DRAW_LEVELS", at_once)
+    model = make(gated)
+    known = torch.randint(model.levels, (3, *model.image_shape), dtype=torch.uint8)
+    mask = torch.rand(3, *model.image_shape[1:]) < 0.3
+    options |= {"labels": torch.tensor([0, 1, 2]), "guidance_scale": 3.0, "null_labels": 1, "mask": mask}
+    guided = sampler(model, device)
+    for n in (3, 2):
+        options |= {"labels": options["labels"][:n], "mask": mask[:n]}
+        images = guided.sample(n, known=known[:n], **options)
+        expected = Sampler(model, backend="cpu").sample(n, known=known[:n], **options)
+        assert torch.equal(images, expected) or audit(model, images, **options).ok
+    unled = {key: value for key, value in options.items() if "gui" not in key and "null" not in key}
+    assert_same(guided, model, {}, 2, known=known[:2], **unled)  # in other memory
+
+
+def test_guidance_of_bits(device):
+    network = nn.Sequential(MaskedConv2d(1, 6, 3, mask_type="A"), nn.ELU(), nn.Conv2d(6, 1, 1))
+    given = {"image_shape": (1, 3, 3), "head": Bernoulli(), "condition": torch.zeros(1, 1, 1)}
+    network, options = Tinted(network), {"condition": torch.randn(4, 1, 1, 1), "null_condition": torch.ones(1, 1, 1)}
+    options |= {"guidance_scale": 2.0, "seed": 3}
+    images = sampler(network, device, **given).sample(4, **options)
+    assert torch.equal(images, Sampler(network, backend="cpu", **given).sample(4, **options))
+
+
+class Codebook(nn.Module):
+    """Logits by the code before, some of which are forbidden."""
+
+    def __init__(self, logits: Tensor) -> None:
+        super().__init__()
+        self.before, self.logits = nn.Embedding(len(logits), 1), nn.Parameter(logits.view(1, -1, 1, 1))
+
+    def forward(self, codes: Tensor) -> Tensor:
+        before = nn.functional.pad(self.before(codes).permute(0, 3, 1, 2), (1, -1))
+        which = torch.arange(self.logits.shape[1], device=codes.device).view(1, -1, 1, 1)
+        return (self.logits + before * torch.cos(which)).masked_fill((which > 20) & (which < 40), -math.inf)
+
+
+class Tinted(nn.Module):
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor, tint: Tensor) -> Tensor:
+        return self.network(x + tint)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from fastgen import backends
 from fastgen.models import PixelCNNpp, PixelRNN
 from fastgen.sampling import Categorical, Sampler, audit, naive_sample
+from fastgen.sampling.executors import Batch
 from fastgen.sampling.executors.cuda import CudaExecutor, Strategy
 from fastgen.sampling.executors.operands import Operands
 from fastgen.sampling.executors.pixel_tables import DEPTH, DRAW, PixelTables
+from fastgen.sampling.guidance import Guidance
 from tests.kernels import attending
 
 from .host_team import Watch, host_sampler, program
@@ -276,6 +278,12 @@ def test_attention_of_pixels_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_guidance_is_refused() -> None:
+    executor = object.__new__(CudaExecutor)
+    with pytest.raises(RuntimeError, match="the cuda executor has no guidance: backend='triton' has"):
+        executor.sample(Batch(1, 0, 0, guidance=Guidance(2.0, None, {})))
+
+
 def test_without_a_gpu_the_request_fails() -> None:
     model, _ = make_model("gated")
     with pytest.raises(RuntimeError, match="the backend 'cuda' was asked for, but cannot be used: "):

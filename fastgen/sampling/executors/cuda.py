@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastgen import backends
+from fastgen.sampling.executors import Batch
 from fastgen.sampling.executors.pixel_tables import PixelTables
 from fastgen.sampling.executors.triton import Pattern, Space, TritonExecutor, key_of
 from fastgen.sampling.plan import Plan
@@ -76,6 +77,11 @@ class CudaExecutor(TritonExecutor):
                 return Cut(size, share, most)
         sizes = " or ".join(str(size) for size, _ in shapes)
         raise RuntimeError(f"the GPU runs no clusters of {sizes} blocks with as much memory as the plan's tables need")
+
+    def sample(self, batch: Batch) -> Tensor:
+        if batch.guidance is not None:
+            raise RuntimeError("the cuda executor has no guidance: backend='triton' has")
+        return super().sample(batch)
 
     def launch_pixels(self, pattern: Pattern, space: Space) -> None:
         key = key_of(pattern)

@@ -16,7 +16,7 @@ from fastgen.kernels.launch import INTERPRETED, compiling_side_by_side, device_o
 from fastgen.sampling.executors import Batch
 from fastgen.sampling.executors.operands import Operands, pitch_of
 from fastgen.sampling.heads import Bernoulli, LogisticMixture
-from fastgen.sampling.plan import Attention, Plan, Step
+from fastgen.sampling.plan import Attention, Draw, Plan, Step
 from fastgen.sampling.schedule import Stage
 
 _KEPT = 2  # batch sizes whose memory and graphs are kept: batches of one call differ by one sample at most
@@ -24,7 +24,10 @@ _MULTIPROCESSORS = 128  # of a large GPU
 _MAX_ROWS = 2**31 - 2**10  # of a step: they are counted in 32 bits
 _STAGES = 4  # of a product's pipeline
 _ROW_SIZE = 256  # operands of a program of `begin_row`
-_DRAW_SAMPLES, _DRAW_LEVELS, _DRAW_WARPS = 1, 512, 2  # of a program that draws from logits; of four warps it spills
+# Of a program that draws from logits: samples; levels that it reads at a time, at most, and that a warp has of them;
+# registers of a thread, which would be fewer, and not enough, for the sake of programs that are not there.
+_DRAW_SAMPLES, _DRAW_LEVELS, _DRAW_WARP = 1, 1024, 64
+_DRAW_REGISTERS = 128
 _MIXTURE_SAMPLES = 16
 # Of attention: channels of a head that a program takes at a time, at most; keys, at least and at most; numbers of
 # either keys or values, at most.
@@ -119,7 +122,7 @@ class TritonExecutor:
         tables.row_weights.clear()
         tables.biases.clear()
         self.patterns = [self._pattern(y) for y in range(plan.first_row, plan.image_shape[1])]
-        self._spaces: dict[tuple[int, str], Space] = {}
+        self._spaces: dict[tuple[int, str, int], Space] = {}
         self._one_at_a_time = threading.Lock()
         self._capturing = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
 
@@ -127,7 +130,7 @@ class TritonExecutor:
         """Levels [count, C, H, W], on the CPU."""
         precision = float32_products()
         with self._one_at_a_time, device_of(self._fields):
-            space = self.space(batch.count, precision)
+            space = self.space(batch.rows, precision, batch.streams)
             if not space.graphs and not INTERPRETED:
                 self._compile(space)
             try:
@@ -261,21 +264,25 @@ class TritonExecutor:
                 COLOURS=colours, WIDEST=self._widest, SAMPLES=_MIXTURE_SAMPLES, COMPONENT_BLOCK=_power(head.components),
             )  # fmt: skip
             return
-        kernels.draw_level[(-(-space.count // _DRAW_SAMPLES),)](
-            space.planes, space.where, self._fields, self._encoded, space.state, space.inverse_temperature,
-            space.top_k, space.top_p, *where, colours, height, width, group.colours.start, group.uniforms.start,
-            draw.count, BERNOULLI=isinstance(head, Bernoulli), WIDEST=self._widest, SAMPLES=_DRAW_SAMPLES,
-            LEVELS=min(_power(draw.count), _DRAW_LEVELS), num_warps=_DRAW_WARPS,
+        levels = _levels_at_once(draw)
+        kernels.draw_level[(-(-len(space.levels) // _DRAW_SAMPLES),)](
+            space.planes, space.where, self._fields, self._encoded, space.odds, space.state, space.inverse_temperature,
+            space.top_k, space.top_p, space.guidance, *where, colours, height, width, group.colours.start,
+            group.uniforms.start, draw.count, BERNOULLI=isinstance(head, Bernoulli), WIDEST=self._widest,
+            STREAMS=space.streams, SAMPLES=_DRAW_SAMPLES, LEVELS=levels, WHOLE=draw.count <= levels,
+            num_warps=max(2, levels // _DRAW_WARP), maxnreg=_DRAW_REGISTERS,
         )  # fmt: skip
 
-    def space(self, count: int, precision: str) -> Space:
-        """The memory of a batch size and a precision of float32 products, "ieee" or "tf32"."""
-        key = count, precision
+    def space(self, count: int, precision: str, streams: int = 1) -> Space:
+        """The memory of so many rows, `streams` for each sample, and a precision of float32 products, "ieee" or
+        "tf32".
+        """
+        key = count, precision, streams
         if key not in self._spaces:
             while len(self._spaces) >= _KEPT:
                 del self._spaces[next(iter(self._spaces))]
             with torch.inference_mode(False):  # later batches, which may come outside of it, are written there too
-                space = Space(self.plan, self._tables, count, precision, self.device)
+                space = Space(self.plan, self._tables, count, precision, self.device, streams)
                 for i, plane in enumerate(self.plan.planes):
                     if plane.data is not None:
                         self._fill(space, i, plane.data[None])
@@ -292,7 +299,7 @@ class TritonExecutor:
     def _begin(self, batch: Batch, space: Space) -> None:
         """Writes everything that differs between batches: conditions, and zeros to the planes that steps write."""
         for begin, end in self._cleared:
-            space.planes[begin * batch.count : end * batch.count].zero_()
+            space.planes[begin * space.count : end * space.count].zero_()
         for i, condition in zip(self.plan.conditions, batch.conditions, strict=True):
             self._fill(space, i, condition)
         start = [self.plan.first_row, signed(batch.seed), batch.start]
@@ -302,31 +309,47 @@ class TritonExecutor:
         top_k = batch.truncation.top_k or 0
         space.top_k.fill_(top_k if top_k < max(draw.count for draw in self.plan.draws) else 0)
         space.top_p.fill_(batch.truncation.top_p)
+        space.guidance.fill_(1.0 if batch.guidance is None else batch.guidance.scale)
         space.mask.zero_() if batch.mask is None else space.mask.copy_(batch.mask)
         if batch.known is not None:
             space.known.copy_(batch.known)
 
 
 class Space:
-    """Memory and graphs of one batch size."""
+    """Memory and graphs of batches of `count` rows, `streams` for each sample."""
 
-    def __init__(self, plan: Plan, tables: Operands, count: int, precision: str, device: torch.device):
+    def __init__(
+        self, plan: Plan, tables: Operands, count: int, precision: str, device: torch.device, streams: int = 1
+    ) -> None:
         if count * max(p.width for p in plan.planes) >= _MAX_ROWS:
             raise ValueError(f"rows of a batch of {count} images are too long: a smaller max_batch is needed")
 
         def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
             return torch.zeros(shape, dtype=dtype, device=device)
 
-        self.count, self.precision = count, precision
+        self.count, self.precision, self.streams = count, precision, streams
         self.planes = zeros(count * tables.floats, dtype=torch.float32)
         self.where = zeros(len(tables.fields), dtype=torch.int64)
-        self.levels = zeros(count, *plan.image_shape, dtype=torch.int32)
-        self.known = zeros(count, *plan.image_shape, dtype=torch.int32)
-        self.mask = zeros(count, *plan.image_shape[1:], dtype=torch.uint8)
+        samples = count // streams
+        self.levels = zeros(samples, *plan.image_shape, dtype=torch.int32)
+        self.known = zeros(samples, *plan.image_shape, dtype=torch.int32)
+        self.mask = zeros(samples, *plan.image_shape[1:], dtype=torch.uint8)
         self.state = zeros(3, dtype=torch.int64)  # image row, seed, index of the first sample
         self.inverse_temperature, self.top_p = zeros(1, dtype=torch.float64), zeros(1, dtype=torch.float64)
         self.top_k = zeros(1, dtype=torch.int32)  # 0: all levels
+        self.guidance = zeros(1, dtype=torch.float32)
+        self.odds = zeros(max(1, samples * max(_room(draw) for draw in plan.draws)), dtype=torch.float32)
         self.graphs: dict[tuple[Any, ...], torch.cuda.CUDAGraph | None] = {}  # None: seen once
+
+
+def _levels_at_once(draw: Draw) -> int:
+    return min(_power(draw.count), _DRAW_LEVELS)
+
+
+def _room(draw: Draw) -> int:
+    """Floats per sample for the odds of more levels than are read at a time."""
+    levels = _levels_at_once(draw)
+    return 0 if draw.count <= levels else -(-draw.count // levels) * levels
 
 
 def _cleared(plan: Plan, tables: Operands) -> list[tuple[int, int]]:
