@@ -577,7 +577,9 @@ def _threshold(
 
 
 @triton.jit
-def _sums(odds, room, exists, end, least, low, shift, COUNTED: tl.constexpr, LEVELS: tl.constexpr, WHOLE: tl.constexpr):
+def _sums(
+    odds, room, exists, end, least, low, shift, COUNTED: tl.constexpr, LEVELS: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
     """[SAMPLES, 8], in any order: the odds from `least` on whose bits are at least low + (j << shift) for each j, summed
     in float64; or counted, those above 0.
     """
