@@ -580,8 +580,8 @@ def _threshold(
 def _sums(
     odds, room, exists, end, least, low, shift, COUNTED: tl.constexpr, LEVELS: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """[SAMPLES, 8], in any order: the odds from `least` on whose bits are at least low + (j << shift) for each j, summed
-    in float64; or counted, those above 0.
+    """[SAMPLES, 8], in any order: the odds from `least` on whose bits are at least low + (j << shift) for each j,
+    summed in float64; or counted, those above 0.
     """
     sums = ()
     for _ in tl.static_range(8):
