@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,8 +17,6 @@ DATA_HELP = (
     "digits (8x8 handwritten digits), patches (32x32 colour patches of two photographs), a folder of images, "
     "a .npy or .npz file, an IDX file or folder (MNIST), a CIFAR .bin file or folder"
 )
-
-CODE_SUFFIXES = (".npy", ".npz")  # of files that may hold codes rather than levels
 
 
 def add_data(parser: argparse.ArgumentParser) -> None:
@@ -86,28 +83,19 @@ def load_for(model: Any, spec: str, split: str, progress: bool) -> Dataset:
     """
     from fastgen import data
 
-    codes = draws_codes(model)
-    if codes and (Path(spec).suffix.lower() not in CODE_SUFFIXES or model.levels > 256):
-        raise ValueError(
-            f"{spec}: the model draws codes, not pixels: give the vqvae that they are of (--vqvae CKPT), or, of at "
-            f"most 256 codes, maps of them ({', '.join(CODE_SUFFIXES)})"
-        )
-    levels = None if codes else model.levels  # codes keep their numbers
-    found = data.load(spec, split=split, size=tuple(model.image_shape[1:]), levels=levels, progress=progress)
+    if draws_codes(model):
+        try:
+            found = data.load_codes(spec, model.levels, split=split)
+        except ValueError as error:
+            raise ValueError(
+                f"{error}: the model draws codes; of images, give the vqvae as well (--vqvae CKPT)"
+            ) from None
+    else:
+        size = tuple(model.image_shape[1:])
+        found = data.load(spec, split=split, size=size, levels=model.levels, progress=progress)
     if found.image_shape != tuple(model.image_shape):
         raise ValueError(f"the images of {spec} are {found.image_shape}, the model's are {tuple(model.image_shape)}")
-    return _as_codes(found, model.levels) if codes else found
-
-
-def _as_codes(found: Dataset, count: int) -> Dataset:
-    """The same numbers as codes, when they are some; files that do not state their levels count as 256."""
-    largest = int(found.images.max())
-    if found.levels not in (256, count) or largest >= count:
-        raise ValueError(
-            f"{found.name}: the model draws codes in 0..{count - 1}, the data have 0..{largest} of {found.levels} "
-            "levels: of images, give the vqvae as well (--vqvae CKPT)"
-        )
-    return dataclasses.replace(found, levels=count)
+    return found
 
 
 def labels_for(model: Any, data: Dataset) -> Tensor | None:

@@ -32,6 +32,7 @@ EXAMPLES = """examples:
   fastgen train conditional_vae --data patches --size 32 --architecture convolutional --condition grey --unconditional
   fastgen train vqvae --data patches --num-filters 128 --lr 1e-3 --minutes 30
   fastgen train gated_pixelcnn --data patches --vqvae runs/vqvae-patches/model.safetensors --num-filters 64
+  fastgen train image_gpt --data codes.npz --codes 1024 --num-filters 256 --num-blocks 8
 """
 DEFAULT_STEPS = 10_000
 DCGAN_SIZE = 32  # where --size is not given
@@ -42,7 +43,7 @@ MODEL_OPTIONS: dict[str, tuple[Any, str]] = {
     "num_filters": (int, "feature maps"),
     "embedding_dim": (
         int,
-        "of codes (gated_pixelcnn, pixelsnail, image_gpt with --vqvae; default there: that of the vqvae)",
+        "of codes (gated_pixelcnn, pixelsnail, image_gpt; default with --vqvae: that of the vqvae, with --codes: 64)",
     ),
     "num_blocks": (int, "layers or residual blocks"),
     "num_features": (int, "feature maps of the first output layer (pixelcnn, pixelrnn)"),
@@ -114,6 +115,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--levels", type=int, metavar="K", help="requantise to K levels, 2..256 (default: as stored)")
     shared.add_vqvae(parser, "train on the codes that this vqvae has for the images, in its size and levels")
+    parser.add_argument(
+        "--codes",
+        type=int,
+        metavar="K",
+        help="the data are codes 0..K-1 of images, of a VQ-VAE or VQGAN of your own: integers [N, H, W] in a .npy file, "
+        "or named codes, with labels if any, in an .npz (gated_pixelcnn, pixelsnail, image_gpt)",
+    )
     parser.add_argument(
         "--out",
         type=Path,
@@ -187,7 +195,7 @@ def run(options: argparse.Namespace) -> int:
     kind = models.get(options.model)
     if options.scores and not issubclass(kind, models.AdversarialModel):
         raise ValueError(f"{options.model} has no option --scores: it is validated by its likelihood")
-    if options.vqvae is not None:
+    if options.vqvae is not None or options.codes is not None:
         return train_runs.train_prior(options, kind)
     if issubclass(kind, models.VAE):
         return train_runs.train_variational(options, kind)

@@ -12,6 +12,7 @@ from fastgen.cli import shared
 from fastgen.cli.train import DCGAN_SIZE, DEFAULT_STEPS, configuration, model_arguments, training_arguments
 
 GRID = 64  # images of a picture
+EMBEDDING_DIM = 64  # of codes of a file
 
 
 def train_likelihood(options: argparse.Namespace, kind: type) -> int:
@@ -25,17 +26,25 @@ def train_likelihood(options: argparse.Namespace, kind: type) -> int:
 
 
 def train_prior(options: argparse.Namespace, kind: type) -> int:
-    """Trains an autoregressive model on the codes that a vqvae has for images."""
-    from fastgen import checkpoint
+    """Trains an autoregressive model on codes of images: those that a vqvae has for them, or of a file."""
+    from fastgen import checkpoint, data
     from fastgen.training import encoded, train
 
+    if options.vqvae is not None and options.codes is not None:
+        raise ValueError("--codes: with --vqvae the codes are those of the vqvae")
+    option = "--vqvae" if options.codes is None else "--codes"
     if "embedding_dim" not in inspect.signature(kind).parameters:
-        raise ValueError(f"{options.model} has no option --vqvae: expected gated_pixelcnn, pixelsnail or image_gpt")
+        raise ValueError(f"{options.model} has no option {option}: expected gated_pixelcnn, pixelsnail or image_gpt")
     for name in ("size", "levels"):
         if getattr(options, name) is not None:
-            raise ValueError(f"--{name}: with --vqvae it is that of the vqvae")
-    vqvae = checkpoint.load_vqvae(options.vqvae)
+            raise ValueError(f"--{name}: with {option} it is that of the {option[2:]}")
     config = _train_config(options)
+    if options.codes is not None:
+        shared.check_range("--codes", options.codes, 2, 2**31 - 1)
+        parts = [data.load_codes(options.data, options.codes, split=split) for split in ("train", "val")]
+        model = _new(options, kind, config, parts[0], {"embedding_dim": EMBEDDING_DIM, "head": "categorical"})
+        return _report(options, _run(options, model, parts[0], train, parts[1], config, sample_grid=None), "", "code")
+    vqvae = checkpoint.load_vqvae(options.vqvae)
     images = [shared.load_for(vqvae, options.data, split, not options.quiet) for split in ("train", "val")]
     train_data, val_data = (encoded(vqvae, part, f"codes of {part.name}") for part in images)
     own = {"embedding_dim": vqvae.config["latent_dim"], "head": "categorical"}

@@ -7,6 +7,8 @@ Images are integers 0..255 (or bool) of shape
 - [N, H, W, C]: if the last axis is 1 or 3 and the second is not.
 
 Labels are integers >= 0 of shape [N]. ``levels`` is one number. Pickled objects are never loaded.
+
+Files of codes (`read_codes`) hold integers of shape [N, H, W] or [N, 1, H, W] under the name ``codes``, or ``images``.
 """
 
 from __future__ import annotations
@@ -32,6 +34,28 @@ def read(path: Path) -> Source:
         num_classes = int(labels.max()) + 1
     levels = _stated_levels(arrays, images, path)
     return Source(torch.from_numpy(np.ascontiguousarray(images)), labels, num_classes, levels)
+
+
+def read_codes(path: Path, num_codes: int) -> Source:
+    """Read the codes of images, 0..num_codes-1; ValueError naming the file if it holds anything else."""
+    arrays = _load(path)
+    codes = arrays.get("codes", arrays.get("images"))
+    if codes is None:
+        raise ValueError(f"{path}: expected an array named 'codes', found {', '.join(arrays) or 'nothing'}")
+    if codes.ndim == 4 and codes.shape[1] == 1:
+        codes = codes[:, 0]
+    if codes.dtype.kind not in "iu" or codes.ndim != 3 or not codes.size:
+        raise ValueError(f"{path}: codes must be integers [N, H, W], got {codes.dtype} of shape {list(codes.shape)}")
+    stated = arrays.get("levels", np.array(num_codes))
+    if codes.min() < 0 or codes.max() >= num_codes or stated.size != 1 or stated.item() != num_codes:
+        of_levels = f" of {stated.tolist()} levels" if "levels" in arrays else ""
+        raise ValueError(f"{path}: expected codes in 0..{num_codes - 1}, got {codes.min()}..{codes.max()}{of_levels}")
+    labels, num_classes = None, None
+    if "labels" in arrays:
+        labels = _labels(arrays["labels"], len(codes), path)
+        num_classes = int(labels.max()) + 1
+    dtype = np.uint8 if num_codes <= 256 else np.int64
+    return Source(torch.from_numpy(codes[:, None].astype(dtype)), labels, num_classes, num_codes)
 
 
 def _load(path: Path) -> dict[str, np.ndarray]:

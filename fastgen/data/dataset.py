@@ -33,6 +33,7 @@ from .source import Source
 
 SPLITS = ("train", "val", "all")
 SPLIT_SEED = 0x5EED
+CODE_SUFFIXES = (".npy", ".npz")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -99,8 +100,7 @@ def load(
             range.
         TypeError: an argument of the wrong type.
     """
-    if split not in SPLITS:
-        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
+    _check_split(split)
     size = _check_size(size)
     if levels is not None:
         levels = integer("levels", levels, 2, 256)
@@ -110,17 +110,45 @@ def load(
             f"size must be that of the images of {spec}, {_by(source.images.shape[2:])}, got {_by(size)}; "
             "only image folders are resized"
         )
-    images, labels = source.images, source.labels
-    stored = source.levels
+    images, stored = source.images, source.levels
     if size is not None and tuple(images.shape[2:]) != size:
         images, stored = cover(images, stored or 256, size), 256
-    images, levels = _requantise(images, stored, levels)
+    source.images, levels = _requantise(images, stored, levels)
+    return _part(source, levels, split, str(spec))
+
+
+def load_codes(path: str | Path, num_codes: int, *, split: str = "train") -> Dataset:
+    """Load one split of the codes that an autoencoder, of whatever kind, has for images.
+
+    Args:
+        path: a ``.npy`` file of integers [N, H, W], or an ``.npz`` file of them, named ``codes``, and ``labels`` if
+            there are any.
+        num_codes: the codes are 0..num_codes-1, at least 2.
+        split: "train" or "val" (fixed, nine to one, see the module's docstring), or "all".
+
+    Returns:
+        The `Dataset`, whose images are the codes [N, 1, H, W], uint8 or, of more than 256 codes, int64.
+
+    Raises:
+        ValueError: unreadable file, or one that holds anything else (named in the text); bad arguments.
+    """
+    _check_split(split)
+    num_codes = integer("num_codes", num_codes, 2, 2**31 - 1)
+    path = Path(path)
+    if not path.is_file() or path.suffix.lower() not in CODE_SUFFIXES:
+        raise ValueError(f"{path}: expected a file of codes ({', '.join(CODE_SUFFIXES)})")
+    return _part(arrays.read_codes(path, num_codes), num_codes, split, str(path))
+
+
+def _part(source: Source, levels: int, split: str, name: str) -> Dataset:
+    """One split of what was read."""
+    images, labels = source.images, source.labels
     if split != "all":
-        validation = source.validation if source.validation is not None else validation_mask(len(images), str(spec))
+        validation = source.validation if source.validation is not None else validation_mask(len(images), name)
         chosen = validation if split == "val" else ~validation
         images = images[chosen]
         labels = labels[chosen] if labels is not None else None
-    return Dataset(images, labels, levels, source.num_classes, str(spec))
+    return Dataset(images, labels, levels, source.num_classes, name)
 
 
 def validation_mask(count: int, name: str = "the data set") -> Tensor:
@@ -175,6 +203,11 @@ def _requantise(images: Tensor, stored: int | None, wanted: int | None) -> tuple
         raise ValueError(f"levels must be at most the {stored} that are stored, got {wanted}")
     table = (torch.arange(stored) * wanted // stored).to(torch.uint8)
     return torch.cat([table[part.int()] for part in images.split(4096)]), wanted
+
+
+def _check_split(split: str) -> None:
+    if split not in SPLITS:
+        raise ValueError(f"split must be one of {', '.join(SPLITS)}, got {split!r}")
 
 
 def _check_size(size: object) -> tuple[int, int] | None:

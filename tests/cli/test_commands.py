@@ -319,11 +319,20 @@ BAD = [
     ("sample {g} --vqvae {q}", "model: expected a prior over the 64 codes of the vqvae"),
     ("eval {m} --vqvae {q} --data digits", "model: expected a prior over the 64 codes of the vqvae"),
     ("latent grid {q}", "q.safetensors: a vqvae has no latents to walk through"),
-    ("eval {p} --data grey", "grey: the model draws codes, not pixels: give the vqvae that they are of (--vqvae CKPT)"),
-    ("eval {p} --data digits", "digits: the model draws codes, not pixels"),
-    ("eval {p} --data grey.npy", "grey.npy: the model draws codes in 0..63, the data have 0..200 of 256 levels"),
-    ("eval {p} --data few.npz", "few.npz: the model draws codes in 0..63, the data have 0..3 of 17 levels"),
-    ("sample {p} --known grey -o z.npz", "grey: the model draws codes, not pixels"),
+    (
+        "eval {p} --data grey",
+        "grey: expected a file of codes (.npy, .npz): the model draws codes; of images, give the vqvae as well",
+    ),
+    ("eval {p} --data digits", "digits: expected a file of codes (.npy, .npz): the model draws codes"),
+    ("eval {p} --data grey.npy", "grey.npy: expected codes in 0..63, got 200..200: the model draws codes; of images"),
+    ("eval {p} --data few.npz", "few.npz: expected codes in 0..63, got 3..3 of 17 levels: the model draws codes"),
+    ("sample {p} --known grey -o z.npz", "grey: expected a file of codes"),
+    ("train gated_pixelcnn --data grey.npy --codes 64 --quiet", "grey.npy: expected codes in 0..63, got 200..200"),
+    ("train gated_pixelcnn --data digits --codes 64 --quiet", "digits: expected a file of codes (.npy, .npz)"),
+    ("train gated_pixelcnn --data grey.npy --codes 1 --quiet", "--codes must be in 2..2147483647, got 1"),
+    ("train gated_pixelcnn --data grey.npy --codes 256 --levels 8 --quiet", "--levels: with --codes it is that of the"),
+    ("train gated_pixelcnn --data digits --codes 64 --vqvae {q}", "--codes: with --vqvae the codes are those of the"),
+    ("train pixelcnn --data grey.npy --codes 256 --quiet", "pixelcnn has no option --codes: expected gated_pixelcnn"),
 ]
 
 
@@ -518,6 +527,26 @@ def test_codes_as_data(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
         known = data.load(name, split="val").images
         assert main(f"sample p.safetensors -n {len(known)} --known {name} -o k.npy --quiet".split()) == 0
         assert np.array_equal(np.load("k.npy")[..., :1, :], known[..., :1, :].numpy())
+
+
+def test_train_on_codes_of_ones_own(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """More than have a byte, in a file, with labels."""
+    rng = np.random.default_rng(0)
+    codes, labels = rng.integers(0, 700, (40, 3, 2)), np.arange(40) % 3
+    np.savez("own.npz", codes=codes, labels=labels)
+    train = "train gated_pixelcnn --data own.npz --codes 700 --num-filters 4 --num-blocks 1 --embedding-dim 3 --quiet"
+    assert main(f"{train} --steps 3 --batch-size 8".split()) == 0
+    assert "bits/code, validation" in capsys.readouterr().out
+    model = fastgen.load("runs/gated_pixelcnn-own/model.safetensors")
+    assert (model.levels, model.image_shape, model.num_classes) == (700, (1, 3, 2), 3)
+    path = "runs/gated_pixelcnn-own/model.safetensors"
+    assert main(f"eval {path} --data own.npz".split()) == 0
+    val = data.load_codes("own.npz", 700, split="val")
+    assert len(val) == 4 and (val.images.flatten(1)[:, None] == torch.from_numpy(codes).flatten(1)).all(2).any(1).all()
+    bits = float(re.findall(r"\d+\.\d+", capsys.readouterr().out)[0])
+    assert bits == pytest.approx(fastgen.bits_per_dim(model, val.images, val.labels), abs=2e-5)
+    assert main(f"sample {path} -n 5 -o drawn.npz --quiet".split()) == 0
+    assert np.load("drawn.npz")["images"].shape == (5, 1, 3, 2)
 
 
 def test_a_model_that_is_given_a_half_needs_it_for_sampling(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
