@@ -119,7 +119,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--codes",
         type=int,
         metavar="K",
-        help="the data are codes 0..K-1 of images, of a VQ-VAE or VQGAN of your own: integers [N, H, W] in a .npy file, "
+        help="the data are codes 0..K-1 of images, of a VQ-VAE or VQGAN of your own: integers [N, H, W] in a .npy, "
         "or named codes, with labels if any, in an .npz (gated_pixelcnn, pixelsnail, image_gpt)",
     )
     parser.add_argument(
