@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastgen import data, latent, losses, metrics, models, nn, ops, sampling, scores, training
+    from fastgen._memory import empty_cache
     from fastgen.acceleration import accelerate
     from fastgen.backends import backend
     from fastgen.checkpoint import load, sample, save
@@ -28,6 +29,7 @@ __all__ = [
     "backend",
     "bits_per_dim",
     "data",
+    "empty_cache",
     "latent",
     "load",
     "losses",
@@ -47,6 +49,7 @@ _HOMES = {
     "audit": "sampling",
     "backend": "backends",
     "bits_per_dim": "metrics",
+    "empty_cache": "_memory",
     "load": "checkpoint",
     "sample": "checkpoint",
     "save": "checkpoint",

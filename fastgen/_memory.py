@@ -70,6 +70,14 @@ def empty(shape: Sequence[int], dtype: torch.dtype, memory_format: torch.memory_
     return torch.empty(0, dtype=dtype, device=_CPU).set_(found[0].untyped_storage(), 0, shape, strides)
 
 
+def empty_cache() -> None:
+    """Gives the memory of large results that nobody has any more back to the system, on the CPU, as
+    ``torch.cuda.empty_cache`` does on a GPU. Otherwise what was not used for half a minute goes back with the next
+    large result.
+    """
+    _pool().clear()
+
+
 class Pool:
     """Memory of megabytes that is given out again once no tensor has it. New pages are dear: the system clears them,
     and the host of a virtual machine takes a second to find half a gigabyte.
@@ -102,12 +110,22 @@ class Pool:
         try:
             block = found or _Block(size)
         except OSError:  # there is no room: PyTorch's allocator says so, or finds some
-            self._blocks = [block for block in self._blocks if block.references() != self._alone]
+            self._drop_free_blocks()
             return None
         if found is None:
             self._blocks.append(block)
         block.used = time.monotonic()
         return torch.frombuffer(block.memory, dtype=dtype, count=count, offset=block.offset), found is None
+
+    def clear(self) -> None:
+        if self._lock.acquire(timeout=1):  # not longer: it may be this thread that has it
+            try:
+                self._drop_free_blocks()
+            finally:
+                self._lock.release()
+
+    def _drop_free_blocks(self) -> None:
+        self._blocks = [block for block in self._blocks if block.references() != self._alone]
 
     def _free_block(self, size: int) -> _Block | None:
         """The smallest that serves; others go where they are old, or in the way of a new one."""

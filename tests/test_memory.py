@@ -107,6 +107,18 @@ def test_what_is_kept_has_a_limit_and_an_end(pool: _memory.Pool, monkeypatch: py
     assert new(5).shape == (5,)
 
 
+def test_the_cache_is_emptied(pool: _memory.Pool) -> None:
+    """But for what somebody has."""
+    held, free = new(100).fill_(3), new(50)
+    assert len(pool._blocks) == 2
+    del free
+    fastgen.empty_cache()
+    assert [block.size for block in pool._blocks] == [400] and (held == 3).all()
+    del held
+    fastgen.empty_cache()
+    assert not pool._blocks
+
+
 def test_threads_get_memory_of_their_own(pool: object) -> None:
     failed = []
 

@@ -159,6 +159,11 @@ class Sampler:
     def __reduce__(self) -> Any:
         raise TypeError("a Sampler cannot be copied or pickled: make a new one of its model")
 
+    def __repr__(self) -> str:
+        shape = "x".join(map(str, self._subject.image_shape))
+        executor = type(self._executor).__name__.removesuffix("Executor").lower()
+        return f"Sampler({type(self._subject.module).__name__}, {shape}, {self.plan.head}, {executor})"
+
     @property
     def weight_bytes(self) -> int:
         """Bytes of the weights of products, as they are kept."""

@@ -215,6 +215,11 @@ def test_samplers_are_not_copied(duplicate: Callable) -> None:
         duplicate(sampler)
 
 
+def test_samplers_say_what_they_are() -> None:
+    expected = "Sampler(InPlaceMasks, 1x5x4, Categorical(levels=5, input_range=(-1.0, 1.0)), reference)"
+    assert repr(Sampler(InPlaceMasks(), **GIVEN, backend="reference")) == expected
+
+
 def test_weights_are_blanked_in_the_module_itself() -> None:
     """What a forward writes into its weights, it writes into the module's own, as a call would."""
     module = InPlaceMasks()
