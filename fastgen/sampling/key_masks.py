@@ -6,6 +6,8 @@ queries may see it at all is taken from the example, and must hold for all condi
 
 from __future__ import annotations
 
+import hashlib
+from collections.abc import Callable, Hashable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -40,11 +42,12 @@ def of_condition(tracer: Tracer, value: Any) -> bool:
 def added(tracer: Tracer, known: Scores, tensor: Tensor, value: Tensor, factor: float) -> Scores:
     """Scores, of which there is a tensor, plus a factor times a value of the condition."""
 
-    def arranged(value: Tensor) -> Tensor:
-        return arrange(value.float() * factor)
+    def made(value: Tensor) -> Tensor:
+        return arrange(value).float() * factor
 
-    arrange = _arranging(known, tensor, value)
-    return _plus(tracer, known, tracer.tape.call(arranged, value))
+    arrange = _arranging(tracer, known, tensor, value)
+    name = "added", tracer.tape.name(value), factor, *_layout(known, tensor)
+    return _plus(tracer, known, _once(tracer, name, made, value))
 
 
 def filled(tracer: Tracer, known: Scores, tensor: Tensor, mask: Tensor, number: float) -> Scores:
@@ -53,33 +56,55 @@ def filled(tracer: Tracer, known: Scores, tensor: Tensor, mask: Tensor, number: 
         raise LayoutError("of products of queries and keys by a mask of the condition and a number that masks nothing")
     number = number if number == -torch.inf else _FILLED
 
-    def arranged(mask: Tensor) -> Tensor:
-        return arrange(torch.where(mask.bool(), number, 0.0))
+    def made(mask: Tensor) -> Tensor:
+        return torch.where(arrange(mask).bool(), number, 0.0)
 
-    arrange = _arranging(known, tensor, mask)
-    return _plus(tracer, known, tracer.tape.call(arranged, mask))
+    arrange = _arranging(tracer, known, tensor, mask)
+    name = "filled", tracer.tape.name(mask), number, *_layout(known, tensor)
+    return _plus(tracer, known, _once(tracer, name, made, mask))
 
 
 def _plus(tracer: Tracer, known: Scores, value: Tensor) -> Scores:
-    return replace(known, given=value if known.given is None else tracer.tape.call(torch.add, known.given, value))
+    if known.given is not None:
+        value = _once(tracer, ("sum", id(known.given), id(value)), torch.add, known.given, value)
+    return replace(known, given=value)
 
 
-def _arranging(known: Scores, tensor: Tensor, value: Tensor) -> Any:
-    """What makes of a value beside a tensor of scores [samples, heads or 1, queries or 1, keys]."""
+def _once(tracer: Tracer, name: Hashable, func: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """The result of a function, the one that there is where other layers had the same mask: it is evaluated for every
+    sample.
+    """
+    if name not in tracer.masks:
+        try:
+            tracer.masks[name] = tracer.tape.call(func, *tensors)
+        except UnevenMask as error:
+            raise LayoutError(f"with {error}") from None
+    return tracer.masks[name]
+
+
+def _layout(known: Scores, tensor: Tensor) -> tuple[Hashable, ...]:
+    """What tells tensors of scores apart."""
+    return tensor.shape, tuple(known.axes(tensor)), known.by_sample, known.query.shape[:2]
+
+
+def _arranging(tracer: Tracer, known: Scores, tensor: Tensor, value: Tensor) -> Callable[[Tensor], Tensor]:
+    """What makes of a value beside a tensor of scores [samples, 1, queries or 1, keys]."""
     if known.swapped or known.softmax:
         raise LayoutError("of products of keys and queries, or their softmax, and what depends on the condition")
     if np.broadcast_shapes(value.shape, tensor.shape) != tensor.shape:
         raise LayoutError("that repeats products of queries and keys")
-    shape, axes = tuple(tensor.shape), known.axes(tensor)
+    shape, axes, names = tuple(tensor.shape), known.axes(tensor), tracer.tape.names
     each_head = known.by_sample and [shape[d] for d in axes[:-2]] == list(known.query.shape[:2])
 
     def arrange(value: Tensor) -> Tensor:
         value = value.expand(shape).permute(axes)
         if not value.stride(-2):
             value = value[..., :1, :]
-        if each_head:
-            return value if value.stride(1) else value[:, :1]
-        return known.split(value.reshape(known.shape[0], *value.shape[-2:]))
+        if not each_head:
+            value = known.split(value.reshape(known.shape[0], *value.shape[-2:]))
+        if value.stride(1) and not torch.equal(value, value[:, :1].expand_as(value)):
+            raise UnevenMask(f"a mask that depends on {names} and hides a key from some queries or heads alone")
+        return value[:, :1]
 
     return arrange
 
@@ -88,13 +113,11 @@ def of_keys(tracer: Tracer, known: Scores, queries: Order, keys: Order) -> tuple
     """What of `known.given` differs between samples, a plane of the keys in an order; the scores with a bias that says
     which keys each query can see whatever the condition.
     """
-    if known.given is None:
+    given = known.given
+    if given is None:
         return known, nothing()
-    if known.given.shape[2] > 1:
-        seen = torch.zeros(known.given.shape[2:], dtype=torch.bool)
-        for value in tracer.tape.variants(known.given):
-            seen |= (value > MASKED).any(0).any(0)
-        known = replace(known, bias=torch.where(seen, known.bias, -torch.inf))
+    if given.shape[2] > 1:
+        known = replace(known, bias=torch.where(_ever_seen(tracer, given), known.bias, -torch.inf))
     visible = ((known.bias > MASKED) & (known.weight != 0)).any(0).expand(known.shape[1:])
     asked = torch.zeros(len(visible), dtype=torch.bool)
     asked[queries.index[0][queries.index[0] >= 0]] = True
@@ -103,7 +126,7 @@ def of_keys(tracer: Tracer, known: Scores, queries: Order, keys: Order) -> tuple
     names = tracer.tape.names
 
     def grid(value: Tensor) -> Tensor:
-        """[samples, heads, queries, keys] -> [samples, 1, height, width]"""
+        """[samples, 1, queries or 1, keys] -> [samples, 1, height, width]"""
         each_query = value.shape[2] > 1
         seen = visible if each_query else visible.any(0, keepdim=True)
         if each_query and ((value > MASKED) & hidden).any():
@@ -114,13 +137,25 @@ def of_keys(tracer: Tracer, known: Scores, queries: Order, keys: Order) -> tuple
         most = torch.where(seen, value, -torch.inf).amax((1, 2))
         least = torch.where(seen, value, torch.inf).amin((1, 2))
         if not ((most == least) | (most <= MASKED) | ~seen.any(0)).all():
-            raise UnevenMask(f"a mask that depends on {names} and masks a key for some queries or heads alone")
+            raise UnevenMask(f"a mask that depends on {names} and hides a key from some queries or heads alone")
         return torch.where(places >= 0, most[:, places.clamp(min=0)], -torch.inf)[:, None]
 
-    try:
-        plane = tracer.tape.call(grid, known.given)
-    except UnevenMask as error:
-        raise LayoutError(f"with {error}") from None
-    _, channels, height, width = plane.shape
-    node = tracer.graph.add(Condition(tracer.module, channels, height, width, tensor=plane))
-    return known, tracer.graph.whole(node)
+    name = "grid", id(given), *(hashlib.sha256(t.numpy().tobytes()).digest() for t in (visible, asked, places))
+    plane = _once(tracer, name, grid, given)
+    made = [n for n in tracer.graph.nodes if isinstance(n, Condition) and n.tensor is plane]
+    if not made:
+        _, channels, height, width = plane.shape
+        made.append(Condition(tracer.module, channels, height, width, tensor=plane))
+        tracer.graph.add(made[0])
+    return known, tracer.graph.whole(made[0])
+
+
+def _ever_seen(tracer: Tracer, given: Tensor) -> Tensor:
+    """bool [queries, keys]: what some condition shows of [samples, 1, queries, keys]."""
+    name = "seen", id(given)
+    if name not in tracer.masks:
+        seen = torch.zeros(given.shape[2:], dtype=torch.bool)
+        for value in tracer.tape.variants(given):
+            seen |= (value > MASKED).any(0).any(0)
+        tracer.masks[name] = seen
+    return tracer.masks[name]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import hashlib
+from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,9 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 TRACE_BATCH = 2  # two samples tell the batch dimension from a broadcast one, and show a mix-up of samples
 MOST_VARIANTS = 8  # of one input
+
+
+Call = tuple[Callable, tuple, dict, list[Tensor]]  # its results last
 
 
 class Tape:
@@ -24,9 +28,11 @@ class Tape:
     def __init__(self, inputs: list[Tensor], names: str):
         """inputs: labels and conditions, each [TRACE_BATCH, ...]. names: what errors call them."""
         self.inputs, self.names = inputs, names
-        self.calls: list[tuple[Callable, tuple, dict, list[Tensor]]] = []
+        self.calls: list[Call] = []
         self._tainted = {storage_key(t): t for t in self.inputs}
         self._before: dict[int, Tensor] = {}  # storages that a call wrote into: their elements before
+        self._known: dict[Hashable, int] = {}  # what was computed so far -> its number
+        self._numbers = {storage_key(t): self._number(("input", i)) for i, t in enumerate(inputs)}
 
     def depends(self, tensor: Tensor) -> bool:
         return storage_key(tensor) in self._tainted
@@ -35,14 +41,35 @@ class Tape:
         """A call that depends on the inputs is about to write into `tensor`."""
         if not self.depends(tensor):
             self._before[storage_key(tensor)] = whole_storage(tensor).clone()
+            self._numbers[storage_key(tensor)] = self._number_of(tensor)
             self._tainted[storage_key(tensor)] = tensor
 
     def record(self, func: Callable, args: tuple, kwargs: dict, outputs: list[Tensor]) -> None:
         def keep(x: Any) -> Any:
             return x.clone() if isinstance(x, Tensor) and not self.depends(x) else x
 
+        leaves, form = tree_flatten((args, kwargs))
+        call = self._number((func, str(form), *(self.name(x) if isinstance(x, Tensor) else repr(x) for x in leaves)))
         self.calls.append((func, tree_map(keep, args), tree_map(keep, kwargs), outputs))
+        new = [t for t in outputs if storage_key(t) not in self._numbers]
+        for i, tensor in enumerate([*new, *written(func, args, kwargs)]):
+            self._numbers[storage_key(tensor)] = self._number((self._numbers.get(storage_key(tensor)), call, i))
         self._tainted.update((storage_key(t), t) for t in outputs)
+
+    def name(self, tensor: Tensor) -> Hashable:
+        """The same for tensors that are computed in the same way, as those of the layers of a network may be."""
+        return self._number_of(tensor), tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset()
+
+    def _number_of(self, tensor: Tensor) -> int:
+        """Of what is in a tensor's storage."""
+        found = self._numbers.get(storage_key(tensor))
+        if found is not None:
+            return found
+        content = whole_storage(tensor.detach()).cpu().view(torch.uint8).numpy()
+        return self._number((tensor.dtype, hashlib.sha256(content.tobytes()).digest()))
+
+    def _number(self, what: Hashable) -> int:
+        return self._known.setdefault(what, len(self._known))
 
     def keep(self, tensor: Tensor) -> Tensor:
         """A copy of a tensor that depends on the inputs, which later calls may overwrite."""
@@ -91,7 +118,7 @@ class Tape:
         inputs = [t.clone() for t in self.inputs]
         for floats in (t for t in inputs if t.is_floating_point()):
             floats[1:] = torch.nan
-        value = self._run(inputs).get(id(tensor))
+        value = self._run(inputs, self._needed([tensor])).get(id(tensor))
         return torch.full(tensor.shape, -1) if value is None else value.isnan().long()
 
     def gather(self, tensor: Tensor, index: Tensor) -> Tensor:
@@ -119,12 +146,13 @@ class Tape:
         or ones, if it is of floats or bools, or all one of its integers.
         """
         yield tensor
+        calls = self._needed([tensor])
         for changed in self.inputs:
             integers = changed[0].unique()[:MOST_VARIANTS].tolist()
             for value in [0, 1] if changed.is_floating_point() or changed.dtype == torch.bool else integers:
                 inputs = [torch.full_like(t, value) if t is changed else t for t in self.inputs]
                 try:
-                    found = self._run(inputs)[id(tensor)]
+                    found = self._run(inputs, calls)[id(tensor)]
                 except Exception:  # whatever the model makes of values that are not its own
                     continue
                 yield found
@@ -132,16 +160,27 @@ class Tape:
     def replay(self, inputs: list[Tensor], wanted: list[Tensor]) -> list[Tensor]:
         """Values [n, ...] of the recorded tensors `wanted` for inputs [n, ...] on the CPU, any n."""
         first, index = _distinct(inputs)
-        each = [self._replay_sample([t[i] for t in inputs], wanted) for i in first]
+        calls = self._needed(wanted)
+        each = [self._replay_sample([t[i] for t in inputs], wanted, calls) for i in first]
         return [torch.stack(values)[index] for values in zip(*each, strict=True)]
 
-    def _replay_sample(self, inputs: list[Tensor], wanted: list[Tensor]) -> list[Tensor]:
+    def _replay_sample(self, inputs: list[Tensor], wanted: list[Tensor], calls: list[Call]) -> list[Tensor]:
         """For one sample, which fills a batch by itself: the last bits of a product may differ between rows."""
-        values = self._run([torch.stack([value] * TRACE_BATCH) for value in inputs])
+        values = self._run([torch.stack([value] * TRACE_BATCH) for value in inputs], calls)
         return [values[id(t)][0] for t in wanted]
 
-    def _run(self, inputs: list[Tensor]) -> dict[int, Tensor]:
-        """What the recorded tensors become for inputs [TRACE_BATCH, ...], by their ids."""
+    def _needed(self, wanted: list[Tensor]) -> list[Call]:
+        """The calls that make the recorded tensors `wanted`."""
+        needed, calls = {storage_key(t) for t in wanted}, []
+        for call in reversed(self.calls):
+            func, args, kwargs, outputs = call
+            if any(storage_key(t) in needed for t in (*outputs, *written(func, args, kwargs))):
+                calls.append(call)
+                needed.update(map(storage_key, tensors_in((args, kwargs))))
+        return calls[::-1]
+
+    def _run(self, inputs: list[Tensor], calls: list[Call]) -> dict[int, Tensor]:
+        """What the recorded tensors that calls make become for inputs [TRACE_BATCH, ...], by their ids."""
         values = {id(traced): value.to(traced) for traced, value in zip(self.inputs, inputs, strict=True)}
         written = {key: flat.clone() for key, flat in self._before.items()}
 
@@ -151,7 +190,7 @@ class Tape:
             flat = written.get(storage_key(x))
             return x if flat is None else torch.as_strided(flat, x.shape, x.stride(), x.storage_offset())
 
-        for func, args, kwargs, outputs in self.calls:
+        for func, args, kwargs, outputs in calls:
             results = tensors_in(func(*tree_map(value, args), **tree_map(value, kwargs)))
             values.update((id(old), new) for old, new in zip(outputs, results, strict=True))
         return values
@@ -164,6 +203,17 @@ def _distinct(inputs: list[Tensor]) -> tuple[np.ndarray, np.ndarray]:
     rows = np.concatenate([t.view(torch.uint8).numpy() for t in copies], axis=1)
     _, first, index = np.unique(rows.view(f"V{rows.shape[1]}")[:, 0], return_index=True, return_inverse=True)
     return first, index
+
+
+def written(func: Any, args: tuple, kwargs: dict) -> list[Tensor]:
+    """The tensors that a call of an operator writes into."""
+    schema = getattr(func, "_schema", None)
+    if schema is None or not schema.is_mutable:
+        return []
+    named = dict(zip((a.name for a in schema.arguments), args, strict=False)) | kwargs
+    return tensors_in(
+        [named.get(a.name) for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    )
 
 
 def storage_key(tensor: Tensor) -> int:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import weakref
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from typing import Any
 
 import numpy as np
@@ -56,7 +56,7 @@ from fastgen.sampling.graph import (
 )
 from fastgen.sampling.orders import Order
 from fastgen.sampling.subject import Conditions, Subject, host_defaults
-from fastgen.sampling.tape import TRACE_BATCH, Tape, storage_key, tensors_in, whole_storage
+from fastgen.sampling.tape import TRACE_BATCH, Tape, storage_key, tensors_in, whole_storage, written
 
 
 def _cheap_convolution(func: Any, x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
@@ -67,15 +67,6 @@ def _cheap_convolution(func: Any, x: Tensor, weight: Tensor, *rest: Any) -> Tens
     if groups > 1:
         return func(x, weight, *rest)
     return func(x[:, :2], weight[:2] if transposed else weight[:, :2], *rest)
-
-
-def _written(func: Any, args: tuple, kwargs: dict) -> list[Tensor]:
-    """The tensors that a call writes into."""
-    if not func._schema.is_mutable:
-        return []
-    arguments = func._schema.arguments
-    named = dict(zip((a.name for a in arguments), args, strict=False)) | kwargs
-    return tensors_in([named.get(a.name) for a in arguments if a.alias_info is not None and a.alias_info.is_write])
 
 
 def _has_shape_by_values(func: Any, inputs: list[Tensor]) -> bool:
@@ -101,6 +92,7 @@ class Tracer(TorchDispatchMode):
         self.made: dict[int, tuple[weakref.ref, Order, Ref]] = {}
         self._scores: dict[int, tuple[scores.Known, StorageWeakRef]] = {}
         self.repeated: dict[tuple[int, ...], Node] = {}  # constants for all heads: see `fastgen.sampling.planes`
+        self.masks: dict[Hashable, Tensor] = {}  # of conditions, by how they are made: see `fastgen.sampling.key_masks`
         self.turns: list[Constant] = []  # factors of rotated queries and keys: see `fastgen.sampling.rotations`
 
     # Shadows.
@@ -208,7 +200,7 @@ class Tracer(TorchDispatchMode):
             raise self.unsupported(f"a network that is random (operator {func})")
         on_tape = any(self.tape.depends(t) for t in inputs)
         if on_tape:
-            for tensor in _written(func, args, kwargs):
+            for tensor in written(func, args, kwargs):
                 self.tape.will_write(tensor)
         result = func(*args, **kwargs)
         if on_tape:
@@ -237,7 +229,7 @@ class Tracer(TorchDispatchMode):
             raise self.unsupported(f"operator {func} ({hint})")
         with self.refusing(func):
             with host_defaults():
-                for tensor in _written(func, args, kwargs):
+                for tensor in written(func, args, kwargs):
                     if not self.depends(tensor):
                         self.set_codes(tensor, self.codes(tensor))  # what it holds before the call
             convolution = func is torch.ops.aten.convolution.default

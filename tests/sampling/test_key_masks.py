@@ -169,6 +169,39 @@ def test_equals_naive_loop(attend: Callable, example: int) -> None:
     assert not torch.equal(others, expected)  # so that the mask matters
 
 
+def twice(change: Callable[[Tensor, Tensor], object]) -> Callable:
+    """Two layers whose masks are made alike, but for a change in between, of the mask or of what it is made of."""
+
+    def attend(net: Network, x: Tensor, padding: Tensor, text: Tensor) -> Tensor:
+        padding = padding.clone()
+        mask = torch.zeros(len(x), 1, 1, TOKENS).masked_fill_(of_heads(padding), -1e9)
+        for _ in range(2):
+            again = torch.zeros(len(x), 1, 1, TOKENS).masked_fill_(of_heads(padding), -1e9)
+            q, k, v = heads(net.q(x)), heads(net.k(text)), heads(net.v(text))
+            x = x + ((q @ k.mT / 2 + mask + again).softmax(-1) @ v).transpose(1, 2).flatten(2)
+            change(mask, padding)
+        return x
+
+    return attend
+
+
+CHANGES = {
+    "none": (lambda mask, padding: None, 1),
+    "of the mask": (lambda mask, padding: mask[..., 1].fill_(-1e9), 2),
+    "of a view": (lambda mask, padding: mask.view(-1, TOKENS)[:, :2].sub_(3.0), 2),
+    "of the padding": (lambda mask, padding: padding[:, 0].logical_not_(), 2),
+    "by the text": (lambda mask, padding: mask.squeeze(2)[:, 0].sub_(padding.flip(1).float()), 2),
+}
+
+
+@pytest.mark.parametrize(("change", "planes"), CHANGES.values(), ids=CHANGES)
+def test_layers_share_masks_that_are_the_same(change: Callable, planes: int) -> None:
+    net = network(twice(change))
+    sampler = Sampler(net, **GIVEN, condition=TEXTS[2])
+    assert torch.equal(sampler.sample(4, condition=TEXTS), naive_sample(net, 4, **GIVEN, condition=TEXTS))
+    assert len({attention.of_keys.plane for attention in attention_of(sampler.plan)}) == planes
+
+
 @pytest.mark.parametrize("attend", ["fill", "where", "fused", "together, lowest"])
 def test_text_of_nothing(attend: str) -> None:
     """Queries see nothing of it, or everything alike, as PyTorch has it."""
@@ -226,11 +259,11 @@ REFUSED = {
     "of probabilities": (cross(lambda s, p: s.softmax(-1) * of_heads(~p)), "depends on the image, the labels or"),
     "of some queries": (
         cross(lambda s, p: s.masked_fill(of_heads(p) & (torch.arange(12) % 2 == 0)[:, None], -1e9)),
-        "masks a key for some queries or heads alone",
+        "hides a key from some queries or heads alone",
     ),
     "of some heads": (
         cross(lambda s, p: s.masked_fill(of_heads(p) & torch.tensor([True, False]).view(2, 1, 1), -1e9)),
-        "masks a key for some queries or heads alone",
+        "hides a key from some queries or heads alone",
     ),
 }
 
