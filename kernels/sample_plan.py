@@ -558,8 +558,8 @@ def _threshold(
     """A float32, at least `least`, that leaves enough of the levels whose odds are no smaller: `wanted` of them, or a
     sum of so much. Larger ones that leave enough leave the same.
 
-    Positive floats have the order of their bits. Of these, three are found at a time, since threads wait for each other
-    at every sum, until sums say that between what is enough and what is not there is one level.
+    Positive floats have the order of their bits. Three of these are found at a time, because threads wait for each
+    other at every sum, until the sums say that a single level lies between what is enough and what is not.
     """
     low, shift = (least * 0).to(tl.int32), 27  # odds are 1 at most, whose bits are below 2^30
     enough, too_few = wanted * 0 + float("inf"), wanted * 0  # sums: from `low` on, and from `1 << shift` above it on
@@ -570,7 +570,7 @@ def _threshold(
         enough = tl.minimum(enough, tl.min(tl.where(reached, sums, float("inf")), 1))
         too_few = tl.maximum(too_few, tl.max(tl.where(reached, 0.0, sums), 1))
         smallest = tl.maximum(least, low.to(tl.float32, bitcast=True))
-        # Half of a level is no more than sums are off.
+        # Two levels there would sum to twice this or more; what is between is for the rounding of the sums.
         several = enough - too_few >= 1.5 * (1.0 if COUNTED else smallest)
         shift = tl.where(tl.max(several.to(tl.int32), 0) > 0, shift - 3, -1)
     return tl.maximum(least, low.to(tl.float32, bitcast=True))
@@ -580,8 +580,8 @@ def _threshold(
 def _sums(
     odds, room, exists, end, least, low, shift, COUNTED: tl.constexpr, LEVELS: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """[SAMPLES, 8], in any order: the odds from `least` on whose bits are at least low + (j << shift) for each j,
-    summed in float64; or counted, those above 0.
+    """[SAMPLES, 8], in any order: for each j, the odds that are at least `least` and whose bits are at least
+    low + (j << shift), summed in float64; or counted, those above 0.
     """
     sums = ()
     for _ in tl.static_range(8):

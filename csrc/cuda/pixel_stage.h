@@ -37,13 +37,14 @@
 
 namespace fastgen {
 
-constexpr int32_t kPixelRows = 8;       // samples that are multiplied at a time
-constexpr int32_t kPixelDepth = 16;     // channels of a block of the product
-constexpr int32_t kPixelColumns = 16;   // of a tile: `per_tile` channels of each group
-constexpr int32_t kPixelParts = 8;      // of a sum
-constexpr int32_t kPixelDraw = 0x8000;  // above all steps: draws in a PixelAction
-constexpr int32_t kPixelSegments = 16;  // of the levels of a draw
-constexpr int32_t kPixelPitch = 9;      // floats from a column of a part to the next: rows that share no memory bank
+constexpr int32_t kPixelRows = 8;        // samples that are multiplied at a time
+constexpr int32_t kPixelDepth = 16;      // channels of a block of the product
+constexpr int32_t kPixelColumns = 16;    // of a tile: `per_tile` channels of each group
+constexpr int32_t kPixelParts = 8;       // of a sum
+constexpr int32_t kPixelDraw = 0x8000;   // above all steps: draws in a PixelAction
+constexpr int32_t kPixelSegments = 256;  // of the levels of a draw: about as many as a block has lanes
+constexpr int32_t kPixelGroups = 16;     // of these segments
+constexpr int32_t kPixelPitch = 9;       // floats from a column of a part to the next: rows that share no memory bank
 
 struct PixelAction {
     int32_t what;  // 65536 * column, of the step's frame or of the image, + step, or of a draw kPixelDraw + its rank
@@ -197,7 +198,7 @@ inline PixelScratch pixel_scratch(const PixelStage& stage, const PixelStep* step
         const int64_t tiles = steps[s].num_blocks ? div_up(pixel_tiles(steps[s]), size) : 0;
         most = tiles > most ? tiles : most;
     }
-    const int64_t of_levels = kPixelSegments + div_up(stage.num_levels, 2);
+    const int64_t of_levels = kPixelSegments + kPixelGroups + div_up(stage.num_levels, 2);
     const int64_t of_mixture = 2 * stage.components + 3 * kMaxJointColours;
     return {kPixelParts * kPixelColumns * most * kPixelPitch, stage.registers * lanes,
             of_levels > of_mixture ? of_levels : of_mixture};
@@ -478,22 +479,19 @@ private:
         }
     }
 
-    // The smallest level whose cumulative probability is at least the uniform. Levels are summed in segments first.
+    // The smallest level whose cumulative probability is at least the uniform. Levels are summed in segments, these in
+    // groups.
     FASTGEN_HOST_DEVICE void draw_categorical(const PixelDraw& source, const float* from, int32_t x, int32_t n) {
-        double* totals = team_.doubles();  // of segments; before, their largest logits
-        float* odds = reinterpret_cast<float*>(totals + kPixelSegments);
-        const int32_t length = (source.count + kPixelSegments - 1) / kPixelSegments;
+        double* totals = team_.doubles();  // of segments, then of groups; before, their largest logits
+        float* odds = reinterpret_cast<float*>(totals + kPixelSegments + kPixelGroups);
         for (int32_t k = team_.lane(); k < source.count; k += team_.lanes()) odds[k] = pixel_load(from + k);
-        team_.sync();
-        for (int32_t s = team_.lane(); s < kPixelSegments; s += team_.lanes()) {
-            const PixelRange own = segment(s, length, source.count);
+        const auto largest_of = [odds](PixelRange own) -> double {
             float most = own.size() > 0 ? odds[own.begin] : odds[0];
             for (int32_t k = own.begin; k < own.end; ++k) most = odds[k] > most ? odds[k] : most;
-            totals[s] = most;
-        }
-        team_.sync();
-        double top = totals[0];
-        for (int32_t s = 1; s < kPixelSegments; ++s) top = totals[s] > top ? totals[s] : top;
+            return most;
+        };
+        const auto larger = [](double a, double b) { return b > a ? b : a; };
+        const double top = gather(totals, source.count, largest_of, larger);
         const float scale = static_cast<float>(*batch_.inverse_temperature);
         for (int32_t k = team_.lane(); k < source.count; k += team_.lanes()) {
             odds[k] = scalar::exp((odds[k] - static_cast<float>(top)) * scale);
@@ -514,8 +512,13 @@ private:
         if (team_.lane() != 0) return;
         double sum = 0;
         const double target = uniform(source.first_uniform, x, n) * all;
-        int32_t s = 0;
-        for (; (s + 1) * length < source.count && sum + totals[s] < target; ++s) sum += totals[s];
+        const double* groups = totals + kPixelSegments;
+        const int32_t length = segment_length(source.count);
+        int32_t g = 0;
+        for (; (g + 1) * kGroup * length < source.count && sum + groups[g] < target; ++g) sum += groups[g];
+        int32_t s = g * kGroup;
+        const int32_t last = s + kGroup - 1;
+        for (; s < last && (s + 1) * length < source.count && sum + totals[s] < target; ++s) sum += totals[s];
         int32_t level = s * length;
         for (; level < source.count - 1; ++level) {
             sum += odds[level];
@@ -524,22 +527,40 @@ private:
         keep(source, x, n, &level);
     }
 
-    // The sum of the odds that are at least `least`, or the number of those above 0; `totals` keeps that of each segment.
-    FASTGEN_HOST_DEVICE double sum_from(const float* odds, double* totals, int32_t count, float least, bool counted) {
-        const int32_t length = (count + kPixelSegments - 1) / kPixelSegments;
-        team_.sync();  // the totals of before are read
+    static constexpr int32_t kGroup = kPixelSegments / kPixelGroups;  // segments
+
+    // What all lanes find of all levels: that of each segment, which `totals` keeps, joined in groups, which it keeps
+    // behind these.
+    template <class OfSegment, class Join>
+    FASTGEN_HOST_DEVICE double gather(double* totals, int32_t count, OfSegment of_segment, Join join) {
+        const int32_t length = segment_length(count);
+        double* groups = totals + kPixelSegments;
+        team_.sync();  // the levels are written, the totals of before are read
         for (int32_t s = team_.lane(); s < kPixelSegments; s += team_.lanes()) {
-            const PixelRange own = segment(s, length, count);
+            totals[s] = of_segment(segment(s, length, count));
+        }
+        team_.sync();
+        for (int32_t g = team_.lane(); g < kPixelGroups; g += team_.lanes()) {
+            double total = totals[g * kGroup];
+            for (int32_t s = g * kGroup + 1; s < (g + 1) * kGroup; ++s) total = join(total, totals[s]);
+            groups[g] = total;
+        }
+        team_.sync();
+        double all = groups[0];
+        for (int32_t g = 1; g < kPixelGroups; ++g) all = join(all, groups[g]);
+        return all;
+    }
+
+    // The sum of the odds that are at least `least`, or the number of those above 0; `totals` keeps those of `gather`.
+    FASTGEN_HOST_DEVICE double sum_from(const float* odds, double* totals, int32_t count, float least, bool counted) {
+        const auto total_of = [odds, least, counted](PixelRange own) {
             double total = 0;
             for (int32_t k = own.begin; k < own.end; ++k) {
                 if (!(odds[k] < least)) total += counted ? static_cast<double>(odds[k] > 0) : odds[k];
             }
-            totals[s] = total;
-        }
-        team_.sync();
-        double all = 0;
-        for (int32_t s = 0; s < kPixelSegments; ++s) all += totals[s];
-        return all;
+            return total;
+        };
+        return gather(totals, count, total_of, [](double a, double b) { return a + b; });
     }
 
     // The largest float, at least `least`, that leaves enough of the levels whose odds are no smaller: `wanted` of them,
@@ -555,6 +576,11 @@ private:
         }
         const float bound = scalar::as_float(low);
         return bound > least ? bound : least;
+    }
+
+    // Odd: lanes that read a level of each share no memory bank.
+    FASTGEN_HOST_DEVICE static int32_t segment_length(int32_t count) {
+        return (count + kPixelSegments - 1) / kPixelSegments | 1;
     }
 
     FASTGEN_HOST_DEVICE static PixelRange segment(int32_t index, int32_t length, int32_t count) {

@@ -225,7 +225,7 @@ PLANS: dict[str, Callable[[], None]] = {
             image_shape=(1, 2, 2),
             head=Categorical(count),
         )
-        for count in (512, 1024, 16384)
+        for count in (512, 2048, 16384)
         for streams in (1, 2)
     },
     "sample_plan attention padded": plan(

@@ -21,6 +21,7 @@ from fastgen.nn import MaskedConv2d
 from fastgen.sampling import Bernoulli, Categorical, LogisticMixture, Sampler, audit
 from fastgen.sampling.executors import Batch
 from fastgen.sampling.executors import triton as executor
+from fastgen.sampling.executors.cpu import CpuExecutor
 from fastgen.sampling.plan import (
     PRIMITIVES,
     UNARY,
@@ -36,6 +37,8 @@ from fastgen.sampling.plan import (
 )
 from fastgen.sampling.request import make_request
 from fastgen.sampling.schedule import Stage
+from fastgen.sampling.truncation import make_truncation
+from fastgen.sampling.uniforms import image_uniforms
 from tests.sampling import networks, test_levels, test_recurrent
 
 from . import attending
@@ -344,19 +347,89 @@ def test_the_likeliest_levels_alone(options, at_once, device, monkeypatch):
     assert_same(sampler(model, device), model, {}, 5, seed=2, **options)
 
 
+def drawing_plan(count: int) -> Plan:
+    """Of draws from logits that are given, and a step, for every plan has one."""
+    planes = [Plane("logits", "condition", count, 1, 3, rows=1), Plane("zeros", "cache", 1, 1, 3, rows=1)]
+    step = Step("", Stage.ROW, -1, 0, 0, 1, (Instr("const", value=0.0),), (Store(1, 0, 0),))
+    return Plan((1, 1, 3), Categorical(count), planes, [step], [Draw(0, 0, count)], [], [0])
+
+
+def logits_of(kind: str, count: int) -> Tensor:
+    """The last of `count` levels is likely, so that the end is drawn, too."""
+    logits = 2 * torch.randn(3, count, 1, 3)
+    if kind == "alike":
+        logits = logits.round()
+    elif kind == "few":
+        logits[torch.rand(logits.shape) < 0.99] = -math.inf
+    logits[:, -1] = math.log(count) + 1
+    return logits
+
+
 @pytest.mark.parametrize(
-    ("options", "seed"), [({}, 1), ({"top_k": 7}, 2), ({"top_p": 0.6}, 3), ({"top_k": 60}, 4)], ids=str
+    ("kind", "options"),
+    [
+        ("different", {}),
+        ("different", {"top_k": 100}),
+        ("different", {"top_k": 400, "top_p": 0.95, "temperature": 1.3}),
+        ("alike", {"top_k": 300}),  # the last one that is kept is as likely as others
+        ("alike", {"top_p": 0.6}),
+        ("few", {"top_k": 100}),  # more than there are
+        ("few", {"top_p": 0.9}),
+    ],
+    ids=str,
 )
-def test_large_codebooks(options, seed, device, monkeypatch):
-    """Of more levels than stay in registers, among them some as likely as others and some that are forbidden."""
-    monkeypatch.setattr(executor, "_DRAW_LEVELS", 32)
-    torch.manual_seed(seed)
-    logits = 2 * torch.randn(2 * 32 + 5)
-    logits[torch.randperm(len(logits))[:20]] = logits[:20].clone()
-    network = Codebook(logits)
-    given = {"image_shape": (1, 3), "head": Categorical(len(logits), input_range=None)}
-    images = sampler(network, device, **given).sample(4, seed=seed, **options)
-    assert torch.equal(images, Sampler(network, backend="cpu", **given).sample(4, seed=seed, **options))
+@pytest.mark.parametrize("count", [1023, 2048, 2049, 6150])
+def test_large_codebooks(count, kind, options, device):
+    """Around the levels that a program reads at a time; against the C++ executor and the definition."""
+    plan, logits = drawing_plan(count), logits_of(kind, count)
+    temperature = options.get("temperature", 1.0)
+    truncation = make_truncation(options.get("top_k"), options.get("top_p"))
+    batch = Batch(3, 5, 2**33, temperature, truncation, conditions=[logits])
+    levels = executor.TritonExecutor(plan, torch.device(device)).sample(batch)
+    cdf = plan.head.keeping(truncation).cdf(logits, temperature)
+    uniforms = image_uniforms(5, 2**33, 3, plan.image_shape)
+    assert torch.equal(levels.long(), (cdf < uniforms[:, :, None]).sum(2))
+    assert torch.equal(levels, CpuExecutor(plan).sample(batch).to(levels.dtype))
+
+
+@pytest.mark.parametrize("options", [{}, {"top_k": 40}, {"top_p": 0.9}], ids=str)
+def test_draws_of_every_piece(options, device, monkeypatch):
+    monkeypatch.setattr(executor, "_DRAW_LEVELS", 16)
+    plan, logits = drawing_plan(61), torch.randn(12, 61, 1, 3)
+    batch = Batch(12, 7, 0, 1.0, make_truncation(options.get("top_k"), options.get("top_p")), conditions=[logits])
+    levels = executor.TritonExecutor(plan, torch.device(device)).sample(batch)
+    assert len((levels // 16).unique()) == 4
+    assert torch.equal(levels, CpuExecutor(plan).sample(batch).to(levels.dtype))
+
+
+@triton.jit
+def _thresholds(odds, wanted, out, COUNTED: tl.constexpr, LEVELS: tl.constexpr):
+    own = tl.load(odds + tl.arange(0, LEVELS))[None, :]
+    least, exists = tl.zeros([1], tl.float32), tl.full([1], 1, tl.int1)
+    enough = tl.load(wanted + tl.program_id(0) + tl.arange(0, 1))
+    found = sample_plan._threshold(own, odds, exists, LEVELS, least, enough, COUNTED, LEVELS, True)
+    tl.store(out + tl.program_id(0) + tl.arange(0, 1), found)
+
+
+@pytest.mark.parametrize("counted", [True, False], ids=["top_k", "top_p"])
+@pytest.mark.parametrize("kind", ["wide", "units in the last place", "alike", "subnormal"])
+def test_thresholds(kind, counted, device):
+    """What is left is the shortest beginning of the sorted odds that is enough, and what is as likely as its last."""
+    bits = {
+        "wide": torch.randint(0x3F800000, (256,), dtype=torch.int32),
+        "units in the last place": 0x3E123450 + torch.randperm(256, dtype=torch.int32),
+        "alike": 0x3D000000 + 0x80000 * torch.randint(20, (256,), dtype=torch.int32),
+        "subnormal": torch.randint(2000, (256,), dtype=torch.int32),
+    }[kind]
+    bits[torch.randint(256, (5,))] = 0
+    odds = bits.view(torch.float32)
+    ordered = odds.sort(descending=True).values
+    sums = torch.arange(1.0, 257) if counted else ordered.double().cumsum(0)
+    wanted = sums[[0, 1, 7, 100, 200, 250]] * (1 if counted else 1 - 1e-12)
+    last = ordered[(sums >= wanted[:, None]).int().argmax(1)]
+    out = torch.empty(len(wanted), device=device)
+    _thresholds[(len(wanted),)](odds.to(device), wanted.to(device), out, COUNTED=counted, LEVELS=256)
+    assert torch.equal(odds >= out.cpu()[:, None], odds >= last[:, None])
 
 
 @pytest.mark.parametrize(
@@ -386,19 +459,6 @@ def test_guidance_of_bits(device):
     options |= {"guidance_scale": 2.0, "seed": 3}
     images = sampler(network, device, **given).sample(4, **options)
     assert torch.equal(images, Sampler(network, backend="cpu", **given).sample(4, **options))
-
-
-class Codebook(nn.Module):
-    """Logits by the code before, some of which are forbidden."""
-
-    def __init__(self, logits: Tensor) -> None:
-        super().__init__()
-        self.before, self.logits = nn.Embedding(len(logits), 1), nn.Parameter(logits.view(1, -1, 1, 1))
-
-    def forward(self, codes: Tensor) -> Tensor:
-        before = nn.functional.pad(self.before(codes).permute(0, 3, 1, 2), (1, -1))
-        which = torch.arange(self.logits.shape[1], device=codes.device).view(1, -1, 1, 1)
-        return (self.logits + before * torch.cos(which)).masked_fill((which > 20) & (which < 40), -math.inf)
 
 
 class Tinted(nn.Module):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastgen import backends
-from fastgen.models import PixelCNNpp, PixelRNN
+from fastgen.models import GatedPixelCNN, PixelCNNpp, PixelRNN
 from fastgen.sampling import Categorical, Sampler, audit, naive_sample
 from fastgen.sampling.executors import Batch
 from fastgen.sampling.executors.cuda import CudaExecutor, Strategy
@@ -135,6 +135,21 @@ def test_the_likeliest_levels(name: str, truncation: dict[str, float], watch: Wa
     assert_same(images, Sampler(model, backend="cpu").sample(6, **options), model, **options)
     everything = Sampler(model, backend="cpu").sample(6, seed=1, labels=labels, temperature=1.5)
     assert torch.equal(images, everything) == (truncation == {"top_k": 99})
+
+
+@pytest.mark.parametrize("watch", [Watch.SCHEDULE, Watch.KERNEL], ids=lambda w: w.name)
+@pytest.mark.parametrize("truncation", [{}, {"top_k": 60}, {"top_k": 500, "top_p": 0.9}], ids=str)
+@pytest.mark.parametrize("count", [255, 257, 600])
+def test_large_codebooks(count: int, truncation: dict[str, float], watch: Watch) -> None:
+    """Of segments of a level, two of them, and more; the last ones have none."""
+    torch.manual_seed(4)
+    model = GatedPixelCNN(image_shape=(1, 2, 3), levels=count, embedding_dim=4, num_filters=4, num_blocks=1).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3)
+    images = host_sampler(model, watch=watch).sample(4, seed=6, **truncation)
+    assert_same(images, Sampler(model, backend="cpu").sample(4, seed=6, **truncation), model, seed=6, **truncation)
+    assert len(images.unique()) > 10
 
 
 def test_a_temperature_of_almost_nothing() -> None:

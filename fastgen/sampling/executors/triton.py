@@ -25,9 +25,8 @@ _MAX_ROWS = 2**31 - 2**10  # of a step: they are counted in 32 bits
 _STAGES = 4  # of a product's pipeline
 _ROW_SIZE = 256  # operands of a program of `begin_row`
 # Of a program that draws from logits: samples; levels that it reads at a time, at most, and that a warp has of them;
-# registers of a thread, which would be fewer, and not enough, for the sake of programs that are not there.
-_DRAW_SAMPLES, _DRAW_LEVELS, _DRAW_WARP = 1, 1024, 64
-_DRAW_REGISTERS = 128
+# registers of a thread, with which as many warps as it may have just fit: left alone, ptxas takes fewer and spills.
+_DRAW_SAMPLES, _DRAW_LEVELS, _DRAW_WARP, _DRAW_REGISTERS = 1, 2048, 128, 128
 _MIXTURE_SAMPLES = 16
 # Of attention: channels of a head that a program takes at a time, at most; keys, at least and at most; numbers of
 # either keys or values, at most.
@@ -338,6 +337,7 @@ class Space:
         self.inverse_temperature, self.top_p = zeros(1, dtype=torch.float64), zeros(1, dtype=torch.float64)
         self.top_k = zeros(1, dtype=torch.int32)  # 0: all levels
         self.guidance = zeros(1, dtype=torch.float32)
+        # Of draws from more levels than are read at a time.
         self.odds = zeros(max(1, samples * max(_room(draw) for draw in plan.draws)), dtype=torch.float32)
         self.graphs: dict[tuple[Any, ...], torch.cuda.CUDAGraph | None] = {}  # None: seen once
 
