@@ -64,19 +64,29 @@ def filled(tracer: Tracer, known: Scores, tensor: Tensor, mask: Tensor, number: 
     return _plus(tracer, known, _once(tracer, name, made, mask))
 
 
+def scaled(tracer: Tracer, known: Scores, factor: Tensor) -> Scores:
+    """Scores with what was added to them times a number."""
+    if known.given is None:
+        return known
+    if factor.numel() > 1 or not factor > 0:
+        known.check_not_given()
+    number = float(factor)
+    return replace(known, given=_once(tracer, ("times", id(known.given), number), torch.mul, known.given, number))
+
+
 def _plus(tracer: Tracer, known: Scores, value: Tensor) -> Scores:
     if known.given is not None:
         value = _once(tracer, ("sum", id(known.given), id(value)), torch.add, known.given, value)
     return replace(known, given=value)
 
 
-def _once(tracer: Tracer, name: Hashable, func: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+def _once(tracer: Tracer, name: Hashable, func: Callable[..., Tensor], *arguments: Tensor | float) -> Tensor:
     """The result of a function, the one that there is where other layers had the same mask: it is evaluated for every
     sample.
     """
     if name not in tracer.masks:
         try:
-            tracer.masks[name] = tracer.tape.call(func, *tensors)
+            tracer.masks[name] = tracer.tape.call(func, *arguments)
         except UnevenMask as error:
             raise LayoutError(f"with {error}") from None
     return tracer.masks[name]

@@ -66,8 +66,6 @@ def _scale(tracer: Tracer, func: Any, named: dict[str, Any]) -> Tensor:
         return _result(tracer, func, named["self"], replace(normalised, bias=bias, weight=one, softmax="plain"))
     scores, known, other, first = _operands(tracer, named)
     value = constant(tracer, known, scores, other)
-    if not known.softmax:
-        known.check_not_given()
     if func._schema.name.removeprefix("aten::").startswith("div"):
         if not first or named.get("rounding_mode") is not None:
             raise LayoutError("by products of queries and keys")
@@ -75,6 +73,7 @@ def _scale(tracer: Tracer, func: Any, named: dict[str, Any]) -> Tensor:
     if known.softmax:
         known = replace(known, weight=known.weight * value)
     else:
+        known = key_masks.scaled(tracer, known, value)
         known = replace(known, gain=known.gain * value, bias=known.bias * value)
     return _result(tracer, func, scores, known)
 

@@ -82,7 +82,13 @@ class Tape:
         """
         if tensor.dim() == 0:
             return None
-        samples = self._samples(tensor)
+        found = self._arranged(tensor, self._samples_by_values(tensor))
+        return self._arranged(tensor, self._samples_by_strides(tensor)) if found is None else found
+
+    def _arranged(self, tensor: Tensor, samples: Tensor | None) -> tuple[Tensor, list[int]] | None:
+        """`by_sample`, of a tensor whose elements belong to these samples."""
+        if samples is None:
+            return None
         expected = torch.arange(TRACE_BATCH).to(samples)
         for d in range(tensor.dim()):
             along = expected.view(-1, *[1] * (tensor.dim() - 1 - d))
@@ -102,24 +108,38 @@ class Tape:
             return self.call(torch.ops.aten.transpose.int, split, 0, 1), [1, 0, *rest]
         return None
 
-    def _samples(self, tensor: Tensor) -> Tensor:
-        """The sample that each element of a tensor belongs to, -1 where that cannot be told: of a view of a tensor
-        [samples, ...] by its strides, else by where NaN in the last sample gets to.
+    def _samples_by_values(self, tensor: Tensor) -> Tensor | None:
+        """The sample that each element of a tensor belongs to, by where NaN gets to that takes the place of the last
+        sample, or of what is first made of its integers.
         """
-        made = (t for call in reversed(self.calls) for t in call[3] if storage_key(t) == storage_key(tensor))
-        whole = next((t for t in made if t.dim() and len(t) == TRACE_BATCH and t.stride(0)), None)
-        if whole is not None:
-            sample = torch.full_like(whole_storage(whole), -1, dtype=torch.int64)
-            sizes = [n if stride else 1 for n, stride in zip(whole.shape, whole.stride(), strict=True)]  # not expanded
-            torch.as_strided(sample, sizes, whole.stride(), whole.storage_offset()).copy_(
-                torch.arange(TRACE_BATCH).view(-1, *[1] * (whole.dim() - 1))
-            )
-            return torch.as_strided(sample, tensor.shape, tensor.stride(), tensor.storage_offset())
         inputs = [t.clone() for t in self.inputs]
         for floats in (t for t in inputs if t.is_floating_point()):
             floats[1:] = torch.nan
-        value = self._run(inputs, self._needed([tensor])).get(id(tensor))
-        return torch.full(tensor.shape, -1) if value is None else value.isnan().long()
+
+        def spoil(call: Call, results: list[Tensor]) -> None:
+            for index in (t for t in tensors_in(call[1:3]) if not t.is_floating_point()):
+                own = self._samples_by_strides(index)
+                for result in (r for r in results if own is not None and r.is_floating_point()):
+                    if own is not None and result.shape[: own.dim()] == own.shape:
+                        result[own == 1] = torch.nan
+
+        value = self._run(inputs, self._needed([tensor]), spoil).get(id(tensor))
+        return None if value is None else value.isnan().long()
+
+    def _samples_by_strides(self, tensor: Tensor) -> Tensor | None:
+        """The sample that each element of a view of a tensor [samples, ...] belongs to; -1 where that is not known."""
+        key = storage_key(tensor)
+        made = (t for call in reversed(self.calls) for t in call[3] if storage_key(t) == key)
+        own = (t for t in self.inputs if storage_key(t) == key)
+        whole = next((t for t in (*made, *own) if t.dim() and len(t) == TRACE_BATCH and t.stride(0)), None)
+        if whole is None:
+            return None
+        sample = torch.full_like(whole_storage(whole), -1, dtype=torch.int64)
+        sizes = [n if stride else 1 for n, stride in zip(whole.shape, whole.stride(), strict=True)]  # not expanded
+        torch.as_strided(sample, sizes, whole.stride(), whole.storage_offset()).copy_(
+            torch.arange(TRACE_BATCH).view(-1, *[1] * (whole.dim() - 1))
+        )
+        return torch.as_strided(sample, tensor.shape, tensor.stride(), tensor.storage_offset())
 
     def gather(self, tensor: Tensor, index: Tensor) -> Tensor:
         """The elements tensor[n].flatten()[index], [N, *index.shape]."""
@@ -179,8 +199,12 @@ class Tape:
                 needed.update(map(storage_key, tensors_in((args, kwargs))))
         return calls[::-1]
 
-    def _run(self, inputs: list[Tensor], calls: list[Call]) -> dict[int, Tensor]:
-        """What the recorded tensors that calls make become for inputs [TRACE_BATCH, ...], by their ids."""
+    def _run(
+        self, inputs: list[Tensor], calls: list[Call], after: Callable[[Call, list[Tensor]], None] | None = None
+    ) -> dict[int, Tensor]:
+        """What the recorded tensors that calls make become for inputs [TRACE_BATCH, ...], by their ids. after: is given
+        each call and its results.
+        """
         values = {id(traced): value.to(traced) for traced, value in zip(self.inputs, inputs, strict=True)}
         written = {key: flat.clone() for key, flat in self._before.items()}
 
@@ -190,8 +214,11 @@ class Tape:
             flat = written.get(storage_key(x))
             return x if flat is None else torch.as_strided(flat, x.shape, x.stride(), x.storage_offset())
 
-        for func, args, kwargs, outputs in calls:
+        for call in calls:
+            func, args, kwargs, outputs = call
             results = tensors_in(func(*tree_map(value, args), **tree_map(value, kwargs)))
+            if after is not None:
+                after(call, results)
             values.update((id(old), new) for old, new in zip(outputs, results, strict=True))
         return values
 

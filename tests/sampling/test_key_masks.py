@@ -35,6 +35,7 @@ class Network(nn.Module):
         layer = {"d_model": DIM, "nhead": HEADS, "dim_feedforward": 12, "batch_first": True}
         self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(**layer), 2)
         self.decoder = nn.TransformerDecoder(nn.TransformerDecoderLayer(**layer), 2)
+        self.tokens_first = nn.MultiheadAttention(DIM, HEADS)
         self.out = nn.Linear(DIM, LEVELS)
         self.attend = attend
 
@@ -103,6 +104,15 @@ def multihead_cross(net: Network, x: Tensor, padding: Tensor, text: Tensor) -> T
     return x + attention(x, text, text, key_padding_mask=padding, need_weights=False)[0]
 
 
+def multihead_with_weights(net: Network, x: Tensor, padding: Tensor, text: Tensor) -> Tensor:
+    return x + net.decoder.layers[0].multihead_attn(x, text, text, key_padding_mask=padding)[0]
+
+
+def multihead_tokens_first(net: Network, x: Tensor, padding: Tensor, text: Tensor) -> Tensor:
+    attention, x, text = net.tokens_first, x.transpose(0, 1), text.transpose(0, 1)
+    return (x + attention(x, text, text, key_padding_mask=padding)[0]).transpose(0, 1)
+
+
 def one_head(net: Network, x: Tensor, padding: Tensor, text: Tensor) -> Tensor:
     scores = torch.bmm(net.q(x), net.k(text).mT).masked_fill(padding[:, None], -torch.inf)
     return x + scores.softmax(2) @ net.v(text)
@@ -124,6 +134,8 @@ ATTEND = {
     "add twice": cross(lambda s, p: s + of_heads(p) * -1e4 + torch.arange(TOKENS).neg() + of_heads(p) * lowest(s)),
     "fill again": cross(lambda s, p: s.masked_fill(of_heads(p), -1e9).masked_fill(torch.arange(TOKENS) == 4, -1e9)),
     "capped": cross(lambda s, p: (2 * torch.tanh(s / 2)).masked_fill(of_heads(p), -1e9)),
+    "before it is scaled": cross(lambda s, p: s.masked_fill(of_heads(p), -1e9) / 2),
+    "before it is scaled, floats": cross(lambda s, p: (s + of_heads(p) * -1e4) * 0.5 + of_heads(p) * -1e4),
     "bias": cross(lambda s, p: s + of_heads(p.float().cumsum(1))),
     "bias of a head": cross(lambda s, p: s + torch.tensor([1.0, -2.0]).view(2, 1, 1) + of_heads(p.float())),
     "written out": cross(
@@ -131,6 +143,8 @@ ATTEND = {
     ),
     "fused": fused,
     "multihead": multihead_cross,
+    "multihead with weights": multihead_with_weights,
+    "multihead, tokens first": multihead_tokens_first,
     "one head": one_head,
     "decoder": decoder,
     "encoder": encoder,
@@ -248,8 +262,12 @@ def test_batches_do_not_matter(max_batch: int) -> None:
 
 
 REFUSED = {
-    "before it is scaled": (
-        cross(lambda s, p: s.masked_fill(of_heads(p), -1e4) / 2),
+    "before it is scaled by head": (
+        cross(lambda s, p: s.masked_fill(of_heads(p), -1e4) * torch.tensor([0.5, 2.0]).view(2, 1, 1)),
+        "to which something that depends on the condition was added",
+    ),
+    "before it is turned round": (
+        cross(lambda s, p: -(s + of_heads(p) * 1e4)),
         "to which something that depends on the condition was added",
     ),
     "with a number that is no mask": (
