@@ -57,7 +57,8 @@ def find(program: str) -> str | None:
 
 def plan(python: Path, facts: Facts, results: Path, rehearse: bool, commit: str) -> list[list[Part]]:
     """What is to be run: stages, one after the other, of parts that run side by side."""
-    unbuffered = {"PYTHONUNBUFFERED": "1"}  # what was printed before a part is ended is kept
+    # What was printed before a part is ended is kept; lines that name failed tests have room for what these say.
+    unbuffered = {"PYTHONUNBUFFERED": "1", "COLUMNS": "300"}
     count = ["--collect-only", "-q"] if rehearse else ["-v", "--tb=short", "-o", "faulthandler_timeout=40"]
     gpu = [] if rehearse else ["--require-gpu"]
     no_nvcc = "" if rehearse or os.environ.get("NVCC") or find("nvcc") else NO_NVCC
@@ -148,7 +149,8 @@ def summary(path: Path) -> str:
         if "median_s" in row:
             ratios = "".join(f"  {value['median']:.3g}x {name}" for name, value in (row["speedup"] or {}).items())
             limit = f"{row['fraction_of_limit']:6.1%} of limit"
-            lines.append(f"{row['case']}: {row['provider']}  {report.seconds(row['median_s'])}  {limit}{ratios}")
+            tests = "" if row["tests"] == "passed" else f"  (tests: {row['tests'][:100]})"
+            lines.append(f"{row['case']}: {row['provider']}  {report.seconds(row['median_s'])}  {limit}{ratios}{tests}")
         elif "suite" in row:
             lines.append(json.dumps({key: value for key, value in row.items() if key != "suite"})[:300])
     return "\n".join(lines)

@@ -41,5 +41,5 @@ class Check:
     run: Callable[[], Row]
 
 
-def reason(error: Exception) -> str:
+def reason(error: BaseException | None) -> str:
     return f"{type(error).__name__}: {error}".strip()[:400]

@@ -8,7 +8,8 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,12 @@ from typing import Any
 GRACE_SECONDS = 5.0  # from Ctrl-C, on which pytest still reports, to the end of a part that is past its ceiling
 LOOK_SECONDS = 0.05  # between two looks at what runs
 TAIL = 3000  # characters of a failed part's output that its row keeps
+FAILURES = 20  # tests that failed, at most, that a row names
+NAMED = 3  # of each part, at most, that a measurement names
 SUMMARY = re.compile(r"^(?:=+ )?((?:\d+ [a-z]+(?:, )?)+) in [\d.]+s", re.MULTILINE)  # pytest's last line
+PROGRESS = re.compile(r"^\S+\.py::.* (PASSED|FAILED|ERROR|SKIPPED) .*\[ *\d+%\]$", re.MULTILINE)  # of pytest -v
+FAILURE = re.compile(r"^(?:FAILED|ERROR) (\S+\.py::.*)$", re.MULTILINE)  # after FAILURES_BEGIN: test - message
+FAILURES_BEGIN = "short test summary info"
 
 Row = dict[str, Any]
 
@@ -29,7 +35,8 @@ class Part:
         name: unique.
         command: the program and its arguments.
         ceiling: seconds that it may take.
-        needs: names of parts; unless all of them passed, `--no-tests` joins the command.
+        needs: names of parts, the tests of what it measures; `--tests` tells it which did not pass, `--no-tests` that
+            none has.
         environment: what differs from this process's.
         lacks: what it needs and this machine has not; then it is skipped.
     """
@@ -67,21 +74,21 @@ def run(
 
     Returns:
         A row for each part: {"part", "status", "seconds", "ceiling_s", "command"}, the status one of "passed",
-        "failed", "timed out", "skipped"; with the "tests" that pytest counted, and the end of the output as "error"
-        where it did not pass.
+        "failed", "timed out", "skipped"; with the "tests" that pytest counted, those that failed as "failures", and
+        the end of the output as "error" where it did not pass.
     """
     logs.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + limit
     done: list[Row] = []
     for number, stage in enumerate(stages):
-        passed = {row["part"] for row in done if row["status"] == "passed"}
+        before = {row["part"]: row for row in done}
         running: list[Running] = []
         try:
             left = max(0.0, end - time.monotonic())
             spare = max(0.0, left - seconds_of(stages[number:]))
             for part in stage:
                 ceiling = left if stage is stages[-1] else min(part.ceiling + min(spare, part.ceiling), left)
-                running.append(Running(part, ceiling, passed, root, logs))
+                running.append(Running(part, ceiling, before, root, logs))
             waiting = list(running)
             while waiting:
                 for one in list(waiting):
@@ -97,12 +104,41 @@ def run(
     return done
 
 
-class Running:
-    """A part that was begun, or could not be."""
+def about_tests(needs: Sequence[str], before: Mapping[str, Row]) -> list[str]:
+    """The arguments that tell a measurement what became of its tests, none where all passed.
 
-    def __init__(self, part: Part, ceiling: float, passed: set[str], root: Path, logs: Path):
+    A test that fails does not take the ratios of a whole suite with it: their rows name it.
+    """
+    if all(name in before and before[name]["status"] == "passed" for name in needs):
+        return []
+    rows = [before[name] for name in needs if name in before]
+    if len(rows) < len(needs) or not any(row.get("tests", {}).get("passed") for row in rows):
+        return ["--no-tests"]
+    return ["--tests", "; ".join(told(row) for row in rows if row["status"] != "passed")]
+
+
+def told(row: Row) -> str:
+    """Which tests of a part did not pass."""
+    counts = ", ".join(f"{number} {kind}" for kind, number in row.get("tests", {}).items())
+    failures = [text.partition("::")[2].partition(" - ")[0] for text in row.get("failures", [])]
+    names = ", ".join(failures[:NAMED]) + (", ..." if len(failures) > NAMED else "")
+    return f"{row['part']}: {row['status']}" + (f", {counts}" if counts else "") + (f" ({names})" if names else "")
+
+
+def counts_of(output: str) -> dict[str, int]:
+    """What pytest counted, by its summary; by its progress where it came to no end."""
+    summaries = SUMMARY.findall(output)
+    if summaries:
+        return {kind: int(number) for number, kind in (count.split() for count in summaries[-1].split(", "))}
+    return dict(Counter(outcome.lower() for outcome in PROGRESS.findall(output)))
+
+
+class Running:
+    """A part that was begun, or could not be; `before` has the rows of earlier ones, by name."""
+
+    def __init__(self, part: Part, ceiling: float, before: Mapping[str, Row], root: Path, logs: Path):
         self.part, self.ceiling = part, round(ceiling, 1)
-        self.command = [*part.command, *(["--no-tests"] if set(part.needs) - passed else [])]
+        self.command = [*part.command, *about_tests(part.needs, before)]
         self.log = logs / f"{re.sub('[^a-z0-9_]+', '-', part.name)}.log"
         self.start = time.monotonic()
         self.late = False
@@ -149,10 +185,11 @@ class Running:
         status = None if self.late else self.process.returncode
         said = self.log.read_text(errors="replace").strip()
         outcome: Row = {"status": "timed out" if status is None else "failed" if status else "passed"}
-        summaries = SUMMARY.findall(said)
-        if summaries:
-            counts = (count.split() for count in summaries[-1].split(", "))
-            outcome["tests"] = {kind: int(number) for number, kind in counts}
+        tests, failures = counts_of(said), FAILURE.findall(said.rpartition(FAILURES_BEGIN)[2])
+        if tests:
+            outcome["tests"] = tests
+        if failures:
+            outcome["failures"] = failures[:FAILURES]
         if status != 0:
             outcome["error"] = f"{said[-TAIL:]}\nexit status {self.process.returncode}".strip()
         return self._row(outcome)

@@ -45,6 +45,15 @@ class Subject(ABC):
     def peers(self, batch: int) -> tuple[dict[str, Provider], int]:
         """What people do without fastgen, and the bytes of images that it takes."""
 
+    def why_not(self) -> str | None:
+        """Why there is no such executor here; that of the CPU takes models on a GPU, too."""
+        import fastgen.sampling.sampler  # registers them
+
+        if self.backend == "cpu":
+            return fastgen.backends.unavailable("cpu")
+        with fastgen.backend(self.backend):
+            return fastgen.backends.reasons("sample_plan", torch.empty(0, device=self.place.device))[self.backend]
+
     def sampler(self, precision: str) -> tuple[Any, float]:
         import fastgen
 
@@ -57,12 +66,15 @@ class Subject(ABC):
         providers, bytes = self.peers(batch)
         precision, products = VARIANTS[variant]
         name = f"fastgen {self.backend}{variant}"
+        why_not = self.why_not()
+        if why_not is not None:
+            return Work(providers, 0.0, bytes, {name: why_not})
         try:
             sampler, seconds = self.sampler(precision)
             draw = partial(with_products, products, sampler.sample, batch)
             _, first = timed(draw)
-        except Exception as error:  # no such executor, or one that fails: the peers are measured all the same
-            return Work(providers, 0.0, bytes, {name: reason(error)})
+        except Exception as error:  # the peers are measured all the same
+            return Work(providers, 0.0, bytes, failed={name: reason(error)})
         extra = {
             "compile_s": seconds,
             "first_call_s": first,

@@ -13,6 +13,8 @@ import argparse
 import copy
 import datetime
 import json
+import subprocess
+import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -41,7 +43,9 @@ Call = Callable[[], Any]
 
 def peers(place: Place, mode: str, calls: dict[str, Call], flops: float, bytes: float) -> Work:
     """Providers of those calls that work here; all but "fastgen" are baselines, "compile" is in its own mode only."""
-    providers, skipped = {}, {}
+    providers: dict[str, Provider] = {}
+    skipped: dict[str, str] = {}
+    failed: dict[str, str] = {}
     for name, call in calls.items():
         if name == "compile" and mode != "compile":
             continue
@@ -50,10 +54,10 @@ def peers(place: Place, mode: str, calls: dict[str, Call], flops: float, bytes: 
             run = call if mode == "eager" or name == "compile" else gpu.graphed(call, place.device)
             run()
         except Exception as error:  # one broken provider must not cost the others their turn
-            skipped[name] = reason(error)
+            (failed if name == "fastgen" else skipped)[name] = reason(error)
             continue
         providers[name] = Provider(run, name != "fastgen", extra={"first_call_s": first})
-    return Work(providers, flops, bytes, skipped)
+    return Work(providers, flops, bytes, skipped, failed)
 
 
 def reparameterize_cases(place: Place) -> Iterator[Case]:
@@ -289,15 +293,39 @@ def read_ceilings(path: Path) -> Ceilings | None:
     return Ceilings(rates, {("copy", 1): first["copy_gbs"] * 1e9})
 
 
+class Broken(Exception):
+    """A provider that failed while it was measured; the error is the cause."""
+
+
+def guarded(name: str, call: Callable[..., Any], *arguments: Any) -> Any:
+    try:
+        return call(*arguments)
+    except Exception as error:
+        raise Broken(name) from error
+
+
+def measure_all(work: Work, place: Place, clock: Callable[..., float]) -> tuple[Row, Row]:
+    """Times and peaks by provider. One that fails is taken out, and the others are measured anew."""
+    while True:
+        turns = {name: partial(guarded, name, clock, provider.call) for name, provider in work.providers.items()}
+        try:
+            times = measure.interleave(turns, REHEARSAL_SECONDS if place.tiny else SECONDS)
+            peaks = {name: guarded(name, gpu.peak_bytes, p.call, place.device) for name, p in work.providers.items()}
+            return times, peaks
+        except Broken as broken:
+            name, error = str(broken), broken.__cause__
+            traceback.print_exception(error)
+            provider = work.providers.pop(name)
+            (work.skipped if provider.baseline else work.failed)[name] = reason(error)
+
+
 def measure_case(case: Case, place: Place, limits: Ceilings, common: Row, clock: Callable[..., float]) -> list[Row]:
     """The rows of a case, with those of the providers that could not run."""
     facts = {**common, "case": case.name, "shapes": case.shapes, "dtype": case.dtype, "threads": 1}
     facts |= {"load_average": environment.load_average(), "date": now()}
     work = case.build()
     watch = environment.Watch()
-    turns = {name: partial(clock, provider.call) for name, provider in work.providers.items()}
-    times = measure.interleave(turns, REHEARSAL_SECONDS if place.tiny else SECONDS)
-    peaks = {name: gpu.peak_bytes(provider.call, place.device) for name, provider in work.providers.items()}
+    times, peaks = measure_all(work, place, clock)
     facts["others"] = watch.others()
     providers = {
         name: {"baseline": p.baseline, "scale": p.scale, "note": p.note, "extra": p.extra}
@@ -311,16 +339,36 @@ def measure_case(case: Case, place: Place, limits: Ceilings, common: Row, clock:
         row["extra"] = {**row["extra"], **rates}
     print(report.case_table(found) if found else f"{case.name}: nothing could run", flush=True)
     suite = {"suite": common["suite"], "case": case.name}
-    return found + [{**suite, "provider": name, "unavailable": why} for name, why in work.skipped.items()]
+    found += [{**suite, "provider": name, "unavailable": why} for name, why in work.skipped.items()]
+    return found + [{**suite, "provider": name, "error": why} for name, why in work.failed.items()]
 
 
-def run(suite: str, place: Place, path: Path, common: Row) -> bool:
-    """Measure a suite, rows appended to the file; whether nothing failed."""
+class Lost(Exception):
+    """The GPU, for this process: an error in a kernel, such as a wrong address, stays with it until it ends."""
+
+
+def check_alive(device: str) -> None:
+    if device == "cuda":
+        try:
+            torch.cuda.synchronize()
+        except Exception as error:
+            raise Lost from error
+
+
+def run(suite: str, place: Place, path: Path, common: Row, done: set[str]) -> bool:
+    """Measure a suite but for the cases that are done, "SUITE: CASE"; rows are appended to the file. Whether nothing
+    failed.
+
+    Raises:
+        Lost: after a case, which is among those that are done.
+    """
     limits = read_ceilings(path) or gpu.measure_ceilings(place.device, SHARE if place.tiny else 1)
     clock, failed = gpu.seconds_of(place.device), False
     common = {"suite": suite, "machine": gpu.machine(place.device), "memory_method": gpu.MEMORY_METHOD, **common}
     common["versions"] = environment.versions()
     for case in SUITES[suite](place):
+        if (key := f"{suite}: {case.name}") in done:
+            continue
         print(f"{time.strftime('%X')} {case.name}", flush=True)
         start = {"suite": suite, "case": case.name}
         try:
@@ -332,11 +380,13 @@ def run(suite: str, place: Place, path: Path, common: Row) -> bool:
         except Exception as error:  # one broken case must not cost the others
             traceback.print_exc()
             found = [{**start, "error": reason(error)}]
-            failed = True
+        failed |= any("error" in row for row in found)
         for row in found:
             append(path, row)
             if "median_s" not in row:
                 print(json.dumps(row), flush=True)
+        done.add(key)
+        check_alive(place.device)
     return not failed
 
 
@@ -346,7 +396,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--results", type=Path, required=True, metavar="FILE", help="rows are appended to it")
     parser.add_argument("--commit", help="as `git describe --always --dirty` has it, where the checkout is no clone")
     parser.add_argument("--compile", action="store_true", help="with torch.compile")
-    parser.add_argument("--no-tests", action="store_true", help="the tests did not pass: rows carry no speed-up")
+    parser.add_argument("--tests", default="passed", help="which tests did not pass, for the rows")
+    parser.add_argument("--no-tests", action="store_true", help="no test has passed: rows carry no speed-up")
+    parser.add_argument("--done", action="append", default=[], metavar="SUITE: CASE", help="to be left out")
     parser.add_argument("--rehearse", action="store_true", help="tiny, on the CPU")
     options = parser.parse_args(arguments)
     place = Place("cpu" if options.rehearse else "cuda", options.rehearse, options.compile)
@@ -356,14 +408,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     revision = environment.revision()
     if options.commit:
         revision = {"commit": options.commit.removesuffix("-dirty"), "dirty": options.commit.endswith("-dirty")}
-    common = {"tests": "not run" if options.no_tests else "passed", "command": " ".join(options.suites), **revision}
-    fine = True
+    tests = "not run" if options.no_tests else options.tests
+    common = {"tests": tests, "command": " ".join(options.suites), **revision}
+    fine, done = True, set(options.done)
     for suite in options.suites:
-        if suite == "ceilings":
+        if suite != "ceilings":
+            try:
+                fine &= run(suite, place, options.results, common, done)
+            except Lost as lost:
+                print(f"{reason(lost.__cause__)}\nthe rest is measured by another process", flush=True)
+                words = [word for name in sorted(done) for word in ("--done", name)]
+                measure_rest([*(sys.argv[1:] if arguments is None else arguments), *words])
+                return 1
+        elif suite not in done:
             write_ceilings(options.results, place, revision)
-        else:
-            fine &= run(suite, place, options.results, common)
+            done.add(suite)
     return 0 if fine else 1
+
+
+def measure_rest(arguments: Sequence[str]) -> None:
+    subprocess.run([sys.executable, "-m", "bench.gpu.suites", *arguments], check=False)
 
 
 if __name__ == "__main__":

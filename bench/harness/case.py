@@ -41,12 +41,14 @@ class Work:
         flops: useful floating-point operations of the job; what a mask or padding makes zero is not counted.
         bytes: compulsory memory traffic of the job: every input read once, every output written once.
         skipped: providers that cannot run here, with the reason.
+        failed: providers that should run here and do not, with the error; of suites for a GPU.
     """
 
     providers: dict[str, Provider]
     flops: float
     bytes: float
     skipped: dict[str, str] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

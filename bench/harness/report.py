@@ -115,10 +115,14 @@ def provenance(rows: Sequence[Row]) -> str:
                 f"ceilings: {n} threads, {dtype}: {count(flops, 'FLOP/s')} ({isa}), {count(bandwidth, 'B/s')}"
                 for n, dtype, flops, isa, bandwidth in peaks
             ),
-            *([] if row["tests"] == "passed" else [f"tests {row['tests']}: no speed-ups"]),
+            *([] if row["tests"] == "passed" else [_about_tests(row["tests"])]),
             f"reproduce: {row['command']}",
         ]
     )
+
+
+def _about_tests(tests: str) -> str:
+    return "tests not run: no speed-ups" if tests == "not run" else f"not all tests passed: {tests}"
 
 
 def table(rows: Sequence[Row]) -> str:

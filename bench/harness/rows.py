@@ -114,7 +114,7 @@ def make(
     """The rows of one case.
 
     Args:
-        common: the fields that all rows of the case share; with "tests" other than "passed", rows carry no speed-up.
+        common: the fields that all rows of the case share; rows carry no speed-up where "tests" is "not run".
         description: what `Session.prepare` returned.
         times, peaks: by provider.
     """
@@ -134,7 +134,7 @@ def make(
             "bytes": float(description["bytes"]),
             **floor,
             "fraction_of_limit": floor["limit_s"] / numbers["median_s"],
-            "speedup": speedups(name, times, providers) if common["tests"] == "passed" else None,
+            "speedup": speedups(name, times, providers) if common["tests"] != "not run" else None,
             "note": facts["note"],
             "extra": facts["extra"],
             **facts.get("revision", {}),

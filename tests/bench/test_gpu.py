@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -52,7 +51,43 @@ def test_every_part_leaves_a_row(tmp_path):
     assert found["bad"]["error"] == "why\nexit status 3"
     assert found["hangs"]["error"].startswith("begun")
     assert "no-such-program" in found["absent"]["error"]
-    assert found["proven"]["error"].startswith("[]") and found["unproven"]["error"].startswith("['--no-tests']")
+    assert found["proven"]["error"].startswith("[]")
+    assert found["unproven"]["error"].startswith("['--tests', 'bad: failed']")
+
+
+def test_a_measurement_knows_which_of_its_tests_failed(tmp_path):
+    """Those that failed take no ratios from it as long as others passed, whatever ended the part."""
+    (tmp_path / "test_some.py").write_text(
+        "import os, pytest, time\n"
+        "@pytest.mark.parametrize('i', ['one', 'the other'])\n"
+        "def test_good(i): pass\n"
+        "@pytest.mark.parametrize('i', ['one', 'the other'])\n"
+        "def test_bad(i): print('FAILED elsewhere.py::test - by whom?'); assert False, 'too far'\n"
+        "def test_dies(): os._exit(3)\n"
+        "def test_hangs(): time.sleep(60)\n"
+    )
+    pytest_v = [sys.executable, "-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", "test_some.py"]
+    chosen = {"fails": "good or bad", "dies": "good or dies", "hangs": "good or hangs", "all": "bad", "none": "dies"}
+    tests = [Part(name, [*pytest_v, "-k", text], 8 if name == "hangs" else 60) for name, text in chosen.items()]
+    needs = {name: (name,) for name in chosen} | {"several": ("fails", "dies"), "absent": ("fails", "no such part")}
+    suites = [python(f"suite {name}", "import sys; print(sys.argv[1:]); 1/0", 20, *of) for name, of in needs.items()]
+    found = {row["part"]: row for row in run([tests, suites], 90, tmp_path, tmp_path / "logs")}
+    assert found["fails"]["tests"] == {"passed": 2, "failed": 2, "deselected": 2}
+    assert found["fails"]["failures"] == [
+        f"test_some.py::test_bad[{i}] - AssertionError: too far" for i in ("one", "the other")
+    ]
+    assert found["dies"]["tests"] == {"passed": 2} and found["hangs"]["status"] == "timed out"
+    fails = "fails: failed, 2 failed, 2 passed, 2 deselected (test_bad[one], test_bad[the other])"
+    expected = {
+        "fails": ["--tests", fails],
+        "dies": ["--tests", "dies: failed, 2 passed"],
+        "hangs": ["--tests", "hangs: timed out, 2 passed, 3 deselected"],
+        "all": ["--no-tests"],
+        "none": ["--no-tests"],
+        "several": ["--tests", f"{fails}; dies: failed, 2 passed"],
+        "absent": ["--no-tests"],
+    }
+    assert {name: found[f"suite {name}"]["command"][3:] for name in needs} == expected
 
 
 def test_time_that_is_left_goes_to_whoever_needs_it(tmp_path):
@@ -188,10 +223,10 @@ def test_without_a_gpu_it_says_so(capsys, monkeypatch):
     assert "torch sees no GPU" in capsys.readouterr().err
 
 
-def measured(path: Path, *arguments: str) -> list[dict]:
+def measured(path: Path, *arguments: str, status: int = 0) -> list[dict]:
     threads = torch.get_num_threads()
     try:
-        assert suites.main([*arguments, "--rehearse", "--results", str(path), "--commit", "abc-dirty"]) == 0
+        assert suites.main([*arguments, "--rehearse", "--results", str(path), "--commit", "abc-dirty"]) == status
     finally:
         torch.set_num_threads(threads)
     return rows.read(path)
@@ -225,11 +260,56 @@ def test_sampling_on_the_cpu(tmp_path, capsys):
     assert all("cuda" in row["unavailable"] for row in unavailable)
 
 
-def test_a_broken_provider_is_a_row(tmp_path, monkeypatch, capsys):
-    def broken(*_: object) -> None:
-        raise MemoryError("too much")
+@pytest.mark.parametrize("fails_at", [1, 4], ids=["first", "later"])
+@pytest.mark.parametrize("provider", ["fused", "formulas"])
+def test_a_provider_that_fails_takes_no_other_with_it(provider, fails_at, tmp_path, monkeypatch, capsys):
+    """Not even one that fails once it is timed. It counts if it is fastgen's, and not if it is a peer."""
+    function, calls = getattr(suites.reparameterize, provider), []
 
-    monkeypatch.setattr(suites.reparameterize, "fused", broken)
-    found = measured(tmp_path / "rows", "ceilings", "reparameterize")
-    assert [row["unavailable"] for row in found if "unavailable" in row] == ["MemoryError: too much"] * 4
-    assert json.dumps(found[1])
+    def broken(*arguments: object) -> object:
+        calls.append(arguments)
+        if len(calls) >= fails_at:
+            raise MemoryError("too much")
+        return function(*arguments)
+
+    monkeypatch.setattr(suites.reparameterize, provider, broken)
+    ours = provider == "fused"
+    found = measured(tmp_path / "rows", "ceilings", "reparameterize", status=int(ours))
+    name, kind = ("fastgen", "error") if ours else ("eager", "unavailable")
+    assert [(row["provider"], row[kind]) for row in found if kind in row] == [(name, "MemoryError: too much")] * 4
+    measurements = [row for row in found if "median_s" in row]
+    assert {row["provider"] for row in measurements} == {"eager", "fastgen"} - {name} and len(measurements) == 4
+
+
+def test_a_sampler_that_fails_counts(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("fastgen.Sampler.sample", lambda *_: 1 / 0)
+    found = measured(tmp_path / "rows", "ceilings", "sampling-codes-cpu", status=1)
+    errors = {row["provider"]: row["error"] for row in found if "provider" in row and "error" in row}
+    assert errors == {f"fastgen cpu{variant}": "ZeroDivisionError: division by zero" for variant in samplers.VARIANTS}
+    assert {row["provider"] for row in found if "median_s" in row} == {"naive", "cached"}
+
+
+@pytest.mark.parametrize("told", ["passed", "test_x failed", None])
+def test_rows_say_which_tests_failed(told, tmp_path, capsys):
+    """And carry ratios all the same, unless none was run."""
+    arguments = ["--no-tests"] if told is None else ["--tests", told]
+    _, *found = measured(tmp_path / "rows", "ceilings", "reparameterize", *arguments)
+    assert {row["tests"] for row in found} == {told or "not run"}
+    assert all((row["speedup"] is None) == (told is None) for row in found)
+    assert ("test_x failed" in command.summary(tmp_path / "rows")) == (told == "test_x failed")
+
+
+def test_the_rest_is_measured_when_a_kernel_has_taken_the_gpu(tmp_path, monkeypatch, capsys):
+    """What is left of all suites, by another process, in which what failed is not tried again."""
+    lost = []
+
+    def check_alive(device: str) -> None:
+        lost.append(device)
+        if len(lost) == 2:
+            raise suites.Lost from RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(suites, "check_alive", check_alive)
+    monkeypatch.setenv("PYTHONPATH", str(command.ROOT))
+    found = measured(tmp_path / "rows", "ceilings", "reparameterize", "gated_unit", status=1)
+    whole = measured(tmp_path / "whole", "ceilings", "reparameterize", "gated_unit")
+    assert [row.get("case") for row in found] == [row.get("case") for row in whole]
