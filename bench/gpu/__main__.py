@@ -17,6 +17,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from bench.gpu import sanitizer
 from bench.gpu.python import Facts, choose
 from bench.gpu.runner import Part, Row, run, seconds_of
 from bench.harness import environment, report
@@ -62,7 +63,7 @@ def plan(python: Path, facts: Facts, results: Path, rehearse: bool, commit: str)
     count = ["--collect-only", "-q"] if rehearse else ["-v", "--tb=short", "-o", "faulthandler_timeout=40"]
     gpu = [] if rehearse else ["--require-gpu"]
     no_nvcc = "" if rehearse or os.environ.get("NVCC") or find("nvcc") else NO_NVCC
-    sanitizer = find("compute-sanitizer") or "compute-sanitizer"
+    watcher = find("compute-sanitizer") or "compute-sanitizer"
     memcheck, racecheck = ["--tool=memcheck", "--report-api-errors=no"], ["--tool=racecheck"]
 
     def tests(file: str, *arguments: str, share: str = "", lacks: str = "") -> Part:
@@ -74,9 +75,10 @@ def plan(python: Path, facts: Facts, results: Path, rehearse: bool, commit: str)
         return [tests(file, share=f"{i}/{count}" if count > 1 else "") for i in range(1, count + 1)]
 
     def watched(name: str, tool: Sequence[str], *arguments: str, **variables: str) -> Part:
-        command = [] if rehearse else [sanitizer, "--error-exitcode=1", *tool]
+        command = [] if rehearse else [watcher, "--error-exitcode=1", *tool]
         command += [str(python), "-m", "pytest", *count, *gpu, *arguments]
-        return Part(name, command, 10, environment={**unbuffered, **variables})  # the last stage has all that is left
+        # Ten seconds, but the last stage has all that is left.
+        return Part(name, command, 10, environment={**unbuffered, **variables}, why_not=sanitizer.why_not)
 
     def suite(seconds: float, name: str, needs: Sequence[Part] = (), compile: bool = False, lacks: str = "") -> Part:
         options = ["--results", str(results), *(["--commit", commit] if commit else [])]
@@ -137,7 +139,7 @@ def describe(stages: Sequence[Sequence[Part]], limit: float) -> str:
         f"{PROBE:4.0f} s  to find a Python that sees the GPU",
     ]
     for stage in stages:
-        names = (part.name + (" (skipped)" if part.lacks else "") for part in stage)
+        names = (part.name + (" (not run)" if part.lacks else "") for part in stage)
         lines.append(f"{seconds_of([stage]):4.0f} s  {', '.join(names)}")
     return "\n".join(lines)
 

@@ -38,7 +38,9 @@ class Part:
         needs: names of parts, the tests of what it measures; `--tests` tells it which did not pass, `--no-tests` that
             none has.
         environment: what differs from this process's.
-        lacks: what it needs and this machine has not; then it is skipped.
+        lacks: what it needs and this machine has not; then it is not run.
+        why_not: why its program could not do its work on this machine, by the output; "" where it could. Then it is not
+            run either, whatever the exit status.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Part:
     needs: Sequence[str] = ()
     environment: dict[str, str] = field(default_factory=dict)
     lacks: str = ""
+    why_not: Callable[[str], str] = lambda output: ""
 
 
 def seconds_of(stages: Iterable[Sequence[Part]]) -> float:
@@ -66,16 +69,16 @@ def run(
     Args:
         stages: of parts.
         limit: seconds for all. What is more than the ceilings of all stages that are to come may be taken by whoever
-            needs it, up to its own ceiling once more; the last stage may take all that is left. A part is skipped where
-            nothing is.
+            needs it, up to its own ceiling once more; the last stage may take all that is left. A part is not run
+            where nothing is.
         root: the folder in which commands run.
         logs: a folder for the output of parts, made if missing.
         on_row: called with every part that has come to its end.
 
     Returns:
         A row for each part: {"part", "status", "seconds", "ceiling_s", "command"}, the status one of "passed",
-        "failed", "timed out", "skipped"; with the "tests" that pytest counted, those that failed as "failures", and
-        the end of the output as "error" where it did not pass.
+        "failed", "timed out", "not run"; with the "tests" that pytest counted, those that failed as "failures", and,
+        where it did not pass, the end of the output as "error", or the reason if it was not run.
     """
     logs.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + limit
@@ -148,9 +151,9 @@ class Running:
     def _begin(self, root: Path) -> Row:
         """Start the command; what is wrong if that cannot be."""
         if self.part.lacks:
-            return {"status": "skipped", "error": self.part.lacks}
+            return {"status": "not run", "error": self.part.lacks}
         if self.ceiling == 0:
-            return {"status": "skipped", "error": "no time was left"}
+            return {"status": "not run", "error": "no time was left"}
         try:
             with open(self.log, "wb") as output:
                 self.process = subprocess.Popen(
@@ -163,7 +166,7 @@ class Running:
                     start_new_session=True,  # a group of its own, which can be ended with all that it started
                 )
         except FileNotFoundError:
-            return {"status": "skipped", "error": f"there is no {self.command[0]}"}
+            return {"status": "not run", "error": f"there is no {self.command[0]}"}
         except OSError as error:
             return {"status": "failed", "error": str(error)}
         return {}
@@ -190,7 +193,10 @@ class Running:
             outcome["tests"] = tests
         if failures:
             outcome["failures"] = failures[:FAILURES]
-        if status != 0:
+        reason = self.part.why_not(said)
+        if reason:
+            outcome |= {"status": "not run", "error": reason[:TAIL]}
+        elif status != 0:
             outcome["error"] = f"{said[-TAIL:]}\nexit status {self.process.returncode}".strip()
         return self._row(outcome)
 

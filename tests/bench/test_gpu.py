@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -43,7 +44,7 @@ def test_every_part_leaves_a_row(tmp_path):
         "good": "passed",
         "bad": "failed",
         "hangs": "timed out",
-        "absent": "skipped",
+        "absent": "not run",
         "proven": "failed",
         "unproven": "failed",
     }
@@ -99,7 +100,7 @@ def test_time_that_is_left_goes_to_whoever_needs_it(tmp_path):
         [python("last", "", 5)],
     ]
     rows = {row["part"]: row for row in run(stages, 40, tmp_path, tmp_path)}
-    assert rows["lacking"]["status"] == "skipped" and rows["lacking"]["error"] == "no such thing"
+    assert rows["lacking"]["status"] == "not run" and rows["lacking"]["error"] == "no such thing"
     assert rows["quick"]["ceiling_s"] == pytest.approx(23, abs=0.2)
     took = sum(row["seconds"] for name, row in rows.items() if name != "beside")
     assert rows["second"]["ceiling_s"] == 24 and rows["beside"]["ceiling_s"] == 2
@@ -113,8 +114,53 @@ def test_ctrl_c_is_not_heeded(tmp_path, monkeypatch):
         "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('deaf', flush=True); time.sleep(60)"
     )
     found = run([[python("deaf", deaf)], [python("late", "")]], 1.5, tmp_path, tmp_path)
-    assert [row["status"] for row in found] == ["timed out", "skipped"]
+    assert [row["status"] for row in found] == ["timed out", "not run"]
     assert found[0]["seconds"] < 10
+
+
+BEGINS, ENDS = "========= COMPUTE-SANITIZER\n", "\n========= ERROR SUMMARY: 2 errors"
+UNSUPPORTED = 'Error: Device not supported. Please refer to the "Supported Devices" section of the documentation'
+FINDING = "========= Invalid __global__ read of size 4 bytes\n=========     at kernel+0x10\n"
+RACE = "========= Error: Race reported between Write access at kernel+0x10 which is not supported\n"
+COMPLAINTS = {
+    "device": f"========= {UNSUPPORTED}\n",
+    "debugger": "========= Error: Failed to initialize the debugger interface\n=========\n",
+    "injection": "========= Error: Target application terminated before first instrumented API call\n"
+    "========= Tracking kernels launched by child processes requires the --target-processes all option.\n",
+    "in a line": f"tests/test_x.py::test_x ========= {UNSUPPORTED}\nPASSED [ 50%]\n",
+}
+
+
+@pytest.mark.parametrize("complaint", COMPLAINTS)
+@pytest.mark.parametrize("tests", ["4 passed", "4 failed, 1 skipped", ""])
+def test_a_sanitizer_that_cannot_work_is_no_failure(complaint, tests, stages, tmp_path):
+    """Its part is not run, with the reason; tests that fail with it on a GPU that works do count."""
+    said = BEGINS + COMPLAINTS[complaint] + (f"==== {tests} in 0.5s ====" if tests else "") + ENDS
+    row = watched_row(stages, said, 1, tmp_path)
+    assert row["status"] == "not run" and row["error"].startswith("compute-sanitizer cannot work here: Error: ")
+    assert COMPLAINTS[complaint].partition("========= ")[2].splitlines()[0] in row["error"]
+    assert watched_row(stages, said, 0, tmp_path)["status"] == "not run"
+    for bad in (said + "\n" + FINDING, said + "\n" + RACE, said + "\n==== 1 failed, 4 passed in 0.5s ===="):
+        assert watched_row(stages, bad, 1, tmp_path)["status"] == "failed"
+
+
+@pytest.mark.parametrize("said", [FINDING, RACE, "", "======= 1 failed, device not supported ======="])
+def test_what_a_sanitizer_finds_is_a_failure(said, stages, tmp_path):
+    assert watched_row(stages, BEGINS + said + ENDS, 1, tmp_path)["status"] == "failed"
+    assert watched_row(stages, BEGINS + ENDS, 0, tmp_path)["status"] == "passed"
+
+
+def test_a_sanitizer_that_does_not_load(stages, tmp_path):
+    said = "compute-sanitizer: error while loading shared libraries: libX.so: cannot open shared object file"
+    assert watched_row(stages, said, 127, tmp_path)["error"] == said
+
+
+def watched_row(stages: list[list[Part]], said: str, status: int, folder: Path) -> dict:
+    """Of the first part with compute-sanitizer, which says this."""
+    (part,) = (part for part in stages[-1] if part.name == "memcheck executors")
+    code = f"print({said!r}); raise SystemExit({status})"
+    (row,) = run([[replace(part, command=[sys.executable, "-c", code])]], 20, folder, folder)
+    return row
 
 
 @pytest.fixture
@@ -166,14 +212,14 @@ def test_shares_are_all_tests(tmp_path, pytestconfig):
     assert [line[-2] for part in found for line in part] == list("01234")
 
 
-def test_without_nvcc_what_needs_it_is_skipped(monkeypatch, capsys):
+def test_without_nvcc_what_needs_it_is_not_run(monkeypatch, capsys):
     monkeypatch.delenv("NVCC", raising=False)
     monkeypatch.setattr(command, "find", lambda program: None)
     stages = command.plan(Path("python"), FACTS, Path("results.jsonl"), False, "")
-    skipped = {part.name for stage in stages for part in stage if part.lacks}
-    assert skipped == {command.CUDA_EXECUTOR, "bench sampling-cuda"}
+    lacking = {part.name for stage in stages for part in stage if part.lacks}
+    assert lacking == {command.CUDA_EXECUTOR, "bench sampling-cuda"}
     assert command.main(["--plan"]) == 0
-    assert "bench sampling-cuda (skipped)" in capsys.readouterr().out
+    assert "bench sampling-cuda (not run)" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("fails", [False, True])
