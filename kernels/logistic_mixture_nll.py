@@ -97,9 +97,10 @@ def _nll(
     """The result, the gradient or both of a tile of an image, each where there is a tensor for it.
 
     A thread has every ROWS-th component of a pixel, at addresses whose distances are constants: to compute them would
-    cost registers.  An image has `size` pixels, whole tiles if WHOLE.  `guess` [1] is the gradient with respect to the
-    result that is assumed where `grad` is None, 0 for none; `assumed` [tiles of all images] gets what was assumed, NaN
-    for nothing.
+    cost registers, and the gradient of RGB would spill.  So unless parameters are channels-last the kernels are
+    compiled anew for images of another size.  An image has `size` pixels, whole tiles if WHOLE.  `guess` [1] is the
+    gradient with respect to the result that is assumed where `grad` is None, 0 for none; `assumed` [tiles of all
+    images] gets what was assumed, NaN for nothing.
     """
     n = (tl.program_id(0) // tiles).to(tl.int64)
     pixel = _wide(tl.program_id(0) % tiles * PIXELS + tl.arange(0, PIXELS), LARGE)

@@ -146,7 +146,12 @@ def _upper(a):
 
 @triton.jit
 def _split(a):
-    """The three bfloat16 numbers whose sum is a."""
+    """The three bfloat16 numbers whose sum is a.
+
+    Of an infinite a the others are NaN, inf - inf, and so is the sum of products, which may be infinite where float32
+    is multiplied whole. To clear them would cost instructions in the inner loop, and not suffice: parts of weights are
+    zero, or of either sign, and NaN comes of them again.
+    """
     high = _upper(a)
     rest = a - high
     middle = _upper(rest)
