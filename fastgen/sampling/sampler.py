@@ -230,8 +230,8 @@ class Sampler:
                 the pixel is given, the others are drawn in raster order, each after all pixels before it.
             guidance_scale: classifier-free guidance; draws from logits null + guidance_scale * (logits - null), null
                 being those for `null_labels` or `null_condition`, in about the time of two samples, or for a single one
-                in less; for heads of logits (not `LogisticMixture`), by all executors but `cuda`. Ho and Salimans 2022, "Classifier-Free Diffusion
-                Guidance", equation 6, with 1 + w.
+                in less; for heads of logits (not `LogisticMixture`), by all executors but `cuda`. Ho and Salimans 2022,
+                "Classifier-Free Diffusion Guidance", equation 6, with 1 + w.
             null_labels, null_condition: those that the model knows as nothing, like `labels` and `condition`; where one
                 of them is not given, it is as for the samples.
             progress: show a progress bar.
