@@ -88,9 +88,9 @@ def make_request(
         null = conditions
         if null_condition is not None:
             null = _conditions(subject, null_condition, n, examples, "null_condition")
-        if list(null) != list(conditions):
+        if set(null) != set(conditions):
             raise ValueError(f"null_condition must be {_form(conditions)}, as condition is, got {_form(null)}")
-        guidance = Guidance(scale, of_labels, null)
+        guidance = Guidance(scale, of_labels, {key: null[key] for key in conditions})
     if (known is None) != (mask is None):
         raise ValueError("known and mask go together: images, and which of their pixels are given")
     if known is not None and mask is not None:
@@ -102,12 +102,13 @@ def make_request(
 def _conditions(
     subject: Subject, condition: Condition | None, n: int, examples: Conditions | None, name: str = "condition"
 ) -> Conditions:
-    """For each of n samples."""
+    """For each of n samples, in the order of the examples."""
     parts = check_condition(subject, condition, name)
-    if examples is not None and list(parts) != list(examples):
+    if examples is None:
+        return {key: _for_each(_name(name, key, parts), value, n, None) for key, value in parts.items()}
+    if set(parts) != set(examples):
         raise ValueError(f"{name} must be {_form(examples)}, as the Sampler's example is, got {_form(parts)}")
-    each = {key: None if examples is None else examples[key] for key in parts}
-    return {key: _for_each(_name(name, key, parts), value, n, each[key]) for key, value in parts.items()}
+    return {key: _for_each(_name(name, key, parts), parts[key], n, example) for key, example in examples.items()}
 
 
 def of_samples(

@@ -14,7 +14,6 @@ from torch.utils._pytree import tree_flatten, tree_map
 TRACE_BATCH = 2  # two samples tell the batch dimension from a broadcast one, and show a mix-up of samples
 MOST_VARIANTS = 8  # of one input
 
-
 Call = tuple[Callable, tuple, dict, list[Tensor]]  # its results last
 
 

@@ -238,6 +238,7 @@ FORMS = {
     "tuple": ((TEXTS, TEXTS == 0), (TEXTS[2], TEXTS[2] == 0)),
     "list": ([TEXTS, TEXTS == 0], (TEXTS[2], TEXTS[2] == 0)),
     "dict": ({"padding": TEXTS == 0, "text": TEXTS}, {"padding": TEXTS[0] == 0, "text": TEXTS[0]}),
+    "dict in another order": ({"padding": TEXTS == 0, "text": TEXTS}, {"text": TEXTS[0], "padding": TEXTS[0] == 0}),
 }
 
 
