@@ -521,7 +521,7 @@ def _logits(logits, given, apart, guidance, STREAMS: tl.constexpr):
     own = tl.load(logits, given, -float("inf"))
     if STREAMS == 2:
         null = tl.load(logits + apart, given, -float("inf"))
-        own = tl.where(own == null, own, null + tl.load(guidance) * (own - null))
+        own = tl.where(null == -float("inf"), null, null + tl.load(guidance) * (own - null))
     return own
 
 

@@ -69,10 +69,11 @@ inline void encode(const PlanThread& thread, int64_t colour, int32_t level, int6
     }
 }
 
-// null + scale * (given - null), of `count` logits. What both forbid, by -inf, stays forbidden.
+// null + scale * (given - null), of `count` logits. What `null` forbids, by -inf, stays forbidden.
 inline const float* guided(const PlanThread& thread, const float* given, const float* null, int64_t count) {
     for (int64_t k = 0; k < count; ++k) {
-        thread.guided[k] = given[k] == null[k] ? given[k] : null[k] + thread.batch.guidance * (given[k] - null[k]);
+        const float led = null[k] + thread.batch.guidance * (given[k] - null[k]);
+        thread.guided[k] = null[k] == -__builtin_inff() ? null[k] : led;
     }
     return thread.guided;
 }

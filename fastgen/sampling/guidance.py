@@ -27,8 +27,8 @@ class Guidance:
     conditions: Conditions
 
     def of(self, params: Tensor, null: Tensor) -> Tensor:
-        """In the dtype of both. What both forbid stays forbidden."""
-        return torch.where(params == null, params, null + self.scale * (params - null))
+        """In the dtype of both. What `null` forbids, by -inf, stays forbidden."""
+        return torch.where(null == -torch.inf, null, null + self.scale * (params - null))
 
 
 def check_scale(scale: float, head: Head) -> float:

@@ -128,8 +128,8 @@ def test_batches_and_threads_do_not_matter(threads: int, max_batch: int | None) 
         torch.set_num_threads(before)
 
 
-def test_levels_that_both_forbid() -> None:
-    """Minus infinity less itself is not a number."""
+def test_levels_that_are_forbidden() -> None:
+    """By both, by nothing alone, and by a label: differences of infinities are not numbers."""
 
     class Forbidding(nn.Module):
         def __init__(self) -> None:
@@ -137,13 +137,15 @@ def test_levels_that_both_forbid() -> None:
             self.net = labelled()
 
         def forward(self, x: Tensor, labels: Tensor) -> Tensor:
-            forbidden = torch.arange(2 * LEVELS).view(1, -1, 1, 1) % LEVELS == 1
-            return self.net(x, labels).masked_fill(forbidden, -torch.inf)
+            level, label = torch.arange(2 * LEVELS).view(1, -1, 1, 1) % LEVELS, labels.view(-1, 1, 1, 1)
+            forbidden = (level == 1) | ((level == 2) & (label == NOTHING)) | ((level == 3) & (label == 0))
+            return self.net(x, labels) + torch.where(forbidden, -torch.inf, 0.0)
 
     given = {"image_shape": (2, 4, 3), "head": Categorical(LEVELS), "num_classes": CLASSES}
     options = {"labels": LABELS, "guidance_scale": 2.0, "null_labels": NOTHING}
     expected = naive_sample(Forbidding(), 5, **given, **options)
-    assert not (expected == 1).any()
+    assert not (expected == 1).any() and not (expected == 2).any()
+    assert not (expected[LABELS == 0] == 3).any() and (expected[LABELS != 0] == 3).any()
     for backend in ("reference", "cpu"):
         assert torch.equal(Sampler(Forbidding(), **given, backend=backend).sample(5, **options), expected)
 
