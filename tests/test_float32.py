@@ -77,5 +77,5 @@ def test_a_forward_pass_that_samples_or_audits_has_no_tf32_that_nobody_asked_for
             return super().forward(x)
 
     subject = make_subject(Model(1, 3, 1), (1, 2, 2), Categorical(3), None)
-    subject.params(torch.zeros(1, 1, 2, 2, dtype=torch.uint8), None)
+    subject.params(torch.zeros(1, 1, 2, 2, dtype=torch.uint8), None, {})
     assert found == ["ieee"]

@@ -17,8 +17,10 @@ missing = [name for name in {NEEDED!r} if importlib.util.find_spec(name) is None
 if missing:
     sys.exit("it has no " + ", ".join(missing))
 import torch
-if not torch.cuda.is_available():
-    sys.exit(f"torch {{torch.__version__}} sees no GPU")
+try:
+    torch.cuda.init()
+except (AssertionError, RuntimeError) as error:  # no GPU, a driver that is too old, torch without CUDA
+    sys.exit(f"torch {{torch.__version__}} sees no GPU: " + " ".join(str(error).split()))
 name, capability = torch.cuda.get_device_name(), torch.cuda.get_device_capability()
 print(json.dumps({{"gpu": name, "arch": "".join(map(str, capability)), "torch": torch.__version__}}))
 """

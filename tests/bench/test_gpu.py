@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ import torch
 
 from bench.gpu import __main__ as command
 from bench.gpu import samplers, suites
-from bench.gpu.python import choose
+from bench.gpu.python import choose, probe
 from bench.gpu.runner import Part, run, seconds_of
 from bench.harness import rows
 
@@ -359,3 +360,8 @@ def test_the_rest_is_measured_when_a_kernel_has_taken_the_gpu(tmp_path, monkeypa
     found = measured(tmp_path / "rows", "ceilings", "reparameterize", "gated_unit", status=1)
     whole = measured(tmp_path / "whole", "ceilings", "reparameterize", "gated_unit")
     assert [row.get("case") for row in found] == [row.get("case") for row in whole]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_python_without_a_gpu_says_why() -> None:
+    assert re.fullmatch(r"torch \S+ sees no GPU: \S.*", str(probe(Path(sys.executable))))
