@@ -126,12 +126,15 @@ def of_keys(tracer: Tracer, known: Scores, queries: Order, keys: Order) -> tuple
     given = known.given
     if given is None:
         return known, nothing()
-    if given.shape[2] > 1:
-        known = replace(known, bias=torch.where(_ever_seen(tracer, given), known.bias, -torch.inf))
-    visible = ((known.bias > MASKED) & (known.weight != 0)).any(0).expand(known.shape[1:])
-    asked = torch.zeros(len(visible), dtype=torch.bool)
+    asked = torch.zeros(known.shape[1], 1, dtype=torch.bool)
     asked[queries.index[0][queries.index[0] >= 0]] = True
-    visible, hidden = visible & asked[:, None], ~visible & asked[:, None]
+    visible = ((known.bias > MASKED) & (known.weight != 0)).any(0) & asked
+    hidden = torch.zeros_like(visible)
+    if given.shape[2] > 1:
+        seen = _ever_seen(tracer, given)
+        visible, hidden = visible & seen, visible & ~seen
+        known = replace(known, bias=torch.where(seen, known.bias, -torch.inf))
+    visible = visible.expand(known.shape[1:]).contiguous()
     places = keys.index[0]
     names = tracer.tape.names
 
@@ -150,7 +153,7 @@ def of_keys(tracer: Tracer, known: Scores, queries: Order, keys: Order) -> tuple
             raise UnevenMask(f"a mask that depends on {names} and hides a key from some queries or heads alone")
         return torch.where(places >= 0, most[:, places.clamp(min=0)], -torch.inf)[:, None]
 
-    name = "grid", id(given), *(hashlib.sha256(t.numpy().tobytes()).digest() for t in (visible, asked, places))
+    name = "grid", id(given), *(hashlib.sha256(t.numpy().tobytes()).digest() for t in (visible, hidden, places))
     plane = _once(tracer, name, grid, given)
     made = [n for n in tracer.graph.nodes if isinstance(n, Condition) and n.tensor is plane]
     if not made:

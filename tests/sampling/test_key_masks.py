@@ -77,6 +77,18 @@ def together(mask: Callable[[Mask], Tensor]) -> Callable:
     return attend
 
 
+def together_in_steps(mask: Callable[[Mask], Tensor]) -> Callable:
+    """The causal mask comes first, that of the padding after it."""
+
+    def attend(net: Network, x: Tensor, padding: Tensor, text: Tensor) -> Tensor:
+        x, padding = torch.cat([text, x], 1), F.pad(padding, (0, x.shape[1]))
+        q, k, v = (heads(layer(x)) for layer in (net.q, net.k, net.v))
+        scores = (q @ k.mT / 2).masked_fill(~lower(x.shape[1]), -1e9).masked_fill(mask(padding), -1e9)
+        return (x + (scores.softmax(-1) @ v).transpose(1, 2).flatten(2))[:, text.shape[1] :]
+
+    return attend
+
+
 def seen(padding: Tensor) -> Tensor:
     return of_heads(~padding) & lower(padding.shape[1])
 
@@ -151,6 +163,8 @@ ATTEND = {
     "together": together(seen),
     "together, floats": together(lambda p: torch.zeros(1).masked_fill(~seen(p), -1e4)),
     "together, lowest": together(lambda p: (~seen(p)).float() * torch.finfo(torch.float32).min),
+    "together, causal apart": together_in_steps(lambda p: of_heads(p).expand(-1, HEADS, p.shape[1], -1).contiguous()),
+    "together, causal apart, expanded": together_in_steps(of_heads),
     "together, causal first": together(
         lambda p: torch.zeros(p.shape[1], p.shape[1]).masked_fill(~lower(p.shape[1]), -1e9) + of_heads(p) * -1e9
     ),
