@@ -39,8 +39,8 @@ class Tape:
     def will_write(self, tensor: Tensor) -> None:
         """A call that depends on the inputs is about to write into `tensor`."""
         if not self.depends(tensor):
-            self._before[storage_key(tensor)] = whole_storage(tensor).clone()
-            self._numbers[storage_key(tensor)] = self._number_of(tensor)
+            before = self._before[storage_key(tensor)] = whole_storage(tensor).clone()
+            self._numbers[storage_key(tensor)] = self._number(_content(before))
             self._tainted[storage_key(tensor)] = tensor
 
     def record(self, func: Callable, args: tuple, kwargs: dict, outputs: list[Tensor]) -> None:
@@ -57,15 +57,10 @@ class Tape:
 
     def name(self, tensor: Tensor) -> Hashable:
         """The same for tensors that are computed in the same way, as those of the layers of a network may be."""
-        return self._number_of(tensor), tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset()
-
-    def _number_of(self, tensor: Tensor) -> int:
-        """Of what is in a tensor's storage."""
         found = self._numbers.get(storage_key(tensor))
-        if found is not None:
-            return found
-        content = whole_storage(tensor.detach()).cpu().view(torch.uint8).numpy()
-        return self._number((tensor.dtype, hashlib.sha256(content.tobytes()).digest()))
+        if found is None:  # it does not depend on the inputs
+            return _content(tensor), tensor.stride()
+        return found, tensor.dtype, tensor.shape, tensor.stride(), tensor.storage_offset()
 
     def _number(self, what: Hashable) -> int:
         return self._known.setdefault(what, len(self._known))
@@ -229,6 +224,11 @@ def _distinct(inputs: list[Tensor]) -> tuple[np.ndarray, np.ndarray]:
     rows = np.concatenate([t.view(torch.uint8).numpy() for t in copies], axis=1)
     _, first, index = np.unique(rows.view(f"V{rows.shape[1]}")[:, 0], return_index=True, return_inverse=True)
     return first, index
+
+
+def _content(tensor: Tensor) -> Hashable:
+    flat = tensor.detach().to("cpu").contiguous().flatten().view(torch.uint8)
+    return tensor.dtype, tensor.shape, hashlib.sha256(flat.numpy().tobytes()).digest()
 
 
 def written(func: Any, args: tuple, kwargs: dict) -> list[Tensor]:
