@@ -80,8 +80,8 @@ class Sampler:
 
     Memory: the weights of products once, packed (`weight_bytes`), biases and masks of attention [heads, positions,
     keys] unless each position sees all keys from one to another, and during `sample` the planes of a batch
-    (`sample_bytes` for each of its samples, twice with guidance; Triton keeps those of two batch sizes); rows of fewer than 16 channels
-    or columns are padded to 16. Where the CPU filters rows of r taps with fewer multiplications
+    (`sample_bytes` for each of its samples, twice with guidance; Triton keeps those of two batch sizes); rows of fewer
+    than 16 channels or columns are padded to 16. Where the CPU filters rows of r taps with fewer multiplications
     (`fastgen.sampling.executors.winograd`), their weights are r + 1 float32 in place of r.
 
     A sample is a function of (weights, seed, index, labels, condition, temperature, top_k, top_p, guidance, known
