@@ -195,12 +195,12 @@ private:
                 __shfl_sync(~0u, found_.count, index)};
     }
 
-    // Four channels, from 4 * (lane % 4) on, of a sample.
-    __device__ static float4 activations(const Found& from, int32_t sample, bool exists) {
+    // Four channels, from 4 * (lane % 4) on, of a row.
+    __device__ static float4 activations(const Found& from, int32_t row, bool exists) {
         float4 a = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
         if (!from.first || !exists) return a;
         const int32_t t = threadIdx.x % 4 * 4;
-        const float* first = from.first + int64_t{sample} * from.pitch + t;
+        const float* first = from.first + int64_t{row} * from.pitch + t;
         if (from.count == kFast) return __ldcg(reinterpret_cast<const float4*>(first));
         if (t < from.count) a.x = __ldcg(first);
         if (t + 1 < from.count) a.y = __ldcg(first + 1);
@@ -281,8 +281,8 @@ __global__ void __launch_bounds__(kLanes, kBlocksPerProcessor)
     __syncthreads();
     ClusterTeam<kBfloat16> team(space);
     const auto clusters = static_cast<int32_t>(gridDim.x) / team.size();
-    const PixelRange samples = pixel_share(batch.count, static_cast<int32_t>(blockIdx.x) / team.size(), clusters);
-    PixelSchedule<ClusterTeam<kBfloat16>>(stage, batch, samples, team).run();
+    const PixelRange rows = pixel_rows(batch, static_cast<int32_t>(blockIdx.x) / team.size(), clusters);
+    PixelSchedule<ClusterTeam<kBfloat16>>(stage, batch, rows, team).run();
 #endif
 }
 

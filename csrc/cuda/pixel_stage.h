@@ -1,9 +1,10 @@
 // The pixel stage of a sampling plan: what comes one pixel after the other, steps and draws, for one image row.
 //
 // A cluster of blocks draws some samples of the batch, all pixels of the row without a launch in between; clusters know
-// nothing of each other. What there is to do is a list of actions (fastgen/sampling/executors/pixel_tables.py), the same for all
-// samples: steps, which the blocks of a cluster share by channels, and draws, which they share by samples. Where an
-// action reads what another block wrote, the cluster waits for itself before.
+// nothing of each other. What there is to do is a list of actions (fastgen/sampling/executors/pixel_tables.py), the same
+// for all samples: steps, which the blocks of a cluster share by channels, and draws, which they share by samples. Where
+// an action reads what another block wrote, the cluster waits for itself before. With guidance a sample is two rows of
+// the workspace; only draws know.
 //
 // Workspace, `where` and operands are those of kernels/sample_plan.py. A step's product runs over blocks of 16 channels
 // of its taps and over tiles of 16 columns, packed as tensor cores want them: see PixelStage::weights. It is summed in
@@ -37,7 +38,7 @@
 
 namespace fastgen {
 
-constexpr int32_t kPixelRows = 8;        // samples that are multiplied at a time
+constexpr int32_t kPixelRows = 8;        // of the batch, that are multiplied at a time
 constexpr int32_t kPixelDepth = 16;      // channels of a block of the product
 constexpr int32_t kPixelColumns = 16;    // of a tile: `per_tile` channels of each group
 constexpr int32_t kPixelParts = 8;       // of a sum
@@ -115,7 +116,7 @@ struct PixelStage {
 
 // An operand in the row that is drawn.
 struct PixelPlaced {
-    int64_t first;  // float of the workspace: its first channel in column 0 of its plane, first sample; -1: outside
+    int64_t first;  // float of the workspace: its first channel in column 0 of its plane, first row; -1: outside
     int16_t numerator, denominator, shift, width;
     int32_t pitch;
 };
@@ -123,16 +124,19 @@ struct PixelPlaced {
 // Of a batch: where its memory lies.
 struct PixelBatch {
     const PixelAction* actions;
-    int64_t num_actions, count;
+    int64_t num_actions;
+    int64_t count;    // rows of the workspace
+    int64_t streams;  // of them, for each sample: 2 with guidance, the second of what is led away from; else 1
     float* workspace;
     const int64_t* where;               // floats per sample before the row of each operand; -1: outside
     const int64_t* state;               // image row, seed, index of the first sample
     const double* inverse_temperature;  // at most the largest float
     const int32_t* top_k;               // 0: all levels of a draw
     const double* top_p;                // 1: all of them
-    int32_t* levels;                    // [count, colours, height, width]
+    const float* guidance;              // the scale, with two streams
+    int32_t* levels;                    // [samples, colours, height, width]
     const int32_t* known;               // the same
-    const uint8_t* mask;                // [count, height, width]: 1 where the pixel is given
+    const uint8_t* mask;                // [samples, height, width]: 1 where the pixel is given
     const PixelPlaced* placed;          // of each operand, by `pixel_placed`
 };
 
@@ -182,6 +186,13 @@ FASTGEN_HOST_DEVICE PixelRange pixel_share(int64_t all, int32_t rank, int32_t si
     return {static_cast<int32_t>(all * rank / size), static_cast<int32_t>(all * (rank + 1) / size)};
 }
 
+// The rows of a cluster's share of the samples.
+FASTGEN_HOST_DEVICE PixelRange pixel_rows(const PixelBatch& batch, int32_t cluster, int32_t clusters) {
+    const PixelRange samples = pixel_share(batch.count / batch.streams, cluster, clusters);
+    const auto streams = static_cast<int32_t>(batch.streams);
+    return {samples.begin * streams, samples.end * streams};
+}
+
 FASTGEN_HOST_DEVICE int32_t pixel_tiles(const PixelStep& step) {
     return (step.channels + step.per_tile - 1) / step.per_tile;
 }
@@ -209,11 +220,11 @@ FASTGEN_HOST_DEVICE int32_t partial_at(int32_t part, int32_t row, int32_t column
     return (part * tiles.size() * kPixelColumns + column) * kPixelPitch + row;
 }
 
-// The channels of an operand in a column, for the first sample of the batch; null outside, where all is zero.
+// The channels of an operand in a column, for the first row of the batch; null outside, where all is zero.
 struct PixelPlace {
     float* first;
     int32_t pitch;
-    FASTGEN_HOST_DEVICE float* of(int32_t sample) const { return first + int64_t{sample} * pitch; }
+    FASTGEN_HOST_DEVICE float* of(int32_t row) const { return first + int64_t{row} * pitch; }
 };
 
 FASTGEN_HOST_DEVICE PixelPlaced pixel_placed(const PixelStage& stage, const PixelBatch& batch, int64_t operand) {
@@ -300,9 +311,8 @@ FASTGEN_HOST_DEVICE float pixel_apply(PlanOp op, float a, float b) {
 template <class Team>
 class PixelSchedule {
 public:
-    // samples: those of this cluster.
-    FASTGEN_HOST_DEVICE PixelSchedule(const PixelStage& stage, const PixelBatch& batch, PixelRange samples, Team& team)
-        : stage_(stage), batch_(batch), samples_(samples), team_(team) {}
+    FASTGEN_HOST_DEVICE PixelSchedule(const PixelStage& stage, const PixelBatch& batch, PixelRange rows, Team& team)
+        : stage_(stage), batch_(batch), rows_(rows), team_(team) {}
 
     FASTGEN_HOST_DEVICE void run() {
         PixelAction next = batch_.actions[0];
@@ -351,44 +361,44 @@ private:
     }
 
     FASTGEN_HOST_DEVICE PixelRange rows_from(int32_t row) const {
-        return {row, row + kPixelRows < samples_.end ? row + kPixelRows : samples_.end};
+        return {row, row + kPixelRows < rows_.end ? row + kPixelRows : rows_.end};
     }
 
     FASTGEN_HOST_DEVICE Lane prepare(const PixelStep& step, int32_t column) {
         if (step.num_blocks) team_.locate(stage_, batch_, step, column);
-        const PixelRange channels = channels_of(step, share(step)), rows = rows_from(samples_.begin);
+        const PixelRange channels = channels_of(step, share(step)), rows = rows_from(rows_.begin);
         Lane lane{};
         if (team_.lane() >= rows.size() * channels.size()) return lane;
-        const int32_t sample = rows.begin + team_.lane() / channels.size();
+        const int32_t row = rows.begin + team_.lane() / channels.size();
         const int32_t channel = channels.begin + team_.lane() % channels.size();
         FASTGEN_UNROLL
         for (int32_t g = 0; g < kEarly; ++g) {
-            if (g < step.groups) lane.start_from[g] = start_of(step, sample, channel, g, column);
+            if (g < step.groups) lane.start_from[g] = start_of(step, row, channel, g, column);
         }
         const PixelInstr* instr = stage_.instrs + step.first_instr;
         for (int32_t k = 0; k < step.num_instrs; ++k, ++instr) {
             if (!instr->is(PlanOp::load)) continue;
             FASTGEN_UNROLL
             for (int32_t e = 0; e < kEarly; ++e) {
-                if (instr->a == e) lane.load_from[e] = loaded_of(step, *instr, sample, channel, column);
+                if (instr->a == e) lane.load_from[e] = loaded_of(step, *instr, row, channel, column);
             }
         }
         return lane;
     }
 
     // Null: zero.
-    FASTGEN_HOST_DEVICE const float* start_of(const PixelStep& step, int32_t sample, int32_t channel, int32_t group,
+    FASTGEN_HOST_DEVICE const float* start_of(const PixelStep& step, int32_t row, int32_t channel, int32_t group,
                                               int32_t column) const {
         const int32_t of_step = group * step.channels + channel;
         if (step.init < 0) return stage_.biases + step.bias + of_step;
         const PixelPlace from = place(step.init, column);
-        return from.first ? from.of(sample) + of_step : nullptr;
+        return from.first ? from.of(row) + of_step : nullptr;
     }
 
-    FASTGEN_HOST_DEVICE const float* loaded_of(const PixelStep& step, const PixelInstr& instr, int32_t sample,
+    FASTGEN_HOST_DEVICE const float* loaded_of(const PixelStep& step, const PixelInstr& instr, int32_t row,
                                                int32_t channel, int32_t column) const {
         const PixelPlace from = place(step.operand + instr.operand, column);
-        return from.first ? from.of(sample) + channel : nullptr;
+        return from.first ? from.of(row) + channel : nullptr;
     }
 
     FASTGEN_HOST_DEVICE static float value_at(const float* from) { return from ? pixel_load(from) : 0.0f; }
@@ -401,11 +411,11 @@ private:
             lane.load[e] = value_at(lane.load_from[e]);
             lane.start[e] = value_at(lane.start_from[e]);
         }
-        for (int32_t row = samples_.begin; row < samples_.end; row += kPixelRows) {
+        for (int32_t row = rows_.begin; row < rows_.end; row += kPixelRows) {
             const PixelRange rows = rows_from(row);
-            if (row > samples_.begin) team_.sync();
+            if (row > rows_.begin) team_.sync();
             if (step.num_blocks) team_.multiply(stage_, batch_, step, tiles, rows, action.column());
-            if (rows.end == samples_.end && action.fetches() != kPixelDraw) {
+            if (rows.end == rows_.end && action.fetches() != kPixelDraw) {
                 const PixelStep& next = stage_.steps[action.fetches()];
                 team_.fetch(stage_, next, share(next));
             }
@@ -414,26 +424,26 @@ private:
         }
     }
 
-    // The step's program and its stores, a lane for each sample and channel.
+    // The step's program and its stores, a lane for each row and channel.
     FASTGEN_HOST_DEVICE void finish(const PixelStep& step, PixelRange tiles, PixelRange rows, int32_t column,
                                     const Lane& lane) {
         const PixelRange channels = channels_of(step, tiles);
         float* values = team_.values() + team_.lane();
         for (int32_t i = team_.lane(); i < rows.size() * channels.size(); i += team_.lanes()) {
-            const bool early = i == team_.lane() && rows.begin == samples_.begin;
-            const int32_t row = i / channels.size(), of_block = i % channels.size();
-            const int32_t sample = rows.begin + row, channel = channels.begin + of_block;
+            const bool early = i == team_.lane() && rows.begin == rows_.begin;
+            const int32_t of_rows = i / channels.size(), of_block = i % channels.size();
+            const int32_t row = rows.begin + of_rows, channel = channels.begin + of_block;
             const PixelInstr* instr = stage_.instrs + step.first_instr;
             for (int32_t k = 0; k < step.num_instrs; ++k, ++instr) {
                 float value;
                 if (instr->is(PlanOp::acc)) {
                     const int32_t g = instr->a;
                     value = early && g < kEarly ? (g == 0 ? lane.start[0] : lane.start[1])
-                                                : value_at(start_of(step, sample, channel, g, column));
-                    if (step.num_blocks) value = add_parts(value, step, tiles, row, of_block, g);
+                                                : value_at(start_of(step, row, channel, g, column));
+                    if (step.num_blocks) value = add_parts(value, step, tiles, of_rows, of_block, g);
                 } else if (instr->is(PlanOp::load)) {
                     value = early && instr->a < kEarly ? (instr->a == 0 ? lane.load[0] : lane.load[1])
-                                                       : value_at(loaded_of(step, *instr, sample, channel, column));
+                                                       : value_at(loaded_of(step, *instr, row, channel, column));
                 } else if (instr->is(PlanOp::constant)) {
                     value = stage_.constants[step.constant + instr->operand];
                 } else {
@@ -445,7 +455,7 @@ private:
             for (int32_t s = step.first_store; s < step.first_store + step.num_stores; ++s) {
                 const PixelStore& store = stage_.stores[s];
                 const PixelPlace to = place(step.operand + store.operand, column);
-                to.of(sample)[channel] = values[store.reg * team_.lanes()];
+                to.of(row)[channel] = values[store.reg * team_.lanes()];
             }
         }
     }
@@ -464,14 +474,17 @@ private:
     // The blocks of a cluster share the samples; the lanes of a block work on one after the other.
     FASTGEN_HOST_DEVICE void draw(const PixelDraw& source, int32_t x) {
         const PixelPlace from = place(source.operand, x);
-        for (int32_t n = samples_.begin + team_.rank(); n < samples_.end; n += team_.size()) {
-            if (n >= samples_.begin + team_.size()) team_.sync();  // the sample before is drawn
+        const auto streams = static_cast<int32_t>(batch_.streams), first = rows_.begin / streams;
+        for (int32_t n = first + team_.rank(); n * streams < rows_.end; n += team_.size()) {
+            if (n >= first + team_.size()) team_.sync();  // the sample before is drawn
+            const float* params = from.of(n * streams);
+            const float* null = streams == 2 ? params + from.pitch : nullptr;
             if (stage_.head == static_cast<int64_t>(PlanHead::categorical)) {
-                draw_categorical(source, from.of(n), x, n);
+                draw_categorical(source, params, null, x, n);
             } else if (stage_.head == static_cast<int64_t>(PlanHead::logistic_mixture)) {
-                draw_mixture(source, from.of(n), x, n);
+                draw_mixture(source, params, x, n);
             } else if (team_.lane() == 0) {
-                const double logit = pixel_load(from.of(n));
+                const double logit = guided(params, null, 0);
                 const double odds = __builtin_exp(-__builtin_fabs(logit) * *batch_.inverse_temperature);
                 const int32_t drawn = (logit < 0 ? 1.0 : odds) / (1.0 + odds) < uniform(source.first_uniform, x, n);
                 keep(source, x, n, &drawn);
@@ -479,12 +492,21 @@ private:
         }
     }
 
+    // Logit k, led away from that of `null`: fastgen/sampling/guidance.py. What the latter forbids stays forbidden.
+    FASTGEN_HOST_DEVICE float guided(const float* logits, const float* null, int32_t k) const {
+        const float own = pixel_load(logits + k);
+        if (!null) return own;
+        const float other = pixel_load(null + k);
+        return other == -__builtin_inff() ? other : other + *batch_.guidance * (own - other);
+    }
+
     // The smallest level whose cumulative probability is at least the uniform. Levels are summed in segments, these in
     // groups.
-    FASTGEN_HOST_DEVICE void draw_categorical(const PixelDraw& source, const float* from, int32_t x, int32_t n) {
+    FASTGEN_HOST_DEVICE void draw_categorical(const PixelDraw& source, const float* logits, const float* null,
+                                              int32_t x, int32_t n) {
         double* totals = team_.doubles();  // of segments, then of groups; before, their largest logits
         float* odds = reinterpret_cast<float*>(totals + kPixelSegments + kPixelGroups);
-        for (int32_t k = team_.lane(); k < source.count; k += team_.lanes()) odds[k] = pixel_load(from + k);
+        for (int32_t k = team_.lane(); k < source.count; k += team_.lanes()) odds[k] = guided(logits, null, k);
         const auto largest_of = [odds](PixelRange own) -> double {
             float most = own.size() > 0 ? odds[own.begin] : odds[0];
             for (int32_t k = own.begin; k < own.end; ++k) most = odds[k] > most ? odds[k] : most;
@@ -655,7 +677,7 @@ private:
         return philox_uniform(index % 4 == 0 ? bits[0] : index % 4 == 1 ? bits[1] : index % 4 == 2 ? bits[2] : bits[3]);
     }
 
-    // Writes the levels of a group of colours, drawn or given, and their encodings: the next input.
+    // Writes the levels of a group of colours, drawn or given, and their encodings: the next input of all its streams.
     FASTGEN_HOST_DEVICE void keep(const PixelDraw& source, int32_t x, int32_t n, const int32_t* drawn) {
         const int64_t pixels = stage_.height * stage_.width, position = this->position(x);
         const bool given = batch_.mask[n * pixels + position];
@@ -667,15 +689,18 @@ private:
             for (int64_t e = stage_.first_encoding; e < stage_.first_encoding + stage_.num_encodings; ++e) {
                 const PixelOperand& at = stage_.operands[e];
                 if (at.colour != colour) continue;
-                float* to = place(static_cast<int32_t>(e), x).of(n);
-                for (int32_t i = 0; i < at.count; ++i) to[i] = stage_.encoded[at.more + level * at.count + i];
+                const float* code = stage_.encoded + at.more + level * at.count;
+                for (int64_t s = 0; s < batch_.streams; ++s) {
+                    float* to = place(static_cast<int32_t>(e), x).of(static_cast<int32_t>(n * batch_.streams + s));
+                    for (int32_t i = 0; i < at.count; ++i) to[i] = code[i];
+                }
             }
         }
     }
 
     const PixelStage& stage_;
     const PixelBatch& batch_;
-    const PixelRange samples_;
+    const PixelRange rows_;  // of this cluster, all of each sample
     Team& team_;
 };
 

@@ -145,8 +145,9 @@ class HostTeamExecutor(TritonExecutor):
         if len(actions) == 0:
             return
         memory = pixel_memory(space)
-        clusters = min(space.count, self._most_clusters)
-        numbers = {"num_actions": len(actions), "count": space.count, "clusters": clusters, **self._team}
+        clusters = min(space.count // space.streams, self._most_clusters)
+        batch = {"num_actions": len(actions), "count": space.count, "streams": space.streams, "clusters": clusters}
+        numbers = {**batch, **self._team}
         with tempfile.TemporaryDirectory() as folder:
             call, result = Path(folder, "call"), Path(folder, "result")
             with call.open("wb") as file:

@@ -32,12 +32,14 @@ struct PixelCall {
         point("actions", batch.actions);
         batch.num_actions = number("num_actions");
         batch.count = number("count");
+        batch.streams = number("streams");
         point("workspace", batch.workspace);
         point("where", batch.where);
         point("state", batch.state);
         point("inverse_temperature", batch.inverse_temperature);
         point("top_k", batch.top_k);
         point("top_p", batch.top_p);
+        point("guidance", batch.guidance);
         point("levels", batch.levels);
         point("known", batch.known);
         point("mask", batch.mask);

@@ -119,7 +119,7 @@ int main(int, char** arguments) {
         threads.emplace_back([&, i] {
             const int block = i / lanes, cluster = block / size;
             HostTeam team(*all[cluster], *blocks[block], block % size, size, i % lanes, lanes);
-            PixelSchedule<HostTeam>(stage, batch, pixel_share(batch.count, cluster, clusters), team).run();
+            PixelSchedule<HostTeam>(stage, batch, pixel_rows(batch, cluster, clusters), team).run();
         });
     }
     for (std::thread& thread : threads) thread.join();

@@ -12,17 +12,16 @@ from torch import Tensor, nn
 
 from fastgen import backends
 from fastgen.models import GatedPixelCNN, PixelCNNpp, PixelRNN
-from fastgen.sampling import Categorical, Sampler, audit, naive_sample
-from fastgen.sampling.executors import Batch
+from fastgen.sampling import Bernoulli, Categorical, Sampler, audit, naive_sample
 from fastgen.sampling.executors.cuda import CudaExecutor, Strategy
 from fastgen.sampling.executors.operands import Operands
 from fastgen.sampling.executors.pixel_tables import DEPTH, DRAW, PixelTables
-from fastgen.sampling.guidance import Guidance
 from tests.kernels import attending
 
 from .host_team import Watch, host_sampler, program
 from .networks import LEVELS, NETWORKS, make
 from .test_engine import MODELS, make_model
+from .test_guidance import Binary, Forbidding, labelled
 from .test_levels import CASES
 from .test_levels import make as make_levels
 from .test_recurrent import GIVEN, Above, EachColumn, Tokens
@@ -43,6 +42,9 @@ def pixelcnnpp(image_shape: tuple[int, int, int], **options: int) -> PixelCNNpp:
     labels = None if model.num_classes is None else torch.arange(4) % model.num_classes
     model.initialize(torch.randint(model.levels, (4, *image_shape), dtype=torch.uint8), labels)
     return model.eval()
+
+
+GUIDED: dict[str, Callable[[], nn.Module]] = {"labels": labelled, "forbidden": Forbidding, "binary": Binary}
 
 
 def assert_same(images: Tensor, expected: Tensor, model: nn.Module, **options: object) -> None:
@@ -135,6 +137,28 @@ def test_the_likeliest_levels(name: str, truncation: dict[str, float], watch: Wa
     assert_same(images, Sampler(model, backend="cpu").sample(6, **options), model, **options)
     everything = Sampler(model, backend="cpu").sample(6, seed=1, labels=labels, temperature=1.5)
     assert torch.equal(images, everything) == (truncation == {"top_k": 99})
+
+
+@pytest.mark.parametrize("watch", [Watch.SCHEDULE, Watch.KERNEL], ids=lambda w: w.name)
+@pytest.mark.parametrize("count", [1, 5, 11])
+@pytest.mark.parametrize("name", GUIDED)
+def test_guidance(name: str, count: int, watch: Watch) -> None:
+    """Two rows of each sample; 11: more than are multiplied at a time, the last with one sample."""
+    model, given = GUIDED[name](), {"image_shape": (2, 4, 3), "head": Categorical(LEVELS), "num_classes": 4}
+    if name == "binary":
+        given |= {"image_shape": (1, 4, 3), "head": Bernoulli()}
+    known = torch.randint(2, (count, *given["image_shape"]), dtype=torch.uint8)
+    options = {
+        "labels": torch.arange(count) % 4, "guidance_scale": 2.5, "null_labels": 3, "seed": 2,
+        "mask": torch.rand(count, 4, 3) < 0.2,
+    }  # fmt: skip
+    images = host_sampler(model, **given, watch=watch, clusters=3).sample(count, known=known, **options)
+    expected = Sampler(model, **given, backend="cpu").sample(count, known=known, **options)
+    assert_same(images, expected, model, **given, **options)
+    alone = host_sampler(model, **given, watch=watch, clusters=1, max_batch=2).sample(count, known=known, **options)
+    assert torch.equal(images, alone)
+    options |= {"guidance_scale": 1.0}
+    assert not torch.equal(images, Sampler(model, **given, backend="cpu").sample(count, known=known, **options))
 
 
 @pytest.mark.parametrize("watch", [Watch.SCHEDULE, Watch.KERNEL], ids=lambda w: w.name)
@@ -290,13 +314,6 @@ def test_attention_of_pixels_is_refused(monkeypatch: pytest.MonkeyPatch) -> None
     rows = Sampler(attending.Above(attending.rows_above, (2, 3), 1, 4, 4), **given).plan
     assert any(step.attention for step in rows.row_steps())
     assert PixelTables(rows, Operands(rows, pixel_weights=False)).rows
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_guidance_is_refused() -> None:
-    executor = object.__new__(CudaExecutor)
-    with pytest.raises(RuntimeError, match="the cuda executor has no guidance: backend='triton' has"):
-        executor.sample(Batch(1, 0, 0, guidance=Guidance(2.0, None, {})))
 
 
 def test_without_a_gpu_the_request_fails() -> None:

@@ -6,11 +6,13 @@ import contextlib
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from fastgen import backends
 from fastgen.sampling import Sampler, audit
 
 from .test_engine import MODELS, make_model
+from .test_guidance import LABELS, NOTHING, labelled
 
 pytestmark = pytest.mark.gpu
 
@@ -32,6 +34,22 @@ def test_executors_draw_the_same(name: str, other_stream: bool) -> None:
     with torch.cuda.stream(torch.cuda.Stream()) if other_stream else contextlib.nullcontext():
         for backend in executors():
             drawn[backend] = Sampler(model, backend=backend).sample(6, **options)
+    assert_agree(model, drawn, **options)
+
+
+@pytest.mark.parametrize("guidance_scale", [2.5, -1.0])
+def test_executors_are_guided_alike(guidance_scale: float) -> None:
+    model, count = labelled(), len(LABELS)
+    options = {"labels": LABELS, "guidance_scale": guidance_scale, "null_labels": NOTHING, "seed": 2}
+    drawn = {"cpu": Sampler(model, backend="cpu").sample(count, **options)}
+    model.cuda()
+    for backend in executors():
+        drawn[backend] = Sampler(model, backend=backend).sample(count, **options)
+    assert_agree(model, drawn, **options)
+
+
+def assert_agree(model: nn.Module, drawn: dict[str, Tensor], **options: object) -> None:
+    """Images by backend."""
     if len(drawn) == 1:
         pytest.skip("neither the cuda nor the triton executor can run here")
     model.cpu()

@@ -43,6 +43,28 @@ def labelled(image_shape: tuple[int, int, int] = (2, 4, 3)) -> nn.Module:
     return model
 
 
+class Binary(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = labelled(image_shape=(1, 4, 3))
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        return self.net(x, labels)[:, :1]
+
+
+class Forbidding(nn.Module):
+    """Level 1; 2 of nothing; 3 of a label."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = labelled()
+
+    def forward(self, x: Tensor, labels: Tensor) -> Tensor:
+        level, label = torch.arange(2 * LEVELS).view(1, -1, 1, 1) % LEVELS, labels.view(-1, 1, 1, 1)
+        forbidden = (level == 1) | ((level == 2) & (label == NOTHING)) | ((level == 3) & (label == 0))
+        return self.net(x, labels) + torch.where(forbidden, -torch.inf, 0.0)
+
+
 def guided(model: nn.Module, scale: float) -> tuple[nn.Module, dict[str, Any]]:
     given = {"image_shape": model.image_shape, "head": model.head, "num_classes": CLASSES}
     return Guided(model, scale, torch.tensor(NOTHING)), given
@@ -73,14 +95,6 @@ def test_truncation_is_of_guided_logits(options: dict[str, Any]) -> None:
 
 
 def test_bernoulli() -> None:
-    class Binary(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = labelled(image_shape=(1, 4, 3))
-
-        def forward(self, x: Tensor, labels: Tensor) -> Tensor:
-            return self.net(x, labels)[:, :1]
-
     given = {"image_shape": (1, 4, 3), "head": Bernoulli(), "num_classes": CLASSES}
     options = {"labels": LABELS, "guidance_scale": 3.0, "null_labels": torch.tensor([3, 3, 0, 0, 1])}
     expected = naive_sample(Binary(), 5, **given, **options)
@@ -130,16 +144,6 @@ def test_batches_and_threads_do_not_matter(threads: int, max_batch: int | None) 
 
 def test_levels_that_are_forbidden() -> None:
     """By both, by nothing alone, and by a label: differences of infinities are not numbers."""
-
-    class Forbidding(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.net = labelled()
-
-        def forward(self, x: Tensor, labels: Tensor) -> Tensor:
-            level, label = torch.arange(2 * LEVELS).view(1, -1, 1, 1) % LEVELS, labels.view(-1, 1, 1, 1)
-            forbidden = (level == 1) | ((level == 2) & (label == NOTHING)) | ((level == 3) & (label == 0))
-            return self.net(x, labels) + torch.where(forbidden, -torch.inf, 0.0)
 
     given = {"image_shape": (2, 4, 3), "head": Categorical(LEVELS), "num_classes": CLASSES}
     options = {"labels": LABELS, "guidance_scale": 2.0, "null_labels": NOTHING}

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from fastgen import backends
-from fastgen.sampling.executors import Batch
 from fastgen.sampling.executors.pixel_tables import PixelTables
 from fastgen.sampling.executors.triton import Pattern, Space, TritonExecutor, key_of
 from fastgen.sampling.plan import Plan
@@ -78,11 +77,6 @@ class CudaExecutor(TritonExecutor):
         sizes = " or ".join(str(size) for size, _ in shapes)
         raise RuntimeError(f"the GPU runs no clusters of {sizes} blocks with as much memory as the plan's tables need")
 
-    def sample(self, batch: Batch) -> Tensor:
-        if batch.guidance is not None:
-            raise RuntimeError("the cuda executor has no guidance: backend='triton' has")
-        return super().sample(batch)
-
     def launch_pixels(self, pattern: Pattern, space: Space) -> None:
         key = key_of(pattern)
         if key not in self._actions:  # at the first launch, which is never captured
@@ -90,12 +84,13 @@ class CudaExecutor(TritonExecutor):
         actions = self._actions[key]
         if len(actions) == 0:  # rows above the image
             return
-        cut = self.cut(space.count)
+        cut = self.cut(space.count // space.streams)
         self._native.run(
             actions=actions.data_ptr(),
             num_actions=len(actions),
             **{name: tensor.data_ptr() for name, tensor in pixel_memory(space).items()},
             count=space.count,
+            streams=space.streams,
             size=cut.size,
             share=cut.share,
             clusters=cut.clusters,
@@ -103,7 +98,7 @@ class CudaExecutor(TritonExecutor):
         )
 
     def cut(self, count: int) -> Cut:
-        """Clusters for a batch: no more than run at a time, with as many samples each."""
+        """Clusters for so many samples: no more than run at a time, with as many samples each."""
         strategy = self.strategy
         if strategy is Strategy.AUTOMATIC:
             few = count <= self._cuts[Strategy.LATENCY].clusters
@@ -115,5 +110,5 @@ class CudaExecutor(TritonExecutor):
 
 def pixel_memory(space: Space) -> dict[str, Tensor]:
     """What the pixel stage reads and writes, by the names of PixelBatch."""
-    names = ("where", "state", "inverse_temperature", "top_k", "top_p", "levels", "known", "mask")
+    names = ("where", "state", "inverse_temperature", "top_k", "top_p", "guidance", "levels", "known", "mask")
     return {"workspace": space.planes, **{name: getattr(space, name) for name in names}}
