@@ -42,7 +42,7 @@ def test_a_network_with_labels_and_a_condition() -> None:
     assert bits[0] == pytest.approx(nats.item() / math.log(2)) and bits[1] == pytest.approx(bits[0])
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
 def test_the_likelihood_of_a_model_is_the_same_by_its_head(precision: str) -> None:
     model = models.GatedPixelCNN(image_shape=(2, 3, 4), levels=6, num_filters=4, num_blocks=1, num_classes=3)
     images, labels = torch.randint(6, (3, 2, 3, 4), dtype=torch.uint8), torch.tensor([2, 0, 1])

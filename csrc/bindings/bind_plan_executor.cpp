@@ -105,7 +105,6 @@ public:
         tables_.end_column = sizes.at("end_column");
         tables_.workspace = sizes.at("workspace");
         tables_.buffers = sizes.at("buffers");
-        tables_.bfloat16 = sizes.at("bfloat16") != 0;
         for (const PlanStep& step : steps_) {
             tables_.max_taps = std::max(tables_.max_taps, step.num_taps);
             tables_.max_instrs = std::max(tables_.max_instrs, step.num_instrs);

@@ -1,4 +1,4 @@
-// fastgen._cpu.tap_gemm_float32, tap_gemm_bfloat16, tap_gemm_float64: the bare matrix product, for tests.
+// fastgen._cpu.tap_gemm_float32, tap_gemm_bfloat16, tap_gemm_int8, tap_gemm_float64: the bare matrix product, for tests.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -50,6 +50,7 @@ void define(pybind11::module_& module, const char* name) {
 void bind_tap_gemm(pybind11::module_& module) {
     define<float, float>(module, "tap_gemm_float32");
     define<float, BFloat16Pair>(module, "tap_gemm_bfloat16");
+    define<float, ScaledInt8>(module, "tap_gemm_int8");
     define<double, double>(module, "tap_gemm_float64");
 }
 

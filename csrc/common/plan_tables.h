@@ -97,6 +97,9 @@ struct PlanStore {
     int64_t address, instr;
 };
 
+// Of a weight: csrc/cpu/tap_gemm.h.
+enum class PlanPacking : int64_t { floats, bfloat16, int8 };
+
 struct PlanStep {
     int64_t row_stage, rank, lag_y, lag_x;
     int64_t height, width, stride_y, stride_x;  // of the frame
@@ -116,6 +119,7 @@ struct PlanStep {
     int64_t cycle;      // columns that lie this many apart have one stride in each of its addresses
     int64_t attention;  // its index, in place of a product; -1: none
     int64_t equal;      // all columns of the product are equal, and the weight is one panel of them
+    PlanPacking packing;
 };
 
 // fastgen.sampling.plan.Attention. Keys and values are channels of all of a plane, positions in raster order.
@@ -170,7 +174,6 @@ struct PlanTables {
     int64_t max_taps, max_instrs, max_groups;  // of a step
     int64_t max_keys;                          // of attention
     int64_t max_filtered;                      // channels that filters read, each filter's rounded up to panels
-    bool bfloat16;
     PlanHead head;
 };
 

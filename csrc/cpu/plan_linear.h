@@ -1,6 +1,8 @@
 // The products of a plan's linear steps: what a tile reads, tap by tap, times the step's weights, on the tap-GEMM.
 #pragma once
 
+#include <type_traits>
+
 #include "plan_thread.h"
 
 namespace fastgen::FASTGEN_ISA {
@@ -11,8 +13,15 @@ inline PlanValue bias_of(const PlanThread& thread, const PlanTile& tile) {
     return {thread.plan.biases + tile.step.bias + tile.first_panel * tile.step.groups * kPanelColumns, 0, 0};
 }
 
+// Elements of a packed panel that a tap of so many channels has.
+template <class W>
+constexpr int64_t packed_elements(int64_t count) {
+    if constexpr (std::is_same_v<W, ScaledInt8>) return kPowersBytes + count * kPanelColumns;
+    return (std::is_same_v<W, BFloat16Pair> ? div_up(count, 2) : count) * kPanelColumns;
+}
+
 // Lists the taps [first, end) with their weights, less those that read outside; returns their number.
-template <class W, int64_t kDepth>
+template <class W>
 int64_t list_taps(const PlanThread& thread, const PlanTile& tile, int64_t first, int64_t end, const W* weight) {
     Tap<float, W>* taps = reinterpret_cast<Tap<float, W>*>(thread.taps);
     int64_t num_taps = 0;
@@ -21,7 +30,7 @@ int64_t list_taps(const PlanThread& thread, const PlanTile& tile, int64_t first,
             const PlanValue a = thread.operand(tile, tap->address, 0);
             taps[num_taps++] = {a.p, a.row_stride, 1, tap->count, weight};
         }
-        weight += div_up(tap->count, kDepth) * kPanelColumns;
+        weight += packed_elements<W>(tap->count);
     }
     return num_taps;
 }
@@ -46,14 +55,15 @@ TapGemm<float, W> product(const PlanThread& thread, const PlanTile& tile, int64_
     return gemm;
 }
 
-// W holds kDepth consecutive k of a column.
-template <class W, int64_t kDepth>
+template <class W>
 void multiply_by(const PlanThread& thread, const PlanTile& tile, float* to, int64_t stride, int64_t columns) {
     const PlanStep& step = tile.step;
-    const int64_t panel_stride = step.inner * kPanelColumns;
+    const int64_t panel_words = step.inner * kPanelColumns;
+    const int64_t panel_stride = panel_words * static_cast<int64_t>(sizeof(float) / sizeof(W));
     const int64_t first_panel = step.equal ? 0 : tile.first_panel * step.groups;
-    const W* weight = static_cast<const W*>(thread.plan.weights) + step.weight + first_panel * panel_stride;
-    const int64_t num_taps = list_taps<W, kDepth>(thread, tile, step.first_tap, step.first_tap + step.num_taps, weight);
+    const auto* words = static_cast<const float*>(thread.plan.weights) + step.weight + first_panel * panel_words;
+    const W* weight = reinterpret_cast<const W*>(words);
+    const int64_t num_taps = list_taps<W>(thread, tile, step.first_tap, step.first_tap + step.num_taps, weight);
     PlanValue start{};
     if (step.init >= 0) {
         start = thread.operand(tile, step.init, first_panel * kPanelColumns);
@@ -64,10 +74,13 @@ void multiply_by(const PlanThread& thread, const PlanTile& tile, float* to, int6
 }
 
 inline void multiply(const PlanThread& thread, const PlanTile& tile, float* to, int64_t stride, int64_t columns) {
-    if (thread.plan.bfloat16) {
-        multiply_by<BFloat16Pair, 2>(thread, tile, to, stride, columns);
-    } else {
-        multiply_by<float, 1>(thread, tile, to, stride, columns);
+    switch (tile.step.packing) {
+        case PlanPacking::floats:
+            return multiply_by<float>(thread, tile, to, stride, columns);
+        case PlanPacking::bfloat16:
+            return multiply_by<BFloat16Pair>(thread, tile, to, stride, columns);
+        case PlanPacking::int8:
+            return multiply_by<ScaledInt8>(thread, tile, to, stride, columns);
     }
 }
 

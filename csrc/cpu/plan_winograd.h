@@ -73,7 +73,7 @@ inline void add_others(const PlanThread& thread, const PlanTile& tile, float* to
     const int64_t filters = (step.filter_size + 1) * div_up(step.channels, kPanelColumns) * step.inner;
     const float* weight = static_cast<const float*>(thread.plan.weights) + step.weight +
                           (filters + tile.first_panel * inner) * step.groups * kPanelColumns;
-    const int64_t num_taps = list_taps<float, 1>(thread, tile, first, end, weight);
+    const int64_t num_taps = list_taps<float>(thread, tile, first, end, weight);
     tap_gemm(product<float>(thread, tile, num_taps, inner * kPanelColumns, {to, stride, 0}, to, stride, columns));
 }
 

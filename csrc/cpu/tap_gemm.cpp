@@ -43,6 +43,11 @@ template <class T, class W>
 using Kernel = Ahead (*)(const TapGemm<T, W>& gemm, int64_t row, int64_t panel, Ahead ahead);
 
 template <class W>
+constexpr bool kScaled = false;
+template <>
+constexpr bool kScaled<ScaledInt8> = true;
+
+template <class W>
 constexpr int kPerWord = 1;
 template <>
 constexpr int kPerWord<BFloat16Pair> = 2;
@@ -71,6 +76,16 @@ struct Weights<float, BFloat16Pair> {
         Vec<int32_t> words;
         __builtin_memcpy(&words, p, sizeof words);
         return reinterpret_cast<Vec<float>>(H == 0 ? words << 16 : words & -0x10000);
+    }
+};
+
+// The bytes as they are: sums take the powers of their columns when a tap is done.
+template <>
+struct Weights<float, ScaledInt8> {
+    FASTGEN_INLINE explicit Weights(const TapGemm<float, ScaledInt8>&) {}
+    template <int H>
+    FASTGEN_INLINE Vec<float> load(const ScaledInt8* p) const {
+        return load_bytes(&p->value);
     }
 };
 
@@ -164,6 +179,33 @@ Ahead kernel(const TapGemm<T, W>& gemm, int64_t row, int64_t panel, Ahead ahead)
 #pragma GCC unroll 16
         for (int i = 0; i < (R + 2) / 3; ++i) a[i] = tap->a + (row + 3 * i) * row_stride;
 
+        const W* const powers = b;
+        const auto power = [&](int v) __attribute__((always_inline)) {
+            const W* at = powers + (v / kVecsPerPanel) * b_panel_stride;
+            return load(reinterpret_cast<const T*>(at) + (v % kVecsPerPanel) * L);
+        };
+        if constexpr (kScaled<W>) {
+            b += kPowersBytes;
+            if (left != kTapGemmChunk) {  // what the chunk has of taps before
+#pragma GCC unroll 32
+                for (int v = 0; v < V; ++v) {
+                    const Vec<T> inverse = broadcast(T{1}) / power(v);
+#pragma GCC unroll 16
+                    for (int r = 0; r < R; ++r) acc[r][v] = acc[r][v] * inverse;
+                }
+            }
+        }
+        const auto scale = [&]() __attribute__((always_inline)) {
+            if constexpr (kScaled<W>) {
+#pragma GCC unroll 32
+                for (int v = 0; v < V; ++v) {
+                    const Vec<T> s = power(v);
+#pragma GCC unroll 16
+                    for (int r = 0; r < R; ++r) acc[r][v] = acc[r][v] * s;
+                }
+            }
+        };
+
         const auto prefetch = [&]() __attribute__((always_inline)) {
             if constexpr (R >= kMinRowsAhead) {
 #pragma GCC unroll 8
@@ -217,6 +259,7 @@ Ahead kernel(const TapGemm<T, W>& gemm, int64_t row, int64_t panel, Ahead ahead)
         bool upper = false;  // half of the word at b that is next
         for (int64_t k = tap->k; k > 0;) {
             if (left == 0) {
+                scale();
 #pragma GCC unroll 16
                 for (int r = 0; r < R; ++r)
 #pragma GCC unroll 32
@@ -248,6 +291,7 @@ Ahead kernel(const TapGemm<T, W>& gemm, int64_t row, int64_t panel, Ahead ahead)
                 if (upper) step(Half<0>{});
             }
         }
+        scale();
     }
 
     T* c = gemm.c + row * gemm.c_row_stride + col;
@@ -328,6 +372,7 @@ void run(const TapGemm<T, W>& gemm) {
 
 void tap_gemm(const TapGemm<float>& gemm) { run(gemm); }
 void tap_gemm(const TapGemm<float, BFloat16Pair>& gemm) { run(gemm); }
+void tap_gemm(const TapGemm<float, ScaledInt8>& gemm) { run(gemm); }
 void tap_gemm(const TapGemm<double>& gemm) { run(gemm); }
 void tap_gemm(const TapGemm<float, FilterLines<Combination::sum>>& gemm) { run(gemm); }
 void tap_gemm(const TapGemm<float, FilterLines<Combination::difference>>& gemm) { run(gemm); }

@@ -19,6 +19,14 @@
 // have b_k_stride = 16 and b_panel_stride = 16 * (sum of ceil(K_t / 2)). A bfloat16 is a float without its lower 16
 // bits, and the product is that of these floats: bit for bit the float product with the rounded weights.
 //
+// And in signed bytes, each times a power of two that a tap has for each column (ScaledInt8): the 16 powers of a panel,
+// then its bytes,
+//
+//     byte of B_t[k, j] = b[j / 16 * b_panel_stride + kPowersBytes + k * b_k_stride + j % 16]
+//
+// so that packed weights have b_k_stride = 16 and a tap takes kPowersBytes + 16 * K_t of a panel. Powers of two round
+// nothing: bit for bit the float product with what the bytes stand for.
+//
 // And they take the sum of several lines of floats, added as they are read (FilterLines): of the one at b and that
 // `second_line` floats on, or of four neighbours, (l0 + l1) + (l2 + l3) with `signs`. So weights of minimal filtering,
 // each of which goes into several sums, need not be multiplied in memory.
@@ -41,6 +49,12 @@ namespace fastgen {
 struct BFloat16Pair {
     uint32_t bits;
 };
+
+struct ScaledInt8 {
+    int8_t value;
+};
+
+inline constexpr int64_t kPowersBytes = 64;  // of a panel of a tap
 
 enum class Combination { sum, difference, all_four };
 enum class Signs { plus_plus, plus_minus, minus_plus, minus_minus };  // of the second pair, and in the pairs
@@ -101,6 +115,7 @@ struct TapGemm {
     namespace fastgen::ISA {                                                         \
     void tap_gemm(const TapGemm<float>& gemm);                                       \
     void tap_gemm(const TapGemm<float, BFloat16Pair>& gemm);                         \
+    void tap_gemm(const TapGemm<float, ScaledInt8>& gemm);                           \
     void tap_gemm(const TapGemm<double>& gemm);                                      \
     void tap_gemm(const TapGemm<float, FilterLines<Combination::sum>>& gemm);        \
     void tap_gemm(const TapGemm<float, FilterLines<Combination::difference>>& gemm); \

@@ -8,6 +8,7 @@
 //   kLanes<T>                    elements in a vector
 //   load, store                  unaligned
 //   load_n, store_n              the first n elements (0 <= n <= kLanes); the others read as zero and stay untouched
+//   load_bytes                   signed bytes as floats
 //   load_some, store_some        the same, faster where n is most often kLanes
 //   lanes_below<T>(n)            n within 0 and kLanes
 //   fma(a, b, c)                 a*b + c, rounded once where the processor has the instruction
@@ -137,6 +138,9 @@ FASTGEN_INLINE void store_n(float* p, Vec<float> v, int n) {
 FASTGEN_INLINE void store_n(double* p, Vec<double> v, int n) {
     _mm512_mask_storeu_pd(p, static_cast<__mmask8>((1u << n) - 1), v);
 }
+FASTGEN_INLINE Vec<float> load_bytes(const int8_t* p) {
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
 FASTGEN_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) { return _mm512_fmadd_ps(a, b, c); }
 FASTGEN_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) { return _mm512_fmadd_pd(a, b, c); }
 FASTGEN_INLINE Vec<float> max(Vec<float> a, Vec<float> b) { return _mm512_max_ps(a, b); }
@@ -180,6 +184,9 @@ FASTGEN_INLINE void store_n(double* p, Vec<double> v, int n) {
     }
     if (n & 1) _mm_store_sd(p, rest);
 }
+FASTGEN_INLINE Vec<float> load_bytes(const int8_t* p) {
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
 FASTGEN_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) { return _mm256_fmadd_ps(a, b, c); }
 FASTGEN_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) { return _mm256_fmadd_pd(a, b, c); }
 FASTGEN_INLINE Vec<float> max(Vec<float> a, Vec<float> b) { return _mm256_max_ps(a, b); }
@@ -198,6 +205,11 @@ FASTGEN_INLINE Vec<T> load_n(const T* p, int n) {
 template <class T>
 FASTGEN_INLINE void store_n(T* p, Vec<T> v, int n) {
     for (int i = 0; i < n; ++i) p[i] = v[i];
+}
+FASTGEN_INLINE Vec<float> load_bytes(const int8_t* p) {
+    Vec<float> v{};
+    for (int i = 0; i < kLanes<float>; ++i) v[i] = p[i];
+    return v;
 }
 #if defined(__FP_FAST_FMAF) && defined(__FP_FAST_FMA)
 FASTGEN_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {

@@ -19,9 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", metavar="CKPT", help="a model or training checkpoint (.safetensors)")
     shared.add_data(parser)
     parser.add_argument("--split", choices=("val", "train", "all"), default="val", help="which part (default: val)")
-    parser.add_argument(
-        "--precision", choices=("fp32", "bf16"), default="fp32", help="of the weights, as for sampling (default: fp32)"
-    )
+    shared.add_precision(parser)
     shared.add_vqvae(parser, "the model is a prior over the codes of this vqvae: the bound of both together")
     parser.add_argument("--batch-size", type=int, default=64, metavar="N", help="images at a time (default: 64)")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")

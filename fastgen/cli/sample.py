@@ -64,7 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--keep", choices=("top", "bottom", "left", "right"), help="the half that --known gives (default: top)"
     )
-    group.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of the weights (default: fp32)")
+    shared.add_precision(group)
     group.add_argument(
         "--backend", default="auto", metavar="NAME", help="auto, reference, cpu, triton or cuda (default: auto)"
     )

@@ -27,6 +27,11 @@ def add_vqvae(parser: Any, text: str) -> None:
     parser.add_argument("--vqvae", metavar="CKPT", help=text)
 
 
+def add_precision(parser: Any) -> None:
+    choices = ("fp32", "bf16", "int8")  # fastgen.sampling.precision.PRECISIONS, without importing torch
+    parser.add_argument("--precision", choices=choices, default="fp32", help="of the weights (default: fp32)")
+
+
 def check_range(flag: str, value: int, low: int, high: int) -> None:
     if not low <= value <= high:
         raise ValueError(f"{flag} must be in {low}..{high}, got {value}")

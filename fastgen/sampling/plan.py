@@ -30,6 +30,7 @@ from torch import Tensor
 
 from fastgen.sampling.graph import Stride, ratio
 from fastgen.sampling.heads import Head
+from fastgen.sampling.precision import BYTES
 from fastgen.sampling.schedule import Stage
 
 UNARY = tuple("copy neg abs relu elu expm1_of_minus_abs exp expm1 log sqrt erf tanh sigmoid".split())
@@ -229,7 +230,7 @@ class Plan:
     """Everything an executor needs, and nothing else.
 
     draws: one for each group of the head. conditions: the planes to be given for each batch, in tape order.
-    precision: of the weights, "fp32" or "bf16"; all else is float32.
+    precision: of the weights, see `fastgen.sampling.precision`; all else is float32.
     """
 
     image_shape: tuple[int, int, int]
@@ -241,9 +242,13 @@ class Plan:
     conditions: list[int] = field(default_factory=list)
     precision: str = "fp32"
 
-    def round_weights(self) -> None:
-        """Round the weights of products to bfloat16, to nearest even."""
-        self.precision = "bf16"
+    def round_weights(self, precision: str) -> None:
+        """Round the weights of products to bfloat16, to nearest even. For "int8" the trace has rounded those of the
+        network, which bfloat16 holds, too: others are left, such as the ones of a sum over channels.
+        """
+        self.precision = precision
+        if precision == "fp32":
+            return
         for step in self.steps:
             if step.weight is not None:
                 step.weight = step.weight.bfloat16().float()
@@ -309,7 +314,7 @@ class Plan:
     @property
     def weight_bytes(self) -> int:
         """Bytes of all weights."""
-        return (2 if self.precision == "bf16" else 4) * sum(s.macs for s in self.steps)
+        return BYTES[self.precision] * sum(s.macs for s in self.steps)
 
     @property
     def cache_bytes(self) -> int:

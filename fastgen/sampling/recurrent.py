@@ -18,6 +18,7 @@ from fastgen.sampling.graph import LayoutError, Linear, Pointwise, Ref, taps_of
 from fastgen.sampling.lowering import spatial
 from fastgen.sampling.orders import Order, rasters
 from fastgen.sampling.planes import pointwise_4d
+from fastgen.sampling.precision import rounded
 
 if TYPE_CHECKING:
     from fastgen.sampling.trace import Tracer
@@ -149,6 +150,8 @@ def lower(tracer: Tracer, name: str, args: tuple) -> tuple[Tensor, ...]:
         of_x, of_h, *biases = (
             p.detach().to("cpu", torch.float32).clone() for p in parameters[i * each : (i + 1) * each]
         )
+        if tracer.precision == "int8":
+            of_x, of_h = (rounded(weight, "int8", (0,)) for weight in (of_x, of_h))
         biases = biases or [torch.zeros(len(of_x))] * 2
         layer = _Layer(tracer, grid, offsets)
         states = LAYERS[name](layer, ref, of_x.t().contiguous(), of_h.t().contiguous(), *biases)
@@ -197,7 +200,10 @@ def row_lstm(tracer: Tracer, gates: Tensor, weight: Tensor) -> Tensor:
         raise LayoutError("with a weight that depends on the image, the labels or the condition")
     codes = tracer.codes(gates)
     columns, channels, size = weight.shape
-    taps = weight.detach().to("cpu", torch.float32).permute(2, 1, 0).contiguous()
+    weight = weight.detach().to("cpu", torch.float32)
+    if tracer.precision == "int8":
+        weight = rounded(weight, "int8", (0,))
+    taps = weight.permute(2, 1, 0).contiguous()
     layer = _Layer(tracer, codes, [(-1, 0)])
     product, from_above = layer.product(columns)
     node, before = layer.before(channels)

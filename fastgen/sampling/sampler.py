@@ -102,9 +102,10 @@ class Sampler:
             dtype are those of all others, its values need only be valid; where they say what attention sees, as the
             padding of a text does, they should hide as little as possible. Floats reach the model in its own dtype.
             For several tensors a tuple, or a dict by the names of the model's arguments.
-        precision: "fp32", or "bf16": the weights of products are rounded to bfloat16, activations and sums stay
-            float32. Half the memory traffic of a pixel; the samples are exactly those of the model with rounded
-            weights, which is not quite the same model.
+        precision: "fp32"; "bf16": the weights of products are rounded to bfloat16; or "int8": to integers of 8 bits
+            times a power of two, one for each output channel. Activations and sums stay float32. A half and a quarter
+            of the memory traffic of a pixel on the CPU (on a GPU a half with either); the samples are exactly those of
+            the model with rounded weights, which is not quite the same model: see `fastgen.bits_per_dim`.
         backend: "reference", "cpu", "triton" or "cuda" (for a model on a GPU), or "auto": what `fastgen.backend` or
             FASTGEN_BACKEND asks for, else Triton for a model on a GPU, else the CPU.
         max_batch: most samples drawn at a time; default: what fits a quarter of the memory of the machine, or of
@@ -146,8 +147,7 @@ class Sampler:
             executor = _select(self._subject.like)
         with _one_thread():
             self._compile()
-            if precision == "bf16":
-                self.plan.round_weights()
+            self.plan.round_weights(precision)
             with host_defaults(), _device(self._subject.like):
                 self._executor = executor(self.plan)
         self.max_batch = max_batch or _batch_that_fits(self._executor.sample_bytes, _memory_of(self._executor))
@@ -192,7 +192,7 @@ class Sampler:
                 labels = (torch.arange(TRACE_BATCH) % subject.num_classes).to(subject.like.device)
             conditions = {key: torch.stack([example] * TRACE_BATCH) for key, example in self._examples.items()}
         with evaluating(subject.module):
-            graph, self._tape = trace(subject, image, labels, conditions)
+            graph, self._tape = trace(subject, image, labels, conditions, self._precision)
         _check_finite(graph)
         with host_defaults():
             self.plan, self._conditions = compile_graph(graph, subject.head)

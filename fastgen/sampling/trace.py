@@ -55,6 +55,7 @@ from fastgen.sampling.graph import (
     UnsupportedModel,
 )
 from fastgen.sampling.orders import Order
+from fastgen.sampling.precision import weights_in
 from fastgen.sampling.subject import Conditions, Subject, host_defaults
 from fastgen.sampling.tape import TRACE_BATCH, Tape, storage_key, tensors_in, whole_storage, written
 
@@ -79,8 +80,9 @@ def _has_shape_by_values(func: Any, inputs: list[Tensor]) -> bool:
 class Tracer(TorchDispatchMode):
     """Builds a Graph from the calls made while the mode is active."""
 
-    def __init__(self, inputs: list[Tensor], names: str):
+    def __init__(self, inputs: list[Tensor], names: str, precision: str = "fp32"):
         super().__init__()
+        self.precision = precision
         self.graph = Graph(TRACE_BATCH)
         self.tape = Tape(inputs, names)
         self.log_softmaxes: dict[int, np.ndarray] = {}  # by node: see `fastgen.sampling.logits`
@@ -326,7 +328,11 @@ def _module_paths(root: nn.Module, tracer: Tracer) -> Iterator[None]:
 
 
 def trace(
-    subject: Subject, image: Tensor, labels: Tensor | None = None, conditions: Conditions | None = None
+    subject: Subject,
+    image: Tensor,
+    labels: Tensor | None = None,
+    conditions: Conditions | None = None,
+    precision: str = "fp32",
 ) -> tuple[Graph, Tape]:
     """Follow subject.forward(image, labels, conditions).
 
@@ -336,6 +342,7 @@ def trace(
             a supported model.
         labels: [TRACE_BATCH] or None.
         conditions: [TRACE_BATCH, ...] each, or None; nobody else's memory.
+        precision: that the weights are rounded to; "bf16" is left to the plan, which can round them one by one.
 
     Returns:
         the graph, its `output` set, and the tape of calls that depend on labels or condition alone.
@@ -346,7 +353,7 @@ def trace(
     conditions = conditions or {}
     inputs = [*([] if labels is None else [labels]), *conditions.values()]
     names = [*([] if labels is None else ["the labels"]), *(["the condition"] if conditions else [])]
-    tracer = Tracer(inputs, " or ".join(names))
+    tracer = Tracer(inputs, " or ".join(names), precision)
     with host_defaults():
         tracer.set_codes(image, tracer.add(Image("", *image.shape[1:])))
     with contextlib.ExitStack() as stack:
@@ -356,6 +363,8 @@ def trace(
         stack.enter_context(_module_paths(subject.module, tracer))
         stack.enter_context(_Watch(tracer))
         stack.enter_context(tracer)
+        if precision == "int8":
+            stack.enter_context(weights_in(precision))
         output = _forward(subject, tracer, image, labels, conditions)
     if output.dim() != 4 or output.shape[0] != TRACE_BATCH:
         raise UnsupportedModel(

@@ -284,8 +284,9 @@ def test_the_next_batch_of_a_size_begins_as_the_first(device):
     assert attends._executor.space(2, "ieee").planes.nbytes == 2 * attends._executor.sample_bytes
 
 
-def test_weights_in_bfloat16(device):
-    model, given = make(wide), {"precision": "bf16"}
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
+def test_rounded_weights(precision, device):
+    model, given = make(wide), {"precision": precision}
     assert_same(sampler(model, device, **given), model, given, 2, seed=1)
 
 

@@ -10,9 +10,9 @@ import torch
 
 from fastgen import backends
 
-WEIGHTS = ["float32", "float64", "bfloat16"]  # everything else is float32 where the weights are bfloat16
-PANEL = {"float32": 16, "float64": 8, "bfloat16": 16}
-ATOL = {"float32": 2e-5, "float64": 1e-13, "bfloat16": 2e-5}
+WEIGHTS = ["float32", "float64", "bfloat16", "int8"]  # everything else is float32 where the weights are of fewer bits
+PANEL = {"float32": 16, "float64": 8, "bfloat16": 16, "int8": 16}
+ATOL = {"float32": 2e-5, "float64": 1e-13, "bfloat16": 2e-5, "int8": 2e-5}
 
 
 @pytest.fixture(params=backends.native_cpu().isas())
@@ -30,12 +30,22 @@ def pairs(panels, counts):
     return torch.stack((bits[:, ::2], bits[:, 1::2]), -1).view(torch.int32).squeeze(-1)
 
 
+def scaled_bytes(panels, powers, counts):
+    """Integers [panels, K, 16] and powers of two [panels, taps, 16] -> uint8 [panels, bytes]: 16 powers of a tap, then
+    its integers.
+    """
+    taps = np.split(panels, np.cumsum(counts)[:-1], 1)
+    parts = [(powers[:, i].astype("float32"), tap.astype("int8")) for i, tap in enumerate(taps)]
+    return np.concatenate([p.reshape(len(p), -1).view("uint8") for pair in parts for p in map(np.array, pair)], 1)
+
+
 class Problem:
     """Random taps over one array, weights in panels, and the product in float64."""
 
     def __init__(self, weights, rows, cols, ks, *, row_stride=7, k_stride=1, packed=True, init=None, seed=0):
         generator = np.random.default_rng(seed)
-        self.weights, self.dtype = weights, "float32" if weights == "bfloat16" else weights
+        self.weights, self.dtype = weights, "float64" if weights == "float64" else "float32"
+        packed = packed or weights == "int8"  # which has no other form
         self.rows, self.cols, self.ks, self.packed, self.init = rows, cols, ks, packed, init
         self.row_stride, self.k_stride = row_stride, k_stride
         self.offsets = [5 * t for t in range(len(ks))]
@@ -45,14 +55,30 @@ class Problem:
         self.c0 = generator.standard_normal((rows, cols)).astype(self.dtype)
         if weights == "bfloat16":
             self.b = torch.from_numpy(self.b).bfloat16().float().numpy()
+        if weights == "int8":
+            self.integers = generator.integers(-128, 128, (sum(ks), cols))
+            self.powers = 2.0 ** generator.integers(-20, -6, (len(ks), cols))
+            self.b = (self.integers * self.powers.repeat(ks, 0)).astype("float32")
         self.pack()
 
     def pack(self):
         panel = PANEL[self.weights]
-        wide = np.pad(self.b, ((0, 0), (0, -self.cols % panel)))
+
+        def in_panels(b):
+            return np.ascontiguousarray(b.reshape(len(b), b.shape[1] // panel, panel).swapaxes(0, 1))
+
+        def padded(b):
+            return np.pad(b, ((0, 0), (0, -self.cols % panel)), constant_values=1)
+
+        wide = padded(self.b)
         self.words = self.ks  # rows of packed weights that a tap has
+        if self.weights == "int8":
+            self.words = [4 + k for k in self.ks]
+            self.packed_b = scaled_bytes(in_panels(padded(self.integers)), in_panels(padded(self.powers)), self.ks)
+            self.b_strides = (self.packed_b.shape[1], panel)
+            return
         if self.packed:
-            wide = np.ascontiguousarray(wide.reshape(len(wide), wide.shape[1] // panel, panel).swapaxes(0, 1))
+            wide = in_panels(wide)
         if self.weights == "bfloat16":
             wide = pairs(wide if self.packed else wide[None], self.ks).numpy()
             self.words = [(k + 1) // 2 for k in self.ks]
@@ -76,7 +102,9 @@ class Problem:
         for k, words, offset in zip(self.ks, self.words, self.offsets, strict=True):
             a = self.a.ctypes.data + (offset + rows[0] * self.row_stride) * item
             first = col0 // PANEL[self.weights] * b_panel_stride + word * b_k_stride
-            taps.append((a, self.row_stride, self.k_stride, k, self.packed_b.ctypes.data + first * item))
+            taps.append(
+                (a, self.row_stride, self.k_stride, k, self.packed_b.ctypes.data + first * self.packed_b.itemsize)
+            )
             word += words
         function = getattr(backends.native_cpu(), f"tap_gemm_{self.weights}")
         c = out[rows[0], col0:].ctypes.data
@@ -162,12 +190,13 @@ def test_bits_are_the_same_on_every_fused_instruction_set(weights):
         np.testing.assert_array_equal(result, results[i % len(CASES)][1], err_msg=isa)
 
 
+@pytest.mark.parametrize("weights", ["bfloat16", "int8"])
 @pytest.mark.parametrize("case", CASES)
-def test_bfloat16_weights_are_the_floats_they_round_to(case, isa):
-    bfloat16, float32 = Problem("bfloat16", **CASES[case]), Problem("float32", **CASES[case])
-    float32.b = bfloat16.b
+def test_weights_are_the_floats_they_stand_for(case, weights, isa):
+    few_bits, float32 = Problem(weights, **CASES[case]), Problem("float32", **CASES[case])
+    float32.b = few_bits.b
     float32.pack()
-    np.testing.assert_array_equal(bfloat16.run(), float32.run())
+    np.testing.assert_array_equal(few_bits.run(), float32.run())
 
 
 def test_set_isa_refuses_unknown_names():

@@ -286,14 +286,15 @@ def test_weights_are_taken_at_construction(mix: Callable) -> None:
     assert torch.equal(sampler.sample(7, **inputs), expected)
 
 
+@pytest.mark.parametrize("precision", ["bf16", "int8"])
 @pytest.mark.parametrize("mix", [gated, added, prior, both_together], ids=lambda f: f.__name__)
-def test_rounded_weights(mix: Callable) -> None:
+def test_rounded_weights(mix: Callable, precision: str) -> None:
     """Those between the condition and the features, too."""
     network, given, inputs = make(mix, 32)
-    images = Sampler(network, **given, condition=example(mix), precision="bf16").sample(32, **inputs)
-    with weights_in("bf16"):
+    images = Sampler(network, **given, condition=example(mix), precision=precision).sample(32, **inputs)
+    with weights_in(precision):
         assert torch.equal(naive_sample(network, 32, **given, **inputs), images)
-    assert audit(network, images, **given, **inputs, precision="bf16").ok
+    assert audit(network, images, **given, **inputs, precision=precision).ok
 
 
 @pytest.mark.parametrize("mix", [gated, added, prior], ids=lambda f: f.__name__)

@@ -16,6 +16,7 @@ from fastgen.sampling import Bernoulli, Categorical, Sampler, audit, naive_sampl
 from fastgen.sampling.executors.cuda import CudaExecutor, Strategy
 from fastgen.sampling.executors.operands import Operands
 from fastgen.sampling.executors.pixel_tables import DEPTH, DRAW, PixelTables
+from fastgen.sampling.precision import PRECISIONS
 from tests.kernels import attending
 
 from .host_team import Watch, host_sampler, program
@@ -106,7 +107,7 @@ def test_pixelcnnpp_equals_the_cpu(image_shape: tuple[int, int, int]) -> None:
     assert_same(images, Sampler(model, backend="cpu").sample(3, seed=1), model, seed=1)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_several_blocks_and_tiles(precision: str) -> None:
     model = wide()
     images = host_sampler(model, precision=precision).sample(2, seed=1)
@@ -340,7 +341,7 @@ def test_models_on_a_gpu(name: str) -> None:
 
 @pytest.mark.gpu
 @needs_clusters
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", PRECISIONS)
 def test_batches_and_strategies_on_a_gpu(precision: str) -> None:
     model = wide()
     expected = Sampler(model, precision=precision, backend="cpu").sample(70, seed=4)

@@ -12,6 +12,7 @@ from fastgen.models import PixelCNNpp
 from fastgen.sampling import Categorical, Sampler, audit, naive_sample
 from fastgen.sampling.executors import winograd
 from fastgen.sampling.plan import Plan
+from fastgen.sampling.precision import PRECISIONS
 from tests.sampling.parameters import errors, params_of_known
 
 ISAS = backends.native_cpu().isas() if backends.import_error("_cpu") is None else []
@@ -102,14 +103,14 @@ def test_bits_depend_on_no_batch_thread_or_instruction_set(size: int) -> None:
             native.set_isa("")
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", PRECISIONS)
 @pytest.mark.parametrize("shape", [(3, 6, 8), (1, 4, 12)])
 def test_samples_of_small_networks(
     shape: tuple[int, int, int], precision: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With channels that fill no panel, class labels, and levels of several strides."""
     monkeypatch.setattr(winograd, "LEAST_CHANNELS", 1)
-    monkeypatch.setattr(winograd, "LEAST_WIDTH", {"fp32": 2, "bf16": 2})
+    monkeypatch.setattr(winograd, "LEAST_WIDTH", dict.fromkeys(PRECISIONS, 2))
     torch.manual_seed(1)
     model = PixelCNNpp(image_shape=shape, levels=16, num_filters=7, num_blocks=1, num_mixtures=2, num_classes=3).eval()
     model.initialize(torch.randint(16, (8, *shape), dtype=torch.uint8), torch.arange(8) % 3)

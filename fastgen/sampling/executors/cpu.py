@@ -23,7 +23,8 @@ CHUNKS, CHUNK_SECONDS = 8, 0.005
 # the bytes of these weights: a core's own cache keeps up with one, the shared cache and memory need more
 # (2 * FLOP/s of a core / bytes/s to it).
 SAMPLES_PER_THREAD = ((1 << 20, 1), (16 << 20, 4), (math.inf, 16))
-# A team is worth its barriers where a step takes one thread this long; estimated from the weights and these rates.
+# A team is worth its barriers where a step of a pixel, and what rows have for it, take one thread this long; estimated
+# from the weights and these rates.
 TEAM_STEP_SECONDS = 2e-6
 CORE_BYTES_PER_SECOND = 5e10
 CORE_FLOPS = 1e11
@@ -121,8 +122,13 @@ class CpuExecutor:
         needed = next(samples for limit, samples in SAMPLES_PER_THREAD if size <= limit)
         parts = max(1, min(threads, count, count * streams // needed))
         team = threads // parts
-        pixel_seconds = max(size / CORE_BYTES_PER_SECOND, count * streams / parts * size / 2 / CORE_FLOPS)
-        if team > 1 and pixel_seconds < TEAM_STEP_SECONDS * self._tables.barriers:
+        seconds = max(
+            size / CORE_BYTES_PER_SECOND, count * streams / parts * 2 * self._tables.pixel_weights / CORE_FLOPS
+        )
+        if count < threads:  # without a team some of them have nothing to do, in the row stage either
+            pixels = math.prod(self.plan.image_shape[1:])
+            seconds += count * streams * self._tables.row_flops / pixels / CORE_FLOPS
+        if team > 1 and seconds < TEAM_STEP_SECONDS * self._tables.barriers:
             parts, team = min(threads, count), 1
         edges = [count * i // parts for i in range(parts + 1)]
         return [(a, b - a) for a, b in zip(edges[:-1], edges[1:], strict=True)], team

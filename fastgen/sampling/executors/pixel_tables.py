@@ -60,7 +60,7 @@ class PixelTables:
             "width": width,
             "num_levels": head.levels,
             "components": head.components if isinstance(head, LogisticMixture) else 0,
-            "bfloat16": int(plan.precision == "bf16"),
+            "bfloat16": int(plan.precision != "fp32"),
             "head": HEADS.index(type(head).__name__.lower()),
         }
 
@@ -72,7 +72,7 @@ class PixelTables:
             (operand, d.count, g.colours.start, len(g.colours), g.uniforms.start, len(g.uniforms))
             for d, g, operand in groups
         ]
-        dtype = torch.bfloat16 if plan.precision == "bf16" else torch.float32
+        dtype = torch.float32 if plan.precision == "fp32" else torch.bfloat16
         weights = torch.cat([w.flatten().to(dtype) for w in self._weights] or [torch.zeros(1, dtype=dtype)])
         self._weights.clear()
         return {

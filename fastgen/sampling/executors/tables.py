@@ -13,14 +13,16 @@ from fastgen.sampling.executors import Batch
 from fastgen.sampling.executors.winograd import find_filters
 from fastgen.sampling.heads import LogisticMixture
 from fastgen.sampling.plan import PRIMITIVES, Attention, Plan, Read, Step, StepTap, Store
+from fastgen.sampling.precision import LARGEST, powers
 from fastgen.sampling.schedule import Stage
 
 PANEL = 16  # columns that are packed together
+PACKINGS = ("floats", "bfloat16", "int8")  # enum PlanPacking
 OPS = {op: i for i, op in enumerate(("acc", "load", "const", *PRIMITIVES))}  # enum PlanOp
 COLUMNS = {
     "planes": 10,
     "addresses": 8,
-    "steps": 34,
+    "steps": 35,
     "taps": 2,
     "instrs": 6,
     "stores": 2,
@@ -40,7 +42,6 @@ class PlanTables:
 
     def __init__(self, plan: Plan):
         self.plan = plan
-        self.depth = 2 if plan.precision == "bf16" else 1  # rows of a weight that share a word
         # The row stage leaves partial sums in the order in which the columns of the step that goes on from them are
         # packed.
         self.partial = {s.init.plane: s for s in plan.steps if s.init is not None}
@@ -70,6 +71,8 @@ class PlanTables:
         self.steps = [self._step(s, w) for s, w in zip(self.ordered, written, strict=True)]
         weights = zip(self.ordered, self.weights, strict=True)
         self.pixel_weight_bytes = sum(4 * w.numel() for s, w in weights if s.stage == Stage.PIXEL)
+        self.pixel_weights = sum(s.macs for s in plan.steps if s.stage == Stage.PIXEL)
+        self.row_flops = sum(round(2 * s.all_macs * plan.positions(s)) for s in plan.row_steps())  # of a sample
 
     def packed_weights(self) -> Tensor:
         """All weights in one piece, 4 bytes each element; they leave the tables."""
@@ -126,7 +129,6 @@ class PlanTables:
             "end_column": columns.stop,
             "workspace": self.workspace,
             "buffers": self.buffers,
-            "bfloat16": int(self.depth == 2),
         }
 
     def fill(self, batch: Batch, first: int, count: int) -> Tensor:
@@ -176,12 +178,13 @@ class PlanTables:
         if filters is None:
             taps = list(step.taps)
             weight = step.weight if step.weight is not None else torch.zeros(0, layout.groups * layout.width)
-            packed = self._pack(weight, step, layout)[: 1 if equal else None]
+            packed, packing = self._pack(weight, step, layout)
+            packed = packed[: 1 if equal else None]
             inner = packed.shape[1]
         else:
             taps = filters.taps + filters.rest
             parts = [_pack_columns(w, layout).flatten() for w in (*filters.weights, filters.rest_weight)]
-            packed, inner = torch.cat(parts), len(filters.weights[0])
+            packed, inner, packing = torch.cat(parts), len(filters.weights[0]), "floats"
         self.taps += [(self._address(step, t), t.count) for t in taps]
         self.weights.append(packed)
         self.num_weights += packed.numel()
@@ -201,7 +204,7 @@ class PlanTables:
             *((0, 0) if filters is None else (filters.size, len(filters.taps))),
             *(bias_offset, init),
             *((0, 2) if filters else self._strides(step, first_address)),
-            *(attention, int(equal)),
+            *(attention, int(equal), PACKINGS.index(packing)),
         )
 
     def _attention(self, step: Step, of: Attention) -> int:
@@ -249,10 +252,18 @@ class PlanTables:
                 address = self._address(step, instr.read)
             self.instrs.append((OPS[instr.op], a, instr.b, buffer, address, in_place.get(i, -1)))
 
-    def _pack(self, weight: Tensor, step: Step, layout: Step) -> Tensor:
-        """[K, groups * width] -> [panels * groups, rows, PANEL] of float32, or of int32 words of two bfloat16."""
-        packed = _pack_columns(weight, layout)
-        return packed if self.depth == 1 else _pair_rows(packed, [t.count for t in step.taps])
+    def _pack(self, weight: Tensor, step: Step, layout: Step) -> tuple[Tensor, str]:
+        """[K, groups * width] -> [panels * groups, rows, PANEL] of 4 bytes, and what they are.
+
+        Of integers bytes are packed for pixel steps alone: for a row's products it is multiplications that take long.
+        """
+        columns, counts, precision = _pack_columns(weight, layout), [t.count for t in step.taps], self.plan.precision
+        if precision == "fp32":
+            return columns, "floats"
+        in_bytes = None
+        if precision == "int8" and step.stage == Stage.PIXEL:
+            in_bytes = _in_bytes(columns, counts)
+        return (_pair_rows(columns, counts), "bfloat16") if in_bytes is None else (in_bytes, "int8")
 
 
 def _equal_columns(step: Step) -> bool:
@@ -291,6 +302,25 @@ def _pair_rows(packed: Tensor, counts: Sequence[int]) -> Tensor:
     rows = torch.cat(taps, dim=1)
     pairs = rows.bfloat16().view(len(rows), rows.shape[1] // 2, 2, PANEL).permute(0, 1, 3, 2).contiguous()
     return pairs.view(torch.int32).squeeze(-1)
+
+
+def _in_bytes(packed: Tensor, counts: Sequence[int]) -> Tensor | None:
+    """float32 [panels, K, PANEL] -> int32 [panels, rows, PANEL], where each column of a tap is integers of a byte times
+    a power of two: of each tap the powers and the bytes, row by row, up to a multiple of 64 bytes;
+    csrc/cpu/tap_gemm.h.
+    """
+    if not packed.numel():
+        return None
+    parts = []
+    for tap in packed.split(list(counts), dim=1):
+        power = powers(tap.abs().amax(dim=1, keepdim=True))
+        integers = tap / power
+        if not torch.equal(integers, integers.round()) or integers.abs().max() > LARGEST:
+            return None
+        parts += [power.view(torch.uint8).flatten(1), integers.to(torch.int8).flatten(1).view(torch.uint8)]
+    rows = torch.cat(parts, 1)
+    rows = torch.nn.functional.pad(rows, (0, -rows.shape[1] % (4 * PANEL)))
+    return rows.view(torch.int32).view(len(packed), -1, PANEL)
 
 
 def _assign_buffers(step: Step) -> list[int]:

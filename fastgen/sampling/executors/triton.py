@@ -107,7 +107,7 @@ class TritonExecutor:
         self.sample_bytes = 4 * tables.floats
         self._row_fields = tables.integers(tables.row_fields, torch.int64).to(self.device)
         self._fields = tables.integers(tables.fields, torch.int32).to(self.device)
-        dtype = torch.bfloat16 if plan.precision == "bf16" else torch.float32
+        dtype = torch.float32 if plan.precision == "fp32" else torch.bfloat16
         self._weight = _joined(tables.weights, dtype).to(self.device)
         self._row_weight = _parts(_joined(tables.row_weights, torch.float32), plan.precision).to(self.device)
         self._bias = _joined(tables.biases, torch.float32).to(self.device)
@@ -202,7 +202,7 @@ class TritonExecutor:
         turns = sum(-(-t.count // kernels.CHANNELS) for t in step.taps)
         weight, parts = self._weight, 0
         if step.stage == Stage.ROW and step.groups > 0:
-            weight, parts = self._row_weight, 1 if self.plan.precision == "bf16" else _PARTS[space.precision]
+            weight, parts = self._row_weight, _PARTS[space.precision] if self.plan.precision == "fp32" else 1
         arguments = (
             space.planes, space.where, self._fields, weight.view(-1)[launch.weight :], self._bias[launch.bias :],
             self._constants[launch.constant :], launch.operand, launch.init, launch.first, turns, weight.shape[-1],

@@ -29,7 +29,7 @@ from fastgen.sampling.schedule import Stage
 LEAST_CHANNELS = 64  # of taps and outputs: below, transforming the data costs more than is saved
 # The weights of these products are float32, and more. In place of bfloat16 they gain where the multiplications of one
 # image's row take longer than fetching the weights: in rows this wide.
-LEAST_WIDTH = {"fp32": 2, "bf16": 32}
+LEAST_WIDTH = {"fp32": 2, "bf16": 32, "int8": 32}
 
 # By r, what the products multiply the data by: factors of the taps of g, with the sign that the product has in y. First
 # those that both outputs share, then that of y0, then that of y1.
