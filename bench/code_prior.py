@@ -133,7 +133,7 @@ def build(options: dict[str, Any], batch: int, guided: bool, compiler: str) -> W
         "backend": "cpu",
     }
     sampler = fastgen.Sampler(prior, **given)
-    half = fastgen.Sampler(prior, precision="bf16", **given)
+    rounded = {p: fastgen.Sampler(prior, precision=p, **given) for p in ("bf16", "int8")}
     images, labels = torch.randint(codes, (batch, side, side)), torch.randint(CLASSES, (batch,)) if guided else None
     drawn = {"labels": labels, "guidance_scale": GUIDANCE, "null_labels": CLASSES} if guided else {}
     note = f"estimate: one forward pass times the {side * side} passes of the loop"
@@ -150,8 +150,10 @@ def build(options: dict[str, Any], batch: int, guided: bool, compiler: str) -> W
             partial(cached_loop, prior, batch, step, labels), baseline=True, note="a cache of fixed size"
         ),
         "fastgen": Provider(partial(sampler.sample, batch, **drawn), extra={"weight_bytes": sampler.weight_bytes}),
-        "fastgen bf16": Provider(partial(half.sample, batch, **drawn), note="weights in bfloat16"),
     }
+    for precision, other in rounded.items():
+        note, size = f"weights in {precision}", {"weight_bytes": other.weight_bytes}
+        providers[f"fastgen {precision}"] = Provider(partial(other.sample, batch, **drawn), note=note, extra=size)
     read = sampler.weight_bytes * side * side  # once for each code
     return Work(providers, flops=sampler.plan.flops * batch * (2 if guided else 1), bytes=read)
 

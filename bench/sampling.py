@@ -26,7 +26,7 @@ class Subject:
     """A model to sample.
 
     whole_loop: small enough to run the naive loop to its end. large: measured on all threads only, and sampled with
-    weights in bfloat16 and with the other instruction sets as well.
+    rounded weights and with the other instruction sets as well.
     """
 
     name: str
@@ -136,9 +136,12 @@ def variants(model: nn.Module, sampler: Any, batch: int) -> dict[str, Provider]:
     import fastgen
     from fastgen import backends
 
-    half = fastgen.Sampler(model, max_batch=batch, backend="cpu", precision="bf16")
-    bytes_of = {"workspace_bytes": half.sample_bytes * batch, "weight_bytes": half.weight_bytes}
-    found = {"fastgen bf16": Provider(partial(half.sample, batch), note="weights in bfloat16", extra=bytes_of)}
+    found = {}
+    for precision in ("bf16", "int8"):
+        rounded = fastgen.Sampler(model, max_batch=batch, backend="cpu", precision=precision)
+        bytes_of = {"workspace_bytes": rounded.sample_bytes * batch, "weight_bytes": rounded.weight_bytes}
+        note = f"weights in {precision}"
+        found[f"fastgen {precision}"] = Provider(partial(rounded.sample, batch), note=note, extra=bytes_of)
     for isa in ("avx2", "baseline"):
         # The portable kernels have a quarter of the rate: one batch size shows it.
         if isa in backends.native_cpu().isas() and (isa == "avx2" or batch == 1):
