@@ -161,7 +161,7 @@ struct PlanTables {
     const float* attention_floats;
     const PlanDraw* draws;  // one per group of colours
     const PlanEncoding* encodings;
-    const void* weights;  // float, or bfloat16 in pairs
+    const void* weights;  // each step's in its packing
     const float* biases;
     const float* constants;  // each one 16 times
     const float* tables;     // of the encodings

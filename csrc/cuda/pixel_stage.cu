@@ -40,7 +40,8 @@ __device__ uint32_t pair(float a, float b) {
 __device__ float low_of(uint32_t both) { return __uint_as_float(both << 16); }
 __device__ float high_of(uint32_t both) { return __uint_as_float(both & 0xffff0000u); }
 
-// Three bfloat16 numbers have the 24 bits of a float: parts[0] + parts[1] + parts[2] is (a, b).
+// Three bfloat16 numbers have the 24 bits of a float: parts[0] + parts[1] + parts[2] is (a, b). Of infinity the others
+// are NaN, and so is a product that float32 would have as infinite.
 __device__ void split(float a, float b, uint32_t parts[3]) {
 #pragma unroll
     for (int i = 0; i < 3; ++i) {

@@ -21,6 +21,7 @@ HELP = "draw images from a checkpoint"
 EXAMPLES = """examples:
   fastgen sample model.safetensors -n 64 -o grid.png
   fastgen sample model.safetensors -n 100 --labels 7 --temperature 0.9 -o sevens.png
+  fastgen sample model.safetensors -n 100 --labels 7 --guidance-scale 2 -o typical_sevens.png
   fastgen sample model.safetensors -n 10000 -o samples.npz --audit
   fastgen sample model.safetensors -n 16 --known digits --keep top -o completions.png
   fastgen sample prior.safetensors --vqvae vqvae.safetensors -n 64 -o grid.png
@@ -29,8 +30,8 @@ SUFFIXES = (".png", ".npy", ".npz")
 BYTES_BESIDE = 32  # that a sample takes beside its levels: labels, and numbers they are made of
 # options of the sampler of pixel models, with their defaults
 SAMPLER_OPTIONS = {
-    "temperature": 1.0, "top_k": None, "top_p": None, "known": None, "keep": None, "precision": "fp32",
-    "backend": "auto", "max_batch": None, "vqvae": None, "audit": False,
+    "temperature": 1.0, "top_k": None, "top_p": None, "guidance_scale": 1.0, "null_label": None, "known": None,
+    "keep": None, "precision": "fp32", "backend": "auto", "max_batch": None, "vqvae": None, "audit": False,
 }  # fmt: skip
 
 
@@ -57,6 +58,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--top-k", type=int, metavar="K", help="draw from the K likeliest levels or codes alone")
     group.add_argument(
         "--top-p", type=float, metavar="P", help="from the fewest, likeliest first, whose probabilities sum to P"
+    )
+    group.add_argument(
+        "--guidance-scale", type=float, default=1.0, metavar="W",
+        help="above 1: images more typical of their class; for models trained with --label-dropout (default: 1)",
+    )  # fmt: skip
+    group.add_argument(
+        "--null-label",
+        type=int,
+        metavar="L",
+        help="the class that --guidance-scale leads away from (default: the last)",
     )
     group.add_argument(
         "--known", metavar="SPEC", help="complete the held-out images of these data (also conditional_vae)"
@@ -90,7 +101,7 @@ def run(options: argparse.Namespace) -> int:
     labels, known, mask = _given(options, model, vqvae)
     sampler = fastgen.Sampler(model, precision=options.precision, backend=options.backend, max_batch=options.max_batch)
     draw = {"seed": options.seed, "start": options.start, "labels": labels, "temperature": options.temperature}
-    draw |= {"top_k": options.top_k, "top_p": options.top_p}
+    draw |= {"top_k": options.top_k, "top_p": options.top_p, **_guidance(options, model)}
     images = sampler.sample(options.n, **draw, known=known, mask=mask, progress=not options.quiet)
     pictures = images if vqvae is None else vqvae.render(images, progress=not options.quiet)
     _write(options, pictures, (vqvae or model).levels, labels)
@@ -153,6 +164,9 @@ def _given(
         labels = _parse_labels(options.labels)
     elif model.num_classes is not None:
         labels = in_turn(options.n, options.start, model.num_classes)
+        if null := _guidance(options, model):
+            labels = in_turn(options.n, options.start, model.num_classes - 1)
+            labels += labels >= null["null_labels"]
     if options.known is None:
         return labels, None, None
     data = shared.load_for(vqvae or model, options.known, "val", not options.quiet)
@@ -161,6 +175,19 @@ def _given(
     mask = half(options.keep or "top", *model.image_shape[1:])
     images = data.images[index] if vqvae is None else vqvae.encode(data.images)[index]
     return labels if own is None else own[index], images, mask
+
+
+def _guidance(options: argparse.Namespace, model: Any) -> dict[str, Any]:
+    """The arguments of a draw that is led away from a class."""
+    if options.guidance_scale == 1:
+        if options.null_label is not None:
+            raise ValueError("--null-label: without --guidance-scale nothing leads away from it")
+        return {}
+    if model.num_classes is None:
+        raise ValueError("--guidance-scale: the model has no classes")
+    null = model.num_classes - 1 if options.null_label is None else options.null_label
+    shared.check_range("--null-label", null, 0, model.num_classes - 1)
+    return {"guidance_scale": options.guidance_scale, "null_labels": null}
 
 
 def _parse_labels(text: str) -> Tensor | int:

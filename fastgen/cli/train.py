@@ -82,6 +82,11 @@ TRAINING_OPTIONS = {
     "warmup": ("warmup", "fraction of the run that warms up (not gan, dcgan)"),
     "weight_decay": ("weight_decay", "decoupled weight decay (not gan, dcgan)"),
     "clip_norm": ("clip_norm", "largest gradient norm (not gan, dcgan)"),
+    "label_dropout": (
+        "label_dropout",
+        "share of labels replaced by one more class, the last, for 'fastgen sample --guidance-scale'; 0.1 is usual "
+        "(not gan, dcgan)",
+    ),
     "ema_decay": ("ema_decay", "decay of the moving average of the weights, which is what is kept"),
     "validate_every": ("validate_every", "steps between validations (not gan, dcgan)"),
     "sample_every": ("sample_every", "steps between sample grids"),
@@ -249,7 +254,9 @@ def model_arguments(options: argparse.Namespace, kind: type, train_data: Any, ow
     takes = inspect.signature(kind).parameters
     arguments: dict[str, Any] = {"image_shape": train_data.image_shape, "levels": train_data.levels}
     if "num_classes" in takes and train_data.num_classes is not None and not options.unconditional:
-        arguments["num_classes"] = train_data.num_classes
+        arguments["num_classes"] = train_data.num_classes + bool(options.label_dropout)
+    elif options.label_dropout:
+        raise ValueError("--label-dropout: the data have no labels, or the model takes none")
     arguments |= own
     for name in MODEL_OPTIONS:
         value = getattr(options, name)

@@ -50,6 +50,13 @@ def labels_for(model: torch.nn.Module, data: Data) -> Tensor | None:
     return None if getattr(model, "num_classes", None) is None else data.labels
 
 
+def drop_labels(labels: Tensor, nothing: int, share: float, seed: int, number: int) -> Tensor:
+    """The labels of a batch, a share of them replaced by the class that stands for none."""
+    generator = torch.Generator().manual_seed(subseed(seed, "label dropout", number))
+    dropped = torch.rand(len(labels), generator=generator) < share
+    return labels.masked_fill(dropped.to(labels.device), nothing)
+
+
 def check_kind(model: torch.nn.Module, kind: type, function: str) -> None:
     """
     Raises:

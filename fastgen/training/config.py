@@ -91,6 +91,8 @@ class TrainConfig(RunConfig):
         warmup: fraction of the limit that the warm-up takes.
         weight_decay: decoupled weight decay, per step ``learning_rate * weight_decay``.
         clip_norm: gradients (of bits per dimension) are scaled down to this norm.
+        label_dropout: the share of labels that are replaced by the last class, which then stands for none, so that the
+            model can be drawn from with classifier-free guidance: Ho and Salimans 2022, algorithm 1, p_uncond.
         validate_every: steps between validations, each with a line in the log.
 
     Raises:
@@ -100,15 +102,17 @@ class TrainConfig(RunConfig):
     warmup: float = 0.03
     weight_decay: float = 0.0
     clip_norm: float = 1.0
+    label_dropout: float = 0.0
     validate_every: int = 250
 
-    FIXED: ClassVar[tuple[str, ...]] = (*RunConfig.FIXED, "warmup", "weight_decay", "clip_norm")
+    FIXED: ClassVar[tuple[str, ...]] = (*RunConfig.FIXED, "warmup", "weight_decay", "clip_norm", "label_dropout")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_counts("validate_every")
         self._check_above_0("clip_norm")
         self._check_range("warmup", 1)
+        self._check_range("label_dropout", 1)
         self._check_range("weight_decay", math.inf)
 
     def learning_rate_at(self, step: int, seconds: float) -> float:

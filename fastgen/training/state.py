@@ -139,8 +139,9 @@ def read_run(
     saved = training["config"] | {"number of training images": training["num_images"]}
     wanted = config.as_dict() | {"number of training images": num_images}
     for name in (*config.FIXED, "number of training images"):
-        if saved[name] != wanted[name]:
-            raise ValueError(f"{path}: cannot resume: {name} was {saved[name]}, this run has {wanted[name]}")
+        was = saved.get(name, getattr(type(config), name, None))  # options that came later had their default
+        if was != wanted[name]:
+            raise ValueError(f"{path}: cannot resume: {name} was {was}, this run has {wanted[name]}")
     return tensors, training
 
 

@@ -17,7 +17,7 @@ import torch
 
 from fastgen.metrics import bits_per_dim
 from fastgen.models import VAE, VQVAE, AdversarialModel
-from fastgen.training.batches import Data, batch, check_data, labels_for
+from fastgen.training.batches import Data, batch, check_data, drop_labels, labels_for
 from fastgen.training.config import TrainConfig
 from fastgen.training.run import Run, SampleGrid, prepare_folder
 from fastgen.training.state import State
@@ -95,6 +95,18 @@ def initialize(model: torch.nn.Module, data: Data, config: TrainConfig) -> None:
         cast(Any, model).initialize(*batch(model, data, 0, config.batch_size, config.seed))
 
 
+def _check_nothing(model: torch.nn.Module, data: Data) -> None:
+    """
+    Raises:
+        ValueError: the model has no class beside those of the data, which would stand for none.
+    """
+    labels, num_classes = labels_for(model, data), getattr(model, "num_classes", None)
+    if labels is None or num_classes is None:
+        raise ValueError("label_dropout: the model is not conditional on classes")
+    if int(labels.max()) == num_classes - 1:
+        raise ValueError(f"label_dropout: the last of {num_classes} classes stands for none, but the data have it")
+
+
 class LikelihoodRun(Run):
     """One call of `train`; of the other functions that train on a likelihood, subclasses."""
 
@@ -114,6 +126,8 @@ class LikelihoodRun(Run):
         check_data(state.model, train_data, "train_data")
         if val_data is not None:
             check_data(state.model, val_data, "val_data")
+        if config.label_dropout:
+            _check_nothing(state.model, train_data)
         super().__init__(state, config, train_data, prepare_folder(state.model, out, resume), sample_grid)
         self.val_data = val_data
 
@@ -130,7 +144,11 @@ class LikelihoodRun(Run):
 
     def step(self) -> dict[str, float]:
         state, config = self.state, self.config
-        bits, norm = state.update(*batch(state.model, self.data, state.step, config.batch_size, config.seed))
+        images, labels = batch(state.model, self.data, state.step, config.batch_size, config.seed)
+        if config.label_dropout and labels is not None:
+            nothing = cast(Any, state.model).num_classes - 1
+            labels = drop_labels(labels, nothing, config.label_dropout, config.seed, state.step)
+        bits, norm = state.update(images, labels)
         return {**(state.figures or {"bits_per_dim": bits}), "gradient_norm": norm}
 
     def report(self) -> None:

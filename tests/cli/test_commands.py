@@ -194,6 +194,25 @@ def test_the_likeliest_levels_alone(here: Path) -> None:
     assert not np.array_equal(np.load("some.npy"), np.load("all.npy"))
 
 
+def test_guidance(here: Path) -> None:
+    train = "train gated_pixelcnn --data digits --num-filters 4 --num-blocks 1 --kernel-size 3 --steps 2 --batch-size 8"
+    assert main([*train.split(), "--label-dropout", "0.2", "--out", "run", "--quiet"]) == 0
+    path = "run/model.safetensors"
+    model = fastgen.load(path)
+    assert model.num_classes == 11
+    sample = ["sample", path, "-n", "12", "--quiet", "--audit", "--guidance-scale", "3", "-o", "s.npz"]
+    for arguments, labels, null in [
+        ([], torch.arange(12) % 10, 10),
+        (["--null-label", "4"], torch.tensor([0, 1, 2, 3, 5, 6, 7, 8, 9, 10, 0, 1]), 4),
+        (["--labels", "10"], torch.full((12,), 10), 10),
+    ]:
+        assert main([*sample, *arguments]) == 0
+        expected = fastgen.Sampler(model).sample(12, labels=labels, guidance_scale=3.0, null_labels=null)
+        with np.load("s.npz") as saved:
+            assert np.array_equal(saved["labels"], labels.numpy())
+            assert np.array_equal(saved["images"], expected.numpy())
+
+
 @pytest.mark.parametrize("keep", ["top", "bottom", "left", "right"])
 def test_completions_keep_the_given_half(here: Path, keep: str) -> None:
     path = checkpoint(here)
@@ -256,6 +275,16 @@ BAD = [
     ("sample {m} --top-k 0", "top_k must be in 1..2147483647, got 0"),
     ("sample {m} --top-p 2", "top_p must be above 0 and at most 1, got 2.0"),
     ("sample {g} --top-k 3", "gan has no option --top-k"),
+    ("sample {m} --guidance-scale 2", "--guidance-scale: the model has no classes"),
+    ("sample {c} --guidance-scale 2 --null-label 10", "--null-label must be in 0..9, got 10"),
+    ("sample {c} --guidance-scale nan", "guidance_scale must be finite, got nan"),
+    ("sample {c} --null-label 3", "--null-label: without --guidance-scale nothing leads away from it"),
+    ("sample {v} --guidance-scale 2", "conditional_vae has no option --guidance-scale"),
+    ("train gated_pixelcnn --data patches --label-dropout 0.1", "--label-dropout: the data have no labels"),
+    (
+        "train gated_pixelcnn --data digits --label-dropout 1 --quiet",
+        "--label-dropout: expected a number of at least 0",
+    ),
     ("sample {m} --keep left", "--keep: the half of which images? --known says it"),
     ("sample {v} --known digits --keep left", "conditional_vae has no option --keep"),
     ("sample {v}", "--known: expected a data set, whose validation images (top) are completed"),

@@ -257,6 +257,51 @@ def test_a_run_with_dropout_resumes_bitwise(tmp_path):
     assert_same_run(tmp_path / "parts", tmp_path / "whole")
 
 
+def test_dropped_labels_are_functions_of_seed_and_step():
+    """Of 22 images in batches of 5; the validation has them all."""
+
+    class Spied(GatedPixelCNN):
+        def log_prob(self, images, labels=None):
+            if self.training:
+                seen.append((images[:, 0, 0, 0] // 2, labels))
+            return super().log_prob(images, labels)
+
+    def labels_of(share, seed=0):
+        seen.clear()
+        torch.manual_seed(0)
+        model = Spied(image_shape=(1, 4, 3), levels=4, num_filters=2, num_blocks=1, num_classes=3)
+        training.train(model, dataset(), None, config(max_steps=40, label_dropout=share, seed=seed), progress=False)
+        for of_images, labels in seen:
+            assert ((labels == of_images) | (labels == 2)).all()
+        return torch.cat([labels for _, labels in seen])
+
+    seen = []
+    assert not (labels_of(0.0) == 2).any()
+    dropped = labels_of(0.4)
+    assert 0.25 < (dropped == 2).float().mean() < 0.55  # of 200
+    assert torch.equal(labels_of(0.4), dropped) and not torch.equal(labels_of(0.4, seed=1), dropped)
+
+
+def test_a_run_with_dropped_labels_resumes_bitwise(tmp_path):
+    options = {"label_dropout": 0.4}
+    run(tmp_path / "whole", build(num_classes=3), **options)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "parts", build(num_classes=3), sample_grid=interrupt, sample_every=4, **options)
+    with pytest.raises(ValueError, match=r"cannot resume: label_dropout was 0\.4, this run has 0\.0"):
+        run(tmp_path / "parts", build(num_classes=3), resume=True)
+    run(tmp_path / "parts", build(num_classes=3), resume=True, **options)
+    assert_same_run(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_a_checkpoint_without_a_later_option_resumes(tmp_path):
+    run(tmp_path, max_steps=2)
+    path = tmp_path / "checkpoint.safetensors"
+    tensors, metadata = checkpoint.read(path)
+    del metadata["training"]["config"]["label_dropout"]
+    checkpoint.write(path, tensors, metadata)
+    assert run(tmp_path, resume=True, max_steps=4).steps == 4
+
+
 def test_initialisation_is_on_the_batch_of_the_first_step():
     model, expected = pixelcnnpp(), pixelcnnpp()
     data, batch = dataset(), batch_indices(0, 22, config().batch_size, config().seed)
@@ -401,6 +446,11 @@ def test_refusals(tmp_path):
         training.train(build(), dataset(), unlabelled, config())
     with pytest.raises(ValueError, match=r"train_data: expected labels in 0\.\.1, got 0\.\.2"):
         training.train(build(), SimpleNamespace(images=dataset(3).images, labels=torch.arange(3)), None, config())
+
+    with pytest.raises(ValueError, match="label_dropout: the last of 2 classes stands for none, but the data have it"):
+        training.train(build(), dataset(), None, config(label_dropout=0.1))
+    with pytest.raises(ValueError, match="label_dropout: the model is not conditional on classes"):
+        training.train(build(num_classes=None), dataset(), None, config(label_dropout=0.1))
 
     run(tmp_path, max_steps=2)
     with pytest.raises(ValueError, match=r"checkpoint.safetensors exists; resume that run or choose another folder"):

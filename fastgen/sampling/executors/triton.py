@@ -104,7 +104,7 @@ class TritonExecutor:
         tables = Operands(plan, pixel_weights)
         self._tables = tables
         self._cleared = _cleared(plan, tables)
-        self.sample_bytes = 4 * tables.floats
+        self.sample_bytes = 4 * (tables.floats + max(map(_room, plan.draws)))
         self._row_fields = tables.integers(tables.row_fields, torch.int64).to(self.device)
         self._fields = tables.integers(tables.fields, torch.int32).to(self.device)
         dtype = torch.float32 if plan.precision == "fp32" else torch.bfloat16
@@ -338,7 +338,7 @@ class Space:
         self.top_k = zeros(1, dtype=torch.int32)  # 0: all levels
         self.guidance = zeros(1, dtype=torch.float32)
         # Of draws from more levels than are read at a time.
-        self.odds = zeros(max(1, samples * max(_room(draw) for draw in plan.draws)), dtype=torch.float32)
+        self.odds = zeros(max(1, samples * max(map(_room, plan.draws))), dtype=torch.float32)
         self.graphs: dict[tuple[Any, ...], torch.cuda.CUDAGraph | None] = {}  # None: seen once
 
 
