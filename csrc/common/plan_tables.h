@@ -1,7 +1,8 @@
 // A sampling plan (fastgen/sampling/plan.py) as tables, for executors on the host and on a GPU, and a batch of it.
 //
 // A plane is rows x (left + width + right) x batch x pitch floats, its channels first in each pitch; row y lies at y
-// mod rows and everything outside [0, width) is zero. For a row step the (x, sample) pairs of a row, or where planes of
+// mod rows and everything outside [0, width) is zero. Where the samples lie apart, the batch comes first: so attention
+// reads the positions of a sample from memory that is closer together. For a row step the (x, sample) pairs of a row, or where planes of
 // several strides come together the x of one sample, are the rows of one product with a uniform stride; for a pixel
 // step the samples are.
 //
@@ -45,6 +46,7 @@ struct PlanPlane {
     int64_t offset;      // of its first float in the workspace, per sample of the batch
     int64_t broadcast;   // one pixel, read at every position
     int64_t per_sample;  // 0: the same for all samples
+    int64_t apart;       // the samples lie apart; only pixel steps use the plane
 };
 
 // Channels of a plane as a step sees them: position p of the step's frame is position (p * num + shift) / den, rounded

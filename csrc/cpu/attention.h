@@ -14,13 +14,15 @@
 namespace fastgen::FASTGEN_ISA {
 
 constexpr int kPositions = 4;  // whose values are added at a time
-// How many positions ahead keys and values are fetched: they lie so far apart that the processor's prefetchers, which
+// How many floats ahead keys and values are fetched: positions lie so far apart that the processor's prefetchers, which
 // stay within a page, never get going.
-constexpr int kPositionsAhead = 8;
+constexpr int64_t kFloatsAhead = 2048;
 
-// Fetches the cache lines of `count` floats.
-FASTGEN_INLINE void fetch(const float* first, int64_t count) {
-    for (int64_t c = 0; c < count; c += 16) __builtin_prefetch(first + c, 0, 3);
+// In positions of which so many floats are read.
+inline int64_t positions_ahead(int64_t floats) { return floats < kFloatsAhead ? kFloatsAhead / floats : 1; }
+
+FASTGEN_INLINE void fetch(const float* first, int64_t floats) {
+    for (int64_t c = 0; c < floats; c += 16) __builtin_prefetch(first + c, 0, 3);
 }
 
 // Positions of a plane in raster order, for one sample, from some channel on.
@@ -65,13 +67,14 @@ inline void attention_scores(const float* query, int heads, int64_t depth, const
     constexpr int64_t kL = kLanes<float>;
     const int64_t whole = depth / kL * kL;
     const int rest = static_cast<int>(depth - whole);
+    const int64_t ahead = positions_ahead(heads * depth) * keys.stride;
     for_runs(keys, begin, end, [&](const float* key, int64_t first, int64_t count) {
         for (int64_t i = 0; i < count; i += kL) {
             const int64_t n = count - i < kL ? count - i : kL;
             Vec<float> products[kPlanHeads][kL];  // of each head and position, to be summed over their lanes
             for (int64_t j = 0; j < n; ++j) {
                 const float* k = key + (i + j) * keys.stride;
-                fetch(k + kPositionsAhead * keys.stride, heads * depth);
+                fetch(k + ahead, heads * depth);
                 const float* q = query;
                 for (int h = 0; h < heads; ++h, k += depth, q += depth) {
                     Vec<float> sum{};
@@ -150,11 +153,12 @@ FASTGEN_INLINE void attention_add(const float* weights, int64_t pitch, const flo
 inline void attention_sum(const float* weights, int64_t pitch, const Positions& values, int64_t begin, int64_t end,
                           int64_t width, int64_t first, int64_t end_channel, float* to) {
     for (int64_t c = first; c < end_channel; ++c) to[c - first] = 0.0f;
+    const int64_t channels = end_channel - first, ahead = positions_ahead(channels) * values.stride;
     for_runs(values, begin, end, [&](const float* value, int64_t at, int64_t count) {
         int64_t i = 0;
         for (; i + kPositions <= count; i += kPositions) {
             for (int p = 0; p < kPositions; ++p) {
-                fetch(value + (i + p + kPositionsAhead) * values.stride, end_channel - first);
+                fetch(value + (i + p) * values.stride + ahead, channels);
             }
             attention_add<kPositions>(weights + at + i, pitch, value + i * values.stride, values.stride, width, first,
                                       end_channel, to);

@@ -26,8 +26,8 @@ inline int64_t row_of(const PlanThread& thread, const PlanStep& step) {
 // Of a plane that has all its rows, from a channel on.
 inline Positions all_positions(const PlanThread& thread, int64_t index, int64_t channel, int64_t sample) {
     const PlanPlane& plane = thread.plan.planes[index];
-    const int64_t stride = plane.pitch * thread.batch.count;
-    return {thread.at(index, 0, 0) + sample * plane.pitch + channel, plane.width, stride,
+    const int64_t stride = thread.column_stride(plane);
+    return {thread.at(index, 0, 0) + sample * thread.sample_stride(plane) + channel, plane.width, stride,
             (plane.left + plane.width + plane.right) * stride};
 }
 

@@ -70,10 +70,17 @@ struct PlanThread {
         scores = reinterpret_cast<float*>(take(sizes.scores));
     }
 
+    // Floats from a column of a plane to the next, and from a sample to the next.
+    int64_t column_stride(const PlanPlane& plane) const { return plane.apart ? plane.pitch : batch.count * plane.pitch; }
+    int64_t sample_stride(const PlanPlane& plane) const {
+        return plane.apart ? plane.rows * (plane.left + plane.width + plane.right) * plane.pitch : plane.pitch;
+    }
+
+    // For the first sample.
     float* at(int64_t index, int64_t row, int64_t column) const {
         const PlanPlane& plane = plan.planes[index];
         const int64_t pixel = mod(row, plane.rows) * (plane.left + plane.width + plane.right) + plane.left + column;
-        return batch.workspace + (plane.offset + pixel * plane.pitch) * batch.count;
+        return batch.workspace + plane.offset * batch.count + pixel * column_stride(plane);
     }
 
     // Where the rows of a tile are in a plane, from a channel of the address on.
@@ -83,7 +90,7 @@ struct PlanThread {
         const PlanPlane& plane = plan.planes[source.plane];
         float* row = rows[address];
         if (row == nullptr) return {kPlanZeros, 0, 0};
-        const int64_t pixel = batch.count * plane.pitch;
+        const int64_t pixel = column_stride(plane), per_sample = sample_stride(plane);
         if (plane.broadcast) {
             const bool varies = run.samples && plane.per_sample;
             const int64_t stride = varies ? plane.pitch : 0;
@@ -92,8 +99,8 @@ struct PlanThread {
         }
         const int64_t column = div_down(run.column * source.num_x + source.dx, source.den_x);
         const int64_t stride =
-            run.samples || tile.step.uniform ? plane.pitch : tile.step.cycle * source.num_x / source.den_x * pixel;
-        const float* first = row + column * pixel + run.sample * plane.pitch;
+            run.samples || tile.step.uniform ? per_sample : tile.step.cycle * source.num_x / source.den_x * pixel;
+        const float* first = row + column * pixel + run.sample * per_sample;
         return {first + tile.first_row * stride + channel, stride, kPanelColumns};
     }
 

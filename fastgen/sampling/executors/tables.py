@@ -20,7 +20,7 @@ PANEL = 16  # columns that are packed together
 PACKINGS = ("floats", "bfloat16", "int8")  # enum PlanPacking
 OPS = {op: i for i, op in enumerate(("acc", "load", "const", *PRIMITIVES))}  # enum PlanOp
 COLUMNS = {
-    "planes": 10,
+    "planes": 11,
     "addresses": 8,
     "steps": 35,
     "taps": 2,
@@ -61,6 +61,7 @@ class PlanTables:
         self.flops = 0
         self.buffers = 0
         self.workspace = 0
+        self.apart = _of_attention_alone(plan)
         self.planes = [self._plane(i) for i in range(len(plan.planes))]
         self.ordered = sorted(plan.steps, key=lambda s: (s.stage, s.rank))  # stable
         written = _sources(self.ordered)
@@ -158,7 +159,7 @@ class PlanTables:
         pitch = channels if channels < PANEL else _round_up(channels)
         offset = self.workspace
         self.workspace += plane.rows * (plane.left + plane.width + plane.right) * pitch
-        flags = (int(plane.broadcast), int(plane.kind != "constant"))
+        flags = (int(plane.broadcast), int(plane.kind != "constant"), int(index in self.apart))
         return (channels, pitch, plane.width, plane.height, plane.rows, plane.left, plane.right, offset, *flags)
 
     def _step(self, step: Step, sources: list[int]) -> tuple[int, ...]:
@@ -264,6 +265,19 @@ class PlanTables:
         if precision == "int8" and step.stage == Stage.PIXEL:
             in_bytes = _in_bytes(columns, counts)
         return (_pair_rows(columns, counts), "bfloat16") if in_bytes is None else (in_bytes, "int8")
+
+
+def _of_attention_alone(plan: Plan) -> set[int]:
+    """Planes of keys and values that nothing but pixel steps reads and writes."""
+    found, others = set[int](), {d.plane for d in plan.draws} | {e.plane for e in plan.encodings}
+    for step in plan.steps:
+        touched = {t.plane for t in step.taps} | {r.plane for r in step.reads()} | {s.plane for s in step.stores}
+        if step.attention is not None:
+            touched |= {read.plane for read, _ in step.attention.reads()}
+            found |= {step.attention.keys.plane, step.attention.values.plane}
+        if step.stage == Stage.ROW:
+            others |= touched
+    return {p for p in found - others if not plan.planes[p].given and not plan.planes[p].broadcast}
 
 
 def _equal_columns(step: Step) -> bool:
