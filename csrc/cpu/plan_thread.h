@@ -71,7 +71,9 @@ struct PlanThread {
     }
 
     // Floats from a column of a plane to the next, and from a sample to the next.
-    int64_t column_stride(const PlanPlane& plane) const { return plane.apart ? plane.pitch : batch.count * plane.pitch; }
+    int64_t column_stride(const PlanPlane& plane) const {
+        return plane.apart ? plane.pitch : batch.count * plane.pitch;
+    }
     int64_t sample_stride(const PlanPlane& plane) const {
         return plane.apart ? plane.rows * (plane.left + plane.width + plane.right) * plane.pitch : plane.pitch;
     }
