@@ -18,8 +18,8 @@ constexpr int kPositions = 4;  // whose values are added at a time
 // stay within a page, never get going.
 constexpr int64_t kFloatsAhead = 2048;
 
-// In positions of which so many floats are read.
-inline int64_t positions_ahead(int64_t floats) { return floats < kFloatsAhead ? kFloatsAhead / floats : 1; }
+// In positions of which so many floats are read; none where scores are biases alone.
+inline int64_t positions_ahead(int64_t floats) { return floats > 0 ? (kFloatsAhead - 1) / floats + 1 : 0; }
 
 FASTGEN_INLINE void fetch(const float* first, int64_t floats) {
     for (int64_t c = 0; c < floats; c += 16) __builtin_prefetch(first + c, 0, 3);
