@@ -53,8 +53,9 @@ def rounded(weight: Tensor, precision: str, columns: tuple[int, ...]) -> Tensor:
     if precision == "bf16" or not weight.numel():
         return weight.bfloat16().to(weight.dtype)
     summed = [d for d in range(weight.dim()) if d not in columns]
-    power = powers(weight.abs().amax(summed, keepdim=True))
-    return (weight / power).round().mul(power)
+    exact = weight if weight.dtype == torch.float64 else weight.float()
+    power = powers(exact.abs().amax(summed, keepdim=True))
+    return (exact / power).round().mul(power).to(weight.dtype)
 
 
 @contextlib.contextmanager

@@ -96,6 +96,8 @@ def test_integers_of_each_column(columns: tuple[int, ...]) -> None:
     assert torch.equal(integers, integers.round()) and integers.abs().max() <= 127
     assert ((found - weight).abs() <= powers(largest) / 2).all()
     assert torch.equal(rounded(found, "int8", columns), found) and torch.equal(found.bfloat16().float(), found)
+    half = weight.half() / 100  # whose powers would be subnormal
+    assert torch.equal(rounded(half, "int8", columns), rounded(half.float(), "int8", columns).half())
 
 
 def packings(plan: Plan, sampler: Sampler) -> list[str]:
