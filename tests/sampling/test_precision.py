@@ -96,7 +96,7 @@ def test_integers_of_each_column(columns: tuple[int, ...]) -> None:
     assert torch.equal(integers, integers.round()) and integers.abs().max() <= 127
     assert ((found - weight).abs() <= powers(largest) / 2).all()
     assert torch.equal(rounded(found, "int8", columns), found) and torch.equal(found.bfloat16().float(), found)
-    half = weight.half() / 100  # whose powers would be subnormal
+    half = (weight / 9000).half()  # whose powers would be subnormal
     assert torch.equal(rounded(half, "int8", columns), rounded(half.float(), "int8", columns).half())
 
 
