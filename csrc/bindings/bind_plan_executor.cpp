@@ -56,7 +56,7 @@ class PlanExecutor {
 public:
     PlanExecutor(const std::string& head, const std::map<std::string, Table>& tables,
                  const std::map<std::string, Floats>& floats, const std::map<std::string, int64_t>& sizes,
-                 uintptr_t weights)
+                 uintptr_t weights, uintptr_t shared)
         : planes_(make<PlanPlane>(tables, "planes")),
           addresses_(make<PlanAddress>(tables, "addresses")),
           steps_(make<PlanStep>(tables, "steps")),
@@ -86,6 +86,7 @@ public:
         tables_.draws = draws_.data();
         tables_.encodings = encodings_.data();
         tables_.weights = reinterpret_cast<const void*>(weights);
+        tables_.shared = reinterpret_cast<const float*>(shared);
         tables_.biases = biases_.data();
         tables_.constants = constants_.data();
         tables_.tables = encoding_tables_.data();
@@ -218,8 +219,9 @@ void bind_plan_executor(py::module_& module) {
     py::class_<PlanExecutor>(module, "PlanExecutor",
                              "Runs a sampling plan; see csrc/cpu/plan_executor.h for the tables.")
         .def(py::init<const std::string&, const std::map<std::string, Table>&, const std::map<std::string, Floats>&,
-                      const std::map<std::string, int64_t>&, uintptr_t>(),
-             py::kw_only(), py::arg("head"), py::arg("tables"), py::arg("floats"), py::arg("sizes"), py::arg("weights"))
+                      const std::map<std::string, int64_t>&, uintptr_t, uintptr_t>(),
+             py::kw_only(), py::arg("head"), py::arg("tables"), py::arg("floats"), py::arg("sizes"), py::arg("weights"),
+             py::arg("shared"))
         .def("scratch", &PlanExecutor::scratch, "Bytes of scratch memory for each thread.")
         .def("run", &PlanExecutor::run, py::kw_only(), py::arg("groups"), py::arg("team"), py::arg("scratch"),
              py::arg("seed"), py::arg("start"), py::arg("temperature"), py::arg("top_k"), py::arg("top_p"),

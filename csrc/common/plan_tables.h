@@ -1,10 +1,9 @@
 // A sampling plan (fastgen/sampling/plan.py) as tables, for executors on the host and on a GPU, and a batch of it.
 //
 // A plane is rows x (left + width + right) x batch x pitch floats, its channels first in each pitch; row y lies at y
-// mod rows and everything outside [0, width) is zero. Where the samples lie apart, the batch comes first: so attention
-// reads the positions of a sample from memory that is closer together. For a row step the (x, sample) pairs of a row, or where planes of
-// several strides come together the x of one sample, are the rows of one product with a uniform stride; for a pixel
-// step the samples are.
+// mod rows and everything outside [0, width) is zero; planes that pixel steps alone use may lie otherwise (PlanLayout).
+// For a row step the (x, sample) pairs of a row, or where planes of several strides come together the x of one sample,
+// are the rows of one product with a uniform stride; for a pixel step the samples are.
 //
 // The product of a step has `groups` values for each of its `width` output channels. Its columns are packed in panels
 // of 16: panel j * groups + g holds group g of channels 16j..16j+15, so that whatever range of channels a thread takes,
@@ -41,12 +40,18 @@ FASTGEN_HOST_DEVICE int64_t frame_position(int64_t pixel, int64_t stride, int64_
     return position;
 }
 
+enum class PlanLayout : int64_t {
+    together,  // the samples of a position side by side
+    apart,     // the positions of a sample: attention reads them one after the other
+    moment,    // only the position at hand, which nothing reads later
+    shared     // one copy for all samples, in `PlanTables::shared`
+};
+
 struct PlanPlane {
     int64_t channels, pitch, width, height, rows, left, right;
-    int64_t offset;      // of its first float in the workspace, per sample of the batch
-    int64_t broadcast;   // one pixel, read at every position
-    int64_t per_sample;  // 0: the same for all samples
-    int64_t apart;       // the samples lie apart; only pixel steps use the plane
+    int64_t offset;     // of its first float: of shared ones, else of the workspace, per sample of the batch
+    int64_t broadcast;  // one pixel, read at every position
+    PlanLayout layout;
 };
 
 // Channels of a plane as a step sees them: position p of the step's frame is position (p * num + shift) / den, rounded
@@ -167,6 +172,7 @@ struct PlanTables {
     const float* biases;
     const float* constants;  // each one 16 times
     const float* tables;     // of the encodings
+    const float* shared;     // planes
     const float* levels;     // logistic mixture: the value in [-1, 1] of each level
     int64_t num_planes, num_addresses, num_steps, row_steps, num_draws, num_encodings;
     int64_t colours, height, width, num_levels, components;

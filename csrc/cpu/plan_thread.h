@@ -72,17 +72,33 @@ struct PlanThread {
 
     // Floats from a column of a plane to the next, and from a sample to the next.
     int64_t column_stride(const PlanPlane& plane) const {
-        return plane.apart ? plane.pitch : batch.count * plane.pitch;
+        switch (plane.layout) {
+            case PlanLayout::together:
+                return batch.count * plane.pitch;
+            case PlanLayout::moment:
+                return 0;
+            default:
+                return plane.pitch;
+        }
     }
     int64_t sample_stride(const PlanPlane& plane) const {
-        return plane.apart ? plane.rows * (plane.left + plane.width + plane.right) * plane.pitch : plane.pitch;
+        switch (plane.layout) {
+            case PlanLayout::apart:
+                return plane.rows * (plane.left + plane.width + plane.right) * plane.pitch;
+            case PlanLayout::shared:
+                return 0;
+            default:
+                return plane.pitch;
+        }
     }
 
-    // For the first sample.
+    // For the first sample. Shared planes are read only.
     float* at(int64_t index, int64_t row, int64_t column) const {
         const PlanPlane& plane = plan.planes[index];
         const int64_t pixel = mod(row, plane.rows) * (plane.left + plane.width + plane.right) + plane.left + column;
-        return batch.workspace + plane.offset * batch.count + pixel * column_stride(plane);
+        float* first = plane.layout == PlanLayout::shared ? const_cast<float*>(plan.shared) + plane.offset
+                                                          : batch.workspace + plane.offset * batch.count;
+        return first + pixel * column_stride(plane);
     }
 
     // Where the rows of a tile are in a plane, from a channel of the address on.
@@ -94,10 +110,8 @@ struct PlanThread {
         if (row == nullptr) return {kPlanZeros, 0, 0};
         const int64_t pixel = column_stride(plane), per_sample = sample_stride(plane);
         if (plane.broadcast) {
-            const bool varies = run.samples && plane.per_sample;
-            const int64_t stride = varies ? plane.pitch : 0;
-            const int64_t sample = plane.per_sample ? run.sample * plane.pitch : 0;
-            return {row + sample + tile.first_row * stride + channel, stride, kPanelColumns};
+            const int64_t stride = run.samples ? per_sample : 0;
+            return {row + run.sample * per_sample + tile.first_row * stride + channel, stride, kPanelColumns};
         }
         const int64_t column = div_down(run.column * source.num_x + source.dx, source.den_x);
         const int64_t stride =

@@ -139,7 +139,7 @@ class _Packer:
         shape = (image.channels, image.height, image.width)
         plan = Plan(shape, self.head, self.planes, self.steps, draws, encodings, condition_planes)
         join_steps(plan)
-        _size_planes(plan)
+        size_planes(plan)
         return plan
 
     def _add_plane(self, plane: Plane) -> int:
@@ -317,7 +317,7 @@ class _Program:
         return self._emit(Instr("load", read=read))
 
 
-def _size_planes(plan: Plan) -> None:
+def size_planes(plan: Plan) -> None:
     """How many rows of each plane are needed at a time, and how far readers look over its sides."""
     newest = dict.fromkeys((e.plane for e in plan.encodings), 0)  # image row of the last row written at time y = 0
     for step in plan.steps:

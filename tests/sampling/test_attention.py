@@ -51,17 +51,6 @@ def test_equals_naive_loop(case: Case) -> None:
         assert torch.equal(sampler_of(case, network, given, backend=backend).sample(3, **options), expected)
 
 
-@pytest.mark.parametrize(("name", "read_by_rows"), [("shifted logits", False), ("pooled", True)])
-def test_samples_lie_apart_where_attention_reads(name: str, read_by_rows: bool) -> None:
-    """But not in planes of row steps, which take the samples of a column together."""
-    sampler = sampler_of(MODELS[name], *built(MODELS[name])[:2], backend="cpu")
-    steps, apart = sampler.plan.steps, sampler._executor._tables.apart
-    of_rows = {store.plane for step in sampler.plan.row_steps() for store in step.stores}
-    keys = {step.attention.keys.plane for step in steps if step.attention is not None}
-    assert bool(keys & of_rows) == read_by_rows
-    assert keys - of_rows <= apart and not apart & of_rows
-
-
 def test_own_kernel_in_inference_mode() -> None:
     """Where its operator comes out of a composite one."""
     network, given, options = built(STYLES["own_kernel_masked"])

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastgen import backends
 from fastgen.sampling.executors import Batch
+from fastgen.sampling.executors.parted import part_planes
 from fastgen.sampling.executors.tables import PlanTables
 from fastgen.sampling.plan import Plan
 
@@ -40,10 +41,13 @@ class CpuExecutor:
 
     def __init__(self, plan: Plan):
         self.plan = plan
-        tables = PlanTables(plan)
+        tables = PlanTables(part_planes(plan))
         self._tables = tables
         self._alone_until, self._alone_seconds = 0.0, ALONE_SECONDS
         self._weights = tables.packed_weights()  # used in place; the constructor copies the rest
+        if tables.plan is not plan:
+            tables.plan.drop_weights()
+        self._shared = tables.shared_planes()
         integers, floats = tables.integers(), tables.floats()
         self._native = backends.native_cpu().PlanExecutor(
             head=type(plan.head).__name__.lower(),
@@ -51,6 +55,7 @@ class CpuExecutor:
             floats={k: (t.data_ptr(), t.numel()) for k, t in floats.items()},
             sizes=tables.sizes(),
             weights=self._weights.data_ptr(),
+            shared=self._shared.data_ptr(),
         )
 
     @property
@@ -60,7 +65,7 @@ class CpuExecutor:
 
     @property
     def sample_bytes(self) -> int:
-        """Bytes of the planes of a sample, constant ones included."""
+        """Bytes of the planes of a sample."""
         return 4 * self._tables.workspace
 
     @property

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fastgen._memory import empty_in_large_pages, zeros
 from fastgen.sampling.executors import Batch
+from fastgen.sampling.executors.layouts import Layout, layouts
 from fastgen.sampling.executors.winograd import find_filters
 from fastgen.sampling.heads import LogisticMixture
 from fastgen.sampling.plan import PRIMITIVES, Attention, Plan, Read, Step, StepTap, Store
@@ -20,7 +21,7 @@ PANEL = 16  # columns that are packed together
 PACKINGS = ("floats", "bfloat16", "int8")  # enum PlanPacking
 OPS = {op: i for i, op in enumerate(("acc", "load", "const", *PRIMITIVES))}  # enum PlanOp
 COLUMNS = {
-    "planes": 11,
+    "planes": 10,
     "addresses": 8,
     "steps": 35,
     "taps": 2,
@@ -61,7 +62,8 @@ class PlanTables:
         self.flops = 0
         self.buffers = 0
         self.workspace = 0
-        self.apart = _of_attention_alone(plan)
+        self.shared = 0
+        self.layouts = layouts(plan)
         self.planes = [self._plane(i) for i in range(len(plan.planes))]
         self.ordered = sorted(plan.steps, key=lambda s: (s.stage, s.rank))  # stable
         written = _sources(self.ordered)
@@ -138,29 +140,45 @@ class PlanTables:
         space = zeros(count * self.workspace + PANEL)  # programs may read a panel past the end
         given = dict(zip(self.plan.conditions, batch.conditions, strict=True))
         for i, plane in enumerate(self.plan.planes):
-            if plane.given:
-                data = (
-                    plane.data[None].expand(count, -1, -1, -1)
-                    if plane.data is not None
-                    else given[i][first : first + count]
-                )
-                offset, pitch = self.planes[i][7], self.planes[i][1]
-                row = (plane.left + plane.width + plane.right) * count * pitch
-                strides = (row, count * pitch, pitch, 1)
-                origin = (offset + plane.left * pitch) * count
-                size = (plane.height, plane.width, count, plane.channels)
-                space.as_strided(size, strides, origin).numpy()[...] = data.permute(2, 3, 0, 1).numpy()
+            if i in given:
+                self._write(space, i, given[i][first : first + count])
+            elif plane.data is not None and self.layouts[i] != Layout.SHARED:
+                self._write(space, i, plane.data[None].expand(count, -1, -1, -1))
         return space
+
+    def shared_planes(self) -> Tensor:
+        """What the constants have that are kept once."""
+        space = torch.zeros(self.shared + PANEL)
+        for i, plane in enumerate(self.plan.planes):
+            if plane.data is not None and self.layouts[i] == Layout.SHARED:
+                self._write(space, i, plane.data[None])
+        return space
+
+    def _write(self, space: Tensor, index: int, data: Tensor) -> None:
+        """data [samples, channels, height, width] becomes a given plane."""
+        plane, count = self.plan.planes[index], len(data)
+        offset, pitch = self.planes[index][7], self.planes[index][1]
+        row = (plane.left + plane.width + plane.right) * count * pitch
+        origin = (offset + plane.left * pitch) * count
+        size = (plane.height, plane.width, count, plane.channels)
+        there = space.as_strided(size, (row, count * pitch, pitch, 1), origin)
+        there.numpy()[...] = data.permute(2, 3, 0, 1).numpy()
 
     def _plane(self, index: int) -> tuple[int, ...]:
         plane = self.plan.planes[index]
         consumer = self.partial.get(index)
         channels = plane.channels if consumer is None else _packed_columns(consumer)
         pitch = channels if channels < PANEL else _round_up(channels)
-        offset = self.workspace
-        self.workspace += plane.rows * (plane.left + plane.width + plane.right) * pitch
-        flags = (int(plane.broadcast), int(plane.kind != "constant"), int(index in self.apart))
-        return (channels, pitch, plane.width, plane.height, plane.rows, plane.left, plane.right, offset, *flags)
+        rows, width, layout = plane.rows, plane.left + plane.width + plane.right, self.layouts[index]
+        if layout == Layout.MOMENT:
+            rows = width = 1
+        floats = _round_up(rows * width * pitch)  # planes begin with a cache line
+        if layout == Layout.SHARED:
+            offset, self.shared = self.shared, self.shared + floats
+        else:
+            offset, self.workspace = self.workspace, self.workspace + floats
+        size = channels, pitch, plane.width, plane.height, plane.rows, plane.left, plane.right
+        return (*size, offset, int(plane.broadcast), int(layout))
 
     def _step(self, step: Step, sources: list[int]) -> tuple[int, ...]:
         plan = self.plan
@@ -265,19 +283,6 @@ class PlanTables:
         if precision == "int8" and step.stage == Stage.PIXEL:
             in_bytes = _in_bytes(columns, counts)
         return (_pair_rows(columns, counts), "bfloat16") if in_bytes is None else (in_bytes, "int8")
-
-
-def _of_attention_alone(plan: Plan) -> set[int]:
-    """Planes of keys and values that nothing but pixel steps reads and writes."""
-    found, others = set[int](), {d.plane for d in plan.draws} | {e.plane for e in plan.encodings}
-    for step in plan.steps:
-        touched = {t.plane for t in step.taps} | {r.plane for r in step.reads()} | {s.plane for s in step.stores}
-        if step.attention is not None:
-            touched |= {read.plane for read, _ in step.attention.reads()}
-            found |= {step.attention.keys.plane, step.attention.values.plane}
-        if step.stage == Stage.ROW:
-            others |= touched
-    return {p for p in found - others if not plan.planes[p].given and not plan.planes[p].broadcast}
 
 
 def _equal_columns(step: Step) -> bool:
