@@ -38,11 +38,12 @@ def run(options: argparse.Namespace) -> int:
     import fastgen
     from fastgen import checkpoint, data, models, scores
     from fastgen.cli import shared
-    from fastgen.scores.estimates import SPLITS
+    from fastgen.scores.estimates import SPLITS, torchmetrics_image
 
     if options.n is not None and options.n < 3:
         raise ValueError(f"-n: expected at least 3, got {options.n}")
     shared.check_seed(options.seed)
+    torchmetrics_image()  # or say now that it is missing, not after the work
     model: Any = fastgen.load(options.checkpoint)
     vqvae = None if options.vqvae is None else checkpoint.load_vqvae(options.vqvae, model)
     if vqvae is None and (isinstance(model, models.VQVAE) or shared.draws_codes(model)):

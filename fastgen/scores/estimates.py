@@ -95,7 +95,7 @@ def _jackknife(score: Callable[..., float], samples: Sequence[Tensor], splits: i
 
 
 def _frechet(real: Tensor, fake: Tensor) -> float:
-    metric = _torchmetrics("fid").FrechetInceptionDistance(feature=_Given(real.shape[1]))
+    metric = torchmetrics_image().fid.FrechetInceptionDistance(feature=_Given(real.shape[1]))
     metric.update(real, real=True)
     metric.update(fake, real=False)
     return float(metric.compute())
@@ -104,7 +104,7 @@ def _frechet(real: Tensor, fake: Tensor) -> float:
 def _inception(logits: Tensor) -> float:
     with warnings.catch_warnings(), torch.random.fork_rng(devices=[]):  # it shuffles, which a single part does not need
         warnings.simplefilter("ignore")  # of the memory of the features, and of a deviation between parts
-        metric = _torchmetrics("inception").InceptionScore(feature=_Given(logits.shape[1]), splits=1)
+        metric = torchmetrics_image().inception.InceptionScore(feature=_Given(logits.shape[1]), splits=1)
         metric.update(logits)
         return float(metric.compute()[0])
 
@@ -120,13 +120,18 @@ class _Given(torch.nn.Module):
         return x
 
 
-def _torchmetrics(module: str) -> Any:
+def torchmetrics_image() -> Any:
+    """torchmetrics' modules for images.
+
+    Raises:
+        RuntimeError: torchmetrics is missing.
+    """
     try:
         import torchmetrics.image.fid
         import torchmetrics.image.inception
     except ImportError as error:
         raise RuntimeError(f"scores need torchmetrics: pip install 'fastgen[scores]' ({error})") from error
-    return getattr(torchmetrics.image, module)
+    return torchmetrics.image
 
 
 def _check(name: str, features: Tensor, splits: int) -> None:

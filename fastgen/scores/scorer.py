@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from fastgen import checkpoint
-from fastgen.scores.estimates import frechet_distance, inception_score
+from fastgen.scores.estimates import frechet_distance, inception_score, torchmetrics_image
 from fastgen.scores.extractors import Extractor, extract
 
 
@@ -27,7 +27,11 @@ def scorer(
     Returns:
         A function that gives ``frechet_distance``, ``frechet_distance_error``, ``inception_score`` and
         ``inception_score_error``.
+
+    Raises:
+        RuntimeError: torchmetrics is missing.
     """
+    torchmetrics_image()
     real = extract(extractor, images, levels).features
 
     def score(model: Any) -> dict[str, float]:

@@ -19,16 +19,21 @@ class Log:
     Args:
         path: the file, or None to write nothing.
         step: lines of later steps are dropped: they belong to steps that an interruption has lost.
+
+    Attributes:
+        kept_step: of the last line that was kept, 0 for none.
     """
 
     def __init__(self, path: Path | None, step: int) -> None:
         self._path = path
         self._sums: dict[str, float] = {}
         self._count = 0
+        self.kept_step = 0
         if path is not None:
             kept = [line for line in _lines(path) if _step(line) <= step] if step else []
             with atomic_path(path) as temporary:
                 temporary.write_text("".join(kept), encoding="utf-8")
+            self.kept_step = int(_step(kept[-1])) if kept else 0
 
     def add(self, **figures: float) -> None:
         """Adds the figures of one step."""
@@ -41,8 +46,12 @@ class Log:
         means = {name: total / self._count for name, total in self._sums.items()}
         self._sums, self._count = {}, 0
         if self._path is not None:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(figures | means) + "\n")
+            try:
+                with self._path.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps(figures | means) + "\n")
+            except OSError as error:  # a full disk does not say which file it is
+                error.filename = error.filename or str(self._path)
+                raise
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:

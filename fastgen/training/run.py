@@ -123,7 +123,8 @@ class Run:
     def _finish(self) -> None:
         """Does what is due at the end of a whole run, the picture last."""
         state = self.state
-        if unreported := bool(state.step % self.report_every):
+        reported = self.log.kept_step == state.step  # where all was done when the run was resumed
+        if unreported := bool(state.step % self.report_every) and not reported:
             self.report()
         self._save(again=unreported)  # a report may have found the best weights so far
         state.adopt()

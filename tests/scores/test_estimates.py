@@ -11,6 +11,7 @@ import scipy.linalg
 import torch
 
 from fastgen import scores
+from fastgen.cli import main
 
 pytest.importorskip("torchmetrics", reason="the extra 'scores' is not installed")
 
@@ -124,8 +125,12 @@ def test_refusals(call, error, text):
         call(torch.zeros(20, 3))
 
 
-def test_without_torchmetrics(monkeypatch):
+def test_without_torchmetrics(monkeypatch, capsys):
     for name in ("torchmetrics", "torchmetrics.image", "torchmetrics.image.fid"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(RuntimeError, match=r"scores need torchmetrics: pip install 'fastgen\[scores\]'"):
         scores.inception_score(torch.zeros(20, 3))
+    with pytest.raises(RuntimeError, match="scores need torchmetrics"):  # now, not after the first steps of a training
+        scores.scorer(None, torch.zeros(20, 1, 8, 8, dtype=torch.uint8), 17)
+    assert main("score nothing.safetensors --data digits".split()) == 2  # before the model is looked for
+    assert "scores need torchmetrics" in capsys.readouterr().err

@@ -20,6 +20,7 @@ from fastgen.metrics import bits_per_dim
 from fastgen.models import GatedPixelCNN, PixelCNN, PixelCNNpp
 from fastgen.training import TrainConfig
 from fastgen.training.batches import batch_indices
+from fastgen.training.monitor import Log
 
 STEPS = 11  # of 4 per epoch
 FILES = ["checkpoint.safetensors", "log.jsonl", "model.safetensors"]
@@ -238,6 +239,21 @@ def test_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path, uninterrupted, i
     result = run(tmp_path, resume=True)
     assert result.steps == STEPS
     assert_same_run(tmp_path, uninterrupted)
+
+
+def test_a_finished_run_that_is_resumed_writes_no_line_again(tmp_path, uninterrupted):
+    for resume in (False, True):
+        run(tmp_path, resume=resume)
+    assert_same_run(tmp_path, uninterrupted)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="the system has no full device")
+def test_a_full_disk_is_named(tmp_path):
+    log = Log(tmp_path / "log.jsonl", 0)
+    (tmp_path / "log.jsonl").unlink()
+    (tmp_path / "log.jsonl").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"No space left on device: '.*log\.jsonl'"):
+        log.write(step=1)
 
 
 def pixelcnnpp():
