@@ -15,6 +15,7 @@ import pytest
 from bench import __main__ as command
 from bench.harness import ceilings, environment, gate, measure, memory, report, revisions, rows, run, session, stats
 from bench.harness.case import Case, Provider, Work
+from fastgen import _memory
 
 CEILINGS = ceilings.Ceilings(
     flops={("avx2", "float32", 1): 50e9, ("avx512", "float32", 1): 100e9, ("avx512", "float32", 2): 200e9},
@@ -156,6 +157,17 @@ def test_peak_memory_sees_the_peak():
         pytest.skip("this system does not tell the peak resident set")
     assert 60 << 20 <= peak <= 80 << 20
     assert len(before) == 32 << 20
+
+
+def test_peak_memory_sees_the_memory_of_the_pool():
+    def fill():
+        _memory.zeros(16 << 20).fill_(1)
+
+    fill()
+    peak = memory.peak_bytes(fill)
+    if peak is None:
+        pytest.skip("this system does not tell the peak resident set")
+    assert peak >= 60 << 20
 
 
 # --- ceilings
