@@ -22,7 +22,8 @@ def _resident(field: str) -> int:
 def peak_bytes(call: Callable[[], object]) -> int | None:
     """Bytes that `call` needs at its peak beyond what is resident now, or None where the system cannot tell.
 
-    Freed memory that the allocator or fastgen's pool still holds is given back first, else the call could use it unseen.
+    Freed memory that the allocator or fastgen's pool still holds is given back first, else the call could use it
+    unseen.
     """
     import fastgen  # now: tables of results are made without it
 
