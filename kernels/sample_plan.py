@@ -320,14 +320,14 @@ def _locate_positions(plane, pitch, channel, s, sample, batch, VECTOR: tl.conste
 @triton.jit(
     do_not_specialize=[
         "scale", "cap", "lag", "stride", "frame", "operand", "query", "keys", "key_pitch", "key_channel", "values",
-        "value_pitch", "value_channel", "added", "added_pitch", "added_channel", "of_head", "of_position", "column",
-        "every", "columns", "batch",
+        "value_pitch", "value_channel", "added", "added_pitch", "added_channel", "each_query", "of_head", "of_position",
+        "column", "every", "columns", "batch",
     ]
 )  # fmt: skip
 def attend(
     workspace, where, fields, constants, spans, bias, state, scale, cap, lag, stride, frame, operand, query, keys,
-    key_pitch, key_channel, values, value_pitch, value_channel, added, added_pitch, added_channel, of_head, of_position,
-    column, every, columns, batch,
+    key_pitch, key_channel, values, value_pitch, value_channel, added, added_pitch, added_channel, each_query, of_head,
+    of_position, column, every, columns, batch,
     PROGRAM: tl.constexpr, STORES: tl.constexpr, VECTOR: tl.constexpr, SPACING: tl.constexpr, CAPPED: tl.constexpr,
     SOFTMAX: tl.constexpr, BIASED: tl.constexpr, ADDED: tl.constexpr, DEPTH: tl.constexpr, WIDTH: tl.constexpr,
     KEYS: tl.constexpr, CHANNELS: tl.constexpr, COLUMNS: tl.constexpr, STAGES: tl.constexpr,
@@ -338,7 +338,7 @@ def attend(
     operand; the planes of keys and values begin at `keys` and `values` floats per sample. A head has DEPTH channels of
     queries and keys, of which CHANNELS are multiplied at a time, and WIDTH of values. Numbers of `bias`, unless there
     are none, lie `of_head` and `of_position` from each other. With ADDED, a channel of the plane at `added` is added to
-    the scores. The rest: see `step`.
+    the scores: of position p the one that lies p times `each_query` behind the first. The rest: see `step`.
 
     Keys are read KEYS at a time. Each of these has a largest score and sums of its own until the end, so that threads
     need not wait for each other. The order of the sums is the same in all batches.
@@ -376,7 +376,8 @@ def attend(
         if BIASED:
             score += tl.load(bias + s, exists, 0.0)
         if ADDED:
-            of_sum = _locate_positions(added, added_pitch, added_channel, s, of_sample, batch, 1)
+            channel = added_channel + position * each_query
+            of_sum = _locate_positions(added, added_pitch, channel, s, of_sample, batch, 1)
             score += tl.load(workspace + of_sum, exists, 0.0)
         score = tl.where(exists, score, -float("inf"))
         of_value = _locate_positions(values, value_pitch, value_channel, s, of_sample, batch, VECTOR)

@@ -139,6 +139,7 @@ struct PlanAttention {
     int64_t biases;   // 0: no bias; 1: the same for all heads; else one for each, [biases][positions][keys]
     int64_t softmax;  // else scores are weights themselves
     int64_t of_keys, of_keys_channel;  // plane of what is added to the score of each key; -1: none
+    int64_t each_query;                // position p of the frame adds channel p, from that one on
 };
 
 struct PlanDraw {

@@ -48,7 +48,10 @@ inline void attend(const PlanThread& thread, const PlanTile& tile, const PlanAtt
         const Positions all_keys = all_positions(thread, of.keys, of.keys_channel, place.sample);
         const Positions all_values = all_positions(thread, of.values, of.values_channel, place.sample);
         Positions added{};
-        if (of.of_keys >= 0) added = all_positions(thread, of.of_keys, of.of_keys_channel, place.sample);
+        if (of.of_keys >= 0) {
+            const int64_t channel = of.of_keys_channel + of.each_query * position;
+            added = all_positions(thread, of.of_keys, channel, place.sample);
+        }
         for (int64_t c = first_channel; c < end_channel;) {
             const int64_t head = c / of.width, end = min_of((head + kPlanHeads) * of.width, end_channel);
             const int heads = static_cast<int>(div_up(end, of.width) - head);

@@ -305,10 +305,34 @@ def recorded_functions(tracer: Tracer) -> Iterator[None]:
     try:
         for (place, name, wrapper), (*_, original) in zip(replaced, originals, strict=True):
             setattr(place, name, functools.partial(wrapper, original))
-        yield
+        with _no_functions_of_symbols():
+            yield
     finally:
         for place, name, original in originals:
             setattr(place, name, original)
+
+
+@contextlib.contextmanager
+def _no_functions_of_symbols() -> Iterator[None]:
+    """``autograd.Function.apply`` refuses symbols: as they say that they are tensors, PyTorch 2.14 would take them for
+    such and crash.
+    """
+    own = "apply" in vars(torch.autograd.Function)  # else it is inherited
+    original = inspect.getattr_static(torch.autograd.Function, "apply")
+
+    def apply(cls: type, *args: Any, **kwargs: Any) -> Any:
+        if _has_symbols(args, kwargs):
+            raise fx.proxy.TraceError("it calls an autograd.Function, which has a gradient of its own")
+        return original.__get__(None, cls)(*args, **kwargs)
+
+    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        if own:
+            torch.autograd.Function.apply = original  # type: ignore[method-assign]
+        else:
+            del torch.autograd.Function.apply
 
 
 def _has_symbols(*values: Any) -> bool:

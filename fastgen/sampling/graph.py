@@ -226,8 +226,9 @@ class Attention(Node):
     s in that of the keys.
 
     spans: int32 [positions, 2], p sees the keys begin <= s < end. bias: float [heads or 1, positions, keys], -inf where
-    a key inside the span is not seen, or None. Some head sees the first key of a span, and some the last. of_keys: one
-    channel of a condition, added to the bias of each key, or nothing.
+    a key inside the span is not seen, or None. Some head sees the first key of a span, and some the last. of_keys:
+    channels of a condition, one or, where queries have their own, one for each position, which are added to the bias of
+    each key; or nothing.
     """
 
     heads: int = 1

@@ -1,7 +1,8 @@
 """Pass 2 for what the condition adds to scores (`fastgen.sampling.scores`): masks of a text's padding, say.
 
-Their values come with each batch. What they are for a key must be the same for all heads and queries that see it; which
-queries may see it at all is taken from the example, and must hold for all conditions.
+Their values come with each batch, and must be the same for all heads: one for each key, or where queries may have their
+own, as in a mask that lets each position of a padded text see itself, one for each query and key. Which queries may see
+a key at all is taken from the example, and must hold for all conditions.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _FILLED = -1e30
 
 
 class UnevenMask(ValueError):
-    """What is added to the scores of a key is not the same for all that see it."""
+    """What is added to the scores is not the same for all heads, or not what the example lets one expect."""
 
 
 def of_condition(tracer: Tracer, value: Any) -> bool:
@@ -113,47 +114,39 @@ def _arranging(tracer: Tracer, known: Scores, tensor: Tensor, value: Tensor) -> 
         if not each_head:
             value = known.split(value.reshape(known.shape[0], *value.shape[-2:]))
         if value.stride(1) and not torch.equal(value, value[:, :1].expand_as(value)):
-            raise UnevenMask(f"a mask that depends on {names} and hides a key from some queries or heads alone")
+            raise UnevenMask(f"a mask that depends on {names} and hides a key from some heads alone")
         return value[:, :1]
 
     return arrange
 
 
 def of_keys(tracer: Tracer, known: Scores, queries: Order, keys: Order) -> tuple[Scores, Ref]:
-    """What of `known.given` differs between samples, a plane of the keys in an order; the scores with a bias that says
-    which keys each query can see whatever the condition.
+    """What of `known.given` differs between samples, a plane of the keys in an order with one channel, or with one for
+    each query in its order; the scores with a bias that says which keys each query can see whatever the condition.
     """
     given = known.given
     if given is None:
         return known, nothing()
-    asked = torch.zeros(known.shape[1], 1, dtype=torch.bool)
-    asked[queries.index[0][queries.index[0] >= 0]] = True
-    visible = ((known.bias > MASKED) & (known.weight != 0)).any(0) & asked
-    hidden = torch.zeros_like(visible)
-    if given.shape[2] > 1:
+    rows, places, each_query = queries.index[0].flatten(), keys.index[0], given.shape[2] > 1
+    hidden = torch.zeros(known.shape[1:], dtype=torch.bool)
+    if each_query:
+        asked = torch.zeros(known.shape[1], 1, dtype=torch.bool)
+        asked[rows[rows >= 0]] = True
         seen = _ever_seen(tracer, given)
-        visible, hidden = visible & seen, visible & ~seen
+        hidden = ((known.bias > MASKED) & (known.weight != 0)).any(0) & asked & ~seen
         known = replace(known, bias=torch.where(seen, known.bias, -torch.inf))
-    visible = visible.expand(known.shape[1:]).contiguous()
-    places = keys.index[0]
-    names = tracer.tape.names
 
     def grid(value: Tensor) -> Tensor:
-        """[samples, 1, queries or 1, keys] -> [samples, 1, height, width]"""
-        each_query = value.shape[2] > 1
-        seen = visible if each_query else visible.any(0, keepdim=True)
-        if each_query and ((value > MASKED) & hidden).any():
+        """[samples, 1, queries or 1, keys] -> [samples, positions of queries or 1, height, width]"""
+        if ((value > MASKED) & hidden).any():
             raise UnevenMask(
-                f"a mask that depends on {names} lets positions see what the Sampler's example lets none see: make the "
-                "Sampler with an example that masks as little as possible"
+                f"a mask that depends on {tracer.tape.names} lets positions see what the Sampler's example lets none "
+                "see: make the Sampler with an example that masks as little as possible"
             )
-        most = torch.where(seen, value, -torch.inf).amax((1, 2))
-        least = torch.where(seen, value, torch.inf).amin((1, 2))
-        if not ((most == least) | (most <= MASKED) | ~seen.any(0)).all():
-            raise UnevenMask(f"a mask that depends on {names} and hides a key from some queries or heads alone")
-        return torch.where(places >= 0, most[:, places.clamp(min=0)], -torch.inf)[:, None]
+        each = value[:, 0, rows.clamp(min=0)] if each_query else value[:, 0]
+        return torch.where(places >= 0, each[:, :, places.clamp(min=0)], -torch.inf)
 
-    name = "grid", id(given), *(hashlib.sha256(t.numpy().tobytes()).digest() for t in (visible, hidden, places))
+    name = "grid", id(given), *(hashlib.sha256(t.numpy().tobytes()).digest() for t in (hidden, rows, places))
     plane = _once(tracer, name, grid, given)
     made = [n for n in tracer.graph.nodes if isinstance(n, Condition) and n.tensor is plane]
     if not made:

@@ -227,7 +227,8 @@ class _Packer:
         sources = [r if len(r.plane) else node.values for r in node.sources()]
         query, keys, values, of_keys = (Read(self.index[int(r.plane[0])], 0, 0, int(r.channel[0])) for r in sources)
         depth, width = len(node.query.plane) // node.heads, node.channels // node.heads
-        seen = node.spans, node.bias, of_keys if len(node.of_keys.plane) else None, node.cap, node.softmax
+        added = of_keys if len(node.of_keys.plane) else None, len(node.of_keys.plane) > 1
+        seen = node.spans, node.bias, *added, node.cap, node.softmax
         return Attend(node.heads, depth, width, node.scale, query, keys, values, *seen)
 
     def _finished(self, ref: Ref, step: Step) -> np.ndarray:

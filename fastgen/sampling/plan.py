@@ -123,7 +123,7 @@ class Store:
 class Attention:
     """A step's sum over keys, in place of a product: with p the step's position in raster order,
 
-        score[h, s] = capped(scale * query[p, h] . keys[s, h]) + bias[h, p, s] + of_keys[s]
+        score[h, s] = capped(scale * query[p, h] . keys[s, h]) + bias[h, p, s] + of_keys[s, p or 0]
         acc[0, h * width + c] = sum over s of softmax_s(score[h, s]) * values[s, h, c]
 
     or, where it has no softmax, of score[h, s] * values[s, h, c],
@@ -133,7 +133,8 @@ class Attention:
     their planes, in raster order. These planes have one size, and keep all their rows.
 
     spans: int32 [positions, 2]. bias: float32 [heads or 1, positions, keys], -inf for keys that are not seen, or None.
-    of_keys: a channel of a plane like that of the keys, or None: what masks have for each sample.
+    of_keys: a channel of a plane like that of the keys or, where `each_query`, one for each position p from there on;
+    or None: what masks have for each sample.
     """
 
     heads: int
@@ -146,6 +147,7 @@ class Attention:
     spans: Tensor
     bias: Tensor | None
     of_keys: Read | None = None
+    each_query: bool = False
     cap: float = 0.0
     softmax: bool = True
 
@@ -153,7 +155,8 @@ class Attention:
         """What it reads, with the number of channels."""
         channels = self.heads * self.depth
         reads = [(self.query, channels), (self.keys, channels), (self.values, self.heads * self.width)]
-        return reads if self.of_keys is None else [*reads, (self.of_keys, 1)]
+        added = len(self.spans) if self.each_query else 1
+        return reads if self.of_keys is None else [*reads, (self.of_keys, added)]
 
     @property
     def macs(self) -> float:

@@ -403,7 +403,7 @@ UNBELIEVED = {
     DrawsInPython: "it draws random numbers outside PyTorch's functions",
     AsksForTheType: "it asks for the type of a computed value",
     PlainTensor: "it computes with tensors that are neither inputs, parameters nor buffers",
-    CustomFunction: "it switches gradients or autocast on or off",
+    CustomFunction: "it calls an autograd.Function, which has a gradient of its own",
     AsksForGradients: "it asks whether gradients, inference mode or autocast are on",
     AsksForAutocast: "it asks whether gradients, inference mode or autocast are on",
     AsksForInferenceMode: "it asks whether gradients, inference mode or autocast are on",

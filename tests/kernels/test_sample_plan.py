@@ -192,7 +192,8 @@ def attending_step(
     size, together with their values and what is added to their scores. Some positions see no key.
     """
     height, columns, channels, skipped = 3, 2, heads * width, 4 - heads * depth % 4
-    sizes = [(heads * depth + 1, height, columns), (skipped + heads * (depth + width), 5, 4), (channels, 1, 1)]
+    before = skipped + height * columns  # what is added for each position
+    sizes = [(heads * depth + 1, height, columns), (before + heads * (depth + width), 5, 4), (channels, 1, 1)]
     planes = [Plane("given", "condition", *size, rows=size[1]) for size in sizes]
     planes.append(Plane("result", "cache", channels + 1, height, columns, stride=(2, 1), rows=height))
     positions, num_keys = height * columns, 5 * 4
@@ -203,8 +204,9 @@ def attending_step(
         bias[torch.rand(bias.shape) < 0.3] = -math.inf
         bias[0, 0] = -math.inf
     of = Attention(
-        heads, depth, width, 0.7, Read(0, 0, 0, 1), Read(1, 0, 0, skipped), Read(1, 0, 0, skipped + heads * depth),
-        spans, bias if biased else None, Read(1, 0, 0, skipped - 1) if added else None, cap, softmax,
+        heads, depth, width, 0.7, Read(0, 0, 0, 1), Read(1, 0, 0, before), Read(1, 0, 0, before + heads * depth),
+        spans, bias if biased else None, Read(1, 0, 0, skipped - 1) if added else None, added == "each query", cap,
+        softmax,
     )  # fmt: skip
     program = (Instr("acc", 0), Instr("load", read=Read(2, 0, 0, 0)), Instr("add", 0, 1))
     step = Step("", stage, -1, 0, 0, channels, program, (Store(3, 1, 2),), groups=1, attention=of)
@@ -224,7 +226,8 @@ def attended(plan: Plan, conditions: list[Tensor]) -> Tensor:
     scores = of.cap * torch.tanh(scores / of.cap) if of.cap else scores
     scores = scores if of.bias is None else scores + of.bias
     if of.of_keys is not None:
-        scores = scores + conditions[1][:, of.of_keys.channel].flatten(1)[:, None, None]
+        count = len(of.spans) if of.each_query else 1
+        scores = scores + conditions[1][:, of.of_keys.channel :][:, :count].flatten(2)[:, None]
     s = torch.arange(scores.shape[3])
     scores.masked_fill_((s < of.spans[:, :1]) | (s >= of.spans[:, 1:]), -math.inf if of.softmax else 0)
     weights = torch.ops.aten._safe_softmax(scores, 3) if of.softmax else scores
@@ -238,6 +241,8 @@ def attended(plan: Plan, conditions: list[Tensor]) -> Tensor:
         (2, 3, 5, True, Stage.PIXEL, 0.0, True, False),
         (1, 8, 8, False, Stage.PIXEL, 0.0, True, True),
         (3, 4, 4, True, Stage.ROW, 0.0, True, True),
+        (3, 4, 4, True, Stage.ROW, 0.0, True, "each query"),
+        (2, 3, 5, False, Stage.PIXEL, 0.0, True, "each query"),
         (2, 1, 2, False, Stage.ROW, 0.0, True, False),
         (2, 5, 3, True, Stage.PIXEL, 0.8, True, True),
         (1, 4, 4, False, Stage.ROW, 3.0, True, False),

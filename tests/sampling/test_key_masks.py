@@ -150,6 +150,8 @@ ATTEND = {
     "before it is scaled, floats": cross(lambda s, p: (s + of_heads(p) * -1e4) * 0.5 + of_heads(p) * -1e4),
     "bias": cross(lambda s, p: s + of_heads(p.float().cumsum(1))),
     "bias of a head": cross(lambda s, p: s + torch.tensor([1.0, -2.0]).view(2, 1, 1) + of_heads(p.float())),
+    "of some queries": cross(lambda s, p: s.masked_fill(of_heads(p) & (torch.arange(12) % 2 == 0)[:, None], -1e9)),
+    "bias of queries": cross(lambda s, p: s + of_heads(p.float()) * torch.linspace(-3, 3, 12)[:, None]),
     "written out": cross(
         lambda s, p: s.masked_fill(of_heads(p), -1e9) - s.masked_fill(of_heads(p), -1e9).amax(-1, True)
     ),
@@ -163,6 +165,10 @@ ATTEND = {
     "together": together(seen),
     "together, floats": together(lambda p: torch.zeros(1).masked_fill(~seen(p), -1e4)),
     "together, lowest": together(lambda p: (~seen(p)).float() * torch.finfo(torch.float32).min),
+    "together, each sees itself": together(lambda p: seen(p) | torch.eye(p.shape[1], dtype=torch.bool)),
+    "together, each sees itself, by numbers": together(  # as LlamaGen has it
+        lambda p: (seen(p) * (1 - torch.eye(p.shape[1])) + torch.eye(p.shape[1])).bool()
+    ),
     "together, causal apart": together_in_steps(lambda p: of_heads(p).expand(-1, HEADS, p.shape[1], -1).contiguous()),
     "together, causal apart, expanded": together_in_steps(of_heads),
     "together, causal first": together(
@@ -230,7 +236,17 @@ def test_layers_share_masks_that_are_the_same(change: Callable, planes: int) -> 
     assert len({attention.of_keys.plane for attention in attention_of(sampler.plan)}) == planes
 
 
-@pytest.mark.parametrize("attend", ["fill", "where", "fused", "together, lowest"])
+@pytest.mark.parametrize(
+    ("attend", "each_query"),
+    [("of some queries", True), ("together, each sees itself", True), ("fill", False), ("fused", False)],
+)
+def test_queries_have_masks_of_their_own_where_they_may_differ(attend: str, each_query: bool) -> None:
+    for example in TEXTS:
+        plan = Sampler(network(ATTEND[attend]), **GIVEN, condition=example).plan
+        assert [attention.each_query for attention in attention_of(plan)] == [each_query]
+
+
+@pytest.mark.parametrize("attend", ["fill", "where", "fused", "together, lowest", "together, each sees itself"])
 def test_text_of_nothing(attend: str) -> None:
     """Queries see nothing of it, or everything alike, as PyTorch has it."""
     net, texts = network(ATTEND[attend]), TEXTS * torch.tensor([[0], [1], [0], [1]])
@@ -290,13 +306,9 @@ REFUSED = {
         "by a mask of the condition and a number that masks nothing",
     ),
     "of probabilities": (cross(lambda s, p: s.softmax(-1) * of_heads(~p)), "depends on the image, the labels or"),
-    "of some queries": (
-        cross(lambda s, p: s.masked_fill(of_heads(p) & (torch.arange(12) % 2 == 0)[:, None], -1e9)),
-        "hides a key from some queries or heads alone",
-    ),
     "of some heads": (
         cross(lambda s, p: s.masked_fill(of_heads(p) & torch.tensor([True, False]).view(2, 1, 1), -1e9)),
-        "hides a key from some queries or heads alone",
+        "hides a key from some heads alone",
     ),
 }
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -163,7 +165,8 @@ def _attend(step: Step, attention: Attention, planes: _Planes, row: int, columns
         if of.bias is not None:
             scores += of.bias[:, position, begin:end].to(scores)
         if of.of_keys is not None:
-            scores += planes.whole(of.of_keys, 1)[begin:end].permute(1, 2, 0)
+            own = replace(of.of_keys, channel=of.of_keys.channel + position * of.each_query)
+            scores += planes.whole(own, 1)[begin:end].permute(1, 2, 0)
         weights = torch.ops.aten._safe_softmax(scores, 2) if of.softmax else scores
         result[i] = torch.einsum("nhs,snhc->nhc", weights, values[begin:end])
     return result.flatten(2)

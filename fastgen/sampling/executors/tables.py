@@ -28,7 +28,7 @@ COLUMNS = {
     "instrs": 6,
     "stores": 2,
     "sources": 1,
-    "attentions": 14,
+    "attentions": 15,
     "spans": 1,
     "draws": 7,
     "encodings": 5,
@@ -231,7 +231,7 @@ class PlanTables:
         planes = of.keys.plane, of.keys.channel, of.values.plane, of.values.channel
         sizes = of.heads, of.depth, of.width
         places = self.num_spans, self.num_attention_floats, len(bias)
-        of_keys = (-1, 0) if of.of_keys is None else (of.of_keys.plane, of.of_keys.channel)
+        of_keys = (-1, 0, 0) if of.of_keys is None else (of.of_keys.plane, of.of_keys.channel, int(of.each_query))
         self.attentions.append((self._address(step, of.query), *planes, *sizes, *places, int(of.softmax), *of_keys))
         self.spans.append(of.spans)
         self.num_spans += of.spans.numel()

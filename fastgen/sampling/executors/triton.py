@@ -226,7 +226,8 @@ class TritonExecutor:
         arguments = (
             space.planes, space.where, self._fields, self._constants[launch.constant :], spans, bias, space.state,
             of.scale, of.cap, step.lag_y, out.stride[0], out.width, launch.operand, launch.query, *places,
-            0 if len(bias) == 1 else bias.stride(0), bias.stride(1), column, step.period[1], columns, space.count,
+            int(of.each_query), 0 if len(bias) == 1 else bias.stride(0), bias.stride(1), column, step.period[1],
+            columns, space.count,
         )  # fmt: skip
         channels, width = (min(_power(n), _ATTENTION_CHANNELS) for n in (of.depth, of.width))
         options = {
