@@ -306,7 +306,7 @@ class Program:
         """What code for a call is found by, and the arguments that are tensors; None of other values than constants."""
         if len(args) > self.positional:
             return None
-        given = dict(zip(self.defaults, args, strict=False))
+        given = dict(zip(self.defaults, args))  # noqa: B905  (torch.compile of PyTorch 2.9 takes any for true)
         for name, value in kwargs.items():
             if name in given or (name not in self.defaults and not self.takes_any):
                 return None

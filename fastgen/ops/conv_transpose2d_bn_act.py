@@ -136,7 +136,7 @@ def _is_depthwise(input: Tensor, weight: Tensor, groups: int) -> bool:
 
 def _check(input: Tensor, weight: Tensor, *rest: Any) -> None:
     channel_names = ("bias", "running_mean", "running_var", "bn_weight", "bn_bias")
-    channels = dict(zip(channel_names, rest, strict=False))
+    channels = dict(zip(channel_names, rest[:5], strict=True))
     options = Options(*rest[5:])
     check_tensors(input, weight, channels)
     _check_options(options)
