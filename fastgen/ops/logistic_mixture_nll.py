@@ -103,7 +103,9 @@ def split_params(params: Tensor, channels: int) -> tuple[Tensor, Tensor, Tensor,
     logits, rest = params[:, :components], params[:, components:]
     means, log_scales, *coefficients = rest.unflatten(1, (channels, kinds, components)).unbind(2)
     acting = torch.tanh(coefficients[0]) if coefficients else means[:, :0]
-    return logits, means, log_scales.clamp(min=MIN_LOG_SCALE), acting
+    # clamp has no gradient at the limit since PyTorch 2.14
+    log_scales = torch.where(log_scales < MIN_LOG_SCALE, MIN_LOG_SCALE, log_scales)
+    return logits, means, log_scales, acting
 
 
 def _kinds(channels: int) -> int:

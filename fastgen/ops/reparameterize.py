@@ -155,7 +155,7 @@ def reparameterize_reference(mu: Tensor, logvar: Tensor, seed: int, start: int, 
 
 def _formulas(mu: Tensor, logvar: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
     rows, columns = _rows_and_columns(mu)
-    logvar = logvar.clamp(max=MAX_LOGVAR)
+    logvar = torch.where(logvar > MAX_LOGVAR, MAX_LOGVAR, logvar)  # at the limit clamp has no gradient since 2.14
     kl = 0.5 * (mu * mu + torch.expm1(logvar) - logvar).reshape(rows, columns).sum(1)
     return mu + torch.exp(0.5 * logvar) * noise, kl
 

@@ -167,7 +167,7 @@ def test_extreme_logvars_stay_finite(dtype):
         grads = torch.autograd.grad([z, kl], leaves, [torch.ones_like(z), torch.ones_like(kl)])
         assert all(torch.isfinite(value).all() for value in (z, kl, *grads))
         assert torch.equal(grads[1][-3:], torch.zeros(3, 3, dtype=dtype)), "above the limit"
-        assert (grads[1][:-4] != 0).all()  # at the limit PyTorch's clamp has had a gradient, and none since 2.14
+        assert (grads[1][:-3] != 0).all()
         torch.testing.assert_close(z[-1], run(mu, torch.full_like(mu, MAX_LOGVAR))[0][-1])
 
 
