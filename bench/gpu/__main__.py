@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from bench.gpu import sanitizer
+from bench.gpu import progress, sanitizer
 from bench.gpu.python import Facts, choose
 from bench.gpu.runner import Part, Row, run, seconds_of
 from bench.harness import environment, report
@@ -85,7 +85,8 @@ def plan(python: Path, facts: Facts, results: Path, rehearse: bool, commit: str)
         options += ["--compile"] * compile + ["--rehearse"] * rehearse
         command = [str(python), "-m", "bench.gpu.suites", name, *options]
         proofs = [] if rehearse else [part.name for part in needs]
-        return Part(f"bench {name}{' compiled' * compile}", command, seconds, proofs, unbuffered, lacks)
+        title = f"bench {name}{' compiled' * compile}"
+        return Part(title, command, seconds, proofs, unbuffered, lacks, rest=progress.rest)
 
     install = [str(python), "-m", "pip", "install", "--disable-pip-version-check", "--no-build-isolation", "--no-deps"]
     # An nvcc that fails takes nothing else with it: the CUDA module is left out then.

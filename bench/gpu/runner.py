@@ -41,6 +41,8 @@ class Part:
         lacks: what it needs and this machine has not; then it is not run.
         why_not: why its program could not do its work on this machine, by the output; "" where it could. Then it is not
             run either, whatever the exit status.
+        rest: the arguments to be added to its command so that it does what is left, by the output and exit status of a
+            process that failed; none where nothing is. Another process is begun with them, within the time of the part.
     """
 
     name: str
@@ -50,6 +52,7 @@ class Part:
     environment: dict[str, str] = field(default_factory=dict)
     lacks: str = ""
     why_not: Callable[[str], str] = lambda output: ""
+    rest: Callable[[str, int], Sequence[str]] = lambda output, status: ()
 
 
 def seconds_of(stages: Iterable[Sequence[Part]]) -> float:
@@ -144,21 +147,24 @@ class Running:
         self.command = [*part.command, *about_tests(part.needs, before)]
         self.log = logs / f"{re.sub('[^a-z0-9_]+', '-', part.name)}.log"
         self.start = time.monotonic()
-        self.late = False
+        self.late, self.root = False, root
+        self.ended: list[int] = []  # exit statuses of processes that left the rest to another
+        self.read = 0  # characters of what they printed
         self.process: subprocess.Popen[bytes] | None = None
-        self.trouble = self._begin(root)
+        self.log.unlink(missing_ok=True)
+        self.trouble = self._begin()
 
-    def _begin(self, root: Path) -> Row:
+    def _begin(self) -> Row:
         """Start the command; what is wrong if that cannot be."""
         if self.part.lacks:
             return {"status": "not run", "error": self.part.lacks}
         if self.ceiling == 0:
             return {"status": "not run", "error": "no time was left"}
         try:
-            with open(self.log, "wb") as output:
+            with open(self.log, "ab") as output:
                 self.process = subprocess.Popen(
                     self.command,
-                    cwd=root,
+                    cwd=self.root,
                     env={**os.environ, **self.part.environment},
                     stdin=subprocess.DEVNULL,
                     stdout=output,
@@ -186,8 +192,16 @@ class Running:
                 return None
             self.stop()
         status = None if self.late else self.process.returncode
-        said = self.log.read_text(errors="replace").strip()
-        outcome: Row = {"status": "timed out" if status is None else "failed" if status else "passed"}
+        said = self.log.read_text(errors="replace")
+        rest = self.part.rest(said[self.read :], status) if status else ()
+        if rest:
+            self.read = len(said)
+            self.ended.append(self.process.returncode)
+            self.command += rest
+            self.trouble = self._begin()
+            return None if not self.trouble else self._row(self.trouble)
+        said, bad = said.strip(), bool(status or self.ended)
+        outcome: Row = {"status": "timed out" if status is None else "failed" if bad else "passed"}
         tests, failures = counts_of(said), FAILURE.findall(said.rpartition(FAILURES_BEGIN)[2])
         if tests:
             outcome["tests"] = tests
@@ -196,8 +210,9 @@ class Running:
         reason = self.part.why_not(said)
         if reason:
             outcome |= {"status": "not run", "error": reason[:TAIL]}
-        elif status != 0:
-            outcome["error"] = f"{said[-TAIL:]}\nexit status {self.process.returncode}".strip()
+        elif bad or status is None:
+            ends = ", then ".join(map(str, [*self.ended, self.process.returncode]))
+            outcome["error"] = f"{said[-TAIL:]}\nexit status {ends}".strip()
         return self._row(outcome)
 
     def _row(self, outcome: Row) -> Row:

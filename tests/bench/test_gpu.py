@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ import pytest
 import torch
 
 from bench.gpu import __main__ as command
-from bench.gpu import samplers, suites
+from bench.gpu import cases, progress, samplers, suites
 from bench.gpu.python import choose, probe
 from bench.gpu.runner import Part, run, seconds_of
 from bench.harness import rows
@@ -311,7 +312,7 @@ def test_sampling_on_the_cpu(tmp_path, capsys):
 @pytest.mark.parametrize("provider", ["fused", "formulas"])
 def test_a_provider_that_fails_takes_no_other_with_it(provider, fails_at, tmp_path, monkeypatch, capsys):
     """Not even one that fails once it is timed. It counts if it is fastgen's, and not if it is a peer."""
-    function, calls = getattr(suites.reparameterize, provider), []
+    function, calls = getattr(cases.reparameterize, provider), []
 
     def broken(*arguments: object) -> object:
         calls.append(arguments)
@@ -319,7 +320,7 @@ def test_a_provider_that_fails_takes_no_other_with_it(provider, fails_at, tmp_pa
             raise MemoryError("too much")
         return function(*arguments)
 
-    monkeypatch.setattr(suites.reparameterize, provider, broken)
+    monkeypatch.setattr(cases.reparameterize, provider, broken)
     ours = provider == "fused"
     found = measured(tmp_path / "rows", "ceilings", "reparameterize", status=int(ours))
     name, kind = ("fastgen", "error") if ours else ("eager", "unavailable")
@@ -346,20 +347,49 @@ def test_rows_say_which_tests_failed(told, tmp_path, capsys):
     assert ("test_x failed" in command.summary(tmp_path / "rows")) == (told == "test_x failed")
 
 
-def test_the_rest_is_measured_when_a_kernel_has_taken_the_gpu(tmp_path, monkeypatch, capsys):
-    """What is left of all suites, by another process, in which what failed is not tried again."""
-    lost = []
+# Ends two processes: as a crash in the second and third case, and after the first two as an error that the GPU keeps.
+ENDED = """
+import os, sys
+from bench.gpu import progress, suites
+ends, before = sys.argv.pop(1), sys.argv.count("--done")
+count = before
+def check_alive(device):
+    if ends == "lost" and before < 2:
+        raise SystemExit(progress.GPU_LOST)
+def measure_case(case, *arguments, measure=suites.measure_case):
+    global count
+    count += 1
+    if ends == "dies" and count in (2, 3):
+        os.abort()
+    return measure(case, *arguments)
+suites.check_alive, suites.measure_case = check_alive, measure_case
+raise SystemExit(suites.main())
+"""
 
-    def check_alive(device: str) -> None:
-        lost.append(device)
-        if len(lost) == 2:
-            raise suites.Lost from RuntimeError("an illegal memory access was encountered")
 
-    monkeypatch.setattr(suites, "check_alive", check_alive)
-    monkeypatch.setenv("PYTHONPATH", str(command.ROOT))
-    found = measured(tmp_path / "rows", "ceilings", "reparameterize", "gated_unit", status=1)
-    whole = measured(tmp_path / "whole", "ceilings", "reparameterize", "gated_unit")
-    assert [row.get("case") for row in found] == [row.get("case") for row in whole]
+@pytest.mark.parametrize("ends", ["dies", "lost"])
+def test_what_a_process_leaves_is_measured_by_another(ends, stages, tmp_path, capsys):
+    """Without what ended it, of which there is a row all the same; the part has failed."""
+    part = next(part for stage in stages for part in stage if part.name == "bench reparameterize")
+    path = tmp_path / "rows"
+    words = ["ceilings", "reparameterize", "gated_unit", "--rehearse", "--results", str(path)]
+    again = replace(part, command=[sys.executable, "-c", ENDED, ends, *words], ceiling=60, environment=ENVIRONMENT)
+    (row,) = run([[replace(again, needs=())]], 60, tmp_path, tmp_path)
+    died = -signal.SIGABRT
+    status = died if ends == "dies" else progress.GPU_LOST
+    assert row["status"] == "failed" and row["error"].endswith(f"exit status {status}, then {status}, then 0")
+    found, whole = rows.read(path), measured(tmp_path / "whole", "ceilings", "reparameterize", "gated_unit")
+    names = list(dict.fromkeys(row["case"] for row in whole[1:]))
+    assert list(dict.fromkeys(row["case"] for row in found[1:])) == names
+    errors = {row["case"]: row["error"] for row in found if "error" in row}
+    assert errors == dict.fromkeys(names[1:3] if ends == "dies" else [], f"its process was ended by signal {-died}")
+    assert len(found) == len(whole) - sum(row["case"] in errors for row in whole[1:]) + len(errors)
+
+
+def test_a_process_that_began_nothing_leaves_nothing(tmp_path):
+    (row,) = run([[replace(python("dies", "import os; os.abort()"), rest=progress.rest)]], 20, tmp_path, tmp_path)
+    assert row["status"] == "failed" and row["error"] == f"exit status {-signal.SIGABRT}"
+    assert progress.rest("12:00:00 begins a: b, c\n", 1) == []
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
