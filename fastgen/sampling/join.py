@@ -104,12 +104,7 @@ def _read_channels(plan: Plan) -> set[tuple[int, int]]:
     """(plane, channel) of all that draws and steps read."""
     read = {(d.plane, d.channel + c) for d in plan.draws for c in range(d.count)}
     for step in plan.steps:
-        read |= {(t.plane, t.channel + c) for t in step.taps for c in range(t.count)}
-        for r in step.reads():
-            width = step.width * step.groups if r is step.init else step.width
-            read |= {(r.plane, r.channel + c) for c in range(width)}
-        for r, count in step.attention.reads() if step.attention else ():
-            read |= {(r.plane, r.channel + c) for c in range(count)}
+        read |= {(r.plane, r.channel + c) for r, count in step.all_reads() for c in range(count)}
     return read
 
 

@@ -329,10 +329,7 @@ def size_planes(plan: Plan) -> None:
     over: dict[int, tuple[int, int]] = {}  # how far readers look over top and bottom of given planes
     for step in plan.steps:
         out = plan.planes[step.out]
-        reads: list[Read | StepTap] = [*step.reads(), *step.taps]
-        if step.attention is not None:
-            reads.append(step.attention.query)
-        for index, dy, dx in ((r.plane, r.dy, r.dx) for r in reads):
+        for index, dy, dx in ((r.plane, r.dy, r.dx) for r, _ in step.reads_here()):
             plane = plan.planes[index]
             if plane.broadcast:
                 continue

@@ -193,6 +193,18 @@ class Step:
         loads = [i.read for i in self.program if i.read is not None]
         return loads if self.init is None else [self.init, *loads]
 
+    def reads_here(self) -> list[tuple[Read | StepTap, int]]:
+        """What it reads from its own position on, with the number of channels: all but the keys of attention, their
+        values and what masks add to them.
+        """
+        found: list[tuple[Read | StepTap, int]] = [(tap, tap.count) for tap in self.taps]
+        found += ((read, self.width * (self.groups if read is self.init else 1)) for read in self.reads())
+        return found if self.attention is None else [*found, self.attention.reads()[0]]
+
+    def all_reads(self) -> list[tuple[Read | StepTap, int]]:
+        """All that it reads, with the number of channels."""
+        return self.reads_here() + (self.attention.reads()[1:] if self.attention else [])
+
     @property
     def out(self) -> int:
         """A plane with the step's frame."""

@@ -60,8 +60,10 @@ struct Lane {
     jmp_buf context;
     std::unique_ptr<char[]> stack;
     std::vector<Copy> copies;
-    int64_t arrivals = 0;  // at the barrier of the cluster
-    bool done = false;
+    int64_t arrivals = 0;        // at the barrier of the cluster
+    const Gate* gate = nullptr;  // at which it waits for the end of a round
+    int round = 0;
+    bool waits_for_cluster = false, done = false;
 };
 
 struct Warp {
@@ -108,7 +110,22 @@ inline void pass(Gate& gate) {
         gate.arrived = 0;
         ++gate.round;
     }
-    while (gate.round == round) yield();
+    if (gate.round != round) return;
+    lane().gate = &gate;
+    lane().round = round;
+    yield();
+    lane().gate = nullptr;
+}
+
+inline bool cluster_arrived() {
+    return block.cluster->arrivals.load(std::memory_order_acquire) >= lane().arrivals * block.cluster->lanes;
+}
+
+// Whether the lane has something to do.
+inline bool ready() {
+    const Lane& of = lane();
+    if (of.done || (of.waits_for_cluster && !cluster_arrived())) return false;
+    return of.gate == nullptr || of.gate->round != of.round;
 }
 
 inline void run_lane() {
@@ -141,13 +158,16 @@ inline void run_block() {
         random = random * 1664525u + 1013904223u;
         const unsigned begin = random >> 16, step = random & 256 ? 1 : count - 1;
         left = 0;
+        bool resumed = false;
         for (unsigned i = 0; i < count; ++i) {
             threadIdx.x = (begin + i * step) % count;
-            if (lane().done) continue;
-            resume();
+            if (ready()) {
+                resume();
+                resumed = true;
+            }
             left += !lane().done;
         }
-        if (left > 0) std::this_thread::yield();  // they may wait for another block
+        if (!resumed) std::this_thread::yield();  // they wait for another block
     }
 }
 

@@ -1,8 +1,9 @@
 // Runs csrc/cuda/pixel_stage.h, the schedule of the CUDA kernel, on threads of the host.
 #include "cuda/pixel_stage.h"
 
-#include <atomic>
+#include <condition_variable>
 #include <memory>
+#include <mutex>
 #include <thread>
 #include <vector>
 
@@ -16,18 +17,22 @@ class Barrier {
 public:
     explicit Barrier(int size) : size_(size) {}
     void wait() {
-        const int round = round_.load(std::memory_order_relaxed);
-        if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size_) {
-            arrived_.store(0, std::memory_order_relaxed);
-            round_.store(round + 1, std::memory_order_release);
+        std::unique_lock<std::mutex> lock(mutex_);
+        const int round = round_;
+        if (++arrived_ == size_) {
+            arrived_ = 0;
+            ++round_;
+            next_.notify_all();
         } else {
-            while (round_.load(std::memory_order_acquire) == round) std::this_thread::yield();
+            next_.wait(lock, [&] { return round_ != round; });
         }
     }
 
 private:
     const int size_;
-    std::atomic<int> arrived_{0}, round_{0};
+    int arrived_ = 0, round_ = 0;
+    std::mutex mutex_;
+    std::condition_variable next_;
 };
 
 // What the lanes of a block share.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
 from enum import IntEnum
 
 from fastgen.sampling.plan import Plan, Plane, Read, Step, StepTap
@@ -34,7 +33,8 @@ def layouts(plan: Plan) -> list[Layout]:
     of_rows, attended, kept = set[int](), set[int](), {e.plane for e in plan.encodings}
     kept |= {d.plane for d in plan.draws if written[d.plane] != {(0, 0)}}
     for step in plan.steps:
-        touched = {read.plane for read in _reads(step)} | {store.plane for store in step.stores}
+        here = [read for read, _ in step.reads_here()]
+        touched = {read.plane for read in here} | {store.plane for store in step.stores}
         if step.attention is not None:
             keys = {read.plane for read, _ in step.attention.reads()[1:]}
             attended |= {step.attention.keys.plane, step.attention.values.plane}
@@ -43,7 +43,7 @@ def layouts(plan: Plan) -> list[Layout]:
         if step.stage == Stage.ROW:
             of_rows |= touched
         now = {(step.lag_y, step.lag_x)}
-        kept |= {read.plane for read in _reads(step) if written[read.plane] != now or not _in_place(plan, step, read)}
+        kept |= {read.plane for read in here if written[read.plane] != now or not _in_place(plan, step, read)}
         if step.period != (1, 1):
             kept |= {store.plane for store in step.stores}
     return [_layout(i, plane, of_rows, attended, kept) for i, plane in enumerate(plan.planes)]
@@ -57,14 +57,6 @@ def _layout(index: int, plane: Plane, of_rows: set[int], attended: set[int], kep
     if index not in kept:
         return Layout.MOMENT
     return Layout.APART if index in attended else Layout.TOGETHER
-
-
-def _reads(step: Step) -> Iterator[Read | StepTap]:
-    """All that it reads, but for the keys and values of attention."""
-    yield from step.taps
-    yield from step.reads()
-    if step.attention is not None:
-        yield step.attention.query
 
 
 def _in_place(plan: Plan, step: Step, read: Read | StepTap) -> bool:

@@ -103,10 +103,8 @@ class Operands:
 
     def _spacing(self, step: Step) -> str:
         """Of the columns in which its operands lie, see the kernel."""
-        operands: tuple[Read | StepTap | Store, ...] = (*step.reads(), *step.taps, *step.stores)
-        if step.attention is not None:
-            operands += (step.attention.query,)
-        ratios = [self.plan.ratio(step, operand.plane, 1) for operand in operands]
+        planes = {read.plane for read, _ in step.reads_here()} | {store.plane for store in step.stores}
+        ratios = [self.plan.ratio(step, plane, 1) for plane in planes]
         if all(den == 1 for _, den in ratios):
             return "whole"
         even = step.stage == Stage.PIXEL or all(step.period[1] * num % den == 0 for num, den in ratios)

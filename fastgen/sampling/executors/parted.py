@@ -8,7 +8,6 @@ step that computes them becomes a step for each; no sum changes.
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import TypeVar
 
@@ -60,7 +59,7 @@ def _parts(plan: Plan) -> dict[int, Ranges]:
     """The planes to be parted, and the ranges of channels that are read together."""
     reads: dict[int, Ranges] = defaultdict(list)
     for step in plan.steps:
-        for read, count in _reads(step):
+        for read, count in step.all_reads():
             if count:  # attention by biases alone reads no queries
                 reads[read.plane].append((read.channel, read.channel + count))
     whole = {d.plane for d in plan.draws} | {e.plane for e in plan.encodings}
@@ -76,13 +75,6 @@ def _parts(plan: Plan) -> dict[int, Ranges]:
             if len(ranges) > 1:
                 parts[plane] = ranges
     return parts
-
-
-def _reads(step: Step) -> Iterator[tuple[Read | StepTap, int]]:
-    """All that it reads, with the number of channels."""
-    yield from ((tap, tap.count) for tap in step.taps)
-    yield from ((read, step.width * step.groups if read is step.init else step.width) for read in step.reads())
-    yield from step.attention.reads() if step.attention is not None else ()
 
 
 def _apart(ranges: Ranges, width: int) -> Ranges:

@@ -109,7 +109,7 @@ class PixelTables:
                 for step in steps:
                     column = plan.position(step, 1, x) if step.rank == rank else None
                     if column is not None:
-                        reads = {tap.plane for tap in step.taps} | {read.plane for read in step.reads()}
+                        reads = {read.plane for read, _ in step.reads_here()}
                         add(column, self._index[id(step)], reads, {store.plane for store in step.stores})
                 if drawn and 0 <= x < plan.image_shape[2]:
                     add(x, DRAW + rank, {draw.plane}, {e.plane for e in plan.encodings})

@@ -63,10 +63,7 @@ class _Planes:
     def __init__(self, plan: Plan, batch: Batch, dtype: torch.dtype):
         self.plan = plan
         given = dict(zip(plan.conditions, batch.conditions, strict=True))
-        steps = plan.steps
-        shifts = [abs(t.dy) + abs(t.dx) for s in steps for t in s.taps] + [
-            abs(r.dy) + abs(r.dx) for s in steps for r in s.reads()
-        ]
+        shifts = [abs(read.dy) + abs(read.dx) for step in plan.steps for read, _ in step.reads_here()]
         self.margin = max(shifts, default=0) + max(p.height + p.width for p in plan.planes)
         self.values: list[Tensor] = []
         for i, plane in enumerate(plan.planes):

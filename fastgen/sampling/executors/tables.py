@@ -368,9 +368,7 @@ def _sources(steps: Sequence[Step]) -> list[list[int]]:
     for i, step in enumerate(steps):
         if phase != (step.stage, step.rank):
             phase, writers = (step.stage, step.rank), {}
-        reads = {t.plane for t in step.taps} | {r.plane for r in step.reads()}
-        if step.attention is not None:
-            reads |= {r.plane for r, _ in step.attention.reads()}
+        reads = {read.plane for read, _ in step.all_reads()}
         sources.append(sorted({w for plane in reads for w in writers.get(plane, [])}))
         for store in step.stores:
             writers.setdefault(store.plane, []).append(i)

@@ -70,8 +70,7 @@ def find_filters(plan: Plan, step: Step) -> Filters | None:
         return None
     if out.width % 2 or out.width < LEAST_WIDTH[plan.precision]:
         return None
-    reads = [t.plane for t in step.taps] + [r.plane for r in step.reads()]
-    if step.period[1] != 1 or any(plan.ratio(step, p, 1) != (1, 1) for p in reads):
+    if step.period[1] != 1 or any(plan.ratio(step, read.plane, 1) != (1, 1) for read, _ in step.reads_here()):
         return None
     found = _consecutive(plan, step)
     if not found or step.groups * step.width < LEAST_CHANNELS:

@@ -43,10 +43,10 @@ inline void arrive_in_cluster() {
 }
 
 inline void wait_in_cluster() {
-    const auto& cluster = *cuda_on_host::block.cluster;
-    while (cluster.arrivals.load(std::memory_order_acquire) < cuda_on_host::lane().arrivals * cluster.lanes) {
-        cuda_on_host::yield();
-    }
+    if (cuda_on_host::cluster_arrived()) return;
+    cuda_on_host::lane().waits_for_cluster = true;
+    cuda_on_host::yield();
+    cuda_on_host::lane().waits_for_cluster = false;
 }
 
 }  // namespace fastgen::cuda
