@@ -169,7 +169,22 @@ def test_cuda_draws_the_same_numbers(cuda, count):
 
 def test_other_processors_compile_the_portable_code_alone(setup, monkeypatch):
     monkeypatch.setattr(setup.platform, "machine", lambda: "aarch64")
-    assert setup.find_isas("g++") == {"baseline": ""}
+    monkeypatch.setattr(setup, "compiles", lambda command, suffix: command[0] == "g++")
+    assert setup.find_isas("g++") == {"baseline": "-fno-schedule-insns"}
+    assert setup.find_isas("clang++") == {"baseline": ""}
+
+
+def test_kernels_compile_for_arm(tmp_path):
+    """No figure and no bit is checked here; CONTRIBUTING.md says how the tests are run on ARM."""
+    cxx = shutil.which("aarch64-linux-gnu-g++")
+    if cxx is None:
+        pytest.skip("no aarch64-linux-gnu-g++")
+    (tmp_path / "fastgen_build.h").write_text("#define FASTGEN_FOR_EACH_ISA(X) X(baseline)\n")
+    includes = [f"-I{ROOT / 'csrc'}", f"-I{tmp_path}", "-DFASTGEN_ISA=baseline"]
+    for source in sorted((ROOT / "csrc/cpu").glob("*.cpp")):
+        command = [cxx, *"-std=c++17 -fopenmp -Wall -Wextra -Werror -fsyntax-only".split(), *includes, str(source)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        assert done.returncode == 0, done.stdout
 
 
 def test_a_compiler_without_an_instruction_set_leaves_it_out(setup, monkeypatch):

@@ -2,12 +2,15 @@
 //
 // Loops that reach the limits of one core, so that every measured time can be given as a fraction of what is possible.
 //
-//   fma_*       acc[i] = acc[i] * x + y on independent accumulators that stay in registers: no loads, no stores.
+//   fma_*       acc[i] = acc[i] * x + y, or acc[i] + x * y, on independent accumulators that stay in registers: no loads, no stores.
 //   dot_bfloat16  acc[i] += dot products of bf16 pairs, the same way (AVX512-BF16 only).
 //   read_bytes  streams an array through registers.
 //
 // Each returns a value that depends on all of its work, which keeps the compiler from dropping it.
 #include "ceilings.h"
+
+#include <utility>
+
 #include "vec.h"
 
 #ifdef __AVX512BF16__
@@ -26,9 +29,13 @@ constexpr int kVectorBytes = 32;
 constexpr int kVectorBytes = 16;
 #endif
 
-// Enough chains to hide a multiply-add of 4 to 8 cycles on two to four units, and with their two operands still within
-// the 16 registers of SSE and AVX2.
+// Enough chains to hide a multiply-add of 4 to 8 cycles on two units, and with their two operands still within the 16
+// registers of SSE and AVX2; ARM has 32 and up to four units.
+#if defined(__aarch64__)
+constexpr int kChains = 24;
+#else
 constexpr int kChains = 14;
+#endif
 
 typedef float VecF __attribute__((vector_size(kVectorBytes)));
 typedef double VecD __attribute__((vector_size(kVectorBytes)));
@@ -53,24 +60,30 @@ static inline void opaque(V& v) {
 #endif
 }
 
-template <typename T, typename V>
-static double fma_loop(int64_t iterations) {
-    V x = V{} + T(0.5), y = V{} + T(1);  // the accumulators converge to 2: no overflow, no subnormal numbers
-    V acc[kChains];
-    for (int i = 0; i < kChains; ++i) acc[i] = V{} + T(i);
-    opaque(x);
-    opaque(y);
-    for (int64_t n = 0; n < iterations; ++n) {
-#pragma GCC unroll 16
-        for (int i = 0; i < kChains; ++i) acc[i] = fma(acc[i], x, y);
-    }
-    double sum = 0;
-    for (int i = 0; i < kChains; ++i) sum += acc[i][0];
-    return sum;
+// ARM's multiply-add is one to a sum; without any, as in SSE, a product that is always the same would not be computed.
+template <typename V>
+static inline V next(V acc, V x, V y) {
+#if defined(__aarch64__)
+    return fma(x, y, acc);
+#else
+    return fma(acc, x, y);
+#endif
 }
 
-double fma_float32(int64_t iterations) { return fma_loop<float, VecF>(iterations); }
-double fma_float64(int64_t iterations) { return fma_loop<double, VecD>(iterations); }
+// i is every chain: GCC keeps an array that loops run over in memory.
+template <typename T, typename V, int... i>
+static double fma_loop(int64_t iterations, std::integer_sequence<int, i...>) {
+    V x = V{} + T(0.5), y = V{} + T(1);  // the accumulators converge to 2: no overflow, no subnormal numbers
+    V acc[] = {(V{} + T(i))...};
+    opaque(x);
+    opaque(y);
+    for (int64_t n = 0; n < iterations; ++n) ((acc[i] = next(acc[i], x, y)), ...);
+    return (static_cast<double>(acc[i][0]) + ...);
+}
+
+using Chains = std::make_integer_sequence<int, kChains>;
+double fma_float32(int64_t iterations) { return fma_loop<float, VecF>(iterations, Chains{}); }
+double fma_float64(int64_t iterations) { return fma_loop<double, VecD>(iterations, Chains{}); }
 
 #ifdef __AVX512BF16__
 double dot_bfloat16(int64_t iterations) {

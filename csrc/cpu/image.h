@@ -36,6 +36,17 @@ FASTGEN_INLINE void transpose_4x4(const float* from, int64_t from_stride, float*
     _mm_storeu_ps(to + 2 * to_stride, r2);
     _mm_storeu_ps(to + 3 * to_stride, r3);
 }
+#elif defined(__aarch64__)
+FASTGEN_INLINE void transpose_4x4(const float* from, int64_t from_stride, float* to, int64_t to_stride) {
+    const float32x4_t r0 = vld1q_f32(from), r1 = vld1q_f32(from + from_stride);
+    const float32x4_t r2 = vld1q_f32(from + 2 * from_stride), r3 = vld1q_f32(from + 3 * from_stride);
+    const float32x4_t low02 = vzip1q_f32(r0, r2), low13 = vzip1q_f32(r1, r3);
+    const float32x4_t high02 = vzip2q_f32(r0, r2), high13 = vzip2q_f32(r1, r3);
+    vst1q_f32(to, vzip1q_f32(low02, low13));
+    vst1q_f32(to + to_stride, vzip2q_f32(low02, low13));
+    vst1q_f32(to + 2 * to_stride, vzip1q_f32(high02, high13));
+    vst1q_f32(to + 3 * to_stride, vzip2q_f32(high02, high13));
+}
 #endif
 
 // Copies channels c0..c1-1 of row y of image n to `to`, positions `step` apart.

@@ -1,6 +1,8 @@
 // fastgen: per-isa
 #include "normal.h"
 
+#include <cstddef>
+
 #include "normal_tiles.h"
 
 namespace fastgen::FASTGEN_ISA {

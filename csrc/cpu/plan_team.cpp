@@ -27,6 +27,8 @@ void PlanTeam::wait(int member) {
         for (int spin = 0; spin < kSpins && !arrived(); ++spin) {
 #if defined(__x86_64__)
             _mm_pause();
+#elif defined(__aarch64__)
+            asm volatile("isb");  // takes some ten nanoseconds, where "yield" takes none
 #endif
         }
         if (arrived()) continue;

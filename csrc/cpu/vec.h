@@ -1,7 +1,8 @@
 // The vector type of one instruction set, and the few operations kernels are written in.
 //
 // Included by sources that are compiled once per instruction set with FASTGEN_ISA set to its name; everything here
-// lives in namespace fastgen::FASTGEN_ISA. Widths: AVX-512 64 bytes, AVX2 32 bytes, portable 16 bytes.
+// lives in namespace fastgen::FASTGEN_ISA. Widths: AVX-512 64 bytes, AVX2 32 bytes, else 16 bytes:
+// NEON on ARM, and what every x86-64 has.
 //
 //   Vec<T>                       T is float, double or int32_t; + - * / < are the compiler's vector extensions
 //   Bits<T>                      the same of integers of the size of T: what comparisons give
@@ -17,7 +18,7 @@
 //   shuffle<i, ...>(a, b)        elements i, ... of a and b, those of b counted on
 //
 // These sources are compiled without contraction, so a product is fused into a sum exactly where fma is written: the
-// same operations, and so the same bits, on AVX2 and AVX-512.
+// same operations, and so the same bits, on AVX2, AVX-512 and ARM.
 #pragma once
 
 #include <cstdint>
@@ -29,6 +30,8 @@
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
 #include <immintrin.h>
 #pragma GCC diagnostic pop
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 #ifndef FASTGEN_ISA
@@ -206,6 +209,20 @@ template <class T>
 FASTGEN_INLINE void store_n(T* p, Vec<T> v, int n) {
     for (int i = 0; i < n; ++i) p[i] = v[i];
 }
+#if defined(__aarch64__)
+FASTGEN_INLINE Vec<float> load_bytes(const int8_t* p) {
+    int32_t bytes;
+    __builtin_memcpy(&bytes, p, sizeof bytes);
+    const int16x4_t shorts = vget_low_s16(vmovl_s8(vreinterpret_s8_s32(vdup_n_s32(bytes))));
+    return (Vec<float>)vcvtq_f32_s32(vmovl_s16(shorts));
+}
+FASTGEN_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
+    return (Vec<float>)vfmaq_f32((float32x4_t)c, (float32x4_t)a, (float32x4_t)b);
+}
+FASTGEN_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
+    return (Vec<double>)vfmaq_f64((float64x2_t)c, (float64x2_t)a, (float64x2_t)b);
+}
+#else
 FASTGEN_INLINE Vec<float> load_bytes(const int8_t* p) {
     Vec<float> v{};
     for (int i = 0; i < kLanes<float>; ++i) v[i] = p[i];
@@ -223,6 +240,7 @@ FASTGEN_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
 #else
 FASTGEN_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) { return a * b + c; }
 FASTGEN_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) { return a * b + c; }
+#endif
 #endif
 FASTGEN_INLINE Vec<float> max(Vec<float> a, Vec<float> b) { return a > b ? a : b; }
 FASTGEN_INLINE Vec<double> max(Vec<double> a, Vec<double> b) { return a > b ? a : b; }

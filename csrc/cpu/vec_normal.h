@@ -35,6 +35,8 @@ FASTGEN_INLINE Vec<uint64_t> multiply_words(Vec<uint64_t> a, Vec<uint64_t> b) {
     return (Vec<uint64_t>)_mm256_mul_epu32((__m256i)a, (__m256i)b);
 #elif defined(__x86_64__)
     return (Vec<uint64_t>)_mm_mul_epu32((__m128i)a, (__m128i)b);
+#elif defined(__aarch64__)
+    return (Vec<uint64_t>)vmull_u32(vmovn_u64((uint64x2_t)a), vmovn_u64((uint64x2_t)b));
 #else
     return (a & 0xffffffff) * (b & 0xffffffff);
 #endif
@@ -56,6 +58,8 @@ FASTGEN_INLINE Vec<float> sqrt(Vec<float> x) {
     return _mm512_sqrt_ps(x);
 #elif defined(__AVX2__)
     return _mm256_sqrt_ps(x);
+#elif defined(__aarch64__)
+    return (Vec<float>)vsqrtq_f32((float32x4_t)x);
 #else
     for (int i = 0; i < kLanes<float>; ++i) x[i] = __builtin_sqrtf(x[i]);
     return x;

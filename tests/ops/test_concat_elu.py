@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch.library import opcheck
 
 import fastgen
-from fastgen import backends, ops
+from fastgen import ops
 from fastgen.ops import philox
+from tests.instruction_sets import ISAS, chosen
 
 module = importlib.import_module("fastgen.ops.concat_elu")  # the package has the function of this name
 
@@ -69,17 +70,14 @@ def test_float32_is_as_accurate_as_pytorch(shapes, negate):
 
 
 @all_shapes
-@pytest.mark.parametrize("isa", backends.native_cpu().isas())
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_every_instruction_set(shapes, isa, dtype):
     inputs, options = tensors(shapes, dtype), {"dropout": 0.3, "seed": 5}
     with fastgen.backend("reference"):
         expected = run(lambda *x: ops.concat_elu(*x, **options), inputs)
-    backends.native_cpu().set_isa(isa)
-    try:
+    with chosen(isa):
         actual = run(native(**options), inputs)
-    finally:
-        backends.native_cpu().set_isa("")
     for ours, theirs in zip(actual, expected, strict=True):
         torch.testing.assert_close(ours, theirs)
 

@@ -18,6 +18,7 @@ import fastgen
 from fastgen import backends, ops
 from fastgen.ops import conv_cpu as cpu
 from fastgen.ops.conv_block import pair as make_pair
+from tests.instruction_sets import ISAS, chosen
 
 module = importlib.import_module("fastgen.ops.conv2d_bn_act")  # the package has the function of this name
 
@@ -165,14 +166,11 @@ def test_activations_are_as_accurate_as_pytorch(name, activation, native):
 
 
 @all_cases
-@pytest.mark.parametrize("isa", backends.native_cpu().isas())
+@pytest.mark.parametrize("isa", ISAS)
 def test_float64_on_every_instruction_set(case, isa, natively):
     tensors = case.tensors(torch.float64)
-    backends.native_cpu().set_isa(isa)
-    try:
+    with chosen(isa):
         actual = fused(case, tensors, "elu")
-    finally:
-        backends.native_cpu().set_isa("")
     torch.testing.assert_close(actual, plain(case, tensors, "elu"), rtol=1e-10, atol=1e-10)
 
 

@@ -11,10 +11,11 @@ import torch
 import torch.nn.functional as F
 
 import fastgen
-from fastgen import backends, ops
+from fastgen import ops
 from fastgen.ops import conv_cpu as cpu
 from fastgen.ops.conv_cpu import Options
 from fastgen.ops.conv_sequence import conv_bn_act_sequence
+from tests.instruction_sets import ISAS, chosen
 
 module = importlib.import_module("fastgen.ops.known_convs")
 conv2d_module = importlib.import_module("fastgen.ops.conv2d_bn_act")  # the package has the function of this name
@@ -201,16 +202,13 @@ def test_large_batches_run_in_groups(dtype, layout, calls):
 def test_threads_and_instruction_sets(name, calls):
     network = Network(name)
     x = network.input(7)
-    try:
-        for isa in backends.native_cpu().isas():
-            backends.native_cpu().set_isa(isa)
+    for isa in ISAS:
+        with chosen(isa):
             for threads in (1, 3):
                 torch.set_num_threads(threads)
                 network.check(x)
                 network.check(x)
-    finally:
-        backends.native_cpu().set_isa("")
-    assert len(calls) == 2 * len(backends.native_cpu().isas()) and None not in calls
+    assert len(calls) == 2 * len(ISAS) and None not in calls
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

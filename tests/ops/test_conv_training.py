@@ -14,6 +14,7 @@ from torch.library import opcheck
 import fastgen
 from fastgen import backends, ops
 from fastgen.ops import conv_cpu as cpu
+from tests.instruction_sets import ISAS, chosen
 from tests.ops import test_conv2d_bn_act as ordinary
 from tests.ops import test_conv_transpose2d_bn_act as transposed
 from tests.ops.test_conv_transpose2d_bn_act import (
@@ -128,11 +129,8 @@ def assert_training_is_accurate(case, training):
 def assert_training_is_exact(case, isa, training):
     tensors = case.tensors(torch.float64)
     grad = grad_for(case, tensors)
-    backends.native_cpu().set_isa(isa)
-    try:
+    with chosen(isa):
         actual = run(native, case, tensors, "elu", training, grad)
-    finally:
-        backends.native_cpu().set_isa("")
     for ours, truth in zip(actual, run(plain, case, tensors, "elu", training, grad), strict=True):
         torch.testing.assert_close(ours, truth, rtol=1e-9, atol=1e-9)
 
@@ -146,7 +144,7 @@ def test_float32_is_as_accurate_as_pytorch(case, training):
 
 @all_cases
 @training_modes
-@pytest.mark.parametrize("isa", backends.native_cpu().isas())
+@pytest.mark.parametrize("isa", ISAS)
 def test_float64_on_every_instruction_set(case, isa, training):
     if trainable(case, training):
         assert_training_is_exact(case, isa, training)
@@ -162,7 +160,7 @@ def test_minimal_filtering(kind, name):
     block = cpu.Block.of(kind == "transposed", x.shape, x.dtype, weight, options)
     assert block.weight_shape().minimal
     assert_training_is_accurate(case, training=False)
-    for isa in backends.native_cpu().isas():
+    for isa in ISAS:
         if math.prod(weight.shape) < 1e5:
             assert_training_is_exact(case, isa, training=False)
 

@@ -21,6 +21,7 @@ from fastgen import backends, ops
 from fastgen.ops import conv_cpu as cpu
 from fastgen.ops.conv_block import pair as make_pair
 from fastgen.ops.conv_sequence import conv_bn_act_sequence
+from tests.instruction_sets import FUSED, ISAS, chosen
 
 module = importlib.import_module("fastgen.ops.conv_transpose2d_bn_act")  # the package has the function of this name
 
@@ -282,15 +283,12 @@ def test_activations_are_as_accurate_as_pytorch(name, activation):
 
 
 @all_cases
-@pytest.mark.parametrize("isa", backends.native_cpu().isas())
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 3e-4)], ids=["f64", "f32"])
 def test_every_instruction_set(case, isa, dtype, tolerance):
     tensors = case.tensors(dtype)
-    backends.native_cpu().set_isa(isa)
-    try:
+    with chosen(isa):
         actual = native(case, tensors, "elu")
-    finally:
-        backends.native_cpu().set_isa("")
     expected = plain(case, doubles(tensors), "elu")
     torch.testing.assert_close(actual.double(), expected, rtol=tolerance, atol=tolerance)
 
@@ -332,15 +330,11 @@ def test_against_loops(name):
 
 @pytest.mark.parametrize("name", ["k4s2p1", "last layer", "4x4 map", "deep", *MINIMAL, *OVERLAP])
 def test_bits_are_the_same_on_every_fused_instruction_set(name):
-    case, native_cpu = CASES[name], backends.native_cpu()
+    case = CASES[name]
     tensors, results = case.tensors(), []
-    try:
-        for isa in native_cpu.isas():
-            if isa != "baseline":
-                native_cpu.set_isa(isa)
-                results.append(native(case, tensors, "tanh"))
-    finally:
-        native_cpu.set_isa("")
+    for isa in FUSED:
+        with chosen(isa):
+            results.append(native(case, tensors, "tanh"))
     assert all(torch.equal(result, results[0]) for result in results)
 
 
@@ -394,7 +388,7 @@ def test_bfloat16_is_as_accurate_as_pytorch(name, norm):
     "name", ["4x4 map", "last layer", "k2s2", "groups", "minimal", "minimal, bands", "overlap", "overlap, bands"]
 )
 def test_bfloat16_bits_depend_on_the_sample_alone(name, all_threads):
-    case, native_cpu = BFLOAT16[name], backends.native_cpu()
+    case = BFLOAT16[name]
     x, weight, *rest = bfloats(case.tensors())
     output = native(case, [x, weight, *rest], "tanh")
     for arrange in LAYOUTS.values():
@@ -403,13 +397,9 @@ def test_bfloat16_bits_depend_on_the_sample_alone(name, all_threads):
         torch.set_num_threads(threads)
         for n in range(case.shape[0]):
             assert torch.equal(native(case, [x[n : n + 1], weight, *rest], "tanh")[0], output[n])
-    try:
-        for isa in native_cpu.isas():
-            if isa != "baseline":
-                native_cpu.set_isa(isa)
-                assert torch.equal(native(case, [x, weight, *rest], "tanh"), output), isa
-    finally:
-        native_cpu.set_isa("")
+    for isa in FUSED:
+        with chosen(isa):
+            assert torch.equal(native(case, [x, weight, *rest], "tanh"), output), isa
 
 
 def test_bfloat16_rounds_to_even_and_keeps_nan_and_infinity():
@@ -419,14 +409,11 @@ def test_bfloat16_rounds_to_even_and_keeps_nan_and_infinity():
     # The sum of two values with one, each of which is a bfloat16, in float32.
     x[0, 1] = (torch.tensor(values) - x[0, 0, 0].float()).nan_to_num(0.0, 0.0, 0.0).bfloat16()
     weight = torch.ones(2, 1, 1, 1, dtype=torch.bfloat16)
-    try:
-        for isa in backends.native_cpu().isas():
-            backends.native_cpu().set_isa(isa)
+    for isa in ISAS:
+        with chosen(isa):
             with fastgen.backend("cpu"):
                 output = ops.conv_transpose2d_bn_act(x, weight)
             torch.testing.assert_close(output[0, 0, 0], torch.tensor(values).bfloat16(), rtol=0, atol=0, equal_nan=True)
-    finally:
-        backends.native_cpu().set_isa("")
 
 
 LAYOUTS = {

@@ -15,6 +15,7 @@ from torch.library import opcheck
 
 import fastgen
 from fastgen import backends, ops
+from tests.instruction_sets import FUSED, ISAS, chosen
 
 module = importlib.import_module("fastgen.ops.gated_unit")  # the package has the function of this name
 
@@ -83,7 +84,7 @@ def rms(tensor):
 
 
 @pytest.mark.parametrize("activation", ["tanh", "none"])
-@pytest.mark.parametrize("isa", backends.native_cpu().isas())
+@pytest.mark.parametrize("isa", ISAS)
 def test_relative_error_over_all_magnitudes(isa, activation):
     """Of what is far below one too, as slopes are where the functions saturate."""
     at = torch.cat([torch.logspace(-30, 1.6, 250), torch.linspace(0.01, 40, 250)])
@@ -91,11 +92,8 @@ def test_relative_error_over_all_magnitudes(isa, activation):
     a, b = at.repeat(len(at), 1), at[:, None].repeat(1, len(at))
     x = torch.stack((a, b))[None]
     case = Case((1, 1, len(at), len(at)), activation, False)
-    backends.native_cpu().set_isa(isa)
-    try:
+    with chosen(isa):
         output, grad = run(case, native, x, None, torch.ones(1, 1, *a.shape))
-    finally:
-        backends.native_cpu().set_isa("")
     act, slope = (a.double(), 1.0) if activation == "none" else (torch.tanh(a.double()), torch.cosh(a.double()) ** -2)
     gate = torch.sigmoid(b.double())
     for actual, expected in (
@@ -123,16 +121,13 @@ def test_against_loops(case, backend):
 
 
 @all_cases
-@pytest.mark.parametrize("isa", backends.native_cpu().isas())
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-14), (torch.float32, 2e-6)], ids=["f64", "f32"])
 def test_every_instruction_set(case, isa, dtype, tolerance):
     tensors = case.tensors(dtype)
     expected = run(case, formula, *doubles(tensors))
-    backends.native_cpu().set_isa(isa)
-    try:
+    with chosen(isa):
         actual = run(case, native, *tensors)
-    finally:
-        backends.native_cpu().set_isa("")
     for ours, truth in zip(actual, expected, strict=True):
         torch.testing.assert_close(ours.double(), truth, rtol=tolerance, atol=tolerance)
 
@@ -140,12 +135,9 @@ def test_every_instruction_set(case, isa, dtype, tolerance):
 @several_cases
 def test_bits_are_the_same_on_every_fused_instruction_set(case):
     tensors, results = case.tensors(), []
-    try:
-        for isa in [isa for isa in backends.native_cpu().isas() if isa != "baseline"]:
-            backends.native_cpu().set_isa(isa)
+    for isa in FUSED:
+        with chosen(isa):
             results.append(run(case, native, *tensors))
-    finally:
-        backends.native_cpu().set_isa("")
     assert all(all(map(torch.equal, result, results[0])) for result in results)
 
 

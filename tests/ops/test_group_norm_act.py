@@ -11,7 +11,8 @@ from torch._subclasses import FakeTensorMode
 from torch.library import opcheck
 
 import fastgen
-from fastgen import backends, ops
+from fastgen import ops
+from tests.instruction_sets import FUSED, ISAS, chosen
 from tests.ops.test_conv2d_bn_act import assert_as_accurate, doubles
 from tests.ops.test_conv_transpose2d_bn_act import ACTIVATIONS, all_activations
 
@@ -93,28 +94,22 @@ def test_activations_are_as_accurate_as_pytorch(name, activation):
 
 
 @all_cases
-@pytest.mark.parametrize("isa", backends.native_cpu().isas())
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 1e-4)], ids=["f64", "f32"])
 def test_every_instruction_set(name, isa, dtype, tolerance):
     tensors, groups = make(name, dtype)
-    backends.native_cpu().set_isa(isa)
-    try:
+    with chosen(isa):
         actual = fused(tensors, groups, "silu")
-    finally:
-        backends.native_cpu().set_isa("")
     torch.testing.assert_close(actual.double(), plain(doubles(tensors), groups, "silu"), rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("name", SEVERAL)
 def test_bits_are_the_same_on_every_fused_instruction_set(name):
-    native, results = backends.native_cpu(), []
+    results = []
     tensors, groups = make(name)
-    try:
-        for isa in [isa for isa in native.isas() if isa != "baseline"]:
-            native.set_isa(isa)
+    for isa in FUSED:
+        with chosen(isa):
             results.append(fused(tensors, groups, "gelu"))
-    finally:
-        native.set_isa("")
     assert all(torch.equal(result, results[0]) for result in results)
 
 

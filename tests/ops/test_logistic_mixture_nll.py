@@ -13,7 +13,8 @@ import torch
 from torch.library import opcheck
 
 import fastgen
-from fastgen import backends, losses, ops
+from fastgen import losses, ops
+from tests.instruction_sets import FUSED, ISAS, chosen
 
 module = importlib.import_module("fastgen.ops.logistic_mixture_nll")  # the package has the function of this name
 
@@ -139,30 +140,23 @@ def rms(tensor):
 
 
 @all_cases
-@pytest.mark.parametrize("isa", backends.native_cpu().isas())
+@pytest.mark.parametrize("isa", ISAS)
 def test_float64_on_every_instruction_set(case, isa):
     tensors = case.tensors(torch.float64)
     expected = run(reference, case, *tensors)
-    backends.native_cpu().set_isa(isa)
-    try:
+    with chosen(isa):
         actual = run(native, case, *tensors)
-    finally:
-        backends.native_cpu().set_isa("")
     for ours, truth in zip(actual, expected, strict=True):
         torch.testing.assert_close(ours, truth, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", ["grey", "rgb", "odd image"])
 def test_bits_are_the_same_on_every_fused_instruction_set(name):
-    case, module_ = CASES[name], backends.native_cpu()
+    case = CASES[name]
     tensors, results = case.tensors(), []
-    try:
-        for isa in module_.isas():
-            if isa != "baseline":
-                module_.set_isa(isa)
-                results.append(run(native, case, *tensors))
-    finally:
-        module_.set_isa("")
+    for isa in FUSED:
+        with chosen(isa):
+            results.append(run(native, case, *tensors))
     for result, first in zip(results[1:], itertools.repeat(results[0])):
         assert all(map(torch.equal, result, first))
 

@@ -15,6 +15,7 @@ from torch.library import opcheck
 import fastgen
 from fastgen import backends, ops
 from fastgen.ops import causal_conv
+from tests.instruction_sets import FUSED, ISAS, chosen
 
 
 class Case(NamedTuple):
@@ -150,15 +151,12 @@ def conv64_as_float32(x, weight, bias, case):
 
 
 @all_cases
-@pytest.mark.parametrize("isa", backends.native_cpu().isas())
+@pytest.mark.parametrize("isa", ISAS)
 def test_float64_on_every_instruction_set(case, isa):
     tensors = case.tensors(torch.float64)
     expected = run(case, lambda *leaves: conv64(*leaves, case), *tensors)
-    backends.native_cpu().set_isa(isa)
-    try:
+    with chosen(isa):
         actual = run(case, native(case), *tensors)
-    finally:
-        backends.native_cpu().set_isa("")
     for ours, truth in zip(actual, expected, strict=True):
         torch.testing.assert_close(ours, truth, rtol=1e-10, atol=1e-10)
 
@@ -167,15 +165,11 @@ def test_float64_on_every_instruction_set(case, isa):
     "name", ["3x3 B colors", "7x7 A rgb", "several chunks", "pairs in several chunks", "3x3 A pairs colors"]
 )
 def test_bits_are_the_same_on_every_fused_instruction_set(name):
-    case, module_ = CASES[name], backends.native_cpu()
+    case = CASES[name]
     tensors, results = case.tensors(), []
-    try:
-        for isa in module_.isas():
-            if isa != "baseline":
-                module_.set_isa(isa)
-                results.append(run(case, native(case), *tensors))
-    finally:
-        module_.set_isa("")
+    for isa in FUSED:
+        with chosen(isa):
+            results.append(run(case, native(case), *tensors))
     for result, first in zip(results[1:], itertools.repeat(results[0])):
         assert all(map(torch.equal, result, first))
 

@@ -13,7 +13,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
 
 import fastgen
-from fastgen import backends, ops
+from fastgen import ops
+from tests.instruction_sets import ISAS, chosen
 
 module = importlib.import_module("fastgen.ops.nearest_code")  # the package has the function of this name
 
@@ -49,20 +50,17 @@ def by_hand(input, codebook):
     return torch.tensor(index, dtype=torch.int64).reshape(input.shape[0], *input.shape[2:])
 
 
-@pytest.mark.parametrize("isa", ["reference", *backends.native_cpu().isas()])
+@pytest.mark.parametrize("isa", ["reference", *ISAS])
 @dtypes
 def test_integers_and_ties(isa, dtype):
     """Nothing is rounded: the lowest index of many equal ones."""
-    backends.native_cpu().set_isa("" if isa == "reference" else isa)
-    try:
+    with chosen("" if isa == "reference" else isa):
         for depth, count, shape in itertools.product(DEPTHS, COUNTS, SHAPES[::2]):
             x, codes = features(shape, depth, dtype).round(), torch.randn(count, depth, dtype=dtype).round()
             codes[count // 2 :] = codes[: count - count // 2].clone()
             actual = run("reference" if isa == "reference" else "cpu", x, codes)
             assert actual.dtype == torch.int64 and actual.is_contiguous()
             assert torch.equal(actual, by_hand(x, codes)), (depth, count, shape)
-    finally:
-        backends.native_cpu().set_isa("")
 
 
 @both

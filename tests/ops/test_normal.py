@@ -21,13 +21,6 @@ DRAWS = 10_000_000
 ULPS = 1.0  # as csrc/cpu/vec_normal.h says
 
 
-@pytest.fixture(params=backends.native_cpu().isas())
-def isa(request):
-    backends.native_cpu().set_isa(request.param)
-    yield request.param
-    backends.native_cpu().set_isa("")
-
-
 def radius(k):
     result = np.empty(k.size, np.float32)
     backends.native_cpu().normal_radius(k.ctypes.data, result.ctypes.data, k.size)

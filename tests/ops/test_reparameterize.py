@@ -10,19 +10,13 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fastgen
-from fastgen import backends, ops
+from fastgen import ops
 from fastgen.ops.reparameterize import MAX_LOGVAR, reparameterize_reference
+from tests.instruction_sets import FUSED, chosen
 
 SHAPES = [(1,), (5, 1), (3, 20), (64, 2), (7, 13), (2, 1025), (3, 2, 5, 3), (33, 64), (1, 4097)]
 shapes = pytest.mark.parametrize("shape", SHAPES, ids=str)
 draws = pytest.mark.parametrize("num_samples", [None, 1, 3])
-
-
-@pytest.fixture(params=backends.native_cpu().isas())
-def isa(request):
-    backends.native_cpu().set_isa(request.param)
-    yield request.param
-    backends.native_cpu().set_isa("")
 
 
 def parameters(shape, dtype=torch.float32):
@@ -142,16 +136,13 @@ def test_gradients_do_not_depend_on_threads_either():
 
 
 def test_avx2_and_avx512_give_the_same_bits():
-    native, mu, logvar = backends.native_cpu(), *parameters((20, 131))
+    mu, logvar = parameters((20, 131))
     results = []
-    try:
-        for isa in [isa for isa in native.isas() if isa != "baseline"]:
-            native.set_isa(isa)
+    for isa in FUSED:
+        with chosen(isa):
             leaves = mu.clone().requires_grad_(), logvar.clone().requires_grad_()
             z, kl = run(*leaves, 2)
             results.append((z, kl, *torch.autograd.grad([z.square().sum(), kl.sum()], leaves)))
-    finally:
-        native.set_isa("")
     for other in results[1:]:
         assert all(map(torch.equal, results[0], other))
 

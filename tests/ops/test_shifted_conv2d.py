@@ -12,8 +12,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
 
 import fastgen
-from fastgen import backends, nn, ops
+from fastgen import nn, ops
 from fastgen.ops import causal_conv
+from tests.instruction_sets import FUSED, ISAS, chosen
 
 
 class Case(NamedTuple):
@@ -111,30 +112,23 @@ def test_float32_is_as_accurate_as_pytorch(case):
 
 
 @all_cases
-@pytest.mark.parametrize("isa", backends.native_cpu().isas())
+@pytest.mark.parametrize("isa", ISAS)
 def test_float64_on_every_instruction_set(case, isa):
     tensors = case.tensors(torch.float64)
     expected = run(padded(case), *tensors)
-    backends.native_cpu().set_isa(isa)
-    try:
+    with chosen(isa):
         actual = run(native(case), *tensors)
-    finally:
-        backends.native_cpu().set_isa("")
     for ours, truth in zip(actual, expected, strict=True):
         torch.testing.assert_close(ours, truth, rtol=1e-10, atol=1e-10)
 
 
 @some_cases
 def test_bits_are_the_same_on_every_fused_instruction_set(name):
-    case, module = CASES[name], backends.native_cpu()
+    case = CASES[name]
     tensors, results = case.tensors(), []
-    try:
-        for isa in module.isas():
-            if isa != "baseline":
-                module.set_isa(isa)
-                results.append(run(native(case), *tensors))
-    finally:
-        module.set_isa("")
+    for isa in FUSED:
+        with chosen(isa):
+            results.append(run(native(case), *tensors))
     for result in results[1:]:
         assert all(map(torch.equal, result, results[0]))
 

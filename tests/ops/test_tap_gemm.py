@@ -9,17 +9,11 @@ import pytest
 import torch
 
 from fastgen import backends
+from tests.instruction_sets import FUSED, chosen
 
 WEIGHTS = ["float32", "float64", "bfloat16", "int8"]  # everything else is float32 where the weights are of fewer bits
 PANEL = {"float32": 16, "float64": 8, "bfloat16": 16, "int8": 16}
 ATOL = {"float32": 2e-5, "float64": 1e-13, "bfloat16": 2e-5, "int8": 2e-5}
-
-
-@pytest.fixture(params=backends.native_cpu().isas())
-def isa(request):
-    backends.native_cpu().set_isa(request.param)
-    yield request.param
-    backends.native_cpu().set_isa("")
 
 
 def pairs(panels, counts):
@@ -176,16 +170,11 @@ def test_bits_do_not_depend_on_the_split(init, weights, isa):
 
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_bits_are_the_same_on_every_fused_instruction_set(weights):
-    native = backends.native_cpu()
-    fused = [isa for isa in native.isas() if isa != "baseline"]
     results = []
-    try:
-        for isa, case in itertools.product(fused, CASES.values()):
-            native.set_isa(isa)
+    for isa, case in itertools.product(FUSED, CASES.values()):
+        with chosen(isa):
             problem = Problem(weights, **case)
             results.append((isa, problem.run()[:, : problem.cols]))
-    finally:
-        native.set_isa("")
     for i, (isa, result) in enumerate(results):
         np.testing.assert_array_equal(result, results[i % len(CASES)][1], err_msg=isa)
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from fastgen import backends
+from tests.instruction_sets import FUSED, ISAS, chosen
 
 EXACT = {
     "exp": np.exp,
@@ -28,13 +29,6 @@ ULPS = {
     "erf": 1.4,
 }  # as csrc/cpu/vec_math.h says
 functions = pytest.mark.parametrize("name", EXACT)
-
-
-@pytest.fixture(params=backends.native_cpu().isas())
-def isa(request):
-    backends.native_cpu().set_isa(request.param)
-    yield request.param
-    backends.native_cpu().set_isa("")
 
 
 def call(name, x):
@@ -98,14 +92,11 @@ def test_special_values(dtype, isa):
 
 @functions
 def test_bits_depend_on_the_value_alone(name):
-    native, x = backends.native_cpu(), arguments(name)[:1003]
-    try:
-        for isas in (["baseline"], [isa for isa in native.isas() if isa != "baseline"]):
-            native.set_isa(isas[0])
+    x = arguments(name)[:1003]
+    for isas in (ISAS[:1], FUSED):
+        with chosen(isas[0]):
             whole = call(name, x)
-            for isa in isas:
-                native.set_isa(isa)
+        for isa in isas:
+            with chosen(isa):
                 for start, count in [(0, 1003), (1, 1), (3, 8), (7, 15), (500, 33), (5, 0)]:
                     np.testing.assert_array_equal(call(name, x[start : start + count]), whole[start : start + count])
-    finally:
-        native.set_isa("")

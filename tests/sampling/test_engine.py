@@ -9,9 +9,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fastgen import backends, models
+from fastgen import models
 from fastgen.sampling import Bernoulli, Categorical, Sampler, audit, naive_sample
 from fastgen.sampling.executors.cpu import CHUNKS
+from tests.instruction_sets import ISAS, chosen
 
 from .networks import LEVELS, NETWORKS, make
 
@@ -119,16 +120,12 @@ def test_sample_depends_on_seed_and_index_alone(name: str, needed: int, monkeypa
     assert not torch.equal(whole, Sampler(model).sample(n, seed=10, labels=labels))
 
 
-@pytest.mark.parametrize("isa", backends.native_cpu().isas() if backends.import_error("_cpu") is None else [])
+@pytest.mark.parametrize("isa", ISAS)
 def test_every_instruction_set(isa: str) -> None:
     model, labels = make_model("gated rgb labels")
     expected = naive_sample(model, 6, seed=4, labels=labels)
-    native = backends.native_cpu()
-    native.set_isa(isa)
-    try:
+    with chosen(isa):
         assert torch.equal(Sampler(model, backend="cpu").sample(6, seed=4, labels=labels), expected)
-    finally:
-        native.set_isa("")
 
 
 def test_large_batch_crosses_tiles() -> None:

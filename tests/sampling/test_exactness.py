@@ -6,16 +6,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastgen import backends
 from fastgen.models import PixelCNNpp
 from fastgen.sampling import LogisticMixture, Sampler, audit, naive_sample
 from fastgen.sampling.executors import Batch
 from fastgen.sampling.executors.reference import ReferenceExecutor
 from fastgen.sampling.plan import Plan
+from tests.instruction_sets import ISAS, chosen
 from tests.sampling.parameters import errors, params_of_known
 
 SIZES = [(3, 12, 12), (1, 5, 11), (1, 1, 9), (3, 5, 1)]
-ISAS = backends.native_cpu().isas() if backends.import_error("_cpu") is None else []
 
 
 def build(image_shape: tuple[int, int, int], **options: int) -> PixelCNNpp:
@@ -67,12 +66,8 @@ def test_audit_of_64_images() -> None:
 def test_same_images_on_every_instruction_set(isa: str) -> None:
     model = build((3, 5, 7), num_classes=3, num_filters=20)
     labels = torch.arange(5) % 3
-    native = backends.native_cpu()
-    native.set_isa(isa)
-    try:
+    with chosen(isa):
         images = Sampler(model, backend="cpu").sample(5, labels=labels)
-    finally:
-        native.set_isa("")
     assert torch.equal(images, naive_sample(model, 5, labels=labels))
 
 
@@ -97,12 +92,8 @@ def test_parameters_are_those_of_the_forward_pass(isa: str) -> None:
     model = build((3, 10, 13), num_filters=24)
     images = random_images(model, 3)
     inputs = model.head.encode(images)
-    native = backends.native_cpu()
-    native.set_isa(isa)
-    try:
+    with chosen(isa):
         found = params_of_known(Sampler(model, backend="reference").plan, images)
-    finally:
-        native.set_isa("")
     with torch.no_grad():
         pytorch = model(inputs)
         truth = model.double()(inputs.double())

@@ -7,15 +7,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from fastgen import backends
 from fastgen.models import PixelCNNpp
 from fastgen.sampling import Categorical, Sampler, audit, naive_sample
 from fastgen.sampling.executors import winograd
 from fastgen.sampling.plan import Plan
 from fastgen.sampling.precision import PRECISIONS
+from tests.instruction_sets import FUSED, ISAS, chosen
 from tests.sampling.parameters import errors, params_of_known
 
-ISAS = backends.native_cpu().isas() if backends.import_error("_cpu") is None else []
 LEVELS = 5
 
 
@@ -71,12 +70,8 @@ def test_rounded_weights_are_filtered_in_wide_rows_alone() -> None:
 def test_error_is_at_most_twice_that_of_pytorch(size: int, isa: str) -> None:
     model = columns(72, size)
     images = torch.randint(LEVELS, (3, 1, 6, 8), dtype=torch.uint8)
-    native = backends.native_cpu()
-    native.set_isa(isa)
-    try:
+    with chosen(isa):
         found = params_of_known(plan_of(model, (1, 6, 8)), images)
-    finally:
-        native.set_isa("")
     inputs = Categorical(LEVELS).encode(images)
     with torch.no_grad():
         pytorch = model(inputs)
@@ -89,18 +84,14 @@ def test_error_is_at_most_twice_that_of_pytorch(size: int, isa: str) -> None:
 def test_bits_depend_on_no_batch_thread_or_instruction_set(size: int) -> None:
     plan = plan_of(columns(72, size), (1, 5, 8))
     images = torch.randint(LEVELS, (37, 1, 5, 8), dtype=torch.uint8)
-    native = backends.native_cpu()
     whole = params_of_known(plan, images)
     for first, last in [(0, 1), (1, 4), (4, 9), (9, 37)]:  # runs along columns and along samples
         assert torch.equal(params_of_known(plan, images[first:last]), whole[first:last])
     torch.set_num_threads(2)
     assert torch.equal(params_of_known(plan, images), whole)
-    for isa in set(ISAS) - {"baseline"}:  # which has no fused multiply-add
-        native.set_isa(isa)
-        try:
+    for isa in FUSED:
+        with chosen(isa):
             assert torch.equal(params_of_known(plan, images[:5]), whole[:5])
-        finally:
-            native.set_isa("")
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
