@@ -39,7 +39,8 @@ constexpr int kChains = 14;
 
 typedef float VecF __attribute__((vector_size(kVectorBytes)));
 typedef double VecD __attribute__((vector_size(kVectorBytes)));
-typedef uint64_t VecU __attribute__((vector_size(kVectorBytes), aligned(8), may_alias));
+typedef uint64_t VecU __attribute__((vector_size(kVectorBytes)));
+typedef VecU UnalignedVecU __attribute__((aligned(8), may_alias));
 
 // Floating-point operations of one iteration.
 extern const int64_t flops_float32 = kChains * 2 * (kVectorBytes / 4);
@@ -109,7 +110,7 @@ uint64_t read_bytes(const void* data, int64_t bytes, int64_t repeats) {
     const int64_t vectors = bytes / kVectorBytes;
     VecU acc[kUnroll] = {};
     for (int64_t r = 0; r < repeats; ++r) {
-        const VecU* p = static_cast<const VecU*>(data);
+        const auto* p = static_cast<const UnalignedVecU*>(data);
         for (int64_t n = 0; n + kUnroll <= vectors; n += kUnroll, p += kUnroll) {
 #pragma GCC unroll 8
             for (int i = 0; i < kUnroll; ++i) acc[i] ^= p[i];
