@@ -31,21 +31,16 @@ public:
                 following_ = i + 1 < num_active_ ? &plan.steps[active[i + 1]] : nullptr;
                 run_row_step(active[i]);
             }
-            wait();
+            wait(false);
             locate_rows(plan.row_steps, plan.num_steps);
-            for (int64_t x = plan.first_column; x < plan.end_column; ++x) {
-                run_pixel(x);
-                if (members > 1 && team_.disbanded()) {
-                    if (member != 0) return;
-                    members = 1;
-                }
-            }
+            for (int64_t x = plan.first_column; x < plan.end_column && members > 0; ++x) run_pixel(x);
+            if (members == 0) return;
         }
     }
 
 private:
-    void wait() {
-        if (members > 1) team_.wait(member);
+    void wait(bool brief) {
+        if (members > 1 && !team_.wait(member, brief)) members = member == 0 ? 1 : 0;
         ++epoch_;
     }
 
@@ -79,11 +74,10 @@ private:
                 begin_step(active[here]);
                 run_tiles(plan.steps[active[here]], 1, [&](int64_t) { return run; }, batch.count);
             }
-            wait();
+            wait(true);
             if (y < 0 || x < 0 || x >= plan.width) continue;
-            draw(*this, plan.draws[d], x);
-            if (members > 1 && member == 0) team_.decide();
-            wait();
+            if (members > 0) draw(*this, plan.draws[d], x);
+            wait(false);
         }
     }
 
@@ -125,7 +119,7 @@ private:
         const PlanStep& step = plan.steps[s];
         for (int64_t i = step.first_source; i < step.first_source + step.num_sources; ++i) {
             if (ran[plan.sources[i]] == epoch_) {
-                wait();
+                wait(!step.row_stage);
                 break;
             }
         }
@@ -136,7 +130,7 @@ private:
     // before rows, so that a thread always multiplies by the same part of the weights, which then stays in its cache.
     template <class RunOf>
     void run_tiles(const PlanStep& step, int64_t runs, RunOf run_of, int64_t most_rows) {
-        if (most_rows <= 0) return;
+        if (most_rows <= 0 || members == 0) return;
         const int64_t panels = div_up(step.channels, kPanelColumns);
         const int64_t column_tiles = column_tiles_of(step);
         int64_t row_tiles = div_up(most_rows, kTileRows);

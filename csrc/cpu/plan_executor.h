@@ -15,27 +15,31 @@ struct alignas(64) PlanArrival {
     int64_t rounds = 0;
 };
 
-// The threads of a group, with an arrival for each. wait() returns when all members have called it.
+// The threads of a group, with an arrival for each. wait() returns when all members have called it: whether the team
+// goes on. It is `brief` behind the steps of a pixel, but not behind a draw.
 //
 // A team works as long as all its threads run at the same time. Where they do not, because something else wants the
-// processors, a barrier costs a time slice of the scheduler, a thousand times what a step costs, and one thread alone
-// is faster. So waits of such a length are added up; once a pixel, before a barrier, member 0 decides whether they take
-// a large part of the time, and after the barrier all members find the answer in disbanded(): then member 0 goes on
-// alone.
+// processors, a barrier costs a time slice of the scheduler, or its members take turns on one processor: a hundred to a
+// thousand times what a step costs, and one thread alone is faster. So waits of such a length are added up; before each
+// barrier member 0 decides whether they take a large part of the time, and behind it all members have the answer: then
+// member 0 goes on alone.
 class PlanTeam {
 public:
     PlanTeam(int size, PlanArrival* arrivals) : size_(size), arrivals_(arrivals) {}
     int size() const { return size_; }
-    void wait(int member);
-    void decide();  // by member 0 alone, between barriers
-    bool disbanded() const { return disbanded_; }
+    bool wait(int member, bool brief);
+    bool disbanded() const { return last_round_ != kForever; }
 
 private:
+    static constexpr int64_t kForever = INT64_MAX;
+
+    bool is_late() const;
+
     const int size_;
     PlanArrival* const arrivals_;
     const std::chrono::steady_clock::time_point begin_ = std::chrono::steady_clock::now();
     alignas(64) std::chrono::steady_clock::rep late_ = 0;  // time spent in long waits
-    bool disbanded_ = false;
+    int64_t last_round_ = kForever;  // a round, for one who comes late from a barrier may see the next one's decision
 };
 
 // A tile of the results that are computed while they are in the cache; the tile of their product is as large, but for

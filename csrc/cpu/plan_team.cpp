@@ -10,8 +10,10 @@
 namespace fastgen {
 namespace {
 
-constexpr int kSpins = 2000;                            // some 50 microseconds, longer than any step of a small batch
-constexpr auto kLate = std::chrono::microseconds(500);  // a wait that only the scheduler can have caused
+constexpr int kSpins = 2000;
+constexpr auto kSpun = std::chrono::microseconds(50);  // about; longer than any step of a pixel
+constexpr auto kLate =
+    std::chrono::microseconds(500);  // a wait for a step of a row that only the scheduler can have caused
 constexpr auto kTolerated = std::chrono::milliseconds(10);  // a processor may have to wake up first
 constexpr int kTolerableShare = 4;                          // a quarter of the time
 
@@ -19,8 +21,9 @@ constexpr int kTolerableShare = 4;                          // a quarter of the 
 
 // Steps are microseconds long, so waiting threads spin; but where there are more threads than processors the awaited one
 // may need this one's processor, so they spin briefly and then yield.
-void PlanTeam::wait(int member) {
+bool PlanTeam::wait(int member, bool brief) {
     const int64_t round = arrivals_[member].rounds + 1;
+    if (member == 0 && is_late()) __atomic_store_n(&last_round_, round, __ATOMIC_RELAXED);
     __atomic_store_n(&arrivals_[member].rounds, round, __ATOMIC_RELEASE);
     for (int other = 0; other < size_; ++other) {
         const auto arrived = [&] { return __atomic_load_n(&arrivals_[other].rounds, __ATOMIC_ACQUIRE) >= round; };
@@ -34,15 +37,15 @@ void PlanTeam::wait(int member) {
         if (arrived()) continue;
         const auto start = std::chrono::steady_clock::now();
         while (!arrived()) std::this_thread::yield();
-        const auto waited = std::chrono::steady_clock::now() - start;
-        if (waited > kLate) __atomic_add_fetch(&late_, waited.count(), __ATOMIC_RELAXED);
+        const auto waited = std::chrono::steady_clock::now() - start + kSpun;
+        if (brief || waited > kLate) __atomic_add_fetch(&late_, waited.count(), __ATOMIC_RELAXED);
     }
+    return round < __atomic_load_n(&last_round_, __ATOMIC_RELAXED);
 }
 
-void PlanTeam::decide() {
+bool PlanTeam::is_late() const {
     const std::chrono::steady_clock::duration late(__atomic_load_n(&late_, __ATOMIC_RELAXED));
-    if (late <= kTolerated) return;
-    disbanded_ = late > kTolerated + (std::chrono::steady_clock::now() - begin_) / kTolerableShare;
+    return late > kTolerated && late > kTolerated + (std::chrono::steady_clock::now() - begin_) / kTolerableShare;
 }
 
 }  // namespace fastgen

@@ -132,7 +132,7 @@ struct PlanThread {
 
     const PlanTables& plan;
     const PlanBatch& batch;
-    int64_t members;  // of the team: 1 once it has disbanded
+    int64_t members;  // of the team; once it has disbanded 1, and 0 for those who have nothing to do any more
     const int member;
     float* product;           // tile of the product
     float* shared;            // two such tiles, of what a pair of outputs shares

@@ -4,6 +4,7 @@ models.
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 
 import pytest
@@ -118,6 +119,27 @@ def test_sample_depends_on_seed_and_index_alone(name: str, needed: int, monkeypa
         assert torch.equal(draw(threads, max_batch), whole), (threads, max_batch)
     assert torch.equal(draw(2, 5, start=11, count=6), whole[11:17])
     assert not torch.equal(whole, Sampler(model).sample(n, seed=10, labels=labels))
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no way to have fewer processors than threads")
+@pytest.mark.parametrize("count", [1, 5])
+def test_a_team_that_cannot_keep_together(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three threads on one processor part within a pixel, at any barrier: no sample changes, and one thread goes on."""
+    monkeypatch.setattr("fastgen.sampling.executors.cpu.SAMPLES_PER_THREAD", ((1 << 60, 1000),))
+    monkeypatch.setattr("fastgen.sampling.executors.cpu.TEAM_STEP_SECONDS", 0)
+    monkeypatch.setattr("fastgen.sampling.executors.cpu.processors", lambda: 3)
+    torch.manual_seed(1)
+    model = models.PixelCNN(image_shape=(3, 16, 16), num_filters=12, num_blocks=3).eval()
+    expected = Sampler(model, backend="cpu").sample(count, seed=2)
+    sampler, allowed = Sampler(model, backend="cpu"), os.sched_getaffinity(0)
+    torch.set_num_threads(3)
+    os.sched_setaffinity(0, {min(allowed)})
+    try:
+        images = sampler.sample(count, seed=2)
+    finally:
+        os.sched_setaffinity(0, allowed)
+    assert torch.equal(images, expected)
+    assert sampler._executor._alone_until > 0
 
 
 @pytest.mark.parametrize("isa", ISAS)

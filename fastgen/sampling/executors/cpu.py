@@ -16,7 +16,7 @@ from fastgen.sampling.executors.tables import PlanTables
 from fastgen.sampling.plan import Plan
 
 # How long groups are left to one thread each after a team could not keep together: the first time, and at most, when it
-# fails again and again. A failure costs a tenth of a second.
+# fails again and again. A failure costs some 15 ms.
 ALONE_SECONDS, MOST_ALONE_SECONDS = 0.25, 4.0
 # Calls per batch: between them the progress bar moves and Ctrl-C is heard. Short ones take longer to start threads.
 CHUNKS, CHUNK_SECONDS = 8, 0.005
@@ -26,7 +26,7 @@ CHUNKS, CHUNK_SECONDS = 8, 0.005
 SAMPLES_PER_THREAD = ((1 << 20, 1), (16 << 20, 4), (math.inf, 16))
 # A team is worth its barriers where a step of a pixel, and what rows have for it, take one thread this long; estimated
 # from the weights and these rates.
-TEAM_STEP_SECONDS = 2e-6
+TEAM_STEP_SECONDS = 1e-6
 CORE_BYTES_PER_SECOND = 5e10
 CORE_FLOPS = 1e11
 
