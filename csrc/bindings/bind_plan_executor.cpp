@@ -171,10 +171,13 @@ public:
         const auto join = [&] {
             for (std::thread& thread : threads) thread.join();
         };
+        const int processor = this_processor();
         try {
             for (size_t thread = 1; thread < count; ++thread) {
-                threads.emplace_back([&work, complete, thread] {
-                    if (complete.get()) work(thread);
+                threads.emplace_back([&work, complete, thread, processor] {
+                    if (!complete.get()) return;
+                    leave_processor(processor);
+                    work(thread);
                 });
             }
         } catch (const std::system_error& error) {

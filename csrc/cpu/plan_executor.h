@@ -42,6 +42,12 @@ private:
     int64_t last_round_ = kForever;  // a round, for one who comes late from a barrier may see the next one's decision
 };
 
+// The processor that the calling thread runs on; -1 where the system does not tell.
+int this_processor();
+// A thread that runs on this processor moves to another one. The system starts it on that of its maker where all are
+// taken, if only by threads of OpenMP that spin for some milliseconds after their work, and leaves it there for long.
+void leave_processor(int processor);
+
 // A tile of the results that are computed while they are in the cache; the tile of their product is as large, but for
 // a step with so many groups that a single panel of all of them is wider.
 constexpr int64_t kTileRows = 16;

@@ -6,6 +6,9 @@
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
+#if defined(__linux__)
+#include <sched.h>
+#endif
 
 namespace fastgen {
 namespace {
@@ -42,6 +45,22 @@ bool PlanTeam::wait(int member, bool brief) {
     }
     return round < __atomic_load_n(&last_round_, __ATOMIC_RELAXED);
 }
+
+#if defined(__linux__)
+int this_processor() { return sched_getcpu(); }
+
+void leave_processor(int processor) {
+    cpu_set_t allowed;
+    if (processor < 0 || this_processor() != processor || sched_getaffinity(0, sizeof allowed, &allowed) != 0) return;
+    cpu_set_t others = allowed;
+    CPU_CLR(processor, &others);
+    if (CPU_COUNT(&others) == 0 || sched_setaffinity(0, sizeof others, &others) != 0) return;
+    sched_setaffinity(0, sizeof allowed, &allowed);
+}
+#else
+int this_processor() { return -1; }
+void leave_processor(int) {}
+#endif
 
 bool PlanTeam::is_late() const {
     const std::chrono::steady_clock::duration late(__atomic_load_n(&late_, __ATOMIC_RELAXED));

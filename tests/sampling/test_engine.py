@@ -12,7 +12,7 @@ import torch
 
 from fastgen import models
 from fastgen.sampling import Bernoulli, Categorical, Sampler, audit, naive_sample
-from fastgen.sampling.executors.cpu import CHUNKS
+from fastgen.sampling.executors import cpu
 from tests.instruction_sets import ISAS, chosen
 
 from .networks import LEVELS, NETWORKS, make
@@ -142,6 +142,23 @@ def test_a_team_that_cannot_keep_together(count: int, monkeypatch: pytest.Monkey
     assert sampler._executor._alone_until > 0
 
 
+def test_the_faster_way_is_taken_until_both_are_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    trials, now = cpu.Trials(), [100.0]
+    monkeypatch.setattr(cpu.time, "monotonic", lambda: now[0])
+    assert not trials.choose("one", first=False) and trials.choose("other", first=True)
+    trials.took("one", False, 2.0)
+    assert trials.choose("one", first=False)
+    assert trials.choose("one", first=False)  # it could not keep together: it is tried once more
+    trials.took("one", True, 3.0)
+    assert not trials.choose("one", first=False) and not trials.choose("one", first=True)
+    trials.took("one", False, 4.0)
+    assert trials.choose("one", first=False)
+    now[0] += cpu.TRIAL_SECONDS
+    assert not trials.choose("one", first=False)
+    trials.took("one", False, 1.0)
+    assert trials.choose("one", first=False)
+
+
 @pytest.mark.parametrize("isa", ISAS)
 def test_every_instruction_set(isa: str) -> None:
     model, labels = make_model("gated rgb labels")
@@ -237,7 +254,7 @@ def test_a_batch_in_several_calls_of_the_executor(threads: int, monkeypatch: pyt
         assert torch.equal(sampler.sample(3), expected)
     finally:
         torch.set_num_threads(before)
-    assert len(rows) == CHUNKS and sum(rows) == 11
+    assert len(rows) == cpu.CHUNKS and sum(rows) == 11
 
 
 def test_progress_bar_counts_rows(capsys: pytest.CaptureFixture[str]) -> None:

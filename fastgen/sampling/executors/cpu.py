@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import time
+from collections.abc import Hashable
 
 import torch
 from torch import Tensor
@@ -25,15 +26,41 @@ CHUNKS, CHUNK_SECONDS = 8, 0.005
 # (2 * FLOP/s of a core / bytes/s to it).
 SAMPLES_PER_THREAD = ((1 << 20, 1), (16 << 20, 4), (math.inf, 16))
 # A team is worth its barriers where a step of a pixel, and what rows have for it, take one thread this long; estimated
-# from the weights and these rates.
-TEAM_STEP_SECONDS = 1e-6
+# from the weights and these rates. What a barrier costs depends on where the threads are, 0.2 to 0.7 us on one machine
+# within minutes: from a quarter of this time to twice as long both ways are timed.
+TEAM_STEP_SECONDS = 2e-6
 CORE_BYTES_PER_SECOND = 5e10
 CORE_FLOPS = 1e11
+TRIAL_SECONDS = 5.0  # so long the faster way is taken before both are timed again
 
 
 def processors() -> int:
     """How many this process may use; more threads would wait for each other."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+class Trials:
+    """Which of two ways to do the same is faster: either is taken once and timed."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[tuple[Hashable, bool], float] = {}
+        self._until: dict[Hashable, float] = {}
+
+    def choose(self, what: Hashable, first: bool) -> bool:
+        """The way to be taken now; `first` if neither has been."""
+        if time.monotonic() >= self._until.get(what, math.inf):
+            for way in (True, False):
+                self._seconds.pop((what, way), None)
+            self._until.pop(what, None)
+        one, other = self._seconds.get((what, first)), self._seconds.get((what, not first))
+        if one is None or other is None:
+            return first if one is None else not first
+        return first if one <= other else not first
+
+    def took(self, what: Hashable, way: bool, seconds: float) -> None:
+        self._seconds[what, way] = seconds
+        if (what, not way) in self._seconds:
+            self._until.setdefault(what, time.monotonic() + TRIAL_SECONDS)
 
 
 class CpuExecutor:
@@ -44,6 +71,7 @@ class CpuExecutor:
         tables = PlanTables(part_planes(plan))
         self._tables = tables
         self._alone_until, self._alone_seconds = 0.0, ALONE_SECONDS
+        self._teams = Trials()
         self._weights = tables.packed_weights()  # used in place; the constructor copies the rest
         if tables.plan is not plan:
             tables.plan.drop_weights()
@@ -77,7 +105,10 @@ class CpuExecutor:
         """Levels [count, C, H, W]; `params`, float32 [count, parameters, H, W], takes what they are drawn from."""
         plan = self.plan
         levels = torch.zeros(batch.count, *plan.image_shape, dtype=torch.int32)
-        groups, team = self.split(batch.count, min(torch.get_num_threads(), processors()), batch.streams)
+        threads = min(torch.get_num_threads(), processors())
+        kind = batch.count, batch.streams, threads
+        groups, team = self.split(*kind)
+        kept_together, begin_seconds = True, time.perf_counter()
         spaces = [self._tables.fill(batch, first, count) for first, count in groups]
         scratch = torch.empty(len(groups) * team * self._native.scratch() + 64, dtype=torch.uint8)
         known = None if batch.known is None else batch.known.to(torch.int32).contiguous()
@@ -108,20 +139,23 @@ class CpuExecutor:
                 row_begin=begin,
                 row_end=end,
             )
+            kept_together &= several == (team > 1) and together
             if not together:
                 self._alone_until = time.monotonic() + self._alone_seconds
                 self._alone_seconds = min(2 * self._alone_seconds, MOST_ALONE_SECONDS)
             elif several:
                 self._alone_seconds = max(self._alone_seconds / 2, ALONE_SECONDS)
             batch.on_rows(end - max(begin, 0))
+        if kept_together:
+            self._teams.took(kind, team > 1, time.perf_counter() - begin_seconds)
         return levels.to(plan.head.dtype)
 
-    def split(self, count: int, threads: int, streams: int = 1) -> tuple[list[tuple[int, int]], int]:
+    def split(self, count: int, streams: int, threads: int) -> tuple[list[tuple[int, int]], int]:
         """How the threads share the work: ((first sample, count) of each group of samples, threads per group).
 
         Groups are independent, without barriers, but each reads all weights.  Where there are too few samples for that,
-        the threads of a group share the weights and meet at barriers, if the steps between are long enough.  Changes no
-        sample.
+        the threads of a group share the weights and meet at barriers, if the steps between are long enough, or if that
+        was the faster way.  Changes no sample.
         """
         size = self._tables.pixel_weight_bytes
         needed = next(samples for limit, samples in SAMPLES_PER_THREAD if size <= limit)
@@ -133,7 +167,12 @@ class CpuExecutor:
         if count < threads:  # without a team some of them have nothing to do, in the row stage either
             pixels = math.prod(self.plan.image_shape[1:])
             seconds += count * streams * self._tables.row_flops / pixels / CORE_FLOPS
-        if team > 1 and seconds < TEAM_STEP_SECONDS * self._tables.barriers:
-            parts, team = min(threads, count), 1
+        if team > 1:
+            step, kind = seconds / self._tables.barriers, (count, streams, threads)
+            together = step >= TEAM_STEP_SECONDS
+            if TEAM_STEP_SECONDS / 4 <= step < 2 * TEAM_STEP_SECONDS:
+                together = self._teams.choose(kind, first=together)
+            if not together:
+                parts, team = min(threads, count), 1
         edges = [count * i // parts for i in range(parts + 1)]
         return [(a, b - a) for a, b in zip(edges[:-1], edges[1:], strict=True)], team
