@@ -2,7 +2,8 @@
 //
 // Loops that reach the limits of one core, so that every measured time can be given as a fraction of what is possible.
 //
-//   fma_*       acc[i] = acc[i] * x + y, or acc[i] + x * y, on independent accumulators that stay in registers: no loads, no stores.
+//   fma_*       acc[i] = acc[i] * x + y, or acc[i] + x * y, on independent accumulators that stay in registers: no
+//               loads, no stores.
 //   dot_bfloat16  acc[i] += dot products of bf16 pairs, the same way (AVX512-BF16 only).
 //   read_bytes  streams an array through registers.
 //
@@ -74,7 +75,7 @@ static inline V next(V acc, V x, V y) {
 // i is every chain: GCC keeps an array that loops run over in memory.
 template <typename T, typename V, int... i>
 static double fma_loop(int64_t iterations, std::integer_sequence<int, i...>) {
-    V x = V{} + T(0.5), y = V{} + T(1);  // the accumulators converge to 2: no overflow, no subnormal numbers
+    V x = V{} + T(0.5), y = V{} + T(1);  // the accumulators converge, to 2 or by rounding: no overflow, no subnormals
     V acc[] = {(V{} + T(i))...};
     opaque(x);
     opaque(y);

@@ -33,8 +33,8 @@
 //
 // Contract: the (t, k) of an element are cut, in order, into chunks of kTapGemmChunk; a chunk is one chain of fused
 // multiply-adds from zero, and the chunks are added to init in order. So the bits do not depend on rows, cols, the
-// element's place, tile shapes or threads, are the same on AVX2, AVX-512 and ARM, and the error grows with the chunk rather
-// than with K.
+// element's place, tile shapes or threads, are the same on AVX2, AVX-512 and ARM, and the error grows with the chunk
+// rather than with K.
 #pragma once
 
 #include <cstdint>

@@ -1,9 +1,9 @@
 // Vectorised exp, log, sigmoid, tanh and erf.
 //
 // Every lane is computed alike, so the bits of a result do not depend on its position, and are the same on AVX2,
-// AVX-512 and ARM. NaN gives NaN; infinities and large arguments give the limits. Largest errors over all floats in units in
-// the last place: exp 1.1, 1 - exp 1.5, log 0.9, sigmoid 2.4, tanh 1.4, erf 1.4, denormal results included. Doubles go
-// through the C library, lane by lane.
+// AVX-512 and ARM. NaN gives NaN; infinities and large arguments give the limits. Largest errors over all floats in
+// units in the last place: exp 1.1, 1 - exp 1.5, log 0.9, sigmoid 2.4, tanh 1.4, erf 1.4, denormal results included.
+// Doubles go through the C library, lane by lane.
 #pragma once
 
 #include "vec.h"
