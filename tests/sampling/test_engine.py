@@ -140,6 +140,7 @@ def test_a_team_that_cannot_keep_together(count: int, monkeypatch: pytest.Monkey
         os.sched_setaffinity(0, allowed)
     assert torch.equal(images, expected)
     assert sampler._executor._alone_until > 0
+    assert not sampler._executor._teams.choose((count, 1, 3), first=True)  # nor is it tried again at once
 
 
 def test_the_faster_way_is_taken_until_both_are_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,7 +149,6 @@ def test_the_faster_way_is_taken_until_both_are_tried_again(monkeypatch: pytest.
     assert not trials.choose("one", first=False) and trials.choose("other", first=True)
     trials.took("one", False, 2.0)
     assert trials.choose("one", first=False)
-    assert trials.choose("one", first=False)  # it could not keep together: it is tried once more
     trials.took("one", True, 3.0)
     assert not trials.choose("one", first=False) and not trials.choose("one", first=True)
     trials.took("one", False, 4.0)

@@ -40,7 +40,7 @@ def processors() -> int:
 
 
 class Trials:
-    """Which of two ways to do the same is faster: either is taken once and timed."""
+    """Which of two ways to do the same is faster: either is taken once and timed. One that failed takes forever."""
 
     def __init__(self) -> None:
         self._seconds: dict[tuple[Hashable, bool], float] = {}
@@ -146,8 +146,7 @@ class CpuExecutor:
             elif several:
                 self._alone_seconds = max(self._alone_seconds / 2, ALONE_SECONDS)
             batch.on_rows(end - max(begin, 0))
-        if kept_together:
-            self._teams.took(kind, team > 1, time.perf_counter() - begin_seconds)
+        self._teams.took(kind, team > 1, time.perf_counter() - begin_seconds if kept_together else math.inf)
         return levels.to(plan.head.dtype)
 
     def split(self, count: int, streams: int, threads: int) -> tuple[list[tuple[int, int]], int]:
