@@ -10,7 +10,7 @@ from fastgen import backends
 
 ISAS: list[str] = backends.native_cpu().isas() if backends.import_error("_cpu") is None else []
 # Those with a multiply-add, which give the same bits.
-FUSED = [isa for isa in ISAS if isa != "baseline" or platform.machine() == "aarch64"]
+FUSED = [isa for isa in ISAS if isa != "baseline" or platform.machine() in ("aarch64", "arm64")]
 
 
 @contextlib.contextmanager

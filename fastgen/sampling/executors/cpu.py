@@ -17,7 +17,7 @@ from fastgen.sampling.executors.tables import PlanTables
 from fastgen.sampling.plan import Plan
 
 # How long groups are left to one thread each after a team could not keep together: the first time, and at most, when it
-# fails again and again. A failure costs some 15 ms.
+# fails again and again. A failure costs 10 to 50 ms.
 ALONE_SECONDS, MOST_ALONE_SECONDS = 0.25, 4.0
 # Calls per batch: between them the progress bar moves and Ctrl-C is heard. Short ones take longer to start threads.
 CHUNKS, CHUNK_SECONDS = 8, 0.005
@@ -167,10 +167,10 @@ class CpuExecutor:
             pixels = math.prod(self.plan.image_shape[1:])
             seconds += count * streams * self._tables.row_flops / pixels / CORE_FLOPS
         if team > 1:
-            step, kind = seconds / self._tables.barriers, (count, streams, threads)
+            step = seconds / self._tables.barriers
             together = step >= TEAM_STEP_SECONDS
             if TEAM_STEP_SECONDS / 4 <= step < 2 * TEAM_STEP_SECONDS:
-                together = self._teams.choose(kind, first=together)
+                together = self._teams.choose((count, streams, threads), first=together)
             if not together:
                 parts, team = min(threads, count), 1
         edges = [count * i // parts for i in range(parts + 1)]
